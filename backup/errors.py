@@ -1,0 +1,84 @@
+"""
+The tree of errors, with exit codes and hints.
+
+    BackupError
+    +-- Failed           1   no code of its own
+    +-- UsageError       2   wrong usage or configuration
+    +-- NotFound        10   no such repository, machine, point or disk
+    +-- Locked          11   another run holds the machine
+    +-- Damaged         12   a chain, a manifest or a data file is damaged
+    +-- SourceError     13   the source cannot be reached or read
+    +-- BitmapUnusable  14   the bitmap cannot be used, and no fallback is allowed
+    +-- Interrupted    130   SIGINT; 143 for SIGTERM
+
+Every error says what happened, with the values, and what to do about it: `pybackup: error: MESSAGE` and
+`pybackup: hint: HINT`.  They are raised where a fault is found and caught in one place, `backup.cli.app.main`;
+any other exception is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+WARNINGS_EXIT_CODE = 3
+"""Exit code of a run that made its points but warned on the way (a fallback to full, for example)."""
+
+
+class BackupError(Exception):
+    """Base of all errors that a user can meet."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class Failed(BackupError):
+    """Failed for a reason that has no exit code of its own (a full disk, for example)."""
+
+
+class UsageError(BackupError):
+    """The command line or the configuration is wrong."""
+
+    exit_code = 2
+
+
+class NotFound(BackupError):
+    """No such repository, machine, point or disk."""
+
+    exit_code = 10
+
+
+class Locked(BackupError):
+    """Another run holds the machine's lock."""
+
+    exit_code = 11
+
+
+class Damaged(BackupError):
+    """A chain, a manifest, a digest file or a data file is not what it was when it was written."""
+
+    exit_code = 12
+
+
+class SourceError(BackupError):
+    """The source cannot be reached, opened or read."""
+
+    exit_code = 13
+
+
+class BitmapUnusable(BackupError):
+    """The bitmap cannot be continued from and the user forbade the fallback to a full."""
+
+    exit_code = 14
+
+
+class Interrupted(BackupError):
+    """The run was stopped by a signal."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(
+            f"stopped by signal {signal_number}",
+            hint="no point was published and earlier points are untouched; run the command again",
+        )
+        self.exit_code = 128 + signal_number
