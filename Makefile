@@ -1,0 +1,37 @@
+# Every target but help and clean sets up first what it needs (tools/setup); a second run does so in no time.
+
+export PATH := $(PATH):/usr/sbin:/sbin# mke2fs and debugfs, which Debian hides from users
+PYTHON_FILES := backup stubs tests $(wildcard bench tools/*.py)
+JOBS ?= $(shell nproc)
+
+.PHONY: help setup demo test check bench clean
+
+help:
+	@echo "make setup   what the tests and the demo need: distribution packages (as root), .venv, pybackup in it"
+	@echo "make demo    back up, damage and restore a real file system, with each command shown; under two minutes"
+	@echo "make test    all tests; make test ARGS='-k restore' for some, JOBS=4 for more at once"
+	@echo "make check   format, lint, types, and the rules of the architecture"
+	@echo "make bench   measure speed and memory against nbdcopy and qemu-img"
+	@echo "make clean   remove what make made"
+
+setup:
+	@tools/setup
+
+demo: setup
+	@tools/demo
+
+test: setup
+	.venv/bin/python -m pytest -n $(JOBS) $(ARGS)
+
+check: setup
+	.venv/bin/ruff format --check $(PYTHON_FILES)
+	.venv/bin/ruff check $(PYTHON_FILES)
+	.venv/bin/mypy --strict backup
+	$(if $(wildcard tests/test_architecture.py),.venv/bin/python -m pytest tests/test_architecture.py)
+
+bench: setup
+	.venv/bin/python bench/run.py $(ARGS)
+
+clean:
+	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache pybackup.egg-info
+	find backup stubs tests $(wildcard bench tools) -name __pycache__ -type d -prune -exec rm -rf {} +
