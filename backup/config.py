@@ -1,0 +1,437 @@
+"""
+The configuration: a YAML file to frozen values.  The only user of yaml.
+
+The file is never turned into objects by yaml: it is composed into nodes, which know their line, and each key's value is
+read from its text.  So every problem is found in one go and named with its line and key, a tag can construct nothing, a
+duplicate key is seen, and `no`, `012` and `1:30` never become a false, a ten and a ninety.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from backup.errors import UsageError
+from backup.names import Kind, name_problem
+from backup.units import KiB, MiB, parse_size, show_size
+
+MIN_LEVEL, MAX_LEVEL = -7, 19
+"""Of zstd: its fast levels as far as -7, and those that its program offers without --ultra."""
+
+_HINT = "config.example.yaml has every key with a comment; `pybackup check-config` checks again"
+_NBD_SCHEMES = ("nbd", "nbds", "nbd+unix", "nbds+unix", "nbd+vsock", "nbds+vsock")  # NBD's doc/uri.md
+_PLAIN = {"int": "number", "float": "number", "bool": "truth value", "timestamp": "date"}
+_NOT_YET = "running machines (qmp) are not supported yet"
+
+
+@dataclass(frozen=True, slots=True)
+class Compression:
+    """How clusters are compressed: zstd of a level, or not at all (`level` is None)."""
+
+    level: int | None
+
+    @classmethod
+    def parse(cls, text: str) -> Compression:
+        """
+        Read "none", "zstd" (level 1) or "zstd:LEVEL".
+
+        Raises
+        ------
+        UsageError
+            Another word, or a level outside -7..19.
+        """
+        if text == "none":
+            return cls(None)
+        match = re.fullmatch(r"zstd(?::(-?[0-9]{1,3}))?", text, re.ASCII)
+        level = int(match[1] or 1) if match else None
+        if level is None or not MIN_LEVEL <= level <= MAX_LEVEL:
+            raise UsageError(
+                f"{text!r} is not a compression",
+                hint=f"write none, zstd, or zstd:LEVEL with a level from {MIN_LEVEL} to {MAX_LEVEL}",
+            )
+        return cls(level)
+
+    def __str__(self) -> str:
+        return "none" if self.level is None else f"zstd:{self.level}"
+
+
+@dataclass(frozen=True, slots=True)
+class DiskConfig:
+    """
+    One disk of a machine: exactly one of `image` (an offline image's absolute path) and `nbd` (a URI) is set.
+
+    `format` is the image's, None when the file says itself.  `bitmap` is the exact name of a bitmap on someone else's
+    NBD server; of an image, the machine's family counts.
+    """
+
+    name: str
+    image: Path | None = None
+    nbd: str | None = None
+    format: Literal["qcow2", "raw"] | None = None
+    bitmap: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MachineConfig:
+    """A machine and its disks; `bitmap` (a family) and `compression` are its own or else the global ones."""
+
+    name: str
+    disks: tuple[DiskConfig, ...]
+    bitmap: str | None
+    compression: Compression
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """
+    All settings.  Sizes in bytes.
+
+    `path` is the file they came from, None for the defaults.  `requests` are in flight on each of `connections`, each
+    of at most `request_size` bytes: their product bounds the memory of a copy.  `workers` compress and hash; None means
+    one for each core.  `max_chain` is the number of points after which an incremental becomes a full.  `group_read`
+    lets the group read the repository (0640 and 0750 instead of 0600 and 0700).
+    """
+
+    path: Path | None = None
+    repository: Path | None = None
+    bitmap: str | None = None
+    compression: Compression = Compression(1)
+    cluster_size: int = 64 * KiB
+    max_chain: int = 100
+    check_zeroes: bool = True
+    connections: int = 4
+    requests: int = 16
+    request_size: int = MiB
+    workers: int | None = None
+    group_read: bool = False
+    machines: tuple[MachineConfig, ...] = ()
+
+
+def default() -> Config:
+    """Return the settings that hold where no file and no option says otherwise."""
+    return Config()
+
+
+def load(path: Path) -> Config:
+    """
+    Read a configuration file.  Relative paths in it are relative to its folder.
+
+    Raises
+    ------
+    UsageError
+        The file cannot be read, is not YAML, or says what it may not; the message lists all problems, one a line after
+        the first, each with its line, key and what was expected.
+    """
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise UsageError(
+            f"cannot read the configuration {path}: {error.strerror}",
+            hint="name another file with --config, or start from config.example.yaml",
+        ) from None
+    problems = _Problems()
+    config = _config(_Section.root(_compose(path, text), problems, path.absolute().parent), path)
+    problems.raise_any(path)
+    return config
+
+
+def _compose(path: Path, text: bytes) -> yaml.Node | None:
+    """Parse YAML into nodes; nothing is constructed."""
+    try:
+        return yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        reason = ", ".join(filter(None, (error.context, error.problem)))
+    except yaml.YAMLError as error:  # not text: an encoding, a control character
+        line, reason = "", str(error).splitlines()[0]
+    except RecursionError:
+        line, reason = "", "nested too deep"
+    raise UsageError(f"{path}: {line}this is not YAML: {reason}", hint=_HINT)
+
+
+def _config(section: _Section, path: Path) -> Config:
+    section.allow(
+        "repository", "bitmap", "compression", "cluster_size", "max_chain", "check_zeroes", "connections", "requests",
+        "request_size", "workers", "group_read", "machines",
+    )  # fmt: skip
+    known = Config()
+    bitmap = section.name("bitmap", "bitmap")
+    compression = section.compression(known.compression)
+    cluster_size = section.size("cluster_size", known.cluster_size, 4 * KiB, 2 * MiB)
+    config = Config(
+        path=path,
+        repository=section.path("repository"),
+        bitmap=bitmap,
+        compression=compression,
+        cluster_size=cluster_size,
+        max_chain=section.integer("max_chain", 1, 10_000) or known.max_chain,
+        check_zeroes=section.boolean("check_zeroes", otherwise=known.check_zeroes),
+        connections=section.integer("connections", 1, 64) or known.connections,
+        requests=section.integer("requests", 1, 256) or known.requests,
+        request_size=section.size("request_size", max(known.request_size, cluster_size), 64 * KiB, 32 * MiB),
+        workers=section.integer("workers", 1, 256),
+        group_read=section.boolean("group_read", otherwise=known.group_read),
+        machines=tuple(_machine(child, bitmap, compression) for child in section.children("machine", "machines")),
+    )
+    if config.cluster_size & (config.cluster_size - 1):
+        section.problem("cluster_size", f"expected a power of two, got {config.cluster_size}")
+    elif config.request_size % config.cluster_size:
+        size = show_size(config.cluster_size)
+        section.problem("request_size", f"expected a multiple of the cluster size, {size}, got {config.request_size}")
+    return config
+
+
+def _machine(section: _Section, bitmap: str | None, compression: Compression) -> MachineConfig:
+    section.allow("disks", "bitmap", "compression", not_yet=("qmp",))
+    disks = tuple(_disk(child) for child in section.children("disk", "disks"))
+    if "disks" not in section.fields and "qmp" not in section.fields:
+        section.problem(None, "expected `disks`, with a name for each disk")
+    return MachineConfig(
+        name=section.last,
+        disks=disks,
+        bitmap=section.name("bitmap", "bitmap") or bitmap,
+        compression=section.compression(compression),
+    )
+
+
+def _disk(section: _Section) -> DiskConfig:
+    section.allow("image", "nbd", "format", "bitmap", not_yet=("node",))
+    sources = [key for key in ("image", "nbd", "node") if key in section.fields]
+    if len(sources) != 1:
+        section.problem(None, f"expected one of `image` and `nbd`, got {' and '.join(sources) or 'neither'}")
+    if "nbd" in sources and "format" in section.fields:
+        section.problem("format", "only an `image` has a format: an NBD server sends the disk's bytes")
+    if "image" in sources and "bitmap" in section.fields:
+        section.problem("bitmap", "only an `nbd` disk names a bitmap; of an image, the machine's `bitmap` counts")
+    return DiskConfig(
+        name=section.last,
+        image=section.image(),
+        nbd=section.nbd(),
+        format=section.format(),
+        bitmap=section.bitmap_name(),
+    )
+
+
+class _Problems:
+    """What is wrong with a file, collected on the way."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[int, str]] = []
+        self.images: dict[str, str] = {}
+        """The disk that named an image, by the image's real path."""
+
+    def add(self, line: int, where: str, what: str) -> None:
+        self._found.append((line, f"line {line}: {where}: {what}" if where else f"line {line}: {what}"))
+
+    def raise_any(self, path: Path) -> None:
+        found = [text for _, text in sorted(self._found)]
+        if len(found) == 1:
+            raise UsageError(f"{path}: {found[0]}", hint=_HINT)
+        if found:
+            raise UsageError(
+                "\n".join([f"{path}: {len(found)} problems", *(f"  {text}" for text in found)]), hint=_HINT
+            )
+
+
+class _Section:
+    """
+    One mapping of the file.  A reader returns what a key holds, None or the default where the key is absent or wrong;
+    what is wrong goes to the problems.
+    """
+
+    def __init__(self, node: yaml.Node, line: int, keys: tuple[str, ...], problems: _Problems, folder: Path) -> None:
+        self._line, self._keys, self._problems, self._folder = line, keys, problems, folder
+        self.fields: dict[str, yaml.Node] = {}
+        self._lines: dict[str, int] = {}
+        if not isinstance(node, yaml.MappingNode):
+            self.problem(None, f"expected keys and values, got {_describe(node)}")
+            return
+        for key, value in node.value:
+            self._add(key, value)
+
+    @classmethod
+    def root(cls, node: yaml.Node | None, problems: _Problems, folder: Path) -> _Section:
+        """Return the whole file's mapping; an empty file has no keys."""
+        empty = yaml.MappingNode("tag:yaml.org,2002:map", [])
+        return cls(empty if node is None else node, 1, (), problems, folder)
+
+    @property
+    def last(self) -> str:
+        """The section's own key: the name of the machine or disk."""
+        return self._keys[-1]
+
+    def _add(self, key: yaml.Node, value: yaml.Node) -> None:
+        line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode) or _type(key) == "null":
+            self._problems.add(line, ".".join(self._keys), f"expected a key, got {_describe(key)}")
+        elif key.value in self.fields:
+            self.problem(key.value, f"given twice, first on line {self._lines[key.value]}", line)
+        else:
+            self.fields[key.value] = value
+            self._lines[key.value] = line
+
+    def problem(self, key: str | None, what: str, line: int | None = None) -> None:
+        """Note what is wrong with a key, or with the section itself (None)."""
+        where = ".".join([*self._keys, *([] if key is None else [key])])
+        self._problems.add(line or self._lines.get(key or "", self._line), where, what)
+
+    def allow(self, *known: str, not_yet: tuple[str, ...] = ()) -> None:
+        """Refuse keys that are not among these."""
+        for key in self.fields:
+            if key in not_yet:
+                self.problem(key, _NOT_YET)
+            elif key not in known:
+                close = difflib.get_close_matches(key, known, 1)
+                meant = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(known)}"
+                self.problem(key, f"unknown key; {meant}")
+
+    def children(self, kind: Kind, key: str) -> Iterator[_Section]:
+        """Yield the sections of a mapping from names to sections."""
+        if key not in self.fields:
+            return
+        outer = _Section(self.fields[key], self._lines[key], (*self._keys, key), self._problems, self._folder)
+        if not outer.fields and isinstance(self.fields[key], yaml.MappingNode):
+            self.problem(key, f"expected at least one {kind}")
+        for name, node in outer.fields.items():
+            if problem := name_problem(kind, name):
+                outer.problem(name, f"not a {kind}'s name: {problem}")
+            yield _Section(node, outer._lines[name], (*outer._keys, name), self._problems, self._folder)
+
+    def _scalar(self, key: str, types: tuple[str, ...], expected: str) -> str | None:
+        """Return a scalar's text as it stands in the file, when its YAML type is one of these."""
+        if key not in self.fields:
+            return None
+        node = self.fields[key]
+        if isinstance(node, yaml.ScalarNode) and _type(node) in types and node.value and _is_utf8(node.value):
+            return str(node.value)
+        self.problem(key, f"expected {expected}, got {_describe(node)}")
+        return None
+
+    def path(self, key: str) -> Path | None:
+        """A path; a relative one is relative to the file's folder."""
+        text = self._scalar(key, ("str",), "a path")
+        return None if text is None else self._folder / Path(text)
+
+    def name(self, kind: Kind, key: str) -> str | None:
+        """A name that keeps the rules of names.py."""
+        text = self._scalar(key, ("str",), f"the name of a {kind}")
+        if text is not None and (problem := name_problem(kind, text)):
+            self.problem(key, f"not a {kind}'s name: {problem}")
+            return None
+        return text
+
+    def compression(self, otherwise: Compression) -> Compression:
+        """The key `compression`."""
+        text = self._scalar("compression", ("str",), "none, zstd or zstd:LEVEL")
+        try:
+            return otherwise if text is None else Compression.parse(text)
+        except UsageError as error:
+            self.problem("compression", f"{error.message}: {error.hint}")
+            return otherwise
+
+    def size(self, key: str, otherwise: int, low: int, high: int) -> int:
+        """A size in bytes between two bounds."""
+        expected = f"a size from {show_size(low)} to {show_size(high)}"
+        text = self._scalar(key, ("str", "int", "float"), expected)
+        try:
+            size = otherwise if text is None else parse_size(text)
+        except UsageError:
+            size = -1
+        if low <= size <= high:
+            return size
+        self.problem(key, f"expected {expected}, got {text!r}")
+        return otherwise
+
+    def integer(self, key: str, low: int, high: int) -> int | None:
+        """A whole number between two bounds, written in decimal."""
+        expected = f"a whole number from {low} to {high}"
+        text = self._scalar(key, ("int",), expected)
+        if text is None:
+            return None
+        if re.fullmatch(r"0|[1-9][0-9]{0,9}", text, re.ASCII) and low <= int(text) <= high:
+            return int(text)
+        self.problem(key, f"expected {expected}, got {text!r}")
+        return None
+
+    def boolean(self, key: str, *, otherwise: bool) -> bool:
+        """YAML's true or false; it takes yes, no, on and off as well."""
+        text = self._scalar(key, ("bool",), "true or false")
+        if text is not None and text.lower() not in yaml.SafeLoader.bool_values:  # tagged !!bool by hand
+            self.problem(key, f"expected true or false, got {text!r}")
+            return otherwise
+        return otherwise if text is None else yaml.SafeLoader.bool_values[text.lower()]
+
+    def image(self) -> Path | None:
+        """An image's path, that no other disk of the file has: two would remove each other's bitmaps."""
+        path = self.path("image")
+        if path is not None:
+            mine = ".".join(self._keys)
+            other = self._problems.images.setdefault(os.path.realpath(path), mine)
+            if other != mine:
+                self.problem("image", f"{path} is the image of {other} already")
+        return path
+
+    def nbd(self) -> str | None:
+        """An NBD URI."""
+        text = self._scalar("nbd", ("str",), "an NBD URI")
+        if text is not None and text.partition(":")[0] not in _NBD_SCHEMES:
+            self.problem(
+                "nbd", f"expected an NBD URI, as nbd://HOST/EXPORT or nbd+unix:///EXPORT?socket=PATH, got {text!r}"
+            )
+            return None
+        return text
+
+    def format(self) -> Literal["qcow2", "raw"] | None:
+        """An image's format."""
+        match self._scalar("format", ("str",), "qcow2 or raw"):
+            case "qcow2":
+                return "qcow2"
+            case "raw":
+                return "raw"
+            case None:
+                return None
+            case other:
+                self.problem("format", f"expected qcow2 or raw, got {other!r}")
+                return None
+
+    def bitmap_name(self) -> str | None:
+        """The exact name of a bitmap on an NBD server; QEMU allows up to 1023 bytes of anything."""
+        text = self._scalar("bitmap", ("str",), "a bitmap's name")
+        if text is not None and len(text.encode()) > 1023:
+            self.problem("bitmap", f"expected at most 1023 bytes, got {len(text.encode())}")
+            return None
+        return text
+
+
+def _type(node: yaml.Node) -> str:
+    """Return the short YAML type of a node: "str", "int", "bool", "null" and so on; a foreign tag as it is."""
+    return str(node.tag).removeprefix("tag:yaml.org,2002:")
+
+
+def _describe(node: yaml.Node) -> str:
+    """Say what a node is, for "expected X, got Y"."""
+    if isinstance(node, yaml.MappingNode):
+        return "keys and values"
+    if isinstance(node, yaml.SequenceNode):
+        return "a list"
+    kind = _type(node)
+    if kind == "null" or not node.value:
+        return "nothing"
+    shown = node.value if len(node.value) <= 60 else node.value[:60] + "..."
+    if kind == "str":
+        return f"the text {shown!r}"
+    if kind in _PLAIN:
+        return f"the {_PLAIN[kind]} {shown} (for text, put it in quotes)"
+    return f"{shown!r} of type {kind}"
+
+
+def _is_utf8(text: str) -> bool:
+    """Whether the system can take a text as a name: no NUL, no half of a surrogate pair (YAML can escape both)."""
+    return "\0" not in text and not re.search("[\ud800-\udfff]", text)

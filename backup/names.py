@@ -1,0 +1,61 @@
+"""
+What machines, disks and bitmaps may be called.
+
+A machine's name is a folder in the repository and a disk's name begins its data files' names, so neither may hold a
+slash, begin with a dot, or be long.  A bitmap family's name is followed by a dot, the repository and the point that the
+bitmap starts from, so it may hold no dot.  Pure; imports only backup.errors.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from backup.errors import UsageError
+
+Kind = Literal["machine", "disk", "bitmap"]
+
+MAX_LENGTH = 64
+"""Characters.  Of a data file's name 32 follow the disk's, of a bitmap's name 35 the family's: far below any limit."""
+
+MARKER = "pybackup.json"
+"""The file that marks a repository, beside the machines' folders (FORMAT.md)."""
+
+_PATTERNS = {
+    "machine": re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*"),
+    "disk": re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*"),
+    "bitmap": re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*"),
+}
+_RULES = {
+    "machine": "letters, digits, '.', '_' and '-', not beginning with '.' or '-'",
+    "disk": "letters, digits, '.', '_' and '-', not beginning with '.' or '-'",
+    "bitmap": "letters, digits, '_' and '-' (no dot: pybackup adds one and the point's id), not beginning with '-'",
+}
+
+
+def check_name(kind: Kind, text: str) -> str:
+    """
+    Return `text` when it may name a `kind` ("machine", "disk", or "bitmap" for a bitmap family).
+
+    Raises
+    ------
+    UsageError
+        The name is empty, too long or has a character that it may not have.
+    """
+    problem = name_problem(kind, text)
+    if problem is not None:
+        raise UsageError(f"{text!r} cannot name a {kind}: {problem}", hint=f"a {kind}'s name has {_RULES[kind]}")
+    return text
+
+
+def name_problem(kind: Kind, text: str) -> str | None:
+    """Say what is wrong with a name; None when nothing is."""
+    if not text:
+        return "it is empty"
+    if len(text) > MAX_LENGTH:
+        return f"it has {len(text)} characters, more than {MAX_LENGTH}"
+    if not _PATTERNS[kind].fullmatch(text):
+        return f"allowed are {_RULES[kind]}"
+    if kind == "machine" and text == MARKER:
+        return "the repository's marker has that name"
+    return None

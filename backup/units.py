@@ -1,0 +1,84 @@
+"""
+Sizes, rates and durations, parsed and shown.
+
+Binary units throughout, as in qemu-img: "64K", "64KiB" and "65536" are the same number of bytes.  Pure; imports only
+backup.errors.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+from backup.errors import UsageError
+
+KiB = 1 << 10
+MiB = 1 << 20
+GiB = 1 << 30
+TiB = 1 << 40
+
+_PREFIXES = "KMGTPE"
+_SIZE = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?) ?(?:([KMGTPE])(?:i?B)?|B)?", re.IGNORECASE | re.ASCII)
+
+
+def parse_size(text: str) -> int:
+    """
+    Read a size in bytes: "4096", "64K", "64KiB", "64 kib", "1.5G".
+
+    K is 1024 as in qemu-img; "KB" means the same, because whoever writes it for a cluster or request size means it.
+    A fraction must come out at a whole number of bytes.
+
+    Raises
+    ------
+    UsageError
+        Not a size: a rate ("50M/s"), a sign, an unknown unit, a part of a byte.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f"{text!r} is not a size", hint="write a size as 4096, 64K, 64KiB or 1.5G (K is 1024)")
+    number, prefix = match.groups()
+    size = Fraction(number) * (1 << 10 * (_PREFIXES.index(prefix.upper()) + 1) if prefix else 1)
+    if size.denominator != 1:
+        raise UsageError(f"{text!r} is not a whole number of bytes", hint="write a size as 4096, 64K, 64KiB or 1.5G")
+    return int(size)
+
+
+def show_size(size: int) -> str:
+    """
+    Show bytes for a reader: "512 B", "64 KiB", "1.5 GiB".
+
+    One decimal, none where it would be zero; rounded to the nearest tenth.  Where a size must be exact, show bytes.
+    """
+    if abs(size) < KiB:
+        return f"{size} B"
+    exponent = 1
+    # 1023.95 KiB would be shown as "1024 KiB": such a size belongs to the next unit.
+    while exponent < len(_PREFIXES) and _tenths(size, exponent) >= 10240:
+        exponent += 1
+    whole, tenth = divmod(_tenths(size, exponent), 10)
+    number = f"{whole}.{tenth}" if tenth else f"{whole}"
+    return f"{'-' if size < 0 else ''}{number} {_PREFIXES[exponent - 1]}iB"
+
+
+def _tenths(size: int, exponent: int) -> int:
+    """Return |size| in tenths of 1024**exponent, rounded half up; integers, for a size beyond 2**53 is no float."""
+    unit = 1 << 10 * exponent
+    return (abs(size) * 20 + unit) // (2 * unit)
+
+
+def show_rate(size: int, seconds: float) -> str:
+    """Show how fast `size` bytes went in `seconds`: "1.2 GiB/s"; "-" when no time passed."""
+    return f"{show_size(round(size / seconds))}/s" if seconds > 0 else "-"
+
+
+def show_duration(seconds: float) -> str:
+    """Show a duration: "0.25 s", "4.2 s", "1 min 05 s", "2 h 03 min"."""
+    if seconds < 9.95:
+        return f"{seconds:.2f} s" if seconds < 0.995 else f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(whole / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
