@@ -1,0 +1,159 @@
+"""
+Checks a data file's structure: every host cluster is referred to exactly as often as its refcount says.
+
+What `qemu-img check` finds, and stricter: nothing but packed frames may share a host cluster.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from backup.errors import Damaged
+from backup.qcow2.codec import Codec
+from backup.qcow2.layout import COMPRESSED, RAW, U64
+from backup.qcow2.reader import Reader
+
+WINDOW = 1 << 24
+"""Host clusters counted in one walk over the tables (5 bytes of memory each): 1 TiB of a file with 64 KiB clusters."""
+
+_READ_BYTES = 1 << 20
+
+
+def check(reader: Reader, codec: Codec | None = None, *, window: int = WINDOW) -> None:
+    """
+    Check a whole file.
+
+    Parameters
+    ----------
+    reader : Reader
+        The file.
+    codec : Codec, optional
+        Decode every frame as well.
+    window : int
+        Host clusters counted in one walk; memory is 5 bytes for each, time one walk over all L2 tables for each window.
+
+    Raises
+    ------
+    Damaged
+        The first thing that is wrong, and where.
+    """
+    clusters = reader.file_size // reader.image.cluster_size
+    per = reader.image.block_entries
+    blocks = reader.refcount_table()
+    if blocks[-(-clusters // per) :].any():
+        raise reader.damaged(f"refcount blocks for clusters beyond the file's {clusters}")
+    window = max(1, window // per) * per
+    for start in range(0, clusters, window):
+        _check_window(reader, blocks, _Uses(reader, start, min(window, clusters - start)))
+    if codec is not None:
+        for index, _, table in reader.tables():
+            _decode_table(reader, codec, index * reader.image.table_entries, table)
+
+
+class _Uses:
+    """References to the host clusters [start, start + count): whole ones, which exclude all others, and frames."""
+
+    def __init__(self, reader: Reader, start: int, count: int) -> None:
+        self._reader = reader
+        self.start = start
+        self.count = count
+        self._whole = np.zeros(count, np.bool_)
+        self._frames = np.zeros(count, np.uint32)
+
+    def add_whole(self, clusters: U64, what: str) -> None:
+        """Note one reference to each of these host clusters, the only one they may have."""
+        inside = self._inside(clusters)
+        values, counts = np.unique(inside, return_counts=True)
+        taken = values[(counts > 1) | self._whole[values]]
+        if len(taken):
+            raise self._at(int(taken[0]), f"used twice, the second time by {what}")
+        self._whole[inside] = True
+
+    def add_frames(self, clusters: U64) -> None:
+        """Note references of packed frames."""
+        values, counts = np.unique(self._inside(clusters), return_counts=True)
+        self._frames[values] += counts.astype(np.uint32)
+
+    def refcounts(self) -> npt.NDArray[np.uint32]:
+        """Return what the refcounts must be."""
+        both = self._whole & (self._frames > 0)
+        if both.any():
+            raise self._at(int(np.argmax(both)), "holds frames and something else")
+        return self._frames + self._whole
+
+    def require(self, stored: npt.NDArray[np.uint32]) -> None:
+        """Hold the stored refcounts against the references."""
+        expected = self.refcounts()
+        wrong = stored != expected
+        if wrong.any():
+            index = int(np.argmax(wrong))
+            raise self._at(index, f"refcount is {stored[index]}, references are {expected[index]}")
+
+    def _inside(self, clusters: U64) -> npt.NDArray[np.int64]:
+        low, high = np.uint64(self.start), np.uint64(self.start + self.count)
+        return (clusters[(clusters >= low) & (clusters < high)] - low).astype(np.int64)
+
+    def _at(self, index: int, what: str) -> Damaged:
+        return self._reader.damaged(f"host cluster at {(self.start + index) * self._reader.image.cluster_size}: {what}")
+
+
+def _check_window(reader: Reader, blocks: U64, uses: _Uses) -> None:
+    """Count all references into one window of host clusters and compare them with the stored refcounts."""
+    size = np.uint64(reader.image.cluster_size)
+    header = reader.header
+    l1_clusters = -(-reader.image.tables * 8 // reader.image.cluster_size)
+    uses.add_whole(np.zeros(1, np.uint64), "the header")
+    uses.add_whole(_clusters(header.l1_offset // int(size), l1_clusters), "the L1 table")
+    table = _clusters(header.refcount_table_offset // int(size), header.refcount_table_clusters)
+    uses.add_whole(table, "the refcount table")
+    uses.add_whole(blocks[blocks != 0] // size, "a refcount block")
+    for index, offset, entries in reader.tables():
+        uses.add_whole(np.full(1, offset, np.uint64) // size, f"L2 table {index}")
+        codes = reader.kinds(entries)
+        offsets, lengths = reader.spans(entries)
+        uses.add_whole(offsets[codes == RAW] // size, f"a guest cluster of L2 table {index}")
+        packed = codes == COMPRESSED
+        first = offsets[packed] // size
+        # A well-formed frame is too short to touch a third cluster between its first and its last.
+        last = (offsets + lengths - np.uint64(1))[packed] // size
+        uses.add_frames(first)
+        uses.add_frames(last[last > first])
+    uses.require(_stored(reader, blocks, uses.start, uses.count))
+
+
+def _clusters(first: int, count: int) -> U64:
+    return np.arange(first, first + count, dtype=np.uint64)
+
+
+def _stored(reader: Reader, blocks: U64, start: int, count: int) -> npt.NDArray[np.uint32]:
+    """Read the stored refcounts of [start, start + count); a last block must hold none beyond the file's end."""
+    per = reader.image.block_entries
+    stored = np.zeros(count, np.uint32)
+    for at in range(0, count, per):
+        index = (start + at) // per
+        offset = int(blocks[index]) if index < len(blocks) else 0
+        if offset:
+            counts = reader.refcount_block(offset)
+            stored[at : at + per] = counts[: count - at]
+            if counts[count - at :].any():
+                raise reader.damaged(f"refcounts of clusters beyond the file's end in refcount block {index}")
+    return stored
+
+
+def _decode_table(reader: Reader, codec: Codec, first: int, entries: U64) -> None:
+    """Decode every frame of an L2 table, reading neighbours at once; `first` is its first guest cluster."""
+    packed = np.flatnonzero(reader.kinds(entries) == COMPRESSED)
+    offsets, lengths = reader.spans(entries[packed])
+    order = np.argsort(offsets)
+    buffer, start = b"", 0
+    for guest, offset, length in zip(
+        packed[order].tolist(), offsets[order].tolist(), lengths[order].tolist(), strict=True
+    ):
+        if offset + length > start + len(buffer):
+            start = offset
+            buffer = reader.read(offset, max(length, min(_READ_BYTES, reader.file_size - offset)))
+        try:
+            codec.decode(memoryview(buffer)[offset - start : offset - start + length], reader.image.cluster_size)
+        except Damaged as error:
+            raise reader.damaged(f"guest cluster {first + guest}, at {offset}: {error.message}") from error

@@ -1,0 +1,144 @@
+"""
+One cluster as one zstd frame, and back.
+
+The only module that imports zstandard.  A frame carries its content's size and checksum: QEMU refuses a cluster whose
+checksum fails, and without one hands out wrong bytes (design.md, "The data file").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import zstandard
+
+from backup.errors import Damaged
+from backup.qcow2.layout import DAMAGED_HINT
+
+Buffer = bytes | bytearray | memoryview
+
+_MAGIC = 0xFD2FB528
+_RESERVED_BITS = 0x18  # bit 3 is reserved, bit 4 unused: no encoder sets them
+_SINGLE_SEGMENT, _HAS_CHECKSUM = 0x20, 0x04
+_DICTIONARY_BYTES = (0, 1, 2, 4)
+_CONTENT_SIZE_BYTES = (0, 2, 4, 8)
+_BLOCK_RLE, _BLOCK_RESERVED = 1, 3
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What a frame's headers tell.  Bytes; `content` is None where the header doesn't say it."""
+
+    length: int
+    content: int | None
+    checksum: bool
+
+
+class Codec:
+    """
+    Compresses and decompresses clusters.  One per thread: zstandard's contexts must not be shared.
+
+    Parameters
+    ----------
+    cluster_size : int
+        Bytes of every cluster.
+    level : int or None
+        zstd's level; None never compresses (but still decompresses).
+    """
+
+    def __init__(self, cluster_size: int, level: int | None) -> None:
+        self._cluster_size = cluster_size
+        self._compressor = None
+        if level is not None:
+            self._compressor = zstandard.ZstdCompressor(level=level, write_checksum=True, write_content_size=True)
+        self._decompressor = zstandard.ZstdDecompressor()
+
+    def encode(self, cluster: memoryview) -> bytes | None:
+        """Return the cluster's frame, or None where that is not smaller than the cluster, which is then stored raw."""
+        if self._compressor is None:
+            return None
+        frame = self._compressor.compress(cluster)
+        return frame if len(frame) < self._cluster_size else None
+
+    def decode(self, frame: Buffer, cluster_size: int) -> bytes:
+        """
+        Return the cluster, `cluster_size` bytes, of the frame at the start of `frame`; what follows is not looked at.
+
+        Raises
+        ------
+        Damaged
+            No frame of ours (with checksum, of one cluster), cut, or its content fails the checksum.
+        """
+        found = parse_frame(frame)
+        # Checked before zstandard sees it: it allocates as much as the frame claims.
+        if found.content != cluster_size or not found.checksum:
+            raise _damaged(
+                f"holds {found.content} bytes, checksum {'yes' if found.checksum else 'no'}; "
+                f"a cluster is {cluster_size} bytes with checksum"
+            )
+        try:
+            return self._decompressor.decompress(memoryview(frame)[: found.length])
+        except zstandard.ZstdError as error:
+            raise _damaged(str(error)) from error
+
+
+def frame_length(data: Buffer) -> int:
+    """
+    Length in bytes of the zstd frame at the start of `data`, from its headers alone: a descriptor in an L2 table only
+    says in which sector the frame ends.
+
+    Raises
+    ------
+    Damaged
+        Not a frame, or one that does not end inside `data`.
+    """
+    return parse_frame(data).length
+
+
+def parse_frame(data: Buffer) -> Frame:
+    """
+    Read the headers of the frame at the start of `data` (RFC 8878, section 3.1.1).
+
+        magic 4 | descriptor 1 | window 0-1 | dictionary 0-4 | content size 0-8 | blocks ... | checksum 0-4
+
+    Raises
+    ------
+    Damaged
+        Not a frame, or one that does not end inside `data`.
+    """
+    if len(data) < 5 or int.from_bytes(data[:4], "little") != _MAGIC:
+        raise _damaged(f"starts with {bytes(data[:5]).hex()}, not with a frame header")
+    descriptor = data[4]
+    if descriptor & _RESERVED_BITS:
+        raise _damaged(f"descriptor {descriptor:#04x} has reserved bits")
+    single = bool(descriptor & _SINGLE_SEGMENT)
+    checksum = bool(descriptor & _HAS_CHECKSUM)
+    at = 5 + (not single) + _DICTIONARY_BYTES[descriptor & 3]
+    # A single segment always tells its size, in one byte where the field's code is 0.
+    width = _CONTENT_SIZE_BYTES[descriptor >> 6] or int(single)
+    content = int.from_bytes(data[at : at + width], "little") + (256 if width == 2 else 0)
+    end = _end_of_blocks(data, at + width) + (4 if checksum else 0)
+    if end > len(data):
+        raise _cut(data)
+    return Frame(end, content if width else None, checksum)
+
+
+def _end_of_blocks(data: Buffer, at: int) -> int:
+    """Offset behind the last of the blocks that start at `at`; each is 3 bytes of header and its content."""
+    last = False
+    while not last:
+        if at + 3 > len(data):
+            raise _cut(data)
+        head = int.from_bytes(data[at : at + 3], "little")
+        last, kind, size = bool(head & 1), head >> 1 & 3, head >> 3
+        if kind == _BLOCK_RESERVED:
+            raise _damaged(f"block of a reserved type at byte {at}")
+        at += 3 + (1 if kind == _BLOCK_RLE else size)
+    return at
+
+
+def _damaged(what: str) -> Damaged:
+    return Damaged(f"zstd frame: {what}", hint=DAMAGED_HINT)
+
+
+def _cut(data: Buffer) -> Damaged:
+    return _damaged(f"ends beyond the {len(data)} bytes at hand")
