@@ -44,7 +44,25 @@ def test_sizes_mean_what_qemu_img_means(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "K", "50M/s", "-1", "+1", "1e3", "0x10", "1,5G", "64 Kib/s", "1.G", ".5K", "1X", "0.3", "1 2", "٣"]
+    "text",
+    [
+        "",
+        "K",
+        "50M/s",
+        "-1",
+        "+1",
+        "1e3",
+        "0x10",
+        "1,5G",
+        "64 Kib/s",
+        "1.G",
+        ".5K",
+        "1X",
+        "0.3",
+        "1 2",
+        "٣",
+        "64\N{KELVIN SIGN}",
+    ],
 )
 def test_what_is_not_a_size_is_refused_and_named(text):
     with pytest.raises(UsageError) as caught:
