@@ -1,7 +1,7 @@
 # Every target but help and clean sets up first what it needs (tools/setup); a second run does so in no time.
 
 export PATH := $(PATH):/usr/sbin:/sbin# mke2fs and debugfs, which Debian hides from users
-PYTHON_FILES := backup stubs tests $(wildcard bench tools/*.py)
+PYTHON_FILES := backup stubs tests $(wildcard bench) tools
 JOBS ?= $(shell nproc)
 
 .PHONY: help setup demo test check bench clean
@@ -18,7 +18,7 @@ setup:
 	@tools/setup
 
 demo: setup
-	@tools/demo
+	@.venv/bin/python tools/demo.py
 
 test: setup
 	.venv/bin/python -m pytest -n $(JOBS) $(ARGS)
@@ -26,7 +26,7 @@ test: setup
 check: setup
 	.venv/bin/ruff format --check $(PYTHON_FILES)
 	.venv/bin/ruff check $(PYTHON_FILES)
-	.venv/bin/mypy --strict backup
+	.venv/bin/mypy --strict backup tools
 	$(if $(wildcard tests/test_architecture.py),.venv/bin/python -m pytest tests/test_architecture.py)
 
 bench: setup
