@@ -264,24 +264,31 @@ def parse_header(data: bytes, file_size: int, name: str) -> Header:
             raise refuse(f"{what} is {value}, pybackup writes {ours}")
     if not MIN_CLUSTER <= 1 << min(cluster_bits, 63) <= MAX_CLUSTER:
         raise refuse(f"cluster bits {cluster_bits} out of range")
-    cluster_size = 1 << cluster_bits
     backing = _parse_backing(data, backing_offset, backing_length, refuse)
-    image = Image(size, cluster_size, backing, zstd)
-    if size % SECTOR or image.tables * 8 > MAX_L1_BYTES:
+    image = Image(size, 1 << cluster_bits, backing, zstd)
+    header = Header(image, l1_offset, table_offset, table_clusters)
+    _require_inside(header, l1_size, file_size, refuse)
+    return header
+
+
+def _require_inside(header: Header, l1_size: int, file_size: int, refuse: Callable[[str], Damaged]) -> None:
+    """Refuse sizes that pybackup does not write and tables that are not inside the file."""
+    size, cluster_size = header.image.size, header.image.cluster_size
+    if size % SECTOR or header.image.tables * 8 > MAX_L1_BYTES:
         raise refuse(f"disk size {size} is no multiple of {SECTOR} or too large for clusters of {cluster_size} bytes")
-    if l1_size != image.tables:
-        raise refuse(f"L1 table has {l1_size} entries, a disk of {size} bytes needs {image.tables}")
+    if l1_size != header.image.tables:
+        raise refuse(f"L1 table has {l1_size} entries, a disk of {size} bytes needs {header.image.tables}")
     if file_size % cluster_size:
         raise refuse(f"file size {file_size} is no multiple of the cluster size {cluster_size}: truncated?")
-    if not 0 < table_clusters * cluster_size <= MAX_REFCOUNT_TABLE_BYTES:
-        raise refuse(f"refcount table of {table_clusters} clusters")
+    table_bytes = header.refcount_table_clusters * cluster_size
+    if not 0 < table_bytes <= MAX_REFCOUNT_TABLE_BYTES:
+        raise refuse(f"refcount table of {header.refcount_table_clusters} clusters")
     for what, offset, length in (
-        ("L1 table", l1_offset, l1_size * 8),
-        ("refcount table", table_offset, table_clusters * cluster_size),
+        ("L1 table", header.l1_offset, l1_size * 8),
+        ("refcount table", header.refcount_table_offset, table_bytes),
     ):
         if offset % cluster_size or offset < cluster_size or offset + length > file_size:
             raise refuse(f"{what} at {offset}, {length} bytes, is not inside the file of {file_size} bytes")
-    return Header(image, l1_offset, table_offset, table_clusters)
 
 
 def _parse_backing(data: bytes, offset: int, length: int, refuse: Callable[[str], Damaged]) -> str | None:

@@ -72,7 +72,7 @@ class Writer:
     sink : PartSink
         Gets the parts.
     level : int or None
-        None stores every cluster as it is, whatever the codec could do.
+        None stores every cluster as it is, whatever the codec could do; so does an image without zstd.
 
     Raises
     ------
@@ -82,10 +82,8 @@ class Writer:
 
     def __init__(self, image: Image, sink: PartSink, *, level: int | None = 1) -> None:
         require_writable(image)
-        if level is not None and not image.zstd:
-            raise ValueError("a level for an image without compression")
         self.image = image
-        self._compress = level is not None
+        self._compress = image.zstd and level is not None
         self._zeroes = bytes(image.cluster_size)
         self._parts = Parts(sink)
         self._lock = Lock()
@@ -214,7 +212,9 @@ class Writer:
         for offset, data in jobs.fills:
             self._parts.fill(offset, data)
         for offset, frames in jobs.packs:
-            self._parts.fill(offset, np.frombuffer(b"".join(frames), np.uint8))
+            for frame in frames:  # joining them first would copy twice
+                self._parts.fill(offset, np.frombuffer(frame, np.uint8))
+                offset += len(frame)
         for offset, length in jobs.holes:
             self._parts.clear(offset, length)
 
