@@ -1,0 +1,5 @@
+"""`python -m backup` is `pybackup`."""
+
+from backup.cli.app import main
+
+main()

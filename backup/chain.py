@@ -1,0 +1,184 @@
+"""
+Chains: a disk's points from a full to the newest, proven contiguous, and which of them holds a byte.
+
+A child names its parent's id and identity; `build` refuses gaps, swaps and foreign parents.  `Index` answers, for a run
+of clusters, who is the newest holder of each, clipped at every point's size (design.md, "Reading a chain"):
+
+    newest, 4 MiB            |....|....|....|....|
+    parent, shrunk to 2.5    |....|.dd.|..|           beyond 2.5 MiB nothing older shows through
+    full, 4 MiB              |dddd|dddd|dddd|dddd|
+    result                    full  par. cut  zero
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from backup.errors import BackupError, Damaged, NotFound
+from backup.extents import Mask
+from backup.manifest import DiskEntry, Manifest
+
+NOBODY = -1
+"""Holder of a cluster that no file of the chain holds: it reads as zero."""
+
+UNALLOCATED, ZERO = 0, 1
+"""What a data file holds for a cluster, where that is no data (backup.qcow2 has the other codes)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One disk in one point."""
+
+    point: str
+    sequence: int
+    entry: DiskEntry
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Links from the newest to the full."""
+
+    disk: str
+    links: tuple[Link, ...]
+
+    @property
+    def newest(self) -> Link:
+        """The link that the chain was built for."""
+        return self.links[0]
+
+    @property
+    def size(self) -> int:
+        """Exact size of the disk at the newest point, in bytes."""
+        return self.links[0].entry.size
+
+    @property
+    def cluster_size(self) -> int:
+        """Bytes; the same in all links."""
+        return self.links[0].entry.data.cluster_size
+
+    @property
+    def limits(self) -> tuple[int, ...]:
+        """For each link: from this byte on it does not show, since it or a point after it was that short."""
+        limits: list[int] = []
+        for link in self.links:
+            limits.append(min(link.entry.size, limits[-1] if limits else link.entry.size))
+        return tuple(limits)
+
+
+def newest_manifest(manifests: Iterable[Manifest], disk: str | None = None) -> Manifest | None:
+    """The manifest of the highest sequence, of those that hold `disk`; never by time or name."""
+    held = [manifest for manifest in manifests if disk is None or manifest.disk(disk) is not None]
+    return max(held, key=lambda manifest: manifest.sequence, default=None)
+
+
+def build(manifests: Mapping[str, Manifest], point: str, disk: str) -> Chain:
+    """
+    Follow parents from `point` down to a full.
+
+    Parameters
+    ----------
+    manifests : mapping
+        The machine's manifests by point id.
+
+    Raises
+    ------
+    NotFound
+        The point or the disk is not there, or a parent's manifest is missing.
+    Damaged
+        A parent is not the one that the child was made against.
+    """
+    links = [_link(manifests, point, disk)]
+    while links[-1].entry.parent is not None:
+        links.append(_parent(manifests, links[-1], disk))
+    return Chain(disk, tuple(links))
+
+
+def _link(manifests: Mapping[str, Manifest], point: str, disk: str) -> Link:
+    manifest = manifests.get(point)
+    if manifest is None:
+        raise NotFound(f"there is no point {point}", hint="see `pybackup list` for the points that there are")
+    entry = manifest.disk(disk)
+    if entry is None:
+        names = ", ".join(held.name for held in manifest.disks)
+        raise NotFound(f"point {point} holds no disk {disk!r}", hint=f"it holds: {names}")
+    return Link(point, manifest.sequence, entry)
+
+
+def _parent(manifests: Mapping[str, Manifest], child: Link, disk: str) -> Link:
+    wanted = child.entry.parent
+    assert wanted is not None
+    manifest = manifests.get(wanted.point)
+    if manifest is None:
+        raise NotFound(
+            f"point {child.point} builds on point {wanted.point}, whose manifest is missing",
+            hint="bring the manifest back from a copy of the repository, or use a point before the gap",
+        )
+    entry = manifest.disk(disk)
+    if entry is None:
+        raise _mismatch(child, wanted.point, f"that point holds no disk {disk!r}")
+    if entry.identity != wanted.identity:
+        raise _mismatch(child, wanted.point, f"its identity is {entry.identity}, not {wanted.identity}")
+    if manifest.sequence >= child.sequence:
+        raise _mismatch(child, wanted.point, f"its sequence {manifest.sequence} is not below {child.sequence}")
+    if entry.data.cluster_size != child.entry.data.cluster_size:
+        raise _mismatch(child, wanted.point, f"its clusters have {entry.data.cluster_size} bytes")
+    return Link(wanted.point, manifest.sequence, entry)
+
+
+def _mismatch(child: Link, parent: str, why: str) -> BackupError:
+    return Damaged(
+        f"point {child.point} does not continue point {parent}: {why}",
+        hint="a manifest was swapped or belongs to another chain; bring the right one back from a copy of the repository",
+    )
+
+
+class ClusterFile(Protocol):
+    """What the index asks of a data file's reader."""
+
+    def entries(self, first: int, count: int) -> npt.NDArray[np.uint64]:
+        """L2 entries of guest clusters."""
+
+    def kinds(self, entries: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint8]:
+        """Codes: 0 unallocated, 1 zero, more: data."""
+
+
+class Index:
+    """Who holds what, over the open files of a chain (newest first)."""
+
+    def __init__(self, chain: Chain, files: Sequence[ClusterFile]) -> None:
+        self.chain = chain
+        self._files = files
+        self._limits = chain.limits
+
+    def resolve(self, first: int, count: int) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.uint64]]:
+        """
+        For each of `count` clusters from `first`: the number of the link that holds its data and the entry there.
+
+        NOBODY where it reads as zero.  Of the link's cluster only the bytes below the link's limit count.
+        """
+        holders = np.full(count, NOBODY, dtype=np.int16)
+        found = np.zeros(count, dtype=np.uint64)
+        open_ = np.ones(count, dtype=np.bool_)
+        for number, (file, limit) in enumerate(zip(self._files, self._limits, strict=True)):
+            visible = min(-(-limit // self.chain.cluster_size) - first, count)
+            if visible <= 0 or not open_[:visible].any():
+                break
+            entries = file.entries(first, visible)
+            if not entries.any():
+                continue
+            kinds = file.kinds(entries)
+            still_open = open_[:visible]
+            data = still_open & (kinds > ZERO)
+            holders[:visible][data] = number
+            found[:visible][data] = entries[data]
+            still_open &= kinds == UNALLOCATED
+        return holders, found
+
+    def holds_data(self, first: int, count: int) -> Mask:
+        """For each of `count` clusters from `first`: does the chain hold data there?"""
+        return self.resolve(first, count)[0] != NOBODY

@@ -1,0 +1,257 @@
+"""
+Data files in a machine's folder: written in parts with digests on the way, opened against their manifest's entry.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+
+from backup import digests, qcow2
+from backup.chain import Chain, Index
+from backup.digests import BlockCache, CheckedFile
+from backup.errors import BackupError, Damaged, Failed
+from backup.manifest import DataFile, DiskEntry
+
+_FROM_COPY = "bring the file back from a copy of the repository, or restore another point"
+
+
+class PartFile:
+    """
+    A file that is written in numbered parts, each hashed as it comes (a `qcow2.PartSink`).
+
+    Raises
+    ------
+    Failed
+        The file exists, or the disk is full.
+    """
+
+    def __init__(self, path: Path, mode: int) -> None:
+        self.path = path
+        self._digests: dict[int, bytes] = {}
+        self._lock = threading.Lock()
+        try:
+            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        except OSError as error:
+            raise _cannot_write(path, error) from None
+
+    def put(self, number: int, data: bytes | bytearray | memoryview) -> None:
+        """Write part `number` (digests.BLOCK bytes each, the last may be short)."""
+        found = digests.digest(data)
+        with self._lock:
+            self._digests[number] = found
+        offset = number * digests.BLOCK
+        view = memoryview(data)
+        try:
+            while view:
+                written = os.pwrite(self._fd, view, offset)
+                view, offset = view[written:], offset + written
+        except OSError as error:
+            raise _cannot_write(self.path, error) from None
+
+    def finish(self) -> bytes:
+        """Make the file last and return the digests of its blocks, in order."""
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            raise _cannot_write(self.path, error) from None
+        self.close()
+        return b"".join(self._digests[number] for number in range(len(self._digests)))
+
+    def close(self) -> None:
+        """Close the file, finished or not."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def write_digests(path: Path, content: bytes, mode: int) -> None:
+    """Write a `.b3` file that lasts."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        with open(fd, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(fd)
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+
+
+def _cannot_write(path: Path, error: OSError) -> BackupError:
+    return Failed(
+        f"{path} cannot be written: {error.strerror}",
+        hint="check the space and the permissions there; no point was made and earlier points are untouched",
+    )
+
+
+class OpenDataFile:
+    """A data file opened for reading, every byte held against its digest first."""
+
+    def __init__(self, folder: Path, entry: DiskEntry, cache: BlockCache) -> None:
+        data = entry.data
+        listed = digests.load(folder / data.digests, data.digest, digests.block_count(data.size))
+        self.file = CheckedFile(folder / data.file, data.size, listed, cache)
+        try:
+            self.reader = qcow2.Reader(self.file.read_at, data.size, str(self.file.path))
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+class PeekedDataFile:
+    """A data file opened for its metadata only, unchecked: for planning, where `verify` has the last word."""
+
+    def __init__(self, folder: Path, entry: DiskEntry) -> None:
+        path = folder / entry.data.file
+        self._fd = digests.open_plain(path)
+        try:
+            actual = os.fstat(self._fd).st_size
+            if actual != entry.data.size:
+                raise Damaged(f"{path} has {actual} bytes where its manifest says {entry.data.size}", hint=_FROM_COPY)
+            if not (folder / entry.data.digests).is_file():
+                raise Damaged(f"{folder / entry.data.digests} is missing", hint=_FROM_COPY)
+            self.reader = qcow2.Reader(self._read_at, actual, str(path))
+            check_head(self.reader, entry, str(path))
+        except BaseException:
+            self.close()
+            raise
+        self._path = path
+
+    def _read_at(self, offset: int, length: int) -> bytes:
+        try:
+            content = os.pread(self._fd, length, offset)
+        except OSError as error:
+            raise Damaged(f"a data file cannot be read: {error.strerror}", hint=_FROM_COPY) from None
+        if len(content) != length:
+            raise Damaged(f"a data file ends before byte {offset + length}", hint=_FROM_COPY)
+        return content
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+@contextmanager
+def opened(folder: Path, chain: Chain) -> Iterator[list[OpenDataFile]]:
+    """Open all data files of a chain, newest first, and hold their heads against the manifests."""
+    cache = BlockCache()
+    with ExitStack() as stack:
+        files = [stack.enter_context(closing(OpenDataFile(folder, link.entry, cache))) for link in chain.links]
+        check_heads(chain, [file.reader for file in files])
+        yield files
+
+
+@contextmanager
+def peeked(folder: Path, chain: Chain) -> Iterator[Index]:
+    """Open a chain's metadata for planning; existence, sizes and heads are checked, contents are not."""
+    with ExitStack() as stack:
+        files = [stack.enter_context(closing(PeekedDataFile(folder, link.entry))) for link in chain.links]
+        check_heads(chain, [file.reader for file in files])
+        yield Index(chain, [file.reader for file in files])
+
+
+class DataFileMaker:
+    """
+    Makes one data file and its digest file under their own names (a `copier.Sink`).
+
+    `written` collects the paths, so that a run that fails can remove them; `stem` is "DISK.POINT".
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        stem: str,
+        *,
+        size: int,
+        cluster_size: int,
+        backing: str | None,
+        level: int | None,
+        mode: int,
+        written: list[Path],
+    ) -> None:
+        self._folder = folder
+        self._mode = mode
+        self._level = level
+        self._cluster_size = cluster_size
+        self._data = folder / f"{stem}.qcow2"
+        self._digests = folder / f"{stem}.b3"
+        self._written = written
+        self._codecs = threading.local()
+        image = qcow2.Image(size=size, cluster_size=cluster_size, backing=backing, zstd=level is not None)
+        self._file = PartFile(self._data, mode)
+        written.append(self._data)
+        self._writer = qcow2.Writer(image, self._file, level=level)
+
+    def write(self, first_cluster: int, data: memoryview) -> int:
+        """Store whole clusters; returns how many of them are all zeroes."""
+        codec = getattr(self._codecs, "codec", None)
+        if codec is None:
+            codec = self._codecs.codec = qcow2.Codec(self._cluster_size, self._level)
+        return self._writer.write(first_cluster, data, codec)
+
+    def zero(self, first_cluster: int, count: int) -> None:
+        """Record clusters that read as zero."""
+        self._writer.zero(first_cluster, count)
+
+    def completed_below(self, cluster: int) -> None:
+        """Nothing will come for clusters below this one any more."""
+        self._writer.completed_below(cluster)
+
+    def finish(self, compression: str) -> DataFile:
+        """Complete both files, make them last, and describe them for the manifest."""
+        size = self._writer.finish()
+        listed = self._file.finish()
+        self._written.append(self._digests)
+        write_digests(self._digests, listed, self._mode)
+        return DataFile(
+            file=self._data.name,
+            size=size,
+            digests=self._digests.name,
+            digest=digests.digest(listed).hex(),
+            cluster_size=self._cluster_size,
+            compression=compression,
+        )
+
+    def __enter__(self) -> DataFileMaker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def check_head(reader: qcow2.Reader, entry: DiskEntry, name: str, parent: DiskEntry | None = None) -> None:
+    """
+    Hold a data file's head against its manifest's entry.
+
+    Raises
+    ------
+    Damaged
+        Size, cluster size, backing file or compression is another.
+    """
+    image = reader.image
+    facts = [
+        ("size", image.size, -(-entry.size // 512) * 512),
+        ("cluster size", image.cluster_size, entry.data.cluster_size),
+        ("backing file", image.backing is not None, entry.parent is not None),
+    ]
+    if parent is not None:
+        facts.append(("backing file", image.backing, parent.data.file))
+    for what, found, expected in facts:
+        if found != expected:
+            raise Damaged(f"{name}: its {what} is {found}, and the manifest says {expected}", hint=_FROM_COPY)
+
+
+def check_heads(chain: Chain, readers: Sequence[qcow2.Reader]) -> None:
+    """Hold all heads of a chain against their entries and each other."""
+    parents = [link.entry for link in chain.links[1:]]
+    for link, reader, parent in zip(chain.links, readers, [*parents, None], strict=True):
+        check_head(reader, link.entry, link.entry.data.file, parent)

@@ -1,0 +1,180 @@
+"""
+Decisions: whether a disk's next backup may be an incremental, and why not.
+
+A bitmap is named for the point it starts from, `FAMILY.REPO8.POINT` (design.md, "The bitmap's life").  The newest point
+P of a disk can only be continued by P's bitmap, and only when that bitmap is in the image itself, recording and
+consistent.  Everything else is a full, with its reason.  Pure functions over values.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from backup.chain import Chain
+from backup.errors import BackupError
+from backup.manifest import POINT_PATTERN, DiskEntry, LowerFile
+
+FULL, INCREMENTAL = "full", "incremental"
+
+
+@dataclass(frozen=True, slots=True)
+class Bitmap:
+    """A dirty bitmap that the source shows.  `granularity` in bytes, None where unknown."""
+
+    name: str
+    granularity: int | None = None
+    recording: bool = True
+    inconsistent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """
+    What a source shows of a disk, taken at one moment.
+
+    `size` is exact, in bytes.  `no_bitmaps` and `fulls_only` say why it can hold no bitmap, or why no bitmap would see
+    all writes.  `lower` are the files of its backing chain, `lower_bitmaps` the bitmaps in those.
+    """
+
+    kind: str
+    path: str
+    format: str
+    size: int
+    bitmaps: tuple[Bitmap, ...] = ()
+    no_bitmaps: str | None = None
+    fulls_only: str | None = None
+    lower: tuple[LowerFile, ...] = ()
+    lower_bitmaps: tuple[str, ...] = ()
+
+    def bitmap(self, name: str) -> Bitmap | None:
+        """The bitmap of exactly that name in the source's own image."""
+        return next((bitmap for bitmap in self.bitmaps if bitmap.name == name), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The user's word that `bitmap` on someone else's server records since point `since` (None: no word given)."""
+
+    bitmap: str | None
+    since: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """
+    What one disk's backup will be.
+
+    `fallback` is true where an incremental was wanted, there was a point to continue, and it could not be.
+    `parent` and `read` (the bitmap's exact name) are set for an incremental only.
+    """
+
+    kind: str
+    reason: str
+    fallback: bool = False
+    parent: Chain | None = None
+    read: str | None = None
+    claimed: bool = False
+
+
+def bitmap_name(family: str, short_id: str, point: str) -> str:
+    """The name of the bitmap that starts at a point."""
+    return f"{family}.{short_id}.{point}"
+
+
+def own_bitmaps(names: Iterable[str], short_id: str, *, keep: str | None) -> list[str]:
+    """Names that are this repository's to remove: those of exactly our form, but `keep`."""
+    pattern = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9_-]*\.{re.escape(short_id)}\.{POINT_PATTERN}")
+    return [name for name in names if name != keep and pattern.fullmatch(name)]
+
+
+def decide(
+    wanted: str,
+    sight: Sight,
+    last: Chain | BackupError | None,
+    *,
+    family: str | None,
+    short_id: str,
+    max_chain: int,
+    claim: Claim,
+) -> Decision:
+    """
+    Decide one disk's backup.
+
+    Parameters
+    ----------
+    wanted : str
+        FULL or INCREMENTAL.
+    last : Chain, BackupError or None
+        The chain of the disk's newest point; what is wrong with it; or None where there is no point.
+    """
+    if wanted == FULL:
+        return Decision(FULL, "asked for")
+    if last is None:
+        return Decision(FULL, "first point of this disk" + _and_then(sight))
+    if isinstance(last, BackupError):
+        return Decision(FULL, f"the chain is broken: {last.message}", fallback=True)
+    if len(last.links) >= max_chain:
+        return Decision(FULL, f"the chain has {len(last.links)} points and max_chain is {max_chain}")
+    if sight.kind == "nbd":
+        return _decide_claim(sight, last, claim)
+    name = bitmap_name(family or "", short_id, last.newest.point)
+    why_not = _why_not(sight, last.newest.entry, name, short_id)
+    if why_not is not None:
+        return Decision(FULL, why_not, fallback=True)
+    return Decision(INCREMENTAL, f"bitmap {name} records since point {last.newest.point}", parent=last, read=name)
+
+
+def _and_then(sight: Sight) -> str:
+    why = sight.fulls_only or sight.no_bitmaps
+    return f"; every later one is a full as well: {why}" if why else ""
+
+
+def _decide_claim(sight: Sight, last: Chain, claim: Claim) -> Decision:
+    if claim.bitmap is None:
+        return Decision(FULL, "no bitmap of the NBD server was named", fallback=True)
+    if claim.since is None:
+        why = f"nothing says which point the server's bitmap {claim.bitmap} starts from (--since POINT)"
+        return Decision(FULL, why, fallback=True)
+    if sight.bitmap(claim.bitmap) is None:
+        return Decision(FULL, f"the NBD server has no bitmap {claim.bitmap}", fallback=True)
+    why = f"bitmap {claim.bitmap} records since point {claim.since}, by the user's word"
+    return Decision(INCREMENTAL, why, parent=last, read=claim.bitmap, claimed=True)
+
+
+def _why_not(sight: Sight, parent: DiskEntry, name: str, short_id: str) -> str | None:
+    """Why the bitmap `name` cannot continue the parent point; None when it can."""
+    if sight.fulls_only or sight.no_bitmaps:
+        return sight.fulls_only or sight.no_bitmaps
+    if sight.lower != parent.source.lower:
+        return _lower_changed(parent.source.lower, sight.lower)
+    bitmap = sight.bitmap(name)
+    if bitmap is None:
+        return _why_missing(sight, parent, name, short_id)
+    if bitmap.inconsistent:
+        return f"bitmap {name} is inconsistent: QEMU was killed or crashed while it recorded"
+    if not bitmap.recording:
+        return f"bitmap {name} is disabled: writes since then were not recorded"
+    return None
+
+
+def _why_missing(sight: Sight, parent: DiskEntry, name: str, short_id: str) -> str:
+    if parent.bitmap.started is None:
+        return "the newest point was made without starting a bitmap"
+    if name in sight.lower_bitmaps:
+        return f"bitmap {name} is only in a backing file: writes to the image above it were not recorded"
+    others = own_bitmaps((bitmap.name for bitmap in sight.bitmaps), short_id, keep=None)
+    if others:
+        return (
+            f"bitmap {name} is missing and {others[0]} is there: the image was rolled back, or another bitmap was named"
+        )
+    return f"bitmap {name} is missing: it was removed, or the image was replaced, restored or rolled back"
+
+
+def _lower_changed(before: tuple[LowerFile, ...], now: tuple[LowerFile, ...]) -> str:
+    for old, new in zip(before, now, strict=False):
+        if old != new:
+            which = old.path if old.path == new.path else f"{old.path} (now {new.path})"
+            return f"the backing file {which} changed since the newest point"
+    return f"the image's backing chain has {len(now)} files and had {len(before)}"

@@ -1,0 +1,191 @@
+"""
+Digests: BLAKE3 of the data file's blocks, the `.b3` file, and reading with a check.  The only user of `blake3`.
+
+A `.b3` file is the 32-byte BLAKE3 digests of its data file's blocks, one for each 4 MiB, in order, and nothing else; the
+last block may be short.  The manifest holds the digest over the `.b3` (FORMAT.md, "The digest file").
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+from blake3 import blake3
+
+from backup.errors import Damaged, NotFound
+
+BLOCK = 4 << 20
+"""Bytes of the data file under one digest."""
+LENGTH = 32
+"""Bytes of a digest."""
+
+
+def digest(data: bytes | bytearray | memoryview) -> bytes:
+    """BLAKE3 of data, 32 bytes."""
+    return blake3(data).digest()
+
+
+def block_count(file_size: int) -> int:
+    """Number of blocks of a file of so many bytes."""
+    return -(-file_size // BLOCK)
+
+
+def open_plain(path: Path) -> int:
+    """
+    Open a file of the repository for reading and return its descriptor; never through a link.
+
+    Raises
+    ------
+    NotFound
+        There is no such file.
+    Damaged
+        It is a link or cannot be opened.
+    """
+    try:
+        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise NotFound(f"{path} is missing", hint="bring the file back from a copy of the repository") from None
+    except OSError as error:
+        raise Damaged(
+            f"{path} cannot be opened: {error.strerror}",
+            hint="a repository holds plain files and no links; bring the file back from a copy of the repository",
+        ) from None
+
+
+def load(path: Path, expected: str, blocks: int) -> bytes:
+    """
+    Read a `.b3` file and hold it against the manifest.
+
+    Raises
+    ------
+    NotFound
+        It is missing.
+    Damaged
+        Its length or its digest (64 hex digits in `expected`) is another.
+    """
+    fd = open_plain(path)
+    try:
+        with open(fd, "rb", closefd=False) as file:
+            content = file.read(blocks * LENGTH + 1)
+    except OSError as error:
+        raise Damaged(f"{path} cannot be read: {error.strerror}", hint=_FROM_COPY) from None
+    finally:
+        os.close(fd)
+    if len(content) != blocks * LENGTH or digest(content).hex() != expected:
+        raise Damaged(f"{path} is not the digest file that the manifest names", hint=_FROM_COPY)
+    return content
+
+
+_FROM_COPY = (
+    "bring the file back from a copy of the repository, or restore another point; `pybackup verify` lists all damage"
+)
+
+
+class BlockCache:
+    """
+    Checked blocks, the latest few of all the files that share it; each is read once, also when several threads want it.
+
+    Metadata lies between the data and frames cross from one block to the next, so that neighbours in time want the
+    same blocks.  `capacity` (blocks) bounds the memory of a chain of any length.
+    """
+
+    def __init__(self, capacity: int = 16) -> None:
+        self._capacity = capacity
+        self._blocks: OrderedDict[tuple[int, int], bytes] = OrderedDict()
+        self._loading: dict[tuple[int, int], threading.Event] = {}
+        self._lock = threading.Lock()
+
+    def get(self, key: tuple[int, int], load: Callable[[], bytes]) -> bytes:
+        """The block under `key`, loaded when it is not there."""
+        while True:
+            with self._lock:
+                if key in self._blocks:
+                    self._blocks.move_to_end(key)
+                    return self._blocks[key]
+                loading = self._loading.get(key)
+                if loading is None:
+                    mine = self._loading[key] = threading.Event()
+                    break
+            loading.wait()
+        try:
+            block = load()
+            with self._lock:
+                self._blocks[key] = block
+                while len(self._blocks) > self._capacity:
+                    self._blocks.popitem(last=False)
+            return block
+        finally:
+            with self._lock:
+                del self._loading[key]
+            mine.set()
+
+
+class CheckedFile:
+    """
+    A data file whose every byte is held against its digest before it is used.  Safe to use from several threads.
+
+    Raises
+    ------
+    NotFound, Damaged
+        It is missing, or not as long as its manifest says.
+    """
+
+    def __init__(self, path: Path, size: int, digests: bytes, cache: BlockCache) -> None:
+        self.path = path
+        self.size = size
+        self._digests = digests
+        self._cache = cache
+        self._fd = open_plain(path)
+        actual = os.fstat(self._fd).st_size
+        if actual != size:
+            self.close()
+            raise Damaged(f"{path} has {actual} bytes where its manifest says {size}", hint=_FROM_COPY)
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return block_count(self.size)
+
+    def check_block(self, number: int) -> bytes:
+        """
+        Read one block from the disk and hold it against its digest.
+
+        Raises
+        ------
+        Damaged
+            It is not what was written, or cannot be read.
+        """
+        start, length = number * BLOCK, min(BLOCK, self.size - number * BLOCK)
+        try:
+            content = os.pread(self._fd, length, start)
+        except OSError as error:
+            raise Damaged(f"{self.path} cannot be read at {start}: {error.strerror}", hint=_FROM_COPY) from None
+        if len(content) != length or digest(content) != self._digests[number * LENGTH : (number + 1) * LENGTH]:
+            raise Damaged(f"{self.path} is damaged between bytes {start} and {start + length}", hint=_FROM_COPY)
+        return content
+
+    def block(self, number: int) -> bytes:
+        """A checked block, from the cache where it is there."""
+        return self._cache.get((id(self), number), lambda: self.check_block(number))
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """Checked bytes [offset, offset + length)."""
+        parts = []
+        while length > 0:
+            number, at = divmod(offset, BLOCK)
+            if number >= self.blocks:
+                raise Damaged(f"{self.path} ends before byte {offset}", hint=_FROM_COPY)
+            part = self.block(number)[at : at + length]
+            parts.append(part)
+            offset += len(part)
+            length -= len(part)
+        return b"".join(parts)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

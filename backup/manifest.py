@@ -1,0 +1,335 @@
+"""
+Manifests: the JSON that describes a point and makes it exist (FORMAT.md, "The manifest").
+
+A manifest ends in a digest of all its bytes before that digest, so that any changed byte is found.  Values are frozen;
+`encode` and `decode` are pure.  Unknown fields are kept out of the way (a later program may add some); a newer `version`
+is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+from backup import digests
+from backup.errors import BackupError, Damaged, Failed
+
+
+FORMAT = "pybackup manifest"
+VERSION = 1
+KINDS = ("full", "incremental")
+NAME_PATTERN = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}"
+POINT_PATTERN = r"\d{8}T\d{6}Z-[0-9a-f]{8}"
+
+_POINT = re.compile(POINT_PATTERN)
+_FILE = re.compile(NAME_PATTERN + r"\." + POINT_PATTERN + r"\.(qcow2|b3)")
+_NAME = re.compile(NAME_PATTERN)
+_HEX = re.compile(r"[0-9a-f]+")
+_MAX_BYTES = 64 << 20
+_MAX_DISK = 1 << 62
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """What an incremental was made against: the point's id and the disk's identity in it."""
+
+    point: str
+    identity: str
+
+
+@dataclass(frozen=True, slots=True)
+class BitmapRecord:
+    """
+    The bitmaps of a backup.
+
+    `read` is the bitmap it was planned from, `started` the one that records since this point; exact names or None.
+    `granularity` is in bytes; None where the server does not say.  `claimed` is true where the user said which point
+    `read` starts from (--since) and no name proves it.
+    """
+
+    read: str | None
+    started: str | None
+    granularity: int | None
+    claimed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """A data file: flat names, stored size in bytes, BLAKE3 (hex) over the digest file."""
+
+    file: str
+    size: int
+    digests: str
+    digest: str
+    cluster_size: int
+    compression: str
+
+
+@dataclass(frozen=True, slots=True)
+class ByteCounts:
+    """
+    Bytes: reported dirty; read as data; recorded as zero unread; of the data, found to be zero; and the stored file.
+    """
+
+    dirty: int
+    data: int
+    zero: int
+    found_zero: int
+    stored: int
+
+
+@dataclass(frozen=True, slots=True)
+class LowerFile:
+    """A file below the source in its backing chain, as it was: a change there means a full."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    inode: int
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRecord:
+    """How a disk was read: kind ("image" or "nbd"), path or URI, format, consistency, QEMU's version or None."""
+
+    kind: str
+    path: str
+    format: str
+    consistency: str
+    qemu: str | None
+    lower: tuple[LowerFile, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DiskEntry:
+    """One disk of a point.  `size` is its exact size in bytes, `identity` stands for its content at that instant."""
+
+    name: str
+    kind: str
+    reason: str
+    size: int
+    identity: str
+    parent: Parent | None
+    bitmap: BitmapRecord
+    data: DataFile
+    bytes: ByteCounts
+    source: SourceRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """One point of a machine."""
+
+    point: str
+    sequence: int
+    machine: str
+    repository: str
+    started: str
+    finished: str
+    program: str
+    disks: tuple[DiskEntry, ...]
+
+    def disk(self, name: str) -> DiskEntry | None:
+        """The entry of a disk, or None where the point does not hold it."""
+        return next((disk for disk in self.disks if disk.name == name), None)
+
+
+def new_point_id(now: datetime, random_hex: str) -> str:
+    """Make a point's id: UTC to the second for people, eight random hex digits for uniqueness; never for ordering."""
+    return f"{now.astimezone(UTC):%Y%m%dT%H%M%SZ}-{random_hex}"
+
+
+def is_point_id(text: str) -> bool:
+    """Does the text have the form of a point's id?"""
+    return _POINT.fullmatch(text) is not None
+
+
+def is_data_name(text: str) -> bool:
+    """Does the text have the form of a data file's or digest file's name?"""
+    return _FILE.fullmatch(text) is not None
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The manifest as JSON text, its own digest last."""
+    document = {"format": FORMAT, "version": VERSION, **asdict(manifest), "digest": "0" * 64}
+    text = json.dumps(document, indent=2, ensure_ascii=True) + "\n"
+    head = text.removesuffix(_tail("0" * 64)).encode("ascii")
+    return head + _tail(digests.digest(head).hex()).encode("ascii")
+
+
+def decode(content: bytes, name: str) -> Manifest:
+    """
+    Read a manifest; `name` is for messages.
+
+    Raises
+    ------
+    Damaged
+        It is not a manifest, or not the one that was written.
+    Failed
+        A newer program wrote it.
+    """
+    if len(content) > _MAX_BYTES:
+        raise _damaged(name, f"it has {len(content)} bytes")
+    try:
+        document = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(name, f"it is not JSON ({error})") from None
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise _damaged(name, f'its "format" is not "{FORMAT}"')
+    _check_version(document.get("version"), name)
+    tail = _tail(str(document.get("digest"))).encode("ascii", "replace")
+    head = content.removesuffix(tail)
+    if len(head) == len(content) or digests.digest(head).hex() != document.get("digest"):
+        raise _damaged(name, "its bytes do not match its digest")
+    try:
+        return _manifest(document)
+    except (_BadField, RecursionError) as error:
+        raise _damaged(name, str(error)) from None
+
+
+def _tail(digest: str) -> str:
+    # The text before the digest always ends in "]" (disks is the last field before it).
+    return f',\n  "digest": "{digest}"\n}}\n'
+
+
+def _check_version(version: object, name: str) -> None:
+    if type(version) is int and version > VERSION:
+        raise Failed(
+            f"{name} has format version {version}; this program reads versions up to {VERSION}",
+            hint="upgrade pybackup; nothing was changed",
+        )
+    if type(version) is not int or version < 1:
+        raise _damaged(name, f"its version is {version!r}")
+
+
+def _damaged(name: str, why: str) -> BackupError:
+    return Damaged(
+        f"manifest {name} is damaged: {why}",
+        hint="bring the file back from a copy of the repository; points that do not build on it are unharmed",
+    )
+
+
+class _BadField(Exception):
+    """A field is missing or has the wrong type or form."""
+
+
+class _Fields:
+    """Takes typed fields out of a JSON object."""
+
+    def __init__(self, value: object, where: str) -> None:
+        if not isinstance(value, dict):
+            raise _BadField(f"{where} is not an object")
+        self._value: dict[str, Any] = value
+        self._where = where
+
+    def take(self, key: str, kind: type[T]) -> T:
+        value = self._value.get(key)
+        if type(value) is not kind:
+            raise _BadField(f"{self._where}.{key} is {value!r}, not {kind.__name__}")
+        return value
+
+    def optional(self, key: str, kind: type[T]) -> T | None:
+        return None if self._value.get(key) is None else self.take(key, kind)
+
+    def number(self, key: str, low: int = 0, high: int = _MAX_DISK) -> int:
+        value = self.take(key, int)
+        if not low <= value <= high:
+            raise _BadField(f"{self._where}.{key} is {value}, not between {low} and {high}")
+        return value
+
+    def matching(self, key: str, pattern: re.Pattern[str]) -> str:
+        value = self.take(key, str)
+        if not pattern.fullmatch(value):
+            raise _BadField(f"{self._where}.{key} is {value!r}, which is not a name that pybackup writes")
+        return value
+
+    def inner(self, key: str) -> _Fields:
+        return _Fields(self._value.get(key), f"{self._where}.{key}")
+
+    def items(self, key: str) -> list[_Fields]:
+        return [_Fields(value, f"{self._where}.{key}[{i}]") for i, value in enumerate(self.take(key, list))]
+
+
+def _manifest(document: dict[str, Any]) -> Manifest:
+    fields = _Fields(document, "manifest")
+    disks = tuple(_disk(item) for item in fields.items("disks"))
+    if len({disk.name for disk in disks}) != len(disks) or not disks:
+        raise _BadField("manifest.disks is empty or names a disk twice")
+    return Manifest(
+        point=fields.matching("point", _POINT),
+        sequence=fields.number("sequence", low=1),
+        machine=fields.matching("machine", _NAME),
+        repository=fields.matching("repository", _HEX),
+        started=fields.take("started", str),
+        finished=fields.take("finished", str),
+        program=fields.take("program", str),
+        disks=disks,
+    )
+
+
+def _disk(fields: _Fields) -> DiskEntry:
+    kind = fields.take("kind", str)
+    parent = None if fields.optional("parent", dict) is None else fields.inner("parent")
+    if kind not in KINDS or (kind == "incremental") != (parent is not None):
+        raise _BadField(f"a disk's kind is {kind!r} and its parent {'missing' if parent is None else 'given'}")
+    return DiskEntry(
+        name=fields.matching("name", _NAME),
+        kind=kind,
+        reason=fields.take("reason", str),
+        size=fields.number("size"),
+        identity=fields.matching("identity", _HEX),
+        parent=None if parent is None else Parent(parent.matching("point", _POINT), parent.matching("identity", _HEX)),
+        bitmap=_bitmap(fields.inner("bitmap")),
+        data=_data(fields.inner("data")),
+        bytes=_counts(fields.inner("bytes")),
+        source=_source(fields.inner("source")),
+    )
+
+
+def _bitmap(fields: _Fields) -> BitmapRecord:
+    return BitmapRecord(
+        read=fields.optional("read", str),
+        started=fields.optional("started", str),
+        granularity=fields.optional("granularity", int),
+        claimed=fields.take("claimed", bool),
+    )
+
+
+def _data(fields: _Fields) -> DataFile:
+    cluster_size = fields.number("cluster_size", 4096, 2 << 20)
+    if cluster_size & (cluster_size - 1):
+        raise _BadField(f"the cluster size {cluster_size} is no power of two")
+    return DataFile(
+        file=fields.matching("file", _FILE),
+        size=fields.number("size", low=1),
+        digests=fields.matching("digests", _FILE),
+        digest=fields.matching("digest", _HEX),
+        cluster_size=cluster_size,
+        compression=fields.take("compression", str),
+    )
+
+
+def _counts(fields: _Fields) -> ByteCounts:
+    return ByteCounts(**{name: fields.number(name) for name in ByteCounts.__slots__})
+
+
+def _source(fields: _Fields) -> SourceRecord:
+    lower = tuple(
+        LowerFile(
+            item.take("path", str), item.number("size"), item.take("mtime_ns", int), item.number("inode", 0, 1 << 64)
+        )
+        for item in fields.items("lower")
+    )
+    return SourceRecord(
+        kind=fields.take("kind", str),
+        path=fields.take("path", str),
+        format=fields.take("format", str),
+        consistency=fields.take("consistency", str),
+        qemu=fields.optional("qemu", str),
+        lower=lower,
+    )

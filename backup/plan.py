@@ -1,0 +1,284 @@
+"""
+Plans: what a new point must hold, decided from what the server says.
+
+A plan is a value.  It is made whole before the first byte is copied, so that `--dry-run` shows exactly what a run does,
+and it is kept per cluster of the data file: a partly dirty cluster is read whole, a cluster is zero only when all of it
+reads as zero.  Windows of clusters are stored as runs where runs are few and as two bits per cluster where they are many,
+so that a fragmented disk of 16 TiB still needs only 64 MiB.
+
+The rules (traps 1, 2, 4 and 28):
+
+    full          zero -> ZERO                    else -> DATA
+    incremental   dirty and zero -> ZERO          dirty -> DATA
+                  clean and zero, chain holds data -> ZERO (the bitmap missed something)
+                  else -> PARENT: no region, the parent's bytes stand
+
+Only `zero` may be left unread.  A `hole` that is not `zero` has undefined content by the NBD protocol and is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from backup import extents
+from backup.extents import DIRTY, Mask, Offsets, Runs
+
+PARENT, DATA, ZERO = 0, 1, 2
+"""Kinds of a cluster in a plan.  PARENT is what no region covers."""
+
+Kinds = npt.NDArray[np.uint8]
+
+WINDOW = (4 << 30) - (2 << 20)
+"""
+Bytes asked about at once: below 4 GiB, as lengths have 32 bits in block status (NBD protocol), and a multiple of the
+largest cluster.
+"""
+
+_NEAR = 64 << 20
+"""
+Dirty runs closer than this (bytes) share one question about allocation.  A server reads about one table for it (a table
+of 64 KiB clusters covers 512 MiB), so that asking about the gap too costs less than asking twice.
+"""
+
+
+class BlockStatus(Protocol):
+    """What the planner asks of a source."""
+
+    @property
+    def size(self) -> int:
+        """Exact size of the disk in bytes."""
+
+    def allocation(self, start: int, end: int) -> Runs:
+        """base:allocation of [start, end); all data where the server has no such context."""
+
+    def dirty(self, bitmap: str, start: int, end: int) -> Runs:
+        """The dirty bitmap's view of [start, end)."""
+
+
+class HeldData(Protocol):
+    """What the planner asks of the parent chain."""
+
+    def holds_data(self, first: int, count: int) -> Mask:
+        """For `count` clusters from `first`: does the chain hold data (anything but zeroes) there?"""
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """
+    Sums over a plan, in bytes, clipped at the disk's exact size.
+
+    `dirty` is what the bitmap reports (a full counts the whole disk), before it is rounded out to clusters;
+    `data` is what will be read; `zero` is what is recorded as zeroes without reading.
+    """
+
+    dirty: int
+    data: int
+    zero: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """One window's kinds: runs (starts and kinds), or two bit planes when that is smaller."""
+
+    first: int
+    count: int
+    starts: npt.NDArray[np.uint32] | None
+    kinds: Kinds
+
+    @classmethod
+    def of(cls, first: int, kinds: Kinds) -> _Packed:
+        starts = _run_starts(kinds)
+        if len(starts) * 5 <= len(kinds) // 4 + 64:
+            return cls(first, len(kinds), starts.astype(np.uint32), kinds[starts])
+        planes = np.concatenate([np.packbits(kinds & 1), np.packbits(kinds >> 1)])
+        return cls(first, len(kinds), None, planes)
+
+    def unpacked(self) -> Kinds:
+        if self.starts is not None:
+            lengths = np.diff(np.append(self.starts, np.uint32(self.count)))
+            return np.repeat(self.kinds, lengths)
+        low, high = np.split(self.kinds, 2)
+        return np.unpackbits(low, count=self.count) | (np.unpackbits(high, count=self.count) << 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All regions of one disk for one new point."""
+
+    size: int
+    cluster_size: int
+    totals: Totals
+    _windows: tuple[_Packed, ...]
+
+    def windows(self) -> Iterator[tuple[int, Kinds]]:
+        """First cluster and kinds of each window that holds a region, ascending."""
+        for window in self._windows:
+            yield window.first, window.unpacked()
+
+    def regions(self) -> Iterator[tuple[int, int, int]]:
+        """
+        Start, length (bytes, clipped at the disk's size) and kind of each region, ascending.
+
+        Cut at windows; neighbours of one kind inside a window are one region.
+        """
+        for first, kinds in self.windows():
+            yield from cluster_runs(first, kinds, self.cluster_size, self.size)
+
+
+def cluster_runs(first: int, kinds: Kinds, cluster_size: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """Start, length (bytes, clipped at size) and kind of each run of clusters that is not PARENT."""
+    starts = _run_starts(kinds)
+    ends = np.append(starts[1:], len(kinds))
+    chosen = kinds[starts] != PARENT
+    columns = (starts[chosen] + first, ends[chosen] + first, kinds[starts[chosen]])
+    for run_first, run_end, kind in zip(*(column.tolist() for column in columns), strict=True):
+        start = run_first * cluster_size
+        yield start, min(run_end * cluster_size, size) - start, kind
+
+
+def plan_full(source: BlockStatus, cluster_size: int) -> Plan:
+    """
+    Plan a full: everything that does not read as zero is data.
+
+    Raises
+    ------
+    SourceError
+        The server fails, or does not say what it must.
+    """
+    builder = _Builder(source.size, cluster_size)
+    for start, end in extents.windows(0, source.size, WINDOW):
+        zero = _covered(source.allocation(start, end), extents.ZERO, start, cluster_size, source.size)
+        builder.add(start, end - start, np.where(zero, np.uint8(ZERO), np.uint8(DATA)))
+    return builder.plan()
+
+
+def plan_incremental(
+    source: BlockStatus,
+    cluster_size: int,
+    bitmap: str,
+    *,
+    parent_size: int,
+    chain: HeldData | None,
+) -> Plan:
+    """
+    Plan an incremental: what is dirty, what grew, and zeroes over data of the chain.
+
+    Parameters
+    ----------
+    bitmap : str
+        Exact name of the bitmap that records since the parent point.
+    parent_size : int
+        The disk's exact size at the parent point; from there on, rounded down to a cluster, everything is dirty.
+    chain : HeldData or None
+        The parent chain, to check zeroes against (trap 4); None leaves that check out, and asks about allocation only
+        where something is dirty.
+    """
+    builder = _Builder(source.size, cluster_size)
+    grown = parent_size - parent_size % cluster_size if source.size > parent_size else source.size
+    for start, end in extents.windows(0, source.size, WINDOW):
+        dirty = extents.with_dirty_from(source.dirty(bitmap, start, end), grown)
+        starts, ends = dirty.having(DIRTY)
+        touched = _touched(starts, ends, start, cluster_size, _clusters(end - start, cluster_size))
+        zero = _zero_where(source, touched, start, end, cluster_size, everywhere=chain is not None)
+        kinds = np.zeros(len(touched), dtype=np.uint8)
+        kinds[touched] = DATA
+        kinds[touched & zero] = ZERO
+        if chain is not None:
+            missed = zero & ~touched
+            if missed.any():
+                missed &= chain.holds_data(start // cluster_size, len(missed))
+                kinds[missed] = ZERO
+        builder.add(start, int((ends - starts).sum()), kinds)
+    return builder.plan()
+
+
+class _Builder:
+    """Collects windows and sums; the only mutable thing here, and it ends in a frozen Plan."""
+
+    def __init__(self, size: int, cluster_size: int) -> None:
+        self.size = size
+        self.cluster_size = cluster_size
+        self.windows: list[_Packed] = []
+        self.dirty = self.data = self.zero = 0
+
+    def add(self, start: int, dirty: int, kinds: Kinds) -> None:
+        self.dirty += dirty
+        if not kinds.any():
+            return
+        first = start // self.cluster_size
+        self.data += self._bytes(first, kinds == DATA)
+        self.zero += self._bytes(first, kinds == ZERO)
+        self.windows.append(_Packed.of(first, kinds))
+
+    def _bytes(self, first: int, mask: Mask) -> int:
+        total = int(np.count_nonzero(mask)) * self.cluster_size
+        beyond = (first + len(mask)) * self.cluster_size - self.size
+        return total - beyond if beyond > 0 and mask[-1] else total
+
+    def plan(self) -> Plan:
+        totals = Totals(self.dirty, self.data, self.zero)
+        return Plan(self.size, self.cluster_size, totals, tuple(self.windows))
+
+
+def _zero_where(
+    source: BlockStatus, touched: Mask, start: int, end: int, cluster_size: int, *, everywhere: bool
+) -> Mask:
+    """Which clusters read wholly as zero; asked only near the touched ones unless `everywhere`."""
+    if everywhere:
+        return _covered(source.allocation(start, end), extents.ZERO, start, cluster_size, source.size)
+    zero = np.zeros(len(touched), dtype=np.bool_)
+    for low, high in _spans(touched, _NEAR // cluster_size):
+        low_byte, high_byte = start + low * cluster_size, min(start + high * cluster_size, end)
+        status = source.allocation(low_byte, high_byte)
+        zero[low:high] = _covered(status, extents.ZERO, low_byte, cluster_size, source.size)
+    return zero
+
+
+def _spans(mask: Mask, near: int) -> Iterator[tuple[int, int]]:
+    """Spans of set positions, those closer than `near` merged."""
+    positions = np.flatnonzero(mask)
+    if not len(positions):
+        return
+    gaps = np.flatnonzero(np.diff(positions) > near)
+    lows = np.concatenate([positions[:1], positions[gaps + 1]]).tolist()
+    highs = np.concatenate([positions[gaps], positions[-1:]]).tolist()
+    yield from ((low, high + 1) for low, high in zip(lows, highs, strict=True))
+
+
+def _touched(starts: Offsets, ends: Offsets, base: int, cluster_size: int, count: int) -> Mask:
+    """Clusters of which any byte lies in a run: dirty ranges are rounded out."""
+    return _fill((starts - base) // cluster_size, -((base - ends) // cluster_size), count)
+
+
+def _covered(runs: Runs, bit: int, base: int, cluster_size: int, size: int) -> Mask:
+    """Clusters of which every byte up to the disk's size lies in runs with `bit`: zeroes are rounded in."""
+    starts, ends = runs.having(bit)
+    first = -((base - starts) // cluster_size)
+    last = (ends - base) // cluster_size
+    count = _clusters(runs.end - base, cluster_size)
+    if len(ends) and ends[-1] == size:
+        last[-1] = count  # the disk's last cluster may be partial; what lies beyond the end is nobody's
+    return _fill(first, np.maximum(first, last), count)
+
+
+def _fill(firsts: Offsets, ends: Offsets, count: int) -> Mask:
+    """Mask of `count` positions with the ranges [firsts, ends) set."""
+    if not len(firsts):
+        return np.zeros(count, dtype=np.bool_)
+    steps = np.bincount(firsts, minlength=count + 1).astype(np.int64)
+    steps -= np.bincount(ends, minlength=count + 1)
+    return np.cumsum(steps[:count]) > 0
+
+
+def _clusters(length: int, cluster_size: int) -> int:
+    return -(-length // cluster_size)
+
+
+def _run_starts(kinds: Kinds) -> npt.NDArray[np.int64]:
+    changes = np.flatnonzero(kinds[1:] != kinds[:-1]) + 1
+    return np.concatenate([np.zeros(1, dtype=np.int64), changes])

@@ -1,0 +1,425 @@
+"""
+NBD through libnbd: block status, reading for the copier, writing for a restore.  The only user of `nbd`.
+
+What a server may answer to one block status request, all of it legal (NBD protocol, nbd_block_status(3), traps 7 to 10):
+
+    asked      |.......................|
+    short      |data   |zero |                  at least one extent; ask again from its end
+    long       |data   |zero             |      the last extent may end beyond what was asked; clipped
+    unmerged   |data|data|zero|zero|zero |      neighbours with equal flags; merged
+    unequal    |data   |zero |                  base:allocation
+               |dirty                |clean|    qemu:dirty-bitmap: another count, another length
+
+Each context is therefore followed on its own, by its own length.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from backup import extents
+from backup.errors import BackupError, SourceError
+from backup.extents import Runs
+
+if TYPE_CHECKING:
+    import nbd
+
+ALLOCATION = "base:allocation"
+DIRTY_BITMAP = "qemu:dirty-bitmap:"
+
+_MAX_REQUEST = 32 << 20
+"""Largest read or write of a server that announces no other limit (NBD protocol, "Block sizes")."""
+_MAX_ZERO = 1 << 30
+"""Bytes zeroed by one request, well below the 32-bit limit, so that a slow server answers in time."""
+_INSTALL = (
+    "install the distribution's binding: apt-get install python3-libnbd (dnf install python3-libnbd), then make setup"
+)
+
+
+def load_binding() -> Any:
+    """
+    Import libnbd's Python binding.
+
+    Raises
+    ------
+    BackupError
+        It is missing, made for another Python, or is PyPI's unrelated package of the same name.
+    """
+    try:
+        module = importlib.import_module("nbd")
+    except ModuleNotFoundError as error:
+        what = (
+            f"python3-libnbd on this machine was built for another Python than {sys.executable}"
+            if error.name == "libnbdmod"
+            else f"libnbd's Python binding (package python3-libnbd) is missing for {sys.executable}"
+        )
+        raise BackupError(what, hint=_INSTALL) from None
+    except ImportError as error:
+        raise BackupError(
+            f"libnbd's Python binding (package python3-libnbd) does not load: {error}", hint=_INSTALL
+        ) from None
+    if not hasattr(module, "NBD"):
+        raise BackupError(
+            f"the module 'nbd' at {module.__file__} is another program's, not libnbd's (package python3-libnbd)",
+            hint="pip uninstall nbd, then " + _INSTALL,
+        )
+    return module
+
+
+class Export:
+    """
+    One export of an NBD server, opened for block status and for reading.
+
+    Parameters
+    ----------
+    uri : str
+        As libnbd's nbd_connect_uri(3) has it: nbd, nbds, nbd+unix and so on.
+    bitmaps : sequence of str
+        Names of the dirty bitmaps that will be asked about.
+    size : int, optional
+        The disk's exact size where the server rounds it (qemu-nbd rounds a raw image up to 512).  Bytes.
+
+    Raises
+    ------
+    SourceError
+        The server cannot be reached.
+    """
+
+    def __init__(self, uri: str, bitmaps: Sequence[str] = (), size: int | None = None) -> None:
+        self.uri = uri
+        self._nbd = load_binding()
+        wanted = [ALLOCATION, *(DIRTY_BITMAP + name for name in bitmaps)]
+        first = self._connect(wanted)
+        self._handles: list[nbd.NBD] = [first]
+        self._by_context = {name: first for name in wanted if self._can(first, name)}
+        self.multi_conn: bool = self._ask(first.can_multi_conn)
+        self.read_only: bool = self._ask(first.is_read_only)
+        self.server_size: int = self._ask(first.get_size)
+        self._size = self.server_size if size is None else size
+        self.max_request = self._block_size(first, self._nbd.SIZE_MAXIMUM, _MAX_REQUEST)
+        if self.multi_conn and len(self._by_context) > 1:
+            self._split_contexts()
+
+    @property
+    def size(self) -> int:
+        """Exact size of the disk in bytes."""
+        return self._size
+
+    def has_bitmap(self, name: str) -> bool:
+        """Was the bitmap's context negotiated?  A context that does not exist is silently left out (trap 14)."""
+        return DIRTY_BITMAP + name in self._by_context
+
+    def allocation(self, start: int, end: int) -> Runs:
+        """base:allocation of [start, end).  All data where the server does not have the context: reading is always right."""
+        if ALLOCATION not in self._by_context:
+            return Runs.uniform(start, end, 0)
+        return self._status(ALLOCATION, start, end).masked(extents.HOLE | extents.ZERO)
+
+    def dirty(self, bitmap: str, start: int, end: int) -> Runs:
+        """
+        The dirty bitmap's view of [start, end).
+
+        Raises
+        ------
+        SourceError
+            The server has no such bitmap (absence is never "all clean"), or the request fails.
+        """
+        if not self.has_bitmap(bitmap):
+            raise SourceError(
+                f"{self.uri} has no dirty bitmap {bitmap!r}",
+                hint=f"it offers: {', '.join(self.offered_bitmaps()) or 'none'}; qemu-nbd needs -f qcow2 -B {bitmap}",
+            )
+        return self._status(DIRTY_BITMAP + bitmap, start, end).masked(extents.DIRTY)
+
+    def offered_bitmaps(self) -> list[str]:
+        """Names of the dirty bitmaps that the server would serve; empty where it cannot say."""
+        found: list[str] = []
+        handle = self._nbd.NBD()
+        try:
+            handle.set_uri_allow_local_file(True)
+            handle.set_opt_mode(True)
+            handle.add_meta_context(DIRTY_BITMAP)
+            handle.connect_uri(self.uri)
+            handle.opt_list_meta_context(lambda name: found.append(name) or 0)
+            handle.opt_abort()
+        except self._nbd.Error:
+            return []  # only a hint is poorer without it
+        return [name.removeprefix(DIRTY_BITMAP) for name in found if name.startswith(DIRTY_BITMAP)]
+
+    @contextmanager
+    def lanes(self, wanted: int) -> Iterator[list[Lane]]:
+        """
+        Connections to read through: `wanted` where the server allows several (can_multi_conn), else one.
+
+        Raises
+        ------
+        SourceError
+            A connection fails.
+        """
+        lanes: list[Lane] = []
+        try:
+            if self.multi_conn:
+                for _ in range(wanted):
+                    lanes.append(Lane(self._nbd, self._connect([]), self.uri))
+            else:
+                lanes.append(Lane(self._nbd, self._handles[0], self.uri))
+            yield lanes
+        finally:
+            for lane in lanes:
+                lane.close()
+
+    def close(self) -> None:
+        """End the connections; the server sees an orderly disconnect where that is still possible."""
+        for handle in self._handles:
+            _shutdown(self._nbd, handle)
+        self._handles.clear()
+        self._by_context.clear()
+
+    def __enter__(self) -> Export:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _connect(self, contexts: Sequence[str]) -> nbd.NBD:
+        return connect(self._nbd, self.uri, contexts)
+
+    def _split_contexts(self) -> None:
+        """
+        Give each context a connection of its own.
+
+        A server computes every negotiated context for every request; asking for the bitmap alone must not read the
+        image's allocation tables.
+        """
+        for context in self._by_context:
+            handle = self._connect([context])
+            self._handles.append(handle)
+            if not self._can(handle, context):
+                raise SourceError(
+                    f"{self.uri} offered {context} on one connection and not on the next",
+                    hint="the server's exports changed during the run; run the command again",
+                )
+            self._by_context[context] = handle
+
+    def _can(self, handle: nbd.NBD, context: str) -> bool:
+        return bool(self._ask(lambda: handle.can_meta_context(context)))
+
+    def _block_size(self, handle: nbd.NBD, which: int, otherwise: int) -> int:
+        return self._ask(lambda: handle.get_block_size(which)) or otherwise
+
+    def _ask(self, question: Any) -> Any:
+        try:
+            return question()
+        except self._nbd.Error as error:
+            raise source_error(self.uri, error) from None
+
+    def _status(self, context: str, start: int, end: int) -> Runs:
+        parts = []
+        while start < end:
+            part = self._status_once(context, start, end)
+            parts.append(part)
+            start = part.end
+        return extents.joined(parts)
+
+    def _status_once(self, context: str, start: int, end: int) -> Runs:
+        handle = self._by_context[context]
+        found: list[list[int]] = []
+
+        def collect(name: str, _offset: int, entries: list[int], _error: object) -> int:
+            if name == context:
+                found.append(entries)
+            return 0
+
+        self._ask(lambda: handle.block_status(end - start, start, collect))
+        if not found:
+            raise SourceError(
+                f"{self.uri} answered a block status request at {start} without {context}",
+                hint="the server does not keep to the NBD protocol; nothing was assumed about the disk",
+            )
+        return extents_from_reply(found[0], start, end, self.uri)
+
+
+def extents_from_reply(entries: list[int], start: int, end: int, uri: str) -> Runs:
+    """
+    Turn one reply (length, flags, length, flags, ...) into runs of [start, at most end).
+
+    Raises
+    ------
+    SourceError
+        The reply makes no progress.
+    """
+    columns = np.array(entries, dtype=np.int64).reshape(-1, 2)
+    columns = columns[columns[:, 0] > 0]
+    if not len(columns):
+        raise SourceError(
+            f"{uri} answered a block status request at {start} with no extent",
+            hint="the server does not keep to the NBD protocol; nothing was assumed about the disk",
+        )
+    ends = np.cumsum(columns[:, 0]) + start
+    starts = np.concatenate([np.array([start], dtype=np.int64), ends[:-1]])
+    inside = starts < end
+    return Runs.of(starts[inside], min(int(ends[-1]), end), (columns[inside, 1] & 0xFFFFFFFF).astype(np.uint32))
+
+
+class Lane:
+    """One connection with reads in flight.  Used by one thread."""
+
+    def __init__(self, binding: Any, handle: nbd.NBD, uri: str) -> None:
+        self._nbd = binding
+        self._handle: Any = handle
+        self._uri = uri
+        self._finished: list[tuple[object, int]] = []
+        self.in_flight = 0
+        # Every byte is awaited before it is used, so the zeroing before each read would only cost time.
+        handle.set_pread_initialize(False)
+
+    def submit(self, offset: int, view: memoryview, token: object) -> None:
+        """
+        Start to read len(view) bytes at `offset` into view; `wait` returns `token` when they are there.
+
+        Raises
+        ------
+        SourceError
+            The connection is gone.
+        """
+
+        def completed(error: Any) -> int:
+            self._finished.append((token, error.value))
+            return 1
+
+        try:
+            self._handle.aio_pread(view, offset, completed)
+        except self._nbd.Error as error:
+            raise source_error(self._uri, error) from None
+        self.in_flight += 1
+
+    def wait(self, milliseconds: int) -> list[object]:
+        """
+        Wait for reads to finish, at most so long, and return their tokens.
+
+        Raises
+        ------
+        SourceError
+            A read failed or the connection broke.
+        """
+        try:
+            if not self._finished:
+                self._handle.poll(milliseconds)
+        except self._nbd.Error as error:
+            raise source_error(self._uri, error) from None
+        done, self._finished = self._finished, []
+        self.in_flight -= len(done)
+        for _, number in done:
+            if number:
+                raise SourceError(
+                    f"{self._uri}: reading failed: {os.strerror(number)}",
+                    hint="look at the server's log and the storage below it; no point was made",
+                )
+        return [token for token, _ in done]
+
+    def close(self) -> None:
+        """End the connection, at once where reads are still in flight."""
+        handle, self._handle = self._handle, None
+        if handle is not None and not self.in_flight:
+            _shutdown(self._nbd, handle)
+
+
+class Target:
+    """
+    An export opened for writing, for a restore.  Safe to use from several threads (libnbd locks the handle).
+
+    Raises
+    ------
+    SourceError
+        The server cannot be reached.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._nbd = load_binding()
+        self._handle = connect(self._nbd, uri, ())
+        try:
+            self.size: int = self._handle.get_size()
+            self.read_only: bool = self._handle.is_read_only()
+            self._can_zero: bool = self._handle.can_zero()
+            self._can_flush: bool = self._handle.can_flush()
+            self._step: int = self._handle.get_block_size(self._nbd.SIZE_MAXIMUM) or _MAX_REQUEST
+        except self._nbd.Error as error:
+            raise source_error(uri, error) from None
+
+    reads_zero = False  # whatever it held before is still there
+
+    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Write data (bytes) at offset."""
+        view = memoryview(data)
+        for low in range(0, len(view), self._step):
+            piece = view[low : low + self._step]
+            self._try(lambda piece=piece, low=low: self._handle.pwrite(piece, offset + low))
+
+    def zero(self, offset: int, length: int) -> None:
+        """Make the range read as zeroes."""
+        step = _MAX_ZERO if self._can_zero else self._step
+        for low in range(offset, offset + length, step):
+            count = min(step, offset + length - low)
+            if self._can_zero:
+                self._try(lambda count=count, low=low: self._handle.zero(count, low))
+            else:
+                self._try(lambda count=count, low=low: self._handle.pwrite(bytes(count), low))
+
+    def flush(self) -> None:
+        """Have the server store everything written so far."""
+        if self._can_flush:
+            self._try(self._handle.flush)
+
+    def close(self) -> None:
+        """End the connection."""
+        _shutdown(self._nbd, self._handle)
+
+    def _try(self, action: Any) -> None:
+        try:
+            action()
+        except self._nbd.Error as error:
+            raise BackupError(
+                f"{self.uri}: writing failed: {error.string}",
+                hint="the target is incomplete; look at the server's log, then restore again",
+            ) from None
+
+
+def connect(binding: Any, uri: str, contexts: Sequence[str]) -> nbd.NBD:
+    """
+    Connect one handle and negotiate `contexts`; which of them the server has is the caller's to ask.
+
+    Raises
+    ------
+    SourceError
+        The server cannot be reached or the URI is not one.
+    """
+    handle = binding.NBD()
+    try:
+        # The user names the URI, so that its tls-psk-file and tls-certificates are the user's own files.
+        handle.set_uri_allow_local_file(True)
+        for context in contexts:
+            handle.add_meta_context(context)
+        handle.connect_uri(uri)
+    except binding.Error as error:
+        raise source_error(uri, error) from None
+    return handle
+
+
+def source_error(uri: str, error: Any) -> SourceError:
+    """Put libnbd's message into an error of ours, with the URI it is about."""
+    return SourceError(f"{uri}: {error.string}", hint="is the server running, and the URI right? try: nbdinfo URI")
+
+
+def _shutdown(binding: Any, handle: nbd.NBD) -> None:
+    try:
+        handle.shutdown()
+    except binding.Error:
+        pass  # the connection is gone already, or has requests in flight: dropping the handle closes it

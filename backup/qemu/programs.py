@@ -1,0 +1,346 @@
+"""
+qemu-img and qemu-nbd: their command lines and their answers.  The only user of `subprocess`.
+
+An image's format is always told to QEMU (`-f`), never guessed by it: a guest that owns a raw disk could write a qcow2
+header into it and have QEMU open any file of the host as its backing file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import quote
+
+from backup.errors import BackupError, Failed, SourceError
+
+QCOW2, RAW = "qcow2", "raw"
+_QCOW2_MAGIC = b"QFI\xfb"
+_START_SECONDS = 30.0
+"""How long a server may take to listen: it opens a whole backing chain first."""
+_LOCK_TRIES, _LOCK_PAUSE = 5, 0.3
+"""
+Another program's short look at the image (qemu-img info, a killed run's last qemu-img) must not fail a run: that many
+tries, that many seconds apart.
+"""
+_PACKAGE = "install QEMU's tools: apt-get install qemu-utils (dnf install qemu-img)"
+
+
+class ImageLocked(SourceError):
+    """QEMU's lock says that another program uses the image."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bitmap:
+    """A persistent dirty bitmap of an image.  `granularity` in bytes."""
+
+    name: str
+    granularity: int
+    recording: bool
+    inconsistent: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One file of an image's backing chain, and the stat of it: size in bytes, mtime in ns, inode."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    inode: int
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInfo:
+    """
+    What an offline image is.
+
+    `size` is its virtual size in bytes, exact for a raw image; `no_bitmaps` says why it can hold no bitmap (None when it
+    can); `lower` are the files below it, nearest first, and `lower_bitmaps` the names of the bitmaps in them.
+    """
+
+    path: Path
+    format: str
+    size: int
+    bitmaps: tuple[Bitmap, ...]
+    no_bitmaps: str | None
+    fulls_only: str | None
+    lower: tuple[Layer, ...]
+    lower_bitmaps: tuple[str, ...]
+
+    def bitmap(self, name: str) -> Bitmap | None:
+        """The bitmap of exactly that name in this image itself, not in a file below it (trap 21)."""
+        return next((bitmap for bitmap in self.bitmaps if bitmap.name == name), None)
+
+
+def detect_format(path: Path) -> str:
+    """
+    Qcow2 or raw, from the first four bytes.
+
+    Raises
+    ------
+    SourceError
+        The image cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise SourceError(
+            f"{path} cannot be read: {error.strerror}", hint="check the image's path and permissions"
+        ) from None
+    return QCOW2 if magic == _QCOW2_MAGIC else RAW
+
+
+def qemu_version() -> str:
+    """QEMU's version as qemu-img tells it, "7.2.22" for example."""
+    words = _run(["qemu-img", "--version"]).split()
+    return words[2] if len(words) > 2 else "unknown"
+
+
+def image_info(path: Path, image_format: str) -> ImageInfo:
+    """
+    Ask qemu-img about an image and its backing chain.
+
+    Raises
+    ------
+    ImageLocked
+        A running machine has it open.
+    SourceError
+        It is no image of that format, or a file below it is missing.
+    """
+    command = ["qemu-img", "info", "--output=json", "--backing-chain", "-f", image_format, filename(path)]
+    layers = json.loads(_run_on_image(command, path))
+    top = layers[0]
+    data = _data(top)
+    size = os.stat(path).st_size if image_format == RAW and path.is_file() else int(top["virtual-size"])
+    return ImageInfo(
+        path=path,
+        format=image_format,
+        size=size,
+        bitmaps=tuple(_bitmap(found) for found in data.get("bitmaps", ())),
+        no_bitmaps=_why_no_bitmaps(image_format, data),
+        fulls_only="its data lies in an external data file, whose writes no bitmap need see"
+        if "data-file" in data
+        else None,
+        lower=tuple(_layer(layer["filename"]) for layer in layers[1:]),
+        lower_bitmaps=tuple(found["name"] for layer in layers[1:] for found in _data(layer).get("bitmaps", ())),
+    )
+
+
+def _data(layer: Mapping[str, Any]) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = layer.get("format-specific", {}).get("data", {})
+    return found
+
+
+def _bitmap(found: Mapping[str, Any]) -> Bitmap:
+    flags = found.get("flags", ())
+    return Bitmap(found["name"], int(found["granularity"]), "auto" in flags, "in-use" in flags)
+
+
+def _why_no_bitmaps(image_format: str, data: Mapping[str, Any]) -> str | None:
+    if image_format == RAW:
+        return "a raw image cannot hold dirty bitmaps"
+    if data.get("compat") == "0.10":
+        return "a qcow2 image of version 2 cannot hold dirty bitmaps (qemu-img amend -o compat=1.1 upgrades it)"
+    return None
+
+
+def _layer(name: str) -> Layer:
+    try:
+        status = os.stat(name)
+    except OSError:
+        return Layer(name, 0, 0, 0)  # not a local file (a network source, json:...): its name is all that is known
+    return Layer(os.path.abspath(name), status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+def add_bitmap(path: Path, name: str) -> None:
+    """
+    Add an enabled, persistent bitmap; QEMU opens the image for writing for that moment.
+
+    Raises
+    ------
+    ImageLocked, SourceError
+        The image is in use, or QEMU refuses.
+    """
+    _run_on_image(["qemu-img", "bitmap", "--add", "-f", QCOW2, filename(path), name], path)
+
+
+def remove_bitmap(path: Path, name: str) -> None:
+    """
+    Remove a bitmap, also an inconsistent one.
+
+    Raises
+    ------
+    ImageLocked, SourceError
+        The image is in use, or QEMU refuses.
+    """
+    _run_on_image(["qemu-img", "bitmap", "--remove", "-f", QCOW2, filename(path), name], path)
+
+
+@contextmanager
+def served(path: Path, image_format: str, bitmaps: Sequence[str], connections: int) -> Iterator[str]:
+    """
+    Serve an image read-only with qemu-nbd and yield the NBD URI; QEMU's lock keeps writers out meanwhile.
+
+    The socket lies in a folder of mode 0700.  The server dies with this process, even when it is killed
+    (PR_SET_PDEATHSIG); a read-only server may be killed at any time.
+
+    Raises
+    ------
+    ImageLocked, SourceError
+        The image is in use, or cannot be served.
+    """
+    folder = tempfile.mkdtemp(prefix="pybackup-")
+    address = os.path.join(folder, "nbd")
+    command = [*_dies_with_us(), *_serve_command(path, image_format, bitmaps, connections, address)]
+    try:
+        for attempt in range(_LOCK_TRIES):
+            try:
+                server = _start(command, address, path)
+                break
+            except ImageLocked:
+                if attempt == _LOCK_TRIES - 1:
+                    raise
+                time.sleep(_LOCK_PAUSE)
+        try:
+            yield f"nbd+unix:///?socket={quote(address)}"
+        finally:
+            _end(server)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _serve_command(path: Path, image_format: str, bitmaps: Sequence[str], connections: int, address: str) -> list[str]:
+    options = [option for name in bitmaps for option in ("-B", name)]
+    shared = f"--shared={connections}"
+    return ["qemu-nbd", "-r", "-f", image_format, *options, "-t", shared, f"--socket={address}", "--", filename(path)]
+
+
+def _dies_with_us() -> list[str]:
+    # setpriv is util-linux's and essential on Debian; without it a killed run leaves a read-only server behind.
+    found = shutil.which("setpriv")
+    return [found, "--pdeathsig", "KILL", "--"] if found else []
+
+
+def _start(command: Sequence[str], address: str, path: Path) -> subprocess.Popen[str]:
+    # A file and no pipe: a server that complains a lot must not block on a pipe that nobody empties.
+    with tempfile.TemporaryFile("w+", errors="replace") as complaints:
+        server = _popen(command, complaints)
+        try:
+            _await(server, address, path, complaints)
+        except BaseException:
+            _end(server)
+            raise
+    return server
+
+
+def _await(server: subprocess.Popen[str], address: str, path: Path, complaints: IO[str]) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while not _listens(address):
+        if server.poll() is not None:
+            complaints.seek(0)
+            raise _image_error(path, complaints.read(4000) or f"qemu-nbd ended with status {server.returncode}")
+        if time.monotonic() > deadline:
+            raise SourceError(
+                f"qemu-nbd did not serve {path} within {_START_SECONDS:.0f} s", hint="is the storage hanging?"
+            )
+        time.sleep(0.003)
+
+
+def _listens(address: str) -> bool:
+    # Connecting and leaving again costs the server one client and needs no guess about when it is ready.
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(address)
+        except OSError:
+            return False
+    return True
+
+
+def _end(server: subprocess.Popen[str]) -> None:
+    server.terminate()
+    try:
+        server.wait(timeout=5)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
+
+
+def filename(path: Path) -> str:
+    """A path as QEMU's programs take it: absolute, so that no colon or dash at its start means anything else."""
+    return os.path.abspath(path)
+
+
+def _run_on_image(command: Sequence[str], path: Path) -> str:
+    for attempt in range(_LOCK_TRIES):
+        try:
+            return _run(command)
+        except _ProgramFailed as error:
+            problem = _image_error(path, error.stderr)
+            if not isinstance(problem, ImageLocked) or attempt == _LOCK_TRIES - 1:
+                raise problem from None
+        time.sleep(_LOCK_PAUSE)
+    raise AssertionError("unreachable: the last try returns or raises")
+
+
+class _ProgramFailed(Failed):
+    """A program ended with an error."""
+
+    def __init__(self, command: Sequence[str], stderr: str) -> None:
+        super().__init__(f"{command[0]} failed: {_one_line(stderr)}", hint=_PACKAGE)
+        self.stderr = stderr
+
+
+def _run(command: Sequence[str]) -> str:
+    process = _popen(command, subprocess.PIPE)
+    try:
+        stdout, stderr = process.communicate()
+    except BaseException:
+        # A signal stops us, not a qemu-img that is writing an image's bitmaps; it needs only moments.
+        process.wait()
+        raise
+    if process.returncode:
+        raise _ProgramFailed(command, stderr)
+    return stdout
+
+
+def _popen(command: Sequence[str], stderr: int | IO[str]) -> subprocess.Popen[str]:
+    try:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE if stderr == subprocess.PIPE else subprocess.DEVNULL,
+            stderr=stderr,
+            text=True,
+            errors="replace",
+            # A Ctrl-C in the terminal is for us; a qemu-img must not die of it half-way through a write.
+            start_new_session=True,
+            env={**os.environ, "LC_ALL": "C"},
+        )
+    except OSError as error:
+        raise Failed(f"{command[0]} cannot be run: {error.strerror}", hint=_PACKAGE) from None
+
+
+def _image_error(path: Path, stderr: str) -> BackupError:
+    text = _one_line(stderr)
+    if "lock" in text and ("Failed to get" in text or "Is another process using" in text):
+        return ImageLocked(
+            f"{path} is in use by another program: {text}",
+            hint="a running machine's disk is backed up through --qmp (to come); shut the machine down, or wait for the other program",
+        )
+    return SourceError(f"{path} cannot be used: {text}", hint=f"look at it with: qemu-img info --backing-chain {path}")
+
+
+def _one_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return "; ".join(lines[:3]) or "no message"

@@ -1,0 +1,341 @@
+"""
+A point back to a disk: the newest holder of each cluster, every block held against its digest, zeroes included.
+
+    windows of the disk -> who holds what -> work by file, in the file's order -> check, decode, write
+                        -> zeroes, where the target is not known to be empty
+
+Work is taken in the order in which it lies in the data files, so that each block of a file is read and hashed about
+once, however many points the chain has; the target is written at any offset.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from backup import chain as chains
+from backup import datafile
+from backup.chain import NOBODY, Chain, Index
+from backup.datafile import OpenDataFile
+from backup.digests import BLOCK
+from backup.errors import Damaged, Failed, NotFound, UsageError
+from backup.extents import Offsets, windows
+from backup.manifest import Manifest
+from backup.qcow2 import COMPRESSED, Codec
+from backup.repository import Machine
+from backup.targets import Target, is_uri, opened
+
+_WINDOW = 1 << 20
+"""
+Clusters of the disk resolved at once, about 40 bytes of memory each.  Large, so that each file's tables and data are
+passed over few times; 64 GiB of a disk with clusters of 64 KiB.
+"""
+_TRIES = 3
+_TICK = 0.1
+"""Seconds between looks at progress and signals."""
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """Bytes of the disk, and of these written as data; the others read as zeroes."""
+
+    size: int
+    data_bytes: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Job:
+    """Clusters whose stored bytes begin in one block of one file, in the file's order."""
+
+    number: int
+    block: int
+    clusters: Offsets
+    offsets: Offsets
+    lengths: Offsets
+    kinds: np.ndarray[tuple[int], np.dtype[np.uint8]]
+
+
+class Progress(Protocol):
+    """Who watches a restore."""
+
+    def begin(self, disk: str, total: int) -> None:
+        """A disk begins; it has `total` bytes."""
+
+    def advance(self, done: int) -> None:
+        """So many bytes of it are done."""
+
+
+def targets(point: Manifest, target: str, disk: str | None, image_format: str) -> list[tuple[str, str]]:
+    """
+    Which disk goes where: (disk, target) for each.
+
+    Raises
+    ------
+    NotFound
+        The point does not hold the disk.
+    UsageError
+        Several disks and a target that is no new or empty folder, or one disk and a folder.
+    """
+    if disk is not None and point.disk(disk) is None:
+        names = ", ".join(held.name for held in point.disks)
+        raise NotFound(f"point {point.point} holds no disk {disk!r}", hint=f"it holds: {names}")
+    if disk is not None or len(point.disks) == 1:
+        if os.path.isdir(target):
+            raise UsageError(f"{target} is a folder and one disk is restored", hint="name the file to make")
+        return [(disk or point.disks[0].name, target)]
+    return [(held.name, f"{_new_folder(target, point)}/{held.name}.{image_format}") for held in point.disks]
+
+
+def _new_folder(target: str, point: Manifest) -> str:
+    names = ", ".join(held.name for held in point.disks)
+    hint = f"the point holds several disks ({names}): name a new or empty folder, or one disk with --disk"
+    if is_uri(target) or (os.path.lexists(target) and not os.path.isdir(target)):
+        raise UsageError(f"{target} is no folder", hint=hint)
+    if os.path.isdir(target) and os.listdir(target):
+        raise UsageError(f"the folder {target} is not empty", hint=hint)
+    try:
+        os.makedirs(target, mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise Failed(f"{target} cannot be made: {error.strerror}", hint="check the path and the permissions") from None
+    return target.rstrip("/") or "/"
+
+
+def restore_disk(
+    machine: Machine,
+    point: str,
+    disk: str,
+    target: str,
+    *,
+    image_format: str,
+    force: bool,
+    workers: int,
+    progress: Progress,
+) -> Restored:
+    """
+    Restore one disk of a point to what `target` names (see `targets.opened`).
+
+    Raises
+    ------
+    Damaged, NotFound
+        The chain or a data file is not what was written; a file did not appear under its name.
+    BackupError
+        The target is refused or cannot be written.
+    """
+    with opened_point(machine, point, disk) as (chain, files):
+        progress.begin(disk, chain.size)
+        with opened(target, chain.size, image_format, cluster_size=chain.cluster_size, force=force) as sink:
+            return _write_out(chain, files, sink, workers, progress)
+
+
+@contextmanager
+def opened_point(machine: Machine, point: str, disk: str) -> Iterator[tuple[Chain, list[OpenDataFile]]]:
+    """
+    Build a disk's chain and open all its files.
+
+    All files are open before the manifests are read again: what changed meanwhile is tried again, so that damage counts
+    only when it repeats.
+    """
+    for attempt in range(_TRIES):
+        chain = chains.build(machine.contents().manifests, point, disk)
+        with ExitStack() as stack:
+            try:
+                files = stack.enter_context(datafile.opened(machine.path, chain))
+            except (Damaged, NotFound):
+                if attempt == _TRIES - 1:
+                    raise
+                continue
+            if chains.build(machine.contents().manifests, point, disk) == chain:
+                yield chain, files
+                return
+    raise Failed(f"the chain of point {point} changed {_TRIES} times while it was opened", hint="run the command again")
+
+
+def _write_out(chain: Chain, files: list[OpenDataFile], target: Target, workers: int, progress: Progress) -> Restored:
+    run = _Run(chain, files, target, progress)
+    threads = [threading.Thread(target=run.work) for _ in range(workers)]
+    try:
+        for thread in threads:
+            thread.start()
+        run.feed(workers)
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(_TICK)
+                run.show()
+    finally:
+        run.stop.set()
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
+    if run.error is not None:
+        raise run.error
+    return Restored(chain.size, run.data_bytes)
+
+
+class _Run:
+    """What the threads of one restore share."""
+
+    def __init__(self, chain: Chain, files: list[OpenDataFile], target: Target, progress: Progress) -> None:
+        self.chain = chain
+        self.files = files
+        self.target = target
+        self.progress = progress
+        self.index = Index(chain, [file.reader for file in files])
+        self.limits = chain.limits
+        self.stop = threading.Event()
+        self.error: BaseException | None = None
+        self.done = 0
+        self.data_bytes = 0
+        self._lock = threading.Lock()
+        self._jobs: queue.Queue[_Job | None] = queue.Queue(maxsize=64)
+
+    def feed(self, workers: int) -> None:
+        """Resolve the disk window by window and hand out the work."""
+        for start, end in windows(0, self.chain.size, _WINDOW * self.chain.cluster_size):
+            self._hand_out(self._resolved(start, end))
+        for _ in range(workers):
+            self._put(None)
+
+    def show(self) -> None:
+        """Show how far it is; in the calling thread only."""
+        self.progress.advance(min(self.done, self.chain.size))
+
+    def work(self) -> None:
+        """Do jobs until there are no more; the first error stops all."""
+        codec = Codec(self.chain.cluster_size, None)
+        try:
+            while not self.stop.is_set():
+                try:
+                    job = self._jobs.get(timeout=_TICK)
+                except queue.Empty:
+                    continue
+                if job is None:
+                    return
+                self._do(job, codec)
+        except BaseException as error:  # carried to the calling thread, which raises it
+            with self._lock:
+                self.error = self.error or error
+            self.stop.set()
+
+    def _resolved(self, start: int, end: int) -> tuple[Offsets, ...]:
+        """Cluster, link, host offset, length and kind of each cluster that holds data; zeroes are written at once."""
+        cluster = self.chain.cluster_size
+        first = start // cluster
+        holders, entries = self.index.resolve(first, -(-(end - start) // cluster))
+        self._write_zeroes(holders == NOBODY, start, end)
+        held = np.flatnonzero(holders != NOBODY)
+        links, found = holders[held], entries[held]
+        reader = self.files[0].reader
+        offsets, lengths = reader.spans(found)
+        return (
+            held + first,
+            links.astype(np.int64),
+            offsets.astype(np.int64),
+            lengths.astype(np.int64),
+            reader.kinds(found).astype(np.int64),
+        )
+
+    def _write_zeroes(self, empty: np.ndarray[tuple[int], np.dtype[np.bool_]], start: int, end: int) -> None:
+        cluster = self.chain.cluster_size
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], empty, [False]]))).reshape(-1, 2)
+        for low, high in edges.tolist():
+            low_byte, high_byte = start + low * cluster, min(start + high * cluster, end)
+            if not self.target.reads_zero:
+                self.target.zero(low_byte, high_byte - low_byte)
+            with self._lock:
+                self.done += high_byte - low_byte
+            if self.stop.is_set():
+                return
+
+    def _hand_out(self, columns: tuple[Offsets, ...]) -> None:
+        order = np.lexsort((columns[2], columns[1]))
+        clusters, links, offsets, lengths, kinds = (column[order] for column in columns)
+        blocks = offsets // BLOCK
+        changes = np.flatnonzero((np.diff(links) != 0) | (np.diff(blocks) != 0)) + 1
+        bounds = [0, *changes.tolist(), len(clusters)]
+        for low, high in zip(bounds, bounds[1:], strict=False):
+            if low == high or self.stop.is_set():
+                return
+            here = slice(low, high)
+            job = _Job(
+                int(links[low]),
+                int(blocks[low]),
+                clusters[here],
+                offsets[here],
+                lengths[here],
+                kinds[here].astype(np.uint8),
+            )
+            self._put(job)
+
+    def _put(self, job: _Job | None) -> None:
+        while not self.stop.is_set():
+            self.show()
+            try:
+                self._jobs.put(job, timeout=_TICK)
+                return
+            except queue.Full:
+                continue
+
+    def _do(self, job: _Job, codec: Codec) -> None:
+        content = self._content(job)
+        limit = self.limits[job.number]
+        writes = _Gathered(self.target)
+        begins = (job.offsets - job.block * BLOCK).tolist()
+        columns = zip(job.clusters.tolist(), begins, job.lengths.tolist(), job.kinds.tolist(), strict=True)
+        with memoryview(content) as view:
+            for cluster, begin, length, kind in columns:
+                stored = view[begin : begin + length]
+                data = codec.decode(stored, self.chain.cluster_size) if kind == COMPRESSED else stored
+                self._write(writes, cluster, data, limit)
+            writes.flush()
+        with self._lock:
+            self.data_bytes += writes.written
+            self.done += len(job.clusters) * self.chain.cluster_size
+
+    def _content(self, job: _Job) -> bytes:
+        """The job's block, and as much of the next one as its last frame needs."""
+        file = self.files[job.number].file
+        content = file.block(job.block)
+        beyond = int((job.offsets + job.lengths).max()) - (job.block * BLOCK + len(content))
+        return content + file.read_at((job.block + 1) * BLOCK, beyond) if beyond > 0 else content
+
+    def _write(self, writes: _Gathered, cluster: int, data: bytes | memoryview, limit: int) -> None:
+        """One cluster to the target: cut at the disk's end, and zero from the link's limit on."""
+        size = self.chain.cluster_size
+        start = cluster * size
+        length = min(size, self.chain.size - start)
+        visible = min(length, limit - start)
+        if visible < length:
+            data = bytes(data[:visible]) + bytes(length - visible)
+        writes.add(start, data[:length])
+
+
+class _Gathered:
+    """Joins neighbouring clusters into one write; a system call for each would cost more than the write."""
+
+    def __init__(self, target: Target) -> None:
+        self.written = 0
+        self._target = target
+        self._parts: list[bytes | memoryview] = []
+        self._start = self._end = 0
+
+    def add(self, offset: int, data: bytes | memoryview) -> None:
+        """Append data (bytes) at offset."""
+        if offset != self._end or self._end - self._start >= BLOCK:
+            self.flush()
+            self._start = self._end = offset
+        self._parts.append(data)
+        self._end += len(data)
+
+    def flush(self) -> None:
+        """Write what was gathered."""
+        if self._parts:
+            self._target.write(self._start, self._parts[0] if len(self._parts) == 1 else b"".join(self._parts))
+            self.written += self._end - self._start
+            self._parts = []

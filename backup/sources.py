@@ -1,0 +1,166 @@
+"""
+Sources: what a disk can be read from, behind one interface.
+
+An offline image is served by a qemu-nbd of our own, read-only, and its bitmaps are ours to add and remove.  A server
+reached by an NBD URI is someone else's: it is only read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from backup.decide import Bitmap, Sight
+from backup.errors import SourceError, UsageError
+from backup.manifest import LowerFile
+from backup.qemu import programs
+from backup.qemu.nbd import Export
+
+_STATUS_CONNECTIONS = 4
+"""Connections beside the copier's: one to begin with, and one for each context (allocation, two bitmaps)."""
+
+
+class Source(Protocol):
+    """Where one disk is read from."""
+
+    @property
+    def owns_bitmaps(self) -> bool:
+        """Are its bitmaps ours to add and remove?"""
+
+    def look(self) -> Sight:
+        """What it is at this moment."""
+
+    def why_no_bitmap(self, sight: Sight) -> str | None:
+        """Why no bitmap of ours can be started here; None when one can."""
+
+    def start_bitmap(self, name: str) -> None:
+        """Add a recording bitmap."""
+
+    def remove_bitmap(self, name: str) -> None:
+        """Remove a bitmap."""
+
+    def qemu_version(self) -> str | None:
+        """The version of the QEMU that reads it, where that is known."""
+
+    def opened(self, sight: Sight, bitmaps: Sequence[str], lanes: int) -> AbstractContextManager[Export]:
+        """Open it for reading, writers kept out where that is ours to do; `bitmaps` can be asked about."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSource:
+    """An image that no machine has open.  `format` is "qcow2", "raw", or None to tell by its first bytes."""
+
+    path: Path
+    format: str | None = None
+
+    @property
+    def owns_bitmaps(self) -> bool:
+        """Yes."""
+        return True
+
+    def look(self) -> Sight:
+        """Ask qemu-img."""
+        if not self.path.exists():
+            raise SourceError(f"there is no image {self.path}", hint="check --image, or `image:` in the configuration")
+        info = programs.image_info(self.path, self.format or programs.detect_format(self.path))
+        return Sight(
+            kind="image",
+            path=programs.filename(self.path),
+            format=info.format,
+            size=info.size,
+            bitmaps=tuple(Bitmap(b.name, b.granularity, b.recording, b.inconsistent) for b in info.bitmaps),
+            no_bitmaps=info.no_bitmaps,
+            fulls_only=info.fulls_only,
+            lower=tuple(LowerFile(layer.path, layer.size, layer.mtime_ns, layer.inode) for layer in info.lower),
+            lower_bitmaps=info.lower_bitmaps,
+        )
+
+    def why_no_bitmap(self, sight: Sight) -> str | None:
+        """A raw image, a version 2 qcow2 and an image with an external data file get none."""
+        return sight.fulls_only or sight.no_bitmaps
+
+    def start_bitmap(self, name: str) -> None:
+        """Add a recording, persistent bitmap."""
+        programs.add_bitmap(self.path, name)
+
+    def remove_bitmap(self, name: str) -> None:
+        """Remove a bitmap."""
+        programs.remove_bitmap(self.path, name)
+
+    def qemu_version(self) -> str | None:
+        """Version of qemu-img."""
+        return programs.qemu_version()
+
+    @contextmanager
+    def opened(self, sight: Sight, bitmaps: Sequence[str], lanes: int) -> Iterator[Export]:
+        """Serve it with qemu-nbd; QEMU's lock keeps writers out until it is closed."""
+        with (
+            programs.served(self.path, sight.format, bitmaps, lanes + _STATUS_CONNECTIONS) as uri,
+            Export(uri, bitmaps, sight.size) as export,
+        ):
+            yield export
+
+
+class NbdSource:
+    """
+    An export of someone's NBD server.  `bitmap` is the exact name of one of its dirty bitmaps, or None.
+
+    The connection stays open from the first look to the end: a qemu-nbd without -t ends with its last client.
+    """
+
+    def __init__(self, uri: str, bitmap: str | None = None) -> None:
+        self.uri = uri
+        self.bitmap = bitmap
+        self._export: Export | None = None
+
+    @property
+    def owns_bitmaps(self) -> bool:
+        """No: they are their owner's."""
+        return False
+
+    def look(self) -> Sight:
+        """Ask the server."""
+        export = self._connected()
+        shown = (Bitmap(self.bitmap),) if self.bitmap and export.has_bitmap(self.bitmap) else ()
+        return Sight(kind="nbd", path=self.uri, format="raw", size=export.size, bitmaps=shown)
+
+    def why_no_bitmap(self, sight: Sight) -> str | None:
+        """Its bitmaps are its owner's."""
+        return f"the bitmaps of {sight.path} are its owner's to add and remove"
+
+    def start_bitmap(self, name: str) -> None:
+        """Never: see owns_bitmaps."""
+        raise UsageError(f"bitmap {name} cannot be added through {self.uri}", hint="name the image itself with --image")
+
+    def remove_bitmap(self, name: str) -> None:
+        """Never: see owns_bitmaps."""
+        raise UsageError(
+            f"bitmap {name} cannot be removed through {self.uri}", hint="name the image itself with --image"
+        )
+
+    def qemu_version(self) -> str | None:
+        """The server does not say what it is."""
+        return None
+
+    @contextmanager
+    def opened(self, sight: Sight, bitmaps: Sequence[str], lanes: int) -> Iterator[Export]:
+        """The connection that there is; keeping writers out is the owner's duty."""
+        del sight, bitmaps, lanes
+        try:
+            yield self._connected()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """End the connection."""
+        if self._export is not None:
+            self._export.close()
+            self._export = None
+
+    def _connected(self) -> Export:
+        if self._export is None:
+            self._export = Export(self.uri, [self.bitmap] if self.bitmap else [])
+        return self._export
