@@ -140,11 +140,14 @@ def restores() -> None:
         run("e2fsck -fn restored.raw")
         Path("restored.raw").unlink()
     say("A backup file is a qcow2 with its parent as backing file, so QEMU needs no pybackup:")
-    data_file = f"backups/web1/web1.{found[-1]['point']}.qcow2"
+    data_files = [f"backups/web1/web1.{point['point']}.qcow2" for point in found]
+    for name in data_files:
+        run(f"qemu-img check {name}")
+    data_file = data_files[-1]
     run(f"qemu-img info {data_file}")
     run(f"qemu-img convert -f qcow2 -O raw {data_file} restored.raw")
     run("cmp point3.raw restored.raw")
-    run("qemu-img compare -f qcow2 -F qcow2 web1.qcow2 " + data_file)
+    run(f"qemu-img compare -f qcow2 -F qcow2 web1.qcow2 {data_file}")
 
 
 def real_files() -> list[str]:
