@@ -133,7 +133,7 @@ def _parent(manifests: Mapping[str, Manifest], child: Link, disk: str) -> Link:
 def _mismatch(child: Link, parent: str, why: str) -> BackupError:
     return Damaged(
         f"point {child.point} does not continue point {parent}: {why}",
-        hint="a manifest was swapped or belongs to another chain; bring the right one back from a copy of the repository",
+        hint="a manifest was swapped or is another chain's; bring the right one back from a copy of the repository",
     )
 
 
@@ -181,4 +181,5 @@ class Index:
 
     def holds_data(self, first: int, count: int) -> Mask:
         """For each of `count` clusters from `first`: does the chain hold data there?"""
-        return self.resolve(first, count)[0] != NOBODY
+        held: Mask = self.resolve(first, count)[0] != NOBODY
+        return held

@@ -160,7 +160,7 @@ class _Run:
         for _ in range(buffers):
             self._free.put(bytearray(request_size))
         self._lock = threading.Lock()
-        self._batches = self._cut()
+        self._batches: Iterator[Batch] | None = self._cut()
         self._outstanding: dict[int, None] = {}
         self._issued = 0
 
@@ -168,7 +168,7 @@ class _Run:
         """Run `work`; its first error stops the whole copy."""
         try:
             work(*args)
-        except BaseException as error:  # carried to the calling thread, which raises it
+        except BaseException as error:  # noqa: BLE001 - carried to the calling thread, which raises it
             with self._lock:
                 self.error = self.error or error
             self.stop.set()

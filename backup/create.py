@@ -48,13 +48,16 @@ _SETTLE_TRIES = 5
 """How often a run begins again because a machine started between adding the bitmaps and locking the images."""
 
 
+_NO_CLAIM = Claim(None, None)
+
+
 @dataclass(frozen=True, slots=True)
 class DiskRequest:
     """One disk to back up.  `claim` is the user's word about a bitmap of someone else's server."""
 
     name: str
     source: Source
-    claim: Claim = Claim(None, None)
+    claim: Claim = _NO_CLAIM
     format_given: bool = False
 
 
@@ -217,7 +220,7 @@ class _Run:
             if report is not None:
                 return report
         raise SourceError(
-            f"the images of machine {self.request.machine} were written to between two steps, {_SETTLE_TRIES} times over",
+            f"the images of machine {self.request.machine} kept being written to while they were locked",
             hint="back up the machine while it is off",
         )
 
@@ -472,7 +475,7 @@ def _check_source(disk: DiskRequest, sight: Sight, newest: Manifest, request: Re
         # A guest can write a qcow2 header, with any backing file, into its raw disk.
         raise UsageError(
             f"{sight.path} was a raw image at point {newest.point} and begins with a qcow2 header now",
-            hint="say which it is: --image-format raw, or --image-format qcow2 if it was converted (`format:` in the configuration)",
+            hint="say --image-format raw, or qcow2 if it was converted (`format:` in the configuration)",
         )
 
 

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from typing import Self
 
 from backup import digests, qcow2
 from backup.chain import Chain, Index
@@ -221,7 +222,7 @@ class DataFileMaker:
             compression=compression,
         )
 
-    def __enter__(self) -> DataFileMaker:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -238,7 +239,7 @@ def check_head(reader: qcow2.Reader, entry: DiskEntry, name: str, parent: DiskEn
         Size, cluster size, backing file or compression is another.
     """
     image = reader.image
-    facts = [
+    facts: list[tuple[str, object, object]] = [
         ("size", image.size, -(-entry.size // 512) * 512),
         ("cluster size", image.cluster_size, entry.data.cluster_size),
         ("backing file", image.backing is not None, entry.parent is not None),

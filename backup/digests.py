@@ -1,8 +1,8 @@
 """
 Digests: BLAKE3 of the data file's blocks, the `.b3` file, and reading with a check.  The only user of `blake3`.
 
-A `.b3` file is the 32-byte BLAKE3 digests of its data file's blocks, one for each 4 MiB, in order, and nothing else; the
-last block may be short.  The manifest holds the digest over the `.b3` (FORMAT.md, "The digest file").
+A `.b3` file is the 32-byte BLAKE3 digests of its data file's blocks, one for each 4 MiB, in order, and nothing else.
+The last block may be short.  The manifest holds the digest over the `.b3` (FORMAT.md, "The digest file").
 """
 
 from __future__ import annotations
@@ -100,15 +100,15 @@ class BlockCache:
 
     def get(self, key: tuple[int, int], load: Callable[[], bytes]) -> bytes:
         """The block under `key`, loaded when it is not there."""
+        mine = threading.Event()
         while True:
             with self._lock:
                 if key in self._blocks:
                     self._blocks.move_to_end(key)
                     return self._blocks[key]
-                loading = self._loading.get(key)
-                if loading is None:
-                    mine = self._loading[key] = threading.Event()
-                    break
+                loading = self._loading.setdefault(key, mine)
+            if loading is mine:
+                break
             loading.wait()
         try:
             block = load()

@@ -2,8 +2,8 @@
 Manifests: the JSON that describes a point and makes it exist (FORMAT.md, "The manifest").
 
 A manifest ends in a digest of all its bytes before that digest, so that any changed byte is found.  Values are frozen;
-`encode` and `decode` are pure.  Unknown fields are kept out of the way (a later program may add some); a newer `version`
-is refused.
+`encode` and `decode` are pure.  Unknown fields are kept out of the way (a later program may add some);
+a newer `version` is refused.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 
 from backup import digests
 from backup.errors import BackupError, Damaged, Failed
-
 
 FORMAT = "pybackup manifest"
 VERSION = 1

@@ -3,8 +3,8 @@ Plans: what a new point must hold, decided from what the server says.
 
 A plan is a value.  It is made whole before the first byte is copied, so that `--dry-run` shows exactly what a run does,
 and it is kept per cluster of the data file: a partly dirty cluster is read whole, a cluster is zero only when all of it
-reads as zero.  Windows of clusters are stored as runs where runs are few and as two bits per cluster where they are many,
-so that a fragmented disk of 16 TiB still needs only 64 MiB.
+reads as zero.  Windows of clusters are stored as runs where runs are few and as two bits per cluster where they are
+many, so that a fragmented disk of 16 TiB still needs only 64 MiB.
 
 The rules (traps 1, 2, 4 and 28):
 
@@ -100,10 +100,11 @@ class _Packed:
 
     def unpacked(self) -> Kinds:
         if self.starts is not None:
-            lengths = np.diff(np.append(self.starts, np.uint32(self.count)))
-            return np.repeat(self.kinds, lengths)
+            bounds = np.append(self.starts, np.uint32(self.count)).astype(np.int64)
+            return np.repeat(self.kinds, bounds[1:] - bounds[:-1])
         low, high = np.split(self.kinds, 2)
-        return np.unpackbits(low, count=self.count) | (np.unpackbits(high, count=self.count) << 1)
+        planes = np.unpackbits(low, count=self.count), np.unpackbits(high, count=self.count)
+        return (planes[0] | (planes[1] << 1)).astype(np.uint8)
 
 
 @dataclass(frozen=True, slots=True)

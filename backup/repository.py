@@ -62,7 +62,7 @@ class Repository:
         self.modes = modes
 
     @classmethod
-    def open(cls, path: Path, modes: Modes = Modes()) -> Repository:  # noqa: B008 - Modes is frozen
+    def open(cls, path: Path, modes: Modes = Modes()) -> Repository:
         """
         Open an existing repository.
 
@@ -86,7 +86,7 @@ class Repository:
         return cls(path, _identity(content, marker), modes)
 
     @classmethod
-    def open_or_create(cls, path: Path, modes: Modes = Modes()) -> Repository:  # noqa: B008 - Modes is frozen
+    def open_or_create(cls, path: Path, modes: Modes = Modes()) -> Repository:
         """
         Open a repository, or make one where the folder is missing or empty.
 
@@ -120,7 +120,7 @@ class Repository:
 class Machine:
     """One machine's folder."""
 
-    def __init__(self, path: Path, modes: Modes = Modes()) -> None:  # noqa: B008 - Modes is frozen
+    def __init__(self, path: Path, modes: Modes = Modes()) -> None:
         self.path = path
         self.name = path.name
         self.modes = modes

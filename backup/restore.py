@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -218,7 +219,7 @@ class _Run:
                 if job is None:
                     return
                 self._do(job, codec)
-        except BaseException as error:  # carried to the calling thread, which raises it
+        except BaseException as error:  # noqa: BLE001 - carried to the calling thread, which raises it
             with self._lock:
                 self.error = self.error or error
             self.stop.set()
@@ -259,7 +260,7 @@ class _Run:
         blocks = offsets // BLOCK
         changes = np.flatnonzero((np.diff(links) != 0) | (np.diff(blocks) != 0)) + 1
         bounds = [0, *changes.tolist(), len(clusters)]
-        for low, high in zip(bounds, bounds[1:], strict=False):
+        for low, high in pairwise(bounds):
             if low == high or self.stop.is_set():
                 return
             here = slice(low, high)

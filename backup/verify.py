@@ -61,7 +61,9 @@ def stored_bytes(machine: Machine, points: Sequence[str] | None) -> int:
     sizes = {}
     for manifest, disk, result in _chains(manifests, wanted):
         links = (
-            [(manifest.point, disk)] if isinstance(result, BackupError) else [(l.point, l.entry) for l in result.links]
+            [(manifest.point, disk)]
+            if isinstance(result, BackupError)
+            else [(link.point, link.entry) for link in result.links]
         )
         sizes.update({(point, entry.name): entry.data.size for point, entry in links})
     return sum(sizes.values())

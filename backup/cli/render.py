@@ -1,8 +1,8 @@
 """
 What people and scripts see.  Values in, text out; the only user of rich.
 
-The rules of the output: results go to standard output, everything else to standard error.  `--json` puts one document on
-standard output.  A bar is drawn on a terminal only; without one there are no escape codes and one line per disk.
+The rules of the output: results go to standard output, everything else to standard error.  `--json` puts one document
+on standard output.  A bar is drawn on a terminal only; without one there are no escape codes and one line per disk.
 """
 
 from __future__ import annotations
@@ -176,7 +176,8 @@ def manifest_text(manifest: Manifest, path: Path, chains: Mapping[str, Sequence[
             f"zero {show_size(disk.bytes.zero)}, stored {show_size(disk.bytes.stored)}"
         )
         line(
-            f"  data      {disk.data.file} ({plain(disk.data.compression)}, clusters of {show_size(disk.data.cluster_size)})"
+            f"  data      {disk.data.file} ({plain(disk.data.compression)}, "
+            f"clusters of {show_size(disk.data.cluster_size)})"
         )
         chain = chains[disk.name]
         if isinstance(chain, BackupError):

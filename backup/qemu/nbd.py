@@ -1,7 +1,7 @@
 """
 NBD through libnbd: block status, reading for the copier, writing for a restore.  The only user of `nbd`.
 
-What a server may answer to one block status request, all of it legal (NBD protocol, nbd_block_status(3), traps 7 to 10):
+What a server may answer to a block status request, all of it legal (NBD protocol, nbd_block_status(3), traps 7 to 10):
 
     asked      |.......................|
     short      |data   |zero |                  at least one extent; ask again from its end
@@ -19,8 +19,8 @@ import importlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -117,7 +117,7 @@ class Export:
         return DIRTY_BITMAP + name in self._by_context
 
     def allocation(self, start: int, end: int) -> Runs:
-        """base:allocation of [start, end).  All data where the server does not have the context: reading is always right."""
+        """base:allocation of [start, end).  All data where the server has no such context: reading is right."""
         if ALLOCATION not in self._by_context:
             return Runs.uniform(start, end, 0)
         return self._status(ALLOCATION, start, end).masked(extents.HOLE | extents.ZERO)
@@ -142,12 +142,17 @@ class Export:
         """Names of the dirty bitmaps that the server would serve; empty where it cannot say."""
         found: list[str] = []
         handle = self._nbd.NBD()
+
+        def collect(name: str) -> int:
+            found.append(name)
+            return 0
+
         try:
             handle.set_uri_allow_local_file(True)
             handle.set_opt_mode(True)
             handle.add_meta_context(DIRTY_BITMAP)
             handle.connect_uri(self.uri)
-            handle.opt_list_meta_context(lambda name: found.append(name) or 0)
+            handle.opt_list_meta_context(collect)
             handle.opt_abort()
         except self._nbd.Error:
             return []  # only a hint is poorer without it
@@ -166,8 +171,8 @@ class Export:
         lanes: list[Lane] = []
         try:
             if self.multi_conn:
-                for _ in range(wanted):
-                    lanes.append(Lane(self._nbd, self._connect([]), self.uri))
+                for _ in range(wanted):  # one by one, so that those before one that fails are closed
+                    lanes.append(Lane(self._nbd, self._connect([]), self.uri))  # noqa: PERF401
             else:
                 lanes.append(Lane(self._nbd, self._handles[0], self.uri))
             yield lanes
@@ -182,7 +187,7 @@ class Export:
         self._handles.clear()
         self._by_context.clear()
 
-    def __enter__(self) -> Export:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -401,7 +406,7 @@ def connect(binding: Any, uri: str, contexts: Sequence[str]) -> nbd.NBD:
     SourceError
         The server cannot be reached or the URI is not one.
     """
-    handle = binding.NBD()
+    handle: nbd.NBD = binding.NBD()
     try:
         # The user names the URI, so that its tls-psk-file and tls-certificates are the user's own files.
         handle.set_uri_allow_local_file(True)
@@ -419,7 +424,6 @@ def source_error(uri: str, error: Any) -> SourceError:
 
 
 def _shutdown(binding: Any, handle: nbd.NBD) -> None:
-    try:
+    # It may be gone already; dropping the handle closes it as well.
+    with suppress(binding.Error):
         handle.shutdown()
-    except binding.Error:
-        pass  # the connection is gone already, or has requests in flight: dropping the handle closes it

@@ -14,11 +14,11 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 from urllib.parse import quote
 
 from backup.errors import BackupError, Failed, SourceError
@@ -32,6 +32,7 @@ _LOCK_TRIES, _LOCK_PAUSE = 5, 0.3
 Another program's short look at the image (qemu-img info, a killed run's last qemu-img) must not fail a run: that many
 tries, that many seconds apart.
 """
+_T = TypeVar("_T")
 _PACKAGE = "install QEMU's tools: apt-get install qemu-utils (dnf install qemu-img)"
 
 
@@ -64,8 +65,8 @@ class ImageInfo:
     """
     What an offline image is.
 
-    `size` is its virtual size in bytes, exact for a raw image; `no_bitmaps` says why it can hold no bitmap (None when it
-    can); `lower` are the files below it, nearest first, and `lower_bitmaps` the names of the bitmaps in them.
+    `size` is its virtual size in bytes, exact for a raw image; `no_bitmaps` says why it can hold no bitmap (None when
+    it can); `lower` are the files below it, nearest first, and `lower_bitmaps` the names of the bitmaps in them.
     """
 
     path: Path
@@ -204,14 +205,7 @@ def served(path: Path, image_format: str, bitmaps: Sequence[str], connections: i
     address = os.path.join(folder, "nbd")
     command = [*_dies_with_us(), *_serve_command(path, image_format, bitmaps, connections, address)]
     try:
-        for attempt in range(_LOCK_TRIES):
-            try:
-                server = _start(command, address, path)
-                break
-            except ImageLocked:
-                if attempt == _LOCK_TRIES - 1:
-                    raise
-                time.sleep(_LOCK_PAUSE)
+        server = _patiently(lambda: _start(command, address, path))
         try:
             yield f"nbd+unix:///?socket={quote(address)}"
         finally:
@@ -282,15 +276,23 @@ def filename(path: Path) -> str:
 
 
 def _run_on_image(command: Sequence[str], path: Path) -> str:
-    for attempt in range(_LOCK_TRIES):
+    def run() -> str:
         try:
             return _run(command)
         except _ProgramFailed as error:
-            problem = _image_error(path, error.stderr)
-            if not isinstance(problem, ImageLocked) or attempt == _LOCK_TRIES - 1:
-                raise problem from None
-        time.sleep(_LOCK_PAUSE)
-    raise AssertionError("unreachable: the last try returns or raises")
+            raise _image_error(path, error.stderr) from None
+
+    return _patiently(run)
+
+
+def _patiently(action: Callable[[], _T]) -> _T:
+    """Try again for a moment while another program has the image's lock."""
+    for _ in range(_LOCK_TRIES - 1):
+        try:
+            return action()
+        except ImageLocked:
+            time.sleep(_LOCK_PAUSE)
+    return action()
 
 
 class _ProgramFailed(Failed):
@@ -336,7 +338,7 @@ def _image_error(path: Path, stderr: str) -> BackupError:
     if "lock" in text and ("Failed to get" in text or "Is another process using" in text):
         return ImageLocked(
             f"{path} is in use by another program: {text}",
-            hint="a running machine's disk is backed up through --qmp (to come); shut the machine down, or wait for the other program",
+            hint="if a machine runs on it: use --qmp (to come), or shut it down; else wait for the other program",
         )
     return SourceError(f"{path} cannot be used: {text}", hint=f"look at it with: qemu-img info --backing-chain {path}")
 
