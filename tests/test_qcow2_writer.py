@@ -29,7 +29,8 @@ from qcow2_oracles import (
 
 from backup.errors import BackupError, UsageError
 from backup.qcow2 import COMPRESSED, PART, RAW, UNALLOCATED, ZERO, Codec, Image, Writer, check
-from backup.qcow2.space import Space
+from backup.qcow2.space import STALE_BYTES, Space
+from backup.qcow2.writer import count_blocks
 
 CLUSTER_SIZES = [4 * KIB << n for n in range(10)]
 SIZES = [0, 1, 511, 512, 513, 65535, 65536, 65537, 3 * MIB, 5 * MIB + 777]
@@ -289,6 +290,83 @@ def test_packed_clusters_alone_waste_less_than_a_cluster():
         space.frames(np.full(16, 30_001, np.uint64))
     space.close()
     assert space.cursor == 1 + -(-16_000 * 30_001 // (64 * KIB))
+
+
+def test_a_run_left_far_behind_is_closed_so_that_its_refcounts_settle():
+    space = Space(Image(TIB, 64 * KIB, None, zstd=True))
+    space.frames(np.full(1600, 60_000, np.uint64))
+    space.clusters(1)
+    space.frames(np.full(1, 60_000, np.uint64))  # opens a run of many clusters
+    start = space.settled
+    space.clusters(STALE_BYTES // (64 * KIB) - 1)
+    assert space.close_stale() == (0, 0)
+    assert space.settled == start
+    space.clusters(1)
+    offset, length = space.close_stale()
+    assert offset < (start + 1) * 64 * KIB < offset + length
+    assert space.settled == space.cursor
+    assert space.close_stale() == (0, 0)
+
+
+def write_interleaved(path: Path, data: bytes) -> None:
+    """Packed and raw clusters in turns, and at the end a long run that little is in."""
+    write_image(path, Image(len(data), 64 * KIB, None, zstd=True), data, batch=64)
+    require_all_agree(path, data)
+
+
+def interleaved() -> bytes:
+    rng = random.Random(8)
+    packed = [rng.randbytes(40 * KIB) + bytes(24 * KIB) for _ in range(64)]
+    raw = rng.randbytes(64 * KIB) + bytes(63 * 64 * KIB)
+    return b"".join(packed) * 8 + raw + b"".join(packed[:3]) + bytes(61 * 64 * KIB) + raw
+
+
+def test_what_a_last_run_leaves_is_given_to_tables_or_cleared(tmp_path):
+    write_interleaved(tmp_path / "a.qcow2", interleaved())
+    reader = open_reader(tmp_path / "a.qcow2")
+    tables = [offset for _, offset, _ in reader.tables()]
+    assert max(tables) < reader.header.l1_offset
+    kinds = reader.kinds(reader.entries(0, reader.image.clusters))
+    offsets, _ = reader.spans(reader.entries(0, reader.image.clusters))
+    assert max(tables) < offsets[kinds == RAW].max(), "no table took the place that the run left before raw clusters"
+
+
+def test_stale_runs_leave_a_sound_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("backup.qcow2.space.STALE_BYTES", 64 * KIB)
+    data = interleaved() * 2
+    write_interleaved(tmp_path / "a.qcow2", data)
+
+
+def test_unused_bytes_are_zeroes_whatever_the_buffers_held(tmp_path, monkeypatch):
+    """A data file must not carry what this process had in memory, another disk's bytes perhaps."""
+    data = interleaved() + mixed(20 * MIB, 3)
+    for name, byte in (("a", 0), ("b", 0xFF)):
+        monkeypatch.setattr("backup.qcow2.parts.np.empty", lambda n, dtype, byte=byte: np.full(n, byte, dtype))
+        write_image(tmp_path / name, Image(len(data), 64 * KIB, None, zstd=True), data, batch=8)
+        monkeypatch.undo()
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@given(st.integers(1, 3), st.integers(-6, 6), st.integers(0, 2), st.integers(0, 3))
+def test_refcount_blocks_are_as_many_as_count_the_file_with_themselves(blocks, off, written, spare):
+    image = Image(GIB, 4 * KIB, None, zstd=True)
+    clusters = blocks * 2048 + off
+    written = min(written, clusters // 2048)
+
+    def enough(count: int) -> bool:
+        return clusters + max(0, count - written - spare) + 1 <= count * 2048
+
+    found = count_blocks(image, clusters, written, spare)
+    assert found == next(n for n in range(written, 9) if enough(n))
+
+
+@pytest.mark.parametrize("count", range(2036, 2052))
+def test_files_whose_refcounts_just_fill_a_block(tmp_path, count):
+    """A refcount block of 4 KiB counts 2,048 clusters; the file's own tables take the last of them."""
+    path = tmp_path / "a.qcow2"
+    write_image(path, Image(count * 4 * KIB, 4 * KIB, None, zstd=False), b"x" * (count * 4 * KIB), batch=count)
+    require_clean(path)
+    check(open_reader(path))
 
 
 @pytest.mark.parametrize("first", [-1, 15, 16])

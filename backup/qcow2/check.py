@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from backup.errors import Damaged
 from backup.qcow2.codec import Codec
-from backup.qcow2.layout import COMPRESSED, RAW, U64
+from backup.qcow2.layout import COMPRESSED, RAW, U16, U64
 from backup.qcow2.reader import Reader
 
 WINDOW = 1 << 24
@@ -75,20 +75,17 @@ class _Uses:
         values, counts = np.unique(self._inside(clusters), return_counts=True)
         self._frames[values] += counts.astype(np.uint32)
 
-    def refcounts(self) -> npt.NDArray[np.uint32]:
-        """Return what the refcounts must be."""
-        both = self._whole & (self._frames > 0)
+    def require(self, at: int, stored: U16) -> None:
+        """Hold stored refcounts, those from cluster start + at on, against the references."""
+        whole, frames = self._whole[at : at + len(stored)], self._frames[at : at + len(stored)]
+        both = whole & (frames > 0)
         if both.any():
-            raise self._at(int(np.argmax(both)), "holds frames and something else")
-        return self._frames + self._whole
-
-    def require(self, stored: npt.NDArray[np.uint32]) -> None:
-        """Hold the stored refcounts against the references."""
-        expected = self.refcounts()
+            raise self._at(at + int(np.argmax(both)), "holds frames and something else")
+        expected = frames + whole
         wrong = stored != expected
         if wrong.any():
             index = int(np.argmax(wrong))
-            raise self._at(index, f"refcount is {stored[index]}, references are {expected[index]}")
+            raise self._at(at + index, f"refcount is {stored[index]}, references are {expected[index]}")
 
     def _inside(self, clusters: U64) -> npt.NDArray[np.int64]:
         low, high = np.uint64(self.start), np.uint64(self.start + self.count)
@@ -119,26 +116,24 @@ def _check_window(reader: Reader, blocks: U64, uses: _Uses) -> None:
         last = (offsets + lengths - np.uint64(1))[packed] // size
         uses.add_frames(first)
         uses.add_frames(last[last > first])
-    uses.require(_stored(reader, blocks, uses.start, uses.count))
+    for at in range(0, uses.count, reader.image.block_entries):
+        uses.require(at, _stored(reader, blocks, uses.start + at, uses.count - at))
 
 
 def _clusters(first: int, count: int) -> U64:
     return np.arange(first, first + count, dtype=np.uint64)
 
 
-def _stored(reader: Reader, blocks: U64, start: int, count: int) -> npt.NDArray[np.uint32]:
-    """Read the stored refcounts of [start, start + count); a last block must hold none beyond the file's end."""
-    per = reader.image.block_entries
-    stored = np.zeros(count, np.uint32)
-    for at in range(0, count, per):
-        index = (start + at) // per
-        offset = int(blocks[index]) if index < len(blocks) else 0
-        if offset:
-            counts = reader.refcount_block(offset)
-            stored[at : at + per] = counts[: count - at]
-            if counts[count - at :].any():
-                raise reader.damaged(f"refcounts of clusters beyond the file's end in refcount block {index}")
-    return stored
+def _stored(reader: Reader, blocks: U64, start: int, count: int) -> U16:
+    """Read the refcount block that begins with cluster `start`; beyond the next `count` it must hold none."""
+    index = start // reader.image.block_entries
+    offset = int(blocks[index]) if index < len(blocks) else 0
+    if not offset:
+        return np.zeros(min(count, reader.image.block_entries), np.uint16)
+    counts = reader.refcount_block(offset)
+    if counts[count:].any():
+        raise reader.damaged(f"refcounts of clusters beyond the file's end in refcount block {index}")
+    return counts[:count]
 
 
 def _decode_table(reader: Reader, codec: Codec, first: int, entries: U64) -> None:
