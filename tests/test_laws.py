@@ -162,7 +162,10 @@ class Story:
         [disk] = report["disks"]
         print(wanted, "cluster", cluster, compression, disk)  # noqa: T201 - shown when the story fails
         assert disk["size"] == self.size
-        for name in ("kind", "dirty_bytes", "data_bytes", "zero_bytes") if rehearsed else ():
+        # A bitmap that is added can change what QEMU says of zeroes: it looks for holes in the file below a qcow2 only
+        # where the file is smaller than its clusters (qcow2_detect_metadata_preallocation).
+        same = ("kind", "dirty_bytes") if "--image" in command else ("kind", "dirty_bytes", "data_bytes", "zero_bytes")
+        for name in same if rehearsed else ():
             assert rehearsed[name] == disk[name], name
         manifest = Path(report["manifest"])
         copy = self.folder / f"{len(self.points)}.raw"
