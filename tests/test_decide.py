@@ -1,0 +1,219 @@
+"""Which backup is taken and why: one test for each rule, over values alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from backup.chain import Chain, Link
+from backup.decide import (
+    FULL,
+    INCREMENTAL,
+    Bitmap,
+    Claim,
+    Decision,
+    Sight,
+    bitmap_name,
+    decide,
+    own_bitmaps,
+)
+from backup.errors import Damaged
+from backup.manifest import BitmapRecord, ByteCounts, DataFile, DiskEntry, LowerFile, Parent, SourceRecord
+
+P = "20261122T010000Z-1f3a09c1"
+OLDER = "20261121T010000Z-00000001"
+REPO8 = "abcdef01"
+NAME = f"b1.{REPO8}.{P}"
+BASE = LowerFile("/base.qcow2", 1000, 5, 7)
+NO_CLAIM = Claim(None, None)
+SOUND = Sight(kind="image", path="/disk.qcow2", format="qcow2", size=4096, bitmaps=(Bitmap(NAME, 65536),))
+
+
+def entry(*, started: str | None = NAME, lower: tuple[LowerFile, ...] = (), parent: Parent | None = None) -> DiskEntry:
+    return DiskEntry(
+        name="disk",
+        kind=FULL if parent is None else INCREMENTAL,
+        reason="",
+        size=4096,
+        identity="1" * 32,
+        parent=parent,
+        bitmap=BitmapRecord(None, started, 65536, claimed=False),
+        data=DataFile("disk.x.qcow2", 1, "disk.x.b3", "0" * 64, 65536, "zstd:1"),
+        bytes=ByteCounts(0, 0, 0, 0, 1),
+        source=SourceRecord("image", "/disk.qcow2", "qcow2", "crash", "7.2", lower),
+    )
+
+
+def chain(newest: DiskEntry | None = None, length: int = 1) -> Chain:
+    newest = newest or entry()
+    older = tuple(Link(OLDER, length - n, newest) for n in range(1, length))
+    return Chain("disk", (Link(P, length, newest), *older))
+
+
+def decided(sight: Sight = SOUND, last: Chain | Damaged | None = None, **changed: object) -> Decision:
+    settings = {"family": "b1", "short_id": REPO8, "max_chain": 100, "claim": NO_CLAIM, "wanted": INCREMENTAL}
+    settings |= changed
+    return decide(settings.pop("wanted"), sight, last, **settings)
+
+
+def require_fallback(found: Decision, *words: str) -> None:
+    assert (found.kind, found.fallback, found.parent, found.read) == (FULL, True, None, None)
+    for word in words:
+        assert word in found.reason
+
+
+def test_a_sound_bitmap_of_the_newest_point_is_continued():
+    last = chain()
+    assert decided(SOUND, last) == Decision(
+        INCREMENTAL, f"bitmap {NAME} records since point {P}", parent=last, read=NAME
+    )
+
+
+def test_a_full_that_was_asked_for_is_no_fallback_however_sound_the_bitmap():
+    assert decided(SOUND, chain(), wanted=FULL) == Decision(FULL, "asked for")
+
+
+def test_the_first_point_is_a_full_and_no_fallback():
+    assert decided(SOUND, None) == Decision(FULL, "first point of this disk")
+
+
+@pytest.mark.parametrize("which", ["no_bitmaps", "fulls_only"])
+def test_the_first_point_of_a_disk_without_bitmaps_says_that_all_others_are_fulls(which):
+    found = decided(replace(SOUND, bitmaps=(), **{which: "it is raw"}), None)
+    assert (found.kind, found.fallback) == (FULL, False)
+    assert found.reason == "first point of this disk; every later one is a full as well: it is raw"
+
+
+def test_a_broken_chain_is_a_fallback_with_what_is_broken():
+    require_fallback(decided(SOUND, Damaged("file x is missing", hint="")), "chain is broken", "file x is missing")
+
+
+@pytest.mark.parametrize(("length", "kind"), [(2, INCREMENTAL), (3, FULL), (4, FULL)])
+def test_a_chain_ends_at_max_chain_and_that_is_no_fallback(length, kind):
+    found = decided(SOUND, chain(length=length), max_chain=3)
+    assert (found.kind, found.fallback) == (kind, False)
+    if kind == FULL:
+        assert found.reason == f"the chain has {length} points and max_chain is 3"
+
+
+@pytest.mark.parametrize("which", ["no_bitmaps", "fulls_only"])
+def test_an_image_whose_bitmaps_prove_nothing_is_read_whole_even_if_one_is_there(which):
+    require_fallback(decided(replace(SOUND, **{which: "it is so"}), chain()), "it is so")
+
+
+def test_a_missing_bitmap_is_a_fallback():
+    require_fallback(decided(replace(SOUND, bitmaps=()), chain()), NAME, "missing")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        f"b1.{REPO8}.{OLDER}",
+        f"b2.{REPO8}.{P}",
+        f"b1.00000000.{P}",
+        f"b1.{REPO8}.{P}x",
+        f"xb1.{REPO8}.{P}",
+        f"b1.{REPO8}",
+        "b1",
+        NAME.upper(),
+    ],
+)
+def test_only_the_exact_name_continues_a_point(other):
+    require_fallback(decided(replace(SOUND, bitmaps=(Bitmap(other, 65536),)), chain()), NAME, "missing")
+
+
+def test_another_of_our_bitmaps_in_its_place_hints_at_a_rollback():
+    older = Bitmap(f"b1.{REPO8}.{OLDER}", 65536)
+    require_fallback(decided(replace(SOUND, bitmaps=(older,)), chain()), "rolled back", older.name)
+
+
+def test_an_inconsistent_bitmap_is_a_fallback_even_while_it_looks_enabled():
+    sight = replace(SOUND, bitmaps=(Bitmap(NAME, 65536, recording=True, inconsistent=True),))
+    require_fallback(decided(sight, chain()), NAME, "inconsistent")
+
+
+def test_a_disabled_bitmap_is_a_fallback():
+    sight = replace(SOUND, bitmaps=(Bitmap(NAME, 65536, recording=False),))
+    require_fallback(decided(sight, chain()), NAME, "disabled")
+
+
+def test_a_bitmap_in_a_backing_file_only_is_a_fallback():
+    lower = (BASE,)
+    sight = replace(SOUND, bitmaps=(), lower=lower, lower_bitmaps=(NAME,))
+    require_fallback(decided(sight, chain(entry(lower=lower))), NAME, "backing file")
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ((BASE,), (replace(BASE, mtime_ns=6),)),
+        ((BASE,), (replace(BASE, size=1001),)),
+        ((BASE,), (replace(BASE, inode=8),)),
+        ((BASE,), (replace(BASE, path="/other.qcow2"),)),
+        ((BASE,), ()),
+        ((), (BASE,)),
+        ((BASE,), (BASE, BASE)),
+        ((BASE, BASE), (BASE, replace(BASE, mtime_ns=6))),
+    ],
+)
+def test_any_change_below_the_image_is_a_fallback_however_sound_its_bitmap(before, now):
+    require_fallback(decided(replace(SOUND, lower=now), chain(entry(lower=before))), "backing")
+
+
+def test_the_same_files_below_the_image_are_no_reason_for_a_full():
+    assert decided(replace(SOUND, lower=(BASE,)), chain(entry(lower=(BASE,)))).kind == INCREMENTAL
+
+
+def test_a_point_that_started_no_bitmap_says_so():
+    found = decided(replace(SOUND, bitmaps=()), chain(entry(started=None)))
+    require_fallback(found, "without starting a bitmap")
+
+
+def test_without_a_family_nothing_is_continued():
+    require_fallback(decided(SOUND, chain(), family=None))
+
+
+NBD = Sight(kind="nbd", path="nbd://host", format="raw", size=4096, bitmaps=(Bitmap("theirs"),))
+
+
+def test_a_servers_bitmap_is_read_on_the_users_word():
+    found = decided(NBD, chain(), claim=Claim("theirs", P))
+    assert (found.kind, found.read, found.claimed, found.fallback) == (INCREMENTAL, "theirs", True, False)
+    assert "by the user's word" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("sight", "claim", "word"),
+    [
+        (NBD, Claim(None, None), "no bitmap"),
+        (NBD, Claim("theirs", None), "--since"),
+        (NBD, Claim("absent", P), "has no bitmap absent"),
+        (replace(NBD, bitmaps=()), Claim("theirs", P), "has no bitmap theirs"),
+    ],
+)
+def test_a_servers_bitmap_without_the_users_word_or_absent_is_a_fallback(sight, claim, word):
+    require_fallback(decided(sight, chain(), claim=claim), word)
+
+
+def test_our_bitmaps_are_those_of_exactly_our_form_and_repository():
+    ours = [bitmap_name(family, REPO8, point) for family in ("b1", "b2", "x-y_z") for point in (P, OLDER)]
+    foreign = [
+        "b1",
+        f"b1.{REPO8}",
+        f"b1.{REPO8}.",
+        f".{REPO8}.{P}",
+        f"b1.00000000.{P}",
+        f"b1.{REPO8}.{P}0",
+        f"b1.{REPO8}.{P}\n",
+        f"a.b1.{REPO8}.{P}",
+        f"-b.{REPO8}.{P}",
+        f"b1.{REPO8}.{P.lower()}",
+        f"b1-{REPO8}-{P}",
+    ]
+    assert own_bitmaps(foreign + ours, REPO8, keep=None) == ours
+    assert own_bitmaps(ours, REPO8, keep=ours[3]) == [*ours[:3], *ours[4:]]
+
+
+def test_an_id_with_signs_of_a_pattern_matches_only_itself():
+    assert own_bitmaps([f"b1.abcdefgh.{P}"], "........", keep=None) == []
