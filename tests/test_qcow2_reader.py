@@ -324,6 +324,16 @@ def test_the_check_is_the_same_in_small_windows(sample):
         check(reader_of(changed(sample, last, b"\0\7")), window=1)
 
 
+def test_a_fault_in_a_later_refcount_block_is_named_by_its_place(tmp_path):
+    path = tmp_path / "a.qcow2"
+    write_image(path, Image(10 * MIB, 4 * KIB, None, zstd=False), b"x" * (10 * MIB))
+    data = bytearray(path.read_bytes())
+    wrong = changed(data, refcount_at(data, 2100), b"\0\3")
+    for window in (1, 1 << 24):
+        with pytest.raises(Damaged, match=f"host cluster at {2100 * 4096}: refcount is 3, references are 1"):
+            check(reader_of(wrong), window=window)
+
+
 def test_a_deep_check_decodes_every_frame(sample):
     reader = reader_of(sample)
     codec = Codec(4 * KIB, None)
