@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -25,6 +26,8 @@ from backup.manifest import DiskEntry, Manifest
 
 NOBODY = -1
 """Holder of a cluster that no file of the chain holds: it reads as zero."""
+
+_NONE: Mapping[str, BackupError] = MappingProxyType({})
 
 UNALLOCATED, ZERO = 0, 1
 """What a data file holds for a cluster, where that is no data (backup.qcow2 has the other codes)."""
@@ -76,7 +79,9 @@ def newest_manifest(manifests: Iterable[Manifest], disk: str | None = None) -> M
     return max(held, key=lambda manifest: manifest.sequence, default=None)
 
 
-def build(manifests: Mapping[str, Manifest], point: str, disk: str) -> Chain:
+def build(
+    manifests: Mapping[str, Manifest], point: str, disk: str, unreadable: Mapping[str, BackupError] = _NONE
+) -> Chain:
     """
     Follow parents from `point` down to a full.
 
@@ -84,23 +89,29 @@ def build(manifests: Mapping[str, Manifest], point: str, disk: str) -> Chain:
     ----------
     manifests : mapping
         The machine's manifests by point id.
+    unreadable : mapping
+        What is wrong with the others, by file name: a damaged manifest is there, and not missing.
 
     Raises
     ------
     NotFound
         The point or the disk is not there, or a parent's manifest is missing.
+    BackupError
+        A manifest of the chain cannot be read.
     Damaged
         A parent is not the one that the child was made against.
     """
-    links = [_link(manifests, point, disk)]
+    links = [_link(manifests, point, disk, unreadable)]
     while links[-1].entry.parent is not None:
-        links.append(_parent(manifests, links[-1], disk))
+        links.append(_parent(manifests, links[-1], disk, unreadable))
     return Chain(disk, tuple(links))
 
 
-def _link(manifests: Mapping[str, Manifest], point: str, disk: str) -> Link:
+def _link(manifests: Mapping[str, Manifest], point: str, disk: str, unreadable: Mapping[str, BackupError]) -> Link:
     manifest = manifests.get(point)
     if manifest is None:
+        if f"{point}.json" in unreadable:
+            raise unreadable[f"{point}.json"]
         raise NotFound(f"there is no point {point}", hint="see `pybackup list` for the points that there are")
     entry = manifest.disk(disk)
     if entry is None:
@@ -109,11 +120,15 @@ def _link(manifests: Mapping[str, Manifest], point: str, disk: str) -> Link:
     return Link(point, manifest.sequence, entry)
 
 
-def _parent(manifests: Mapping[str, Manifest], child: Link, disk: str) -> Link:
+def _parent(manifests: Mapping[str, Manifest], child: Link, disk: str, unreadable: Mapping[str, BackupError]) -> Link:
     wanted = child.entry.parent
     assert wanted is not None
     manifest = manifests.get(wanted.point)
     if manifest is None:
+        found = unreadable.get(f"{wanted.point}.json")
+        if found is not None:
+            why = f"point {child.point} builds on point {wanted.point}: {found.message}"
+            raise type(found)(why, hint=found.hint) from None
         raise NotFound(
             f"point {child.point} builds on point {wanted.point}, whose manifest is missing",
             hint="bring the manifest back from a copy of the repository, or use a point before the gap",

@@ -16,6 +16,7 @@ from backup.chain import Chain, Index
 from backup.digests import BlockCache, CheckedFile
 from backup.errors import BackupError, Damaged, Failed
 from backup.manifest import DataFile, DiskEntry
+from backup.repository import allow
 
 _FROM_COPY = "bring the file back from a copy of the repository, or restore another point"
 
@@ -35,7 +36,7 @@ class PartFile:
         self._digests: dict[int, bytes] = {}
         self._lock = threading.Lock()
         try:
-            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+            self._fd = _create(path, mode)
         except OSError as error:
             raise _cannot_write(path, error) from None
 
@@ -72,13 +73,18 @@ class PartFile:
 def write_digests(path: Path, content: bytes, mode: int) -> None:
     """Write a `.b3` file that lasts."""
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-        with open(fd, "wb") as file:
+        with open(_create(path, mode), "wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(fd)
+            os.fsync(file.fileno())
     except OSError as error:
         raise _cannot_write(path, error) from None
+
+
+def _create(path: Path, mode: int) -> int:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    allow(fd, mode)
+    return fd
 
 
 def _cannot_write(path: Path, error: OSError) -> BackupError:

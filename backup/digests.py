@@ -7,7 +7,9 @@ The last block may be short.  The manifest holds the digest over the `.b3` (FORM
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -15,7 +17,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from backup.errors import Damaged, NotFound
+from backup.errors import Damaged, Failed, NotFound
 
 BLOCK = 4 << 20
 """Bytes of the data file under one digest."""
@@ -35,24 +37,37 @@ def block_count(file_size: int) -> int:
 
 def open_plain(path: Path) -> int:
     """
-    Open a file of the repository for reading and return its descriptor; never through a link.
+    Open a file of the repository for reading and return its descriptor; never a link, a pipe or a device.
 
     Raises
     ------
     NotFound
         There is no such file.
     Damaged
-        It is a link or cannot be opened.
+        Something else than a file has its name, or the disk fails.
+    Failed
+        This process may not open it, or not so many files: nothing is known to be damaged.
     """
     try:
-        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        # A pipe without O_NONBLOCK would wait for a writer.
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         raise NotFound(f"{path} is missing", hint="bring the file back from a copy of the repository") from None
     except OSError as error:
-        raise Damaged(
-            f"{path} cannot be opened: {error.strerror}",
-            hint="a repository holds plain files and no links; bring the file back from a copy of the repository",
-        ) from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE):
+            raise Failed(
+                f"{path} cannot be opened: {error.strerror}",
+                hint="run as the repository's owner; a chain needs as many open files as it has points (ulimit -n)",
+            ) from None
+        why = "it is a link" if error.errno == errno.ELOOP else error.strerror
+        raise Damaged(f"{path} cannot be opened: {why}", hint=_PLAIN_FILES) from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise Damaged(f"{path} cannot be opened: it is no plain file", hint=_PLAIN_FILES)
+    return fd
+
+
+_PLAIN_FILES = "a repository holds plain files and no links; bring the file back from a copy of the repository"
 
 
 def load(path: Path, expected: str, blocks: int) -> bytes:
@@ -68,13 +83,15 @@ def load(path: Path, expected: str, blocks: int) -> bytes:
     """
     fd = open_plain(path)
     try:
+        # The length comes first: a hostile manifest may name a size that no memory holds.
+        fits = os.fstat(fd).st_size == blocks * LENGTH
         with open(fd, "rb", closefd=False) as file:
-            content = file.read(blocks * LENGTH + 1)
+            content = file.read(blocks * LENGTH) if fits else b""
     except OSError as error:
         raise Damaged(f"{path} cannot be read: {error.strerror}", hint=_FROM_COPY) from None
     finally:
         os.close(fd)
-    if len(content) != blocks * LENGTH or digest(content).hex() != expected:
+    if not fits or digest(content).hex() != expected:
         raise Damaged(f"{path} is not the digest file that the manifest names", hint=_FROM_COPY)
     return content
 

@@ -21,12 +21,13 @@ FORMAT = "pybackup manifest"
 VERSION = 1
 KINDS = ("full", "incremental")
 NAME_PATTERN = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}"
-POINT_PATTERN = r"\d{8}T\d{6}Z-[0-9a-f]{8}"
+POINT_PATTERN = r"[0-9]{8}T[0-9]{6}Z-[0-9a-f]{8}"
 
 _POINT = re.compile(POINT_PATTERN)
 _FILE = re.compile(NAME_PATTERN + r"\." + POINT_PATTERN + r"\.(qcow2|b3)")
 _NAME = re.compile(NAME_PATTERN)
-_HEX = re.compile(r"[0-9a-f]+")
+_RANDOM = re.compile(r"[0-9a-f]{32}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _MAX_BYTES = 64 << 20
 _MAX_DISK = 1 << 62
 
@@ -180,11 +181,12 @@ def decode(content: bytes, name: str) -> Manifest:
         raise _damaged(name, f"it is not JSON ({error})") from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise _damaged(name, f'its "format" is not "{FORMAT}"')
-    _check_version(document.get("version"), name)
     tail = _tail(str(document.get("digest"))).encode("ascii", "replace")
     head = content.removesuffix(tail)
     if len(head) == len(content) or digests.digest(head).hex() != document.get("digest"):
         raise _damaged(name, "its bytes do not match its digest")
+    # After the digest, which all versions end in: a flipped bit must not pass for a newer version.
+    _check_version(document.get("version"), name)
     try:
         return _manifest(document)
     except (_BadField, RecursionError) as error:
@@ -203,7 +205,7 @@ def _check_version(version: object, name: str) -> None:
             hint="upgrade pybackup; nothing was changed",
         )
     if type(version) is not int or version < 1:
-        raise _damaged(name, f"its version is {version!r}")
+        raise _damaged(name, f"its version is {_shown(version)}")
 
 
 def _damaged(name: str, why: str) -> BackupError:
@@ -211,6 +213,12 @@ def _damaged(name: str, why: str) -> BackupError:
         f"manifest {name} is damaged: {why}",
         hint="bring the file back from a copy of the repository; points that do not build on it are unharmed",
     )
+
+
+def _shown(value: object) -> str:
+    """A value in a message; a hostile one may have megabytes."""
+    text = repr(value)
+    return text if len(text) <= 100 else text[:100] + "..."
 
 
 class _BadField(Exception):
@@ -229,7 +237,7 @@ class _Fields:
     def take(self, key: str, kind: type[T]) -> T:
         value = self._value.get(key)
         if type(value) is not kind:
-            raise _BadField(f"{self._where}.{key} is {value!r}, not {kind.__name__}")
+            raise _BadField(f"{self._where}.{key} is {_shown(value)}, not {kind.__name__}")
         return value
 
     def optional(self, key: str, kind: type[T]) -> T | None:
@@ -244,7 +252,7 @@ class _Fields:
     def matching(self, key: str, pattern: re.Pattern[str]) -> str:
         value = self.take(key, str)
         if not pattern.fullmatch(value):
-            raise _BadField(f"{self._where}.{key} is {value!r}, which is not a name that pybackup writes")
+            raise _BadField(f"{self._where}.{key} is {_shown(value)}, which pybackup does not write there")
         return value
 
     def inner(self, key: str) -> _Fields:
@@ -263,7 +271,7 @@ def _manifest(document: dict[str, Any]) -> Manifest:
         point=fields.matching("point", _POINT),
         sequence=fields.number("sequence", low=1),
         machine=fields.matching("machine", _NAME),
-        repository=fields.matching("repository", _HEX),
+        repository=fields.matching("repository", _RANDOM),
         started=fields.take("started", str),
         finished=fields.take("finished", str),
         program=fields.take("program", str),
@@ -275,14 +283,16 @@ def _disk(fields: _Fields) -> DiskEntry:
     kind = fields.take("kind", str)
     parent = None if fields.optional("parent", dict) is None else fields.inner("parent")
     if kind not in KINDS or (kind == "incremental") != (parent is not None):
-        raise _BadField(f"a disk's kind is {kind!r} and its parent {'missing' if parent is None else 'given'}")
+        raise _BadField(f"a disk's kind is {_shown(kind)} and its parent {'missing' if parent is None else 'given'}")
     return DiskEntry(
         name=fields.matching("name", _NAME),
         kind=kind,
         reason=fields.take("reason", str),
         size=fields.number("size"),
-        identity=fields.matching("identity", _HEX),
-        parent=None if parent is None else Parent(parent.matching("point", _POINT), parent.matching("identity", _HEX)),
+        identity=fields.matching("identity", _RANDOM),
+        parent=None
+        if parent is None
+        else Parent(parent.matching("point", _POINT), parent.matching("identity", _RANDOM)),
         bitmap=_bitmap(fields.inner("bitmap")),
         data=_data(fields.inner("data")),
         bytes=_counts(fields.inner("bytes")),
@@ -307,7 +317,7 @@ def _data(fields: _Fields) -> DataFile:
         file=fields.matching("file", _FILE),
         size=fields.number("size", low=1),
         digests=fields.matching("digests", _FILE),
-        digest=fields.matching("digest", _HEX),
+        digest=fields.matching("digest", _DIGEST),
         cluster_size=cluster_size,
         compression=fields.take("compression", str),
     )

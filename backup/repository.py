@@ -13,27 +13,30 @@ A data file that no manifest names is a leftover of a run that was cut off; read
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import re
 import secrets
 import socket
+import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from backup import manifest as manifests
 from backup.errors import BackupError, Damaged, Failed, Locked, NotFound
 from backup.manifest import Manifest
-from backup.names import check_name
+from backup.names import check_name, name_problem
 
 MARKER = "pybackup.json"
 FORMAT = "pybackup repository"
 VERSION = 1
 _TEMPORARY = ".tmp"
 _MAX_MANIFEST = 64 << 20
+_MAX_MARKER = 64 << 10
 _ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -75,7 +78,7 @@ class Repository:
         """
         marker = path / MARKER
         try:
-            content = marker.read_bytes()
+            content = _read(marker, _MAX_MARKER)
         except (FileNotFoundError, NotADirectoryError):
             raise NotFound(
                 f"there is no repository at {path} (no {MARKER} in it)",
@@ -95,11 +98,13 @@ class Repository:
         NotFound
             The folder holds other things and no marker.
         """
-        if not (path / MARKER).exists() and (not path.exists() or (path.is_dir() and not os.listdir(path))):
-            with _explained(path):
-                path.mkdir(mode=modes.folder, parents=True, exist_ok=True)
+        with _explained(path):
+            if not os.path.lexists(path):
+                path.parent.mkdir(mode=modes.folder, parents=True, exist_ok=True)
+                make_folder(path, modes.folder)
+            if path.is_dir() and all(_is_nothing(name) for name in os.listdir(path)):
                 document = {"format": FORMAT, "version": VERSION, "id": secrets.token_hex(16)}
-                write_whole(path / MARKER, (json.dumps(document, indent=2) + "\n").encode(), modes.file)
+                _write_marker(path / MARKER, (json.dumps(document, indent=2) + "\n").encode(), modes.file)
         return cls.open(path, modes)
 
     @property
@@ -108,9 +113,10 @@ class Repository:
         return self.identity[:8]
 
     def machine_names(self) -> list[str]:
-        """Names of the machines' folders, sorted."""
+        """Names of the machines' folders, sorted; a folder that can be no machine's (lost+found) is none."""
         with _explained(self.path):
-            return sorted(entry.name for entry in os.scandir(self.path) if entry.is_dir(follow_symlinks=False))
+            folders = [entry.name for entry in os.scandir(self.path) if entry.is_dir()]
+        return sorted(name for name in folders if name_problem("machine", name) is None)
 
     def machine(self, name: str) -> Machine:
         """The folder of a machine, which need not exist yet."""
@@ -127,7 +133,7 @@ class Machine:
 
     def exists(self) -> bool:
         """Is the folder there?"""
-        return self.path.is_dir()
+        return os.path.isdir(self.path)
 
     def contents(self) -> Contents:
         """
@@ -140,7 +146,7 @@ class Machine:
         """
         found: dict[str, Manifest] = {}
         damaged: dict[str, BackupError] = {}
-        if not self.path.is_dir():
+        if not self.exists():
             return Contents(found, damaged)
         with _explained(self.path):
             names = sorted(os.listdir(self.path))
@@ -166,12 +172,13 @@ class Machine:
             Another run holds it.
         """
         with _explained(self.path):
-            if not self.path.is_dir():
-                self.path.mkdir(mode=self.modes.folder)
+            if not self.exists():
+                make_folder(self.path, self.modes.folder)
                 sync_folder(self.path.parent)
             fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, self.modes.file)
         try:
-            _flock(fd, self.name)
+            with _explained(self.path / "lock"):
+                _flock(fd, self.name)
             yield
         finally:
             os.close(fd)
@@ -190,13 +197,13 @@ class Machine:
             for disk in point.disks
             for name in (disk.data.file, disk.data.digests)
         }
-        leftovers = [
-            name
-            for name in sorted(os.listdir(self.path))
-            if (manifests.is_data_name(name) and name not in named)
-            or (name.endswith(_TEMPORARY) and manifests.is_point_id(name.removesuffix(".json" + _TEMPORARY)))
-        ]
         with _explained(self.path):
+            leftovers = [
+                name
+                for name in sorted(os.listdir(self.path))
+                if (manifests.is_data_name(name) and name not in named)
+                or (name.endswith(_TEMPORARY) and manifests.is_point_id(name.removesuffix(".json" + _TEMPORARY)))
+            ]
             for name in leftovers:
                 os.unlink(self.path / name)
         return leftovers
@@ -221,11 +228,22 @@ class Machine:
             Nothing was published: the disk is full, for example.
         """
         path = self.path / f"{manifest.point}.json"
-        with _explained(self.path):
-            sync_folder(self.path)
-            write_whole(path, manifests.encode(manifest), self.modes.file)
-            sync_folder(self.path.parent)
+        try:
+            with _explained(self.path):
+                sync_folder(self.path)
+                write_whole(path, manifests.encode(manifest), self.modes.file)
+                sync_folder(self.path.parent)
+        except BaseException:
+            # It may have its name already; the caller removes the data files, so the manifest must go first.
+            self.withdraw(manifest.point)
+            raise
         return path
+
+    def withdraw(self, point: str) -> None:
+        """Take back a point that was just published, or not yet: its run failed, and its data files go next."""
+        with suppress(OSError):
+            os.unlink(self.path / f"{point}.json")
+            sync_folder(self.path)
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -238,17 +256,20 @@ def read_manifest(path: Path) -> Manifest:
         It is missing, damaged, or of a newer program.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(fd, "rb") as file:
-            content = file.read(_MAX_MANIFEST + 1)
+        content = _read(path, _MAX_MANIFEST)
     except FileNotFoundError:
         raise NotFound(
             f"there is no manifest {path}", hint="see `pybackup list` for the points that there are"
         ) from None
+    except PermissionError as error:
+        raise Failed(
+            f"manifest {path} cannot be read: {error.strerror}", hint="run as the repository's owner"
+        ) from None
     except OSError as error:
+        why = "it is a link" if error.errno == errno.ELOOP else error.strerror
         raise Damaged(
-            f"manifest {path} cannot be read: {error.strerror}",
-            hint="a manifest is a plain file, no link or folder; run as the repository's owner",
+            f"manifest {path} cannot be read: {why}",
+            hint="a manifest is a plain file, no link, folder or pipe; bring it back from a copy of the repository",
         ) from None
     found = manifests.decode(content, str(path))
     if path.name != f"{found.point}.json":
@@ -263,16 +284,69 @@ def write_whole(path: Path, content: bytes, mode: int) -> None:
     """Write a file that appears under its name whole or not at all, and lasts: fsync, rename, fsync of the folder."""
     temporary = path.with_name(path.name + _TEMPORARY)
     try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
-        with open(fd, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(fd)
+        _write_temporary(temporary, content, mode)
         os.rename(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def make_folder(path: Path, mode: int) -> None:
+    """Make a folder of this mode, whatever the umask."""
+    path.mkdir(mode=mode)
+    allow(path, mode)
+
+
+def allow(file: Path | int, mode: int) -> None:
+    """
+    Give a new file or folder the bits of its mode that the umask took.
+
+    Bits that it has besides (a set-group-id folder's, which its content inherits) stay.  A file system without modes
+    refuses; then the mode is the mount's.
+    """
+    with suppress(OSError):
+        os.chmod(file, stat.S_IMODE(os.stat(file).st_mode) | mode)
+
+
+def _write_temporary(path: Path, content: bytes, mode: int) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+    with open(fd, "wb") as file:
+        allow(fd, mode)
+        file.write(content)
+        file.flush()
+        os.fsync(fd)
+
+
+def _write_marker(path: Path, content: bytes, mode: int) -> None:
+    """Write the marker, unless another first run was faster: its id is in bitmaps' names already."""
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{_TEMPORARY}")
+    try:
+        _write_temporary(temporary, content, mode)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return
+        except OSError:  # a file system without links
+            if not os.path.lexists(path):
+                os.rename(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def _is_nothing(name: str) -> bool:
+    """Does a folder with only such names count as empty?  A fresh file system's, and what a killed first run left."""
+    return name == "lost+found" or (name.startswith(MARKER + ".") and name.endswith(_TEMPORARY))
+
+
+def _read(path: Path, limit: int) -> bytes:
+    """Read a plain file, at most `limit` bytes and one; not through a link, and never waiting for a pipe's writer."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    with open(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "it is no plain file")
+        return file.read(limit + 1)
 
 
 def sync_folder(path: Path) -> None:
@@ -312,8 +386,9 @@ def _flock(fd: int, machine: str) -> None:
             f"machine {machine} is locked by another run ({holder})",
             hint="wait for that run to end; the lock is freed by itself when the process ends",
         ) from None
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"host {socket.gethostname()} pid {os.getpid()}\n".encode("ascii", "replace"), 0)
+    with suppress(OSError):  # a full disk: the lock holds all the same, only its holder is not named
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"host {socket.gethostname()} pid {os.getpid()}\n".encode("ascii", "replace"), 0)
 
 
 @contextmanager

@@ -144,7 +144,7 @@ def opened_point(machine: Machine, point: str, disk: str) -> Iterator[tuple[Chai
     only when it repeats.
     """
     for attempt in range(_TRIES):
-        chain = chains.build(machine.contents().manifests, point, disk)
+        chain = _chain(machine, point, disk)
         with ExitStack() as stack:
             try:
                 files = stack.enter_context(datafile.opened(machine.path, chain))
@@ -152,10 +152,15 @@ def opened_point(machine: Machine, point: str, disk: str) -> Iterator[tuple[Chai
                 if attempt == _TRIES - 1:
                     raise
                 continue
-            if chains.build(machine.contents().manifests, point, disk) == chain:
+            if _chain(machine, point, disk) == chain:
                 yield chain, files
                 return
     raise Failed(f"the chain of point {point} changed {_TRIES} times while it was opened", hint="run the command again")
+
+
+def _chain(machine: Machine, point: str, disk: str) -> Chain:
+    contents = machine.contents()
+    return chains.build(contents.manifests, point, disk, contents.damaged)
 
 
 def _write_out(chain: Chain, files: list[OpenDataFile], target: Target, workers: int, progress: Progress) -> Restored:

@@ -20,9 +20,9 @@ from backup import qcow2
 from backup.chain import Chain
 from backup.datafile import OpenDataFile, check_head
 from backup.digests import BlockCache
-from backup.errors import BackupError
+from backup.errors import BackupError, NotFound
 from backup.manifest import DiskEntry, Manifest
-from backup.repository import Machine
+from backup.repository import Contents, Machine
 
 _IN_FLIGHT = 4
 """Blocks for each worker between being asked for and being done: bounds the memory."""
@@ -56,10 +56,11 @@ def exit_code(problems: Sequence[Problem]) -> int:
 
 def stored_bytes(machine: Machine, points: Sequence[str] | None) -> int:
     """About how many bytes will be read: all data files, or those of the points named and their chains."""
-    manifests = machine.contents().manifests
+    contents = machine.contents()
+    manifests = contents.manifests
     wanted = [manifests[point] for point in points if point in manifests] if points is not None else manifests.values()
     sizes = {}
-    for manifest, disk, result in _chains(manifests, wanted):
+    for manifest, disk, result in _chains(contents, wanted):
         links = (
             [(manifest.point, disk)]
             if isinstance(result, BackupError)
@@ -81,12 +82,18 @@ def verify_machine(
     problems = [
         Problem(machine.name, None, None, error) for name, error in contents.damaged.items() if _concerns(name, points)
     ]
-    wanted = [contents.manifests[point] for point in (points if points is not None else sorted(contents.manifests))]
-    files: dict[str, tuple[Manifest, DiskEntry, DiskEntry | None]] = {}
-    for manifest, disk, result in _chains(contents.manifests, wanted):
+    problems += [
+        Problem(machine.name, point, None, NotFound("its manifest vanished", hint="see `pybackup list`"))
+        for point in points or ()
+        if point not in contents.manifests and f"{point}.json" not in contents.damaged
+    ]
+    wanted = [contents.manifests[point] for point in sorted(contents.manifests) if points is None or point in points]
+    # By entry, not by file name: of two entries that name one file, neither may be skipped.
+    files: dict[tuple[str, str], tuple[Manifest, DiskEntry, DiskEntry | None]] = {}
+    for manifest, disk, result in _chains(contents, wanted):
         if isinstance(result, BackupError):
             problems.append(Problem(machine.name, manifest.point, disk.name, result))
-            files.setdefault(disk.data.file, (manifest, disk, None))
+            files.setdefault((manifest.point, disk.name), (manifest, disk, None))
         else:
             files.update(_chain_files(contents.manifests, result))
     reader = _Reader(machine.path, deep=deep, workers=workers, progress=progress)
@@ -102,22 +109,22 @@ def _concerns(name: str, points: Sequence[str] | None) -> bool:
 
 
 def _chains(
-    manifests: Mapping[str, Manifest], wanted: Iterable[Manifest]
+    contents: Contents, wanted: Iterable[Manifest]
 ) -> Iterator[tuple[Manifest, DiskEntry, Chain | BackupError]]:
     for manifest in wanted:
         for disk in manifest.disks:
             try:
-                yield manifest, disk, chains.build(manifests, manifest.point, disk.name)
+                yield manifest, disk, chains.build(contents.manifests, manifest.point, disk.name, contents.damaged)
             except BackupError as error:
                 yield manifest, disk, error
 
 
 def _chain_files(
     manifests: Mapping[str, Manifest], chain: Chain
-) -> Iterator[tuple[str, tuple[Manifest, DiskEntry, DiskEntry | None]]]:
+) -> Iterator[tuple[tuple[str, str], tuple[Manifest, DiskEntry, DiskEntry | None]]]:
     parents = [*(link.entry for link in chain.links[1:]), None]
     for link, parent in zip(chain.links, parents, strict=True):
-        yield link.entry.data.file, (manifests[link.point], link.entry, parent)
+        yield (link.point, link.entry.name), (manifests[link.point], link.entry, parent)
 
 
 class _Reader:

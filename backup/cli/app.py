@@ -7,11 +7,14 @@ hundred idle disks is a hundred starts.
 
 from __future__ import annotations
 
+import io
 import os
+import resource
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -21,7 +24,7 @@ from typer.exceptions import TyperException
 
 import backup
 from backup.cli import render
-from backup.errors import WARNINGS_EXIT_CODE, BackupError, Failed, Interrupted, NotFound, UsageError
+from backup.errors import WARNINGS_EXIT_CODE, BackupError, Damaged, Failed, Interrupted, NotFound, UsageError
 
 if TYPE_CHECKING:
     from backup.config import Config
@@ -36,7 +39,6 @@ app = typer.Typer(
     help="Incremental backups of QEMU/KVM disks, by dirty bitmaps, into chains of plain qcow2 files.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -194,7 +196,17 @@ def _back_up(given: _Given, repo: Path | None, json: bool) -> None:
     open_repository: Callable[[], Repository] = (
         (lambda: Repository.open(path, modes)) if given.dry_run else (lambda: Repository.open_or_create(path, modes))
     )
-    outcomes = [(request, _back_up_one(open_repository, request, json)) for request in made]
+    outcomes = []
+    unshown: Exception | None = None
+    for request in made:
+        outcome = _back_up_one(open_repository, request)
+        outcomes.append((request, outcome))
+        try:
+            _show_outcome(request, outcome, json)
+        except (Failed, BrokenPipeError) as error:
+            unshown = error  # the other machines are backed up all the same
+    if unshown is not None:
+        raise unshown
     if json:
         render.document(
             [
@@ -207,29 +219,33 @@ def _back_up(given: _Given, repo: Path | None, json: bool) -> None:
     raise typer.Exit(_exit_code([outcome for _, outcome in outcomes]))
 
 
-def _back_up_one(open_repository: Callable[[], Repository], request: Request, json: bool) -> Report | BackupError:
+def _back_up_one(open_repository: Callable[[], Repository], request: Request) -> Report | BackupError:
+    """Back up one machine.  Whatever happens to it, a bug included, must not keep the others from their backups."""
     from backup.create import create
 
     try:
         with render.progress(wanted=not _options.quiet) as progress:
-            report = create(open_repository, request, progress)
+            return create(open_repository, request, progress)
     except Interrupted:
         raise
-    except BackupError as error:
-        if _options.debug:
-            raise
-        render.error(error)
-        return error
-    if not json and not _options.quiet:
-        for text in render.report_lines(report, dry_run=request.dry_run):
+    except Exception as error:  # noqa: BLE001 - shown, and in the exit code
+        return _explained(error)
+
+
+def _show_outcome(request: Request, outcome: Report | BackupError, json: bool) -> None:
+    if isinstance(outcome, BackupError):
+        _show_error(outcome)
+        return
+    for warning in outcome.warnings:
+        render.warning(f"{outcome.machine}: {warning}")
+    if _options.quiet:
+        return
+    if not json:
+        for text in render.report_lines(outcome, dry_run=request.dry_run):
             render.line(text)
-        sys.stdout.flush()
-    if not _options.quiet:
-        for note in report.notes:
-            render.note(note, to_stderr=json)
-    for warning in report.warnings:
-        render.warning(f"{report.machine}: {warning}")
-    return report
+    for note in outcome.notes:
+        render.note(note, to_stderr=json)
+    render.flush()
 
 
 def _exit_code(outcomes: Sequence[Report | BackupError]) -> int:
@@ -323,11 +339,12 @@ def show(
 
     _options.json = json
     machine, found = _find_point(manifest, repo)
-    manifests = machine.contents().manifests
+    contents = machine.contents()
     links: dict[str, list[str] | BackupError] = {}
     for disk in found.disks:
         try:
-            links[disk.name] = [link.point for link in chains.build(manifests, found.point, disk.name).links]
+            chain = chains.build(contents.manifests, found.point, disk.name, contents.damaged)
+            links[disk.name] = [link.point for link in chain.links]
         except BackupError as error:
             links[disk.name] = error
     path = machine.path / f"{found.point}.json"
@@ -418,8 +435,8 @@ def check_config() -> None:
     disks = sum(len(machine.disks) for machine in config.machines)
     if not _options.quiet:
         render.line(
-            f"{config.path}: {len(config.machines)} machine{'s' * (len(config.machines) != 1)}, "
-            f"{disks} disk{'s' * (disks != 1)}, repository {config.repository or 'not named'}"
+            f"{render.plain(config.path)}: {len(config.machines)} machine{'s' * (len(config.machines) != 1)}, "
+            f"{disks} disk{'s' * (disks != 1)}, repository {render.plain(config.repository or 'not named')}"
         )
 
 
@@ -484,6 +501,13 @@ def _find_point(text: str, repo: Path | None) -> tuple[Machine, Manifest]:
     damaged = contents.damaged.get(f"{point}.json")
     if damaged is not None:
         raise damaged
+    if point == "latest" and contents.damaged:
+        # The damaged one may have the highest sequence; an older point must not pass for the latest.
+        raise Damaged(
+            f"machine {name} has a manifest that cannot be read, which may be its latest point: "
+            + next(iter(contents.damaged.values())).message,
+            hint=f"name a point: pybackup list {name}",
+        )
     found = chains.newest_manifest(contents.manifests.values()) if point == "latest" else contents.manifests.get(point)
     if found is None:
         raise NotFound(f"machine {name} has no point {point}", hint=f"see: pybackup list {name}")
@@ -505,14 +529,15 @@ def _what_to_verify(what: Sequence[str], repo: Path | None) -> list[tuple[Machin
 
 def main() -> NoReturn:
     """Run the command line; every end of the program goes through here."""
-    _catch_signals()
+    _prepare_process()
     try:
         code = _run(sys.argv[1:])
-        sys.stdout.flush()
+        render.flush()
     except BrokenPipeError:
-        # The reader has gone (pybackup list | head): not our error, and nothing can be said any more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
+        code = 1  # the reader has gone (pybackup list | head): not our error, and nothing can be said any more
+    except Failed as error:
+        code = error.exit_code
+        _show_error(error)
     sys.exit(code)
 
 
@@ -522,32 +547,65 @@ def _run(arguments: Sequence[str]) -> int:
         return result if isinstance(result, int) else 0
     except BrokenPipeError:
         raise
-    except BackupError as error:
-        return _fail(error)
     except TyperException as error:
-        return _fail(UsageError(error.format_message(), hint="see: pybackup --help"))
+        _options.json = _options.json or "--json" in arguments  # the command did not come to say it
+        return _fail(UsageError(" ".join(error.format_message().split()), hint="see: pybackup --help"))
     except typer.Abort:
         return _fail(Interrupted(signal.SIGINT))
-    except MemoryError:
-        return _fail(Failed("there is not enough memory", hint="lower connections, requests or request_size"))
-    except Exception as error:
-        if _options.debug:
-            raise
-        what = f"{type(error).__name__}: {error}"
-        return _fail(
-            Failed(f"a bug in pybackup: {what}", hint="run again with --debug before the command, and report it")
+    except Exception as error:  # noqa: BLE001 - shown, and in the exit code
+        return _fail(_explained(error))
+
+
+def _explained(error: Exception) -> BackupError:
+    """What ends a command or a machine's backup, as an error of two lines."""
+    if isinstance(error, BackupError):
+        return error
+    if isinstance(error, MemoryError):
+        found = Failed("there is not enough memory", hint="lower connections, requests or request_size")
+    else:
+        found = Failed(
+            f"a bug in pybackup: {type(error).__name__}: {error}",
+            hint="run again with --debug before the command, and report it",
         )
+    found.__cause__ = error
+    return found
 
 
 def _fail(error: BackupError) -> int:
+    _show_error(error)
+    if _options.json:
+        render.document({"error": render.error_object(error)})
+    return error.exit_code
+
+
+def _show_error(error: BackupError) -> None:
     if _options.debug:
         import traceback
 
         traceback.print_exception(error)
     render.error(error)
-    if _options.json:
-        render.document({"error": render.error_object(error)})
-    return error.exit_code
+
+
+def _prepare_process() -> None:
+    """Make a process that may write files out of whatever cron, ssh or a script left us."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            # Else the first data file would get this number, and a library's message would land in it.
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - as long as the process
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 - see stdout
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(OSError, ValueError):  # a chain is opened whole, a file for each point
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    _catch_signals()
 
 
 def _catch_signals() -> None:

@@ -8,14 +8,15 @@ on standard output.  A bar is drawn on a terminal only; without one there are no
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
-from backup.errors import BackupError
+from backup.errors import BackupError, Failed, UsageError
 from backup.units import show_duration, show_rate, show_size
 
 if TYPE_CHECKING:
@@ -34,11 +35,9 @@ def plain(text: object) -> str:
 
 
 def error(problem: BackupError) -> None:
-    """Two lines: what happened, what to do.  Further lines of a list of problems stand between them."""
-    first, *others = problem.message.splitlines() or [""]
-    _err(f"pybackup: error: {plain(first)}")
-    for line in others:
-        _err(f"pybackup: error: {plain(line)}")
+    """Two lines: what happened, what to do.  Only a list of a configuration's problems has a line for each."""
+    for text in problem.message.split("\n") if isinstance(problem, UsageError) else [problem.message]:
+        _err(f"pybackup: error: {plain(text)}")
     _err(f"pybackup: hint: {plain(problem.hint)}")
 
 
@@ -54,17 +53,58 @@ def note(text: str, *, to_stderr: bool) -> None:
 
 def line(text: str) -> None:
     """One line on standard output."""
-    sys.stdout.write(text + "\n")
+    _out(text + "\n")
 
 
 def document(value: object) -> None:
     """One JSON document on standard output."""
-    json.dump(value, sys.stdout, indent=2)
-    sys.stdout.write("\n")
+    _out(json.dumps(value, indent=2) + "\n")
+
+
+def flush() -> None:
+    """
+    Have standard output written.
+
+    Raises
+    ------
+    Failed, BrokenPipeError
+        It cannot be, or its reader is gone; from then on it goes nowhere.
+    """
+    with _output():
+        sys.stdout.flush()
+
+
+def _out(text: str) -> None:
+    with _output():
+        sys.stdout.write(text)
+
+
+@contextmanager
+def _output() -> Iterator[None]:
+    try:
+        yield
+    except OSError as problem:
+        _mute(sys.stdout)
+        if isinstance(problem, BrokenPipeError):
+            raise
+        raise Failed(
+            f"standard output cannot be written: {problem.strerror}",
+            hint="what was to be done is done; only its report is lost",
+        ) from None
 
 
 def _err(text: str) -> None:
-    sys.stderr.write(text + "\n")
+    try:
+        sys.stderr.write(text + "\n")
+    except OSError:
+        _mute(sys.stderr)  # nobody is left to be told
+
+
+def _mute(stream: TextIO) -> None:
+    # What is still in the stream's buffer would fail again when Python exits, and change the exit code.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def error_object(problem: BackupError) -> dict[str, Any]:
@@ -206,7 +246,7 @@ def map_objects(extents: Iterable[Extent]) -> None:
     """The extents of `map` as one JSON list, written as they come."""
     separator = "["
     for extent in extents:
-        sys.stdout.write(f"{separator}\n{json.dumps(asdict(extent))}")
+        _out(f"{separator}\n{json.dumps(asdict(extent))}")
         separator = ","
     line("[]" if separator == "[" else "\n]")
 
@@ -283,5 +323,5 @@ def verified_text(sums: Mapping[str, int]) -> str:
 def problem(found: Problem) -> None:
     """Two lines for one problem that `verify` found."""
     place = "/".join(part for part in (found.machine, found.point, found.disk) if part)
-    _err(f"pybackup: error: {place}: {plain(found.error.message)}")
+    _err(f"pybackup: error: {plain(place)}: {plain(found.error.message)}")
     _err(f"pybackup: hint: {plain(found.error.hint)}")

@@ -53,7 +53,7 @@ def find_config(given: Path | None, environment: Mapping[str, str]) -> Config:
     named = given or (Path(environment["PYBACKUP_CONFIG"]) if environment.get("PYBACKUP_CONFIG") else None)
     if named is not None:
         return configuration.load(named)
-    found = next((place for place in _PLACES if place.exists()), None)
+    found = next((place for place in _PLACES if os.path.exists(place)), None)
     return configuration.default() if found is None else configuration.load(found)
 
 
