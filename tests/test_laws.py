@@ -77,6 +77,37 @@ class Point:
     copy: Path
 
 
+class Resizing:
+    """
+    Resizes between two points, of any kind but one that no bitmap shows (README: after a shrink, take a full).
+
+    A shrink drops the dirty bits beyond the cut; when the disk grows again, the rest of the cut cluster of the image is
+    back, clean, with whatever was written to it.  So growth follows a shrink only where that cut no cluster, and
+    without preallocation.
+    """
+
+    def __init__(self, rng: random.Random, cluster: int, *, backed: bool) -> None:
+        self.rng = rng
+        self.cluster = cluster
+        self.preallocates = not backed
+        self.grows = True
+
+    def next(self, size: int, wanted: int) -> tuple[list[str], int]:
+        """Operations of one resize, and the size after it."""
+        if wanted >= size:
+            if not self.grows:
+                return [], size
+            how = "-m metadata " if self.preallocates and self.rng.random() < 0.5 else ""
+            return [f"truncate {how}{wanted}"], wanted
+        self.preallocates = False
+        if wanted >= self.cluster and self.rng.random() < 0.7:
+            wanted -= wanted % self.cluster
+            back = self.grows and self.rng.random() < 0.5
+            return [f"truncate {wanted}", *([f"truncate {size}"] if back else [])], size if back else wanted
+        self.grows = False
+        return [f"truncate {wanted}"], wanted
+
+
 class Story:
     """One image, what happens to it, and its points."""
 
@@ -89,11 +120,15 @@ class Story:
         self.config = folder / "config.yaml"
         self.points: list[Point] = []
         self.size = 0
+        self.image_cluster = 2 ** rng.randint(12, 21)
+        self.chain_cluster = 0
+        self.backed = False
 
     def make_image(self, *, backed: bool) -> None:
         """Make the image, of any cluster size, empty or over a file with data."""
         self.size = self.any_size()
-        options = ["-o", f"cluster_size={2 ** self.rng.randint(12, 21)}"]
+        options = ["-o", f"cluster_size={self.image_cluster}"]
+        self.backed = backed
         if backed:
             base = self.folder / "base.qcow2"
             program("qemu-img", "create", "-q", "-f", "qcow2", str(base), str(self.any_size()))
@@ -110,19 +145,16 @@ class Story:
         """Some operations on the disk (or on the file below it, whose size stays)."""
         image = image or self.image
         size = self.size if image == self.image else virtual_size(image)
-        shrunk = False
+        names = ["write", "write", "noise", "zeroes", "write -z", "write -zu", "discard"]
+        if image == self.image:
+            names.append("resize")
+        resizing = Resizing(self.rng, max(self.image_cluster, self.chain_cluster), backed=self.backed)
         operations: list[str] = []
         for _ in range(self.rng.choice([0, 1, 2, 5, 12])):
-            name = self.rng.choice(["write", "write", "noise", "zeroes", "write -z", "write -zu", "discard", "resize"])
-            if name == "resize" and image != self.image:
-                continue
+            name = self.rng.choice(names)
             if name == "resize":
-                new = self.any_size()
-                shrunk = shrunk or new < size
-                # After a shrink, growth by preallocation can bring back anything, and no bitmap shows it (README).
-                preallocated = new > size and not shrunk and image.with_name("base.qcow2").exists() is False
-                operations.append(f"truncate {'-m metadata ' if preallocated and self.rng.random() < 0.5 else ''}{new}")
-                size = new
+                words, size = resizing.next(size, self.any_size())
+                operations += words
                 continue
             offset, length = self.any_range(size)
             match name:
@@ -162,6 +194,8 @@ class Story:
         [disk] = report["disks"]
         print(wanted, "cluster", cluster, compression, disk)  # noqa: T201 - shown when the story fails
         assert disk["size"] == self.size
+        if disk["kind"] == "full":
+            self.chain_cluster = cluster
         # A bitmap that is added can change what QEMU says of zeroes: it looks for holes in the file below a qcow2 only
         # where the file is smaller than its clusters (qcow2_detect_metadata_preallocation).
         same = ("kind", "dirty_bytes") if "--image" in command else ("kind", "dirty_bytes", "data_bytes", "zero_bytes")
