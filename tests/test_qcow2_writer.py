@@ -23,6 +23,7 @@ from qcow2_oracles import (
     read_disk,
     require_clean,
     require_equal,
+    require_same,
     run,
     write_image,
 )
@@ -58,7 +59,7 @@ def require_all_agree(path: Path, data: bytes) -> None:
     require_equal(path, data)
     reader = open_reader(path)
     check(reader, Codec(reader.image.cluster_size, None))
-    assert read_disk(reader, b"") == bytes(pad(data, 512))
+    require_same(read_disk(reader, b""), pad(data, 512))
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -92,7 +93,7 @@ def test_dissect_hypervisor_reads_the_same_bytes(tmp_path):
     data = mixed(7 * MIB + 512, 5)
     write_image(tmp_path / "a.qcow2", Image(len(data), 64 * KIB, None, zstd=True), data)
     with (tmp_path / "a.qcow2").open("rb") as file:
-        assert QCow2(file).open().read() == data
+        require_same(QCow2(file).open().read(), data)
 
 
 def test_an_all_zero_full_and_an_empty_plan_hold_no_data(tmp_path):
@@ -360,7 +361,7 @@ def test_unused_bytes_are_zeroes_whatever_the_buffers_held(tmp_path, monkeypatch
         with monkeypatch.context() as patch:
             patch.setattr("backup.qcow2.parts.np.empty", lambda n, dtype, byte=byte: np.full(n, byte, dtype))
             write_image(tmp_path / name, Image(len(data), 64 * KIB, None, zstd=True), data, batch=8)
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    require_same((tmp_path / "a").read_bytes(), (tmp_path / "b").read_bytes())
 
 
 @given(st.integers(1, 3), st.integers(-6, 6), st.integers(0, 2), st.integers(0, 3))
@@ -510,7 +511,7 @@ def test_any_layout_is_sound_and_reads_back(tmp_path, layout, overlay, completes
     require_equal(path, expected)
     reader = open_reader(path)
     check(reader, codec, window=1)
-    assert read_disk(reader, parent) == bytes(pad(expected, 512))
+    require_same(read_disk(reader, parent), pad(expected, 512))
 
 
 def test_a_file_cannot_outgrow_its_addresses(monkeypatch):
