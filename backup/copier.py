@@ -175,18 +175,18 @@ class _Run:
 
     def read(self, lane: Lane, requests: int, max_request: int) -> None:
         """Keep reads in flight on one connection until the batches end."""
-        waiting: deque[tuple[Batch, int, memoryview]] = deque()
+        waiting: deque[tuple[int, memoryview, Batch]] = deque()
         more = True
         while not self.stop.is_set():
-            while more and not waiting and lane.in_flight < requests:
-                batch = self._next(patient=lane.in_flight == 0)
-                if batch is None:
+            while lane.in_flight < requests:
+                if more and not waiting:
+                    batch = self._next(patient=lane.in_flight == 0)
+                    if batch is not None:
+                        waiting.extend(_requests(batch, max_request))
                     more = self._batches is not None
+                if not waiting:
                     break
-                waiting.extend(_requests(batch, max_request))
-            while waiting and lane.in_flight < requests:
-                batch, offset, view = waiting.popleft()
-                lane.submit(offset, view, batch)
+                lane.submit(*waiting.popleft())
             if lane.in_flight:
                 for token in lane.wait(int(_TICK * 1000)):
                     self._arrived(token)
@@ -269,11 +269,11 @@ class _Run:
             yield Batch(pieces)
 
 
-def _requests(batch: Batch, max_request: int) -> list[tuple[Batch, int, memoryview]]:
+def _requests(batch: Batch, max_request: int) -> list[tuple[int, memoryview, Batch]]:
     """The reads that fill a batch; a piece is cut where the server allows only smaller requests than a cluster."""
     view = memoryview(batch.buffer)
     found = [
-        (batch, piece.offset + low, view[piece.at + low : piece.at + min(low + max_request, piece.length)])
+        (piece.offset + low, view[piece.at + low : piece.at + min(low + max_request, piece.length)], batch)
         for piece in batch.pieces
         for low in range(0, piece.length, max_request)
     ]

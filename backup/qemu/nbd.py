@@ -11,6 +11,9 @@ What a server may answer to a block status request, all of it legal (NBD protoco
                |dirty                |clean|    qemu:dirty-bitmap: another count, another length
 
 Each context is therefore followed on its own, by its own length.
+
+libnbd's blocking calls start again when a signal comes, so that nothing could stop a run whose server hangs.  What may
+take long is therefore started (aio_...) and awaited in ticks, in which Python delivers signals.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Self
@@ -38,6 +42,14 @@ _MAX_REQUEST = 32 << 20
 """Largest read or write of a server that announces no other limit (NBD protocol, "Block sizes")."""
 _MAX_ZERO = 1 << 30
 """Bytes zeroed by one request, well below the 32-bit limit, so that a slow server answers in time."""
+_TICK = 100
+"""Milliseconds between looks at signals and deadlines."""
+_CONNECT_SECONDS = 30.0
+"""How long a server may take for the handshake.  One that serves another client says nothing at all until it leaves."""
+_EXTRA_SECONDS = 5.0
+"""The same for one more connection to a server that has just answered."""
+_LEAVE_SECONDS = 5.0
+"""How long a server may take to hang up after a disconnect."""
 _INSTALL = (
     "install the distribution's binding: apt-get install python3-libnbd (dnf install python3-libnbd), then make setup"
 )
@@ -96,10 +108,12 @@ class Export:
         self.uri = uri
         self._nbd = load_binding()
         wanted = [ALLOCATION, *(DIRTY_BITMAP + name for name in bitmaps)]
-        first = self._connect(wanted)
+        self._offered: list[str] | None = [] if bitmaps else None
+        first = connect(self._nbd, uri, wanted, offered=self._offered)
         self._handles: list[nbd.NBD] = [first]
         self._by_context = {name: first for name in wanted if self._can(first, name)}
         self.multi_conn: bool = self._ask(first.can_multi_conn)
+        self._takes_more = self.multi_conn
         self.read_only: bool = self._ask(first.is_read_only)
         self.server_size: int = self._ask(first.get_size)
         self._size = self.server_size if size is None else size
@@ -139,42 +153,23 @@ class Export:
         return self._status(DIRTY_BITMAP + bitmap, start, end).masked(extents.DIRTY)
 
     def offered_bitmaps(self) -> list[str]:
-        """Names of the dirty bitmaps that the server would serve; empty where it cannot say."""
-        found: list[str] = []
-        handle = self._nbd.NBD()
-
-        def collect(name: str) -> int:
-            found.append(name)
-            return 0
-
-        try:
-            handle.set_uri_allow_local_file(True)
-            handle.set_opt_mode(True)
-            handle.add_meta_context(DIRTY_BITMAP)
-            handle.connect_uri(self.uri)
-            handle.opt_list_meta_context(collect)
-            handle.opt_abort()
-        except self._nbd.Error:
-            return []  # only a hint is poorer without it
-        return [name.removeprefix(DIRTY_BITMAP) for name in found if name.startswith(DIRTY_BITMAP)]
+        """Names of the dirty bitmaps that the server would serve; empty where it cannot say, or none was asked for."""
+        return [name.removeprefix(DIRTY_BITMAP) for name in self._offered or () if name.startswith(DIRTY_BITMAP)]
 
     @contextmanager
     def lanes(self, wanted: int) -> Iterator[list[Lane]]:
         """
-        Connections to read through: `wanted` where the server allows several (can_multi_conn), else one.
+        Connections to read through: `wanted` where the server allows several (can_multi_conn) and takes them, else one.
 
-        Raises
-        ------
-        SourceError
-            A connection fails.
+        Those that there are serve first, so that no server sees more connections than needed.
         """
-        lanes: list[Lane] = []
+        while len(self._handles) < wanted:
+            more = self._another([])
+            if more is None:
+                break
+            self._handles.append(more)
+        lanes = [Lane(self._nbd, handle, self.uri) for handle in self._handles[:wanted]]
         try:
-            if self.multi_conn:
-                for _ in range(wanted):  # one by one, so that those before one that fails are closed
-                    lanes.append(Lane(self._nbd, self._connect([]), self.uri))  # noqa: PERF401
-            else:
-                lanes.append(Lane(self._nbd, self._handles[0], self.uri))
             yield lanes
         finally:
             for lane in lanes:
@@ -193,18 +188,31 @@ class Export:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _connect(self, contexts: Sequence[str]) -> nbd.NBD:
-        return connect(self._nbd, self.uri, contexts)
+    def _another(self, contexts: Sequence[str]) -> nbd.NBD | None:
+        """
+        One more connection, or None where the server does not take it; it is not asked again then.
+
+        `qemu-nbd --shared=2` allows several connections and lets the third wait for ever; other servers close it.
+        """
+        if not self._takes_more:
+            return None
+        try:
+            return connect(self._nbd, self.uri, contexts, seconds=_EXTRA_SECONDS)
+        except SourceError:
+            self._takes_more = False
+            return None
 
     def _split_contexts(self) -> None:
         """
-        Give each context a connection of its own.
+        Give each context a connection of its own, as far as the server takes them.
 
         A server computes every negotiated context for every request; asking for the bitmap alone must not read the
         image's allocation tables.
         """
         for context in self._by_context:
-            handle = self._connect([context])
+            handle = self._another([context])
+            if handle is None:
+                return
             self._handles.append(handle)
             if not self._can(handle, context):
                 raise SourceError(
@@ -242,7 +250,9 @@ class Export:
                 found.append(entries)
             return 0
 
-        self._ask(lambda: handle.block_status(end - start, start, collect))
+        cookie = self._ask(lambda: handle.aio_block_status(end - start, start, collect))
+        while not self._ask(lambda: handle.aio_command_completed(cookie)):
+            self._ask(lambda: handle.poll(_TICK))
         if not found:
             raise SourceError(
                 f"{self.uri} answered a block status request at {start} without {context}",
@@ -330,10 +340,8 @@ class Lane:
         return [token for token, _ in done]
 
     def close(self) -> None:
-        """End the connection, at once where reads are still in flight."""
-        handle, self._handle = self._handle, None
-        if handle is not None and not self.in_flight:
-            _shutdown(self._nbd, handle)
+        """No more reads; the connection is the export's to end."""
+        self._handle = None
 
 
 class Target:
@@ -397,25 +405,75 @@ class Target:
             ) from None
 
 
-def connect(binding: Any, uri: str, contexts: Sequence[str]) -> nbd.NBD:
+def connect(
+    binding: Any,
+    uri: str,
+    contexts: Sequence[str],
+    *,
+    offered: list[str] | None = None,
+    seconds: float = _CONNECT_SECONDS,
+) -> nbd.NBD:
     """
     Connect one handle and negotiate `contexts`; which of them the server has is the caller's to ask.
+
+    Parameters
+    ----------
+    offered : list of str, optional
+        Gets the names of all dirty bitmap contexts that the server lists.  Asked on the same connection: a server of
+        one client lets a second one wait.
+    seconds : float
+        How long the server may take.
 
     Raises
     ------
     SourceError
-        The server cannot be reached or the URI is not one.
+        The server cannot be reached, does not answer, has no such export, or the URI is not one.
     """
     handle: nbd.NBD = binding.NBD()
+    deadline = time.monotonic() + seconds
     try:
         # The user names the URI, so that its tls-psk-file and tls-certificates are the user's own files.
         handle.set_uri_allow_local_file(True)
-        for context in contexts:
-            handle.add_meta_context(context)
-        handle.connect_uri(uri)
+        handle.set_opt_mode(offered is not None)
+        _ask_for(handle, contexts if offered is None else [DIRTY_BITMAP])
+        handle.aio_connect_uri(uri)
+        _await_handshake(handle, uri, deadline)
+        if offered is not None and handle.aio_is_negotiating():
+            _list_contexts(binding, handle, uri, deadline, offered)
+            _ask_for(handle, contexts)
+            handle.aio_opt_go()
+            _await_handshake(handle, uri, deadline)
+            if handle.aio_is_negotiating():
+                raise SourceError(f"{uri}: the server refuses the export", hint="see what it has: nbdinfo --list URI")
     except binding.Error as error:
         raise source_error(uri, error) from None
     return handle
+
+
+def _ask_for(handle: nbd.NBD, contexts: Sequence[str]) -> None:
+    handle.clear_meta_contexts()
+    for context in contexts:
+        handle.add_meta_context(context)
+
+
+def _list_contexts(binding: Any, handle: nbd.NBD, uri: str, deadline: float, offered: list[str]) -> None:
+    def collect(name: str) -> int:
+        offered.append(name)
+        return 0
+
+    with suppress(binding.Error):  # it cannot list them: only a hint is poorer without
+        handle.aio_opt_list_meta_context(collect)
+        _await_handshake(handle, uri, deadline)
+
+
+def _await_handshake(handle: nbd.NBD, uri: str, deadline: float) -> None:
+    while handle.aio_is_connecting():
+        if time.monotonic() > deadline:
+            raise SourceError(
+                f"{uri}: the server does not answer",
+                hint="does it serve another client? qemu-nbd serves one at a time without --shared=N",
+            )
+        handle.poll(_TICK)
 
 
 def source_error(uri: str, error: Any) -> SourceError:
@@ -424,6 +482,11 @@ def source_error(uri: str, error: Any) -> SourceError:
 
 
 def _shutdown(binding: Any, handle: nbd.NBD) -> None:
-    # It may be gone already; dropping the handle closes it as well.
+    """Say goodbye where nothing is under way; else, and where it is gone, dropping the handle closes it."""
     with suppress(binding.Error):
-        handle.shutdown()
+        if handle.aio_in_flight():
+            return
+        handle.aio_disconnect()
+        deadline = time.monotonic() + _LEAVE_SECONDS
+        while not (handle.aio_is_closed() or handle.aio_is_dead()) and time.monotonic() < deadline:
+            handle.poll(_TICK)
