@@ -39,6 +39,9 @@ from backup.qcow2.space import Refcounts, Space
 _PENDING = 1
 """In the L1 table in memory: this L2 table is not written yet.  It is in `_live`, or else it is all zero clusters."""
 
+_TABLES_LOOKED_AT = 1 << 16
+"""L1 entries searched at a time: an L1 table of 32 MiB would be walked thousands of times."""
+
 
 @dataclass(slots=True)
 class _Encoded:
@@ -286,6 +289,7 @@ class Writer:
     def _place_tables(self, end: int) -> _Jobs:
         """Take some of the L2 tables below number `end` out of memory, as many as one run of clusters holds."""
         start = self._completed
+        end = min(end, start + _TABLES_LOOKED_AT)
         pending = np.flatnonzero(self._l1[start:end] == _PENDING)[: self._tables_per_job] + start
         if not len(pending):
             self._completed = max(start, end)
