@@ -121,19 +121,17 @@ def image_info(path: Path, image_format: str) -> ImageInfo:
     """
     command = ["qemu-img", "info", "--output=json", "--backing-chain", "-f", image_format, filename(path)]
     layers = json.loads(_run_on_image(command, path))
-    top = layers[0]
-    data = _data(top)
-    size = os.stat(path).st_size if image_format == RAW and path.is_file() else int(top["virtual-size"])
+    data = _data(layers[0])
+    size = os.stat(path).st_size if image_format == RAW and path.is_file() else int(layers[0]["virtual-size"])
+    lower = tuple(_layer(layer["filename"]) for layer in layers[1:])
     return ImageInfo(
         path=path,
         format=image_format,
         size=size,
         bitmaps=tuple(_bitmap(found) for found in data.get("bitmaps", ())),
-        no_bitmaps=_why_no_bitmaps(image_format, data),
-        fulls_only="its data lies in an external data file, whose writes no bitmap need see"
-        if "data-file" in data
-        else None,
-        lower=tuple(_layer(layer["filename"]) for layer in layers[1:]),
+        no_bitmaps=_why_no_bitmaps(image_format, data, size),
+        fulls_only=_why_fulls_only(layers, lower),
+        lower=lower,
         lower_bitmaps=tuple(found["name"] for layer in layers[1:] for found in _data(layer).get("bitmaps", ())),
     )
 
@@ -148,11 +146,25 @@ def _bitmap(found: Mapping[str, Any]) -> Bitmap:
     return Bitmap(found["name"], int(found["granularity"]), "auto" in flags, "in-use" in flags)
 
 
-def _why_no_bitmaps(image_format: str, data: Mapping[str, Any]) -> str | None:
+def _why_no_bitmaps(image_format: str, data: Mapping[str, Any], size: int) -> str | None:
     if image_format == RAW:
         return "a raw image cannot hold dirty bitmaps"
     if data.get("compat") == "0.10":
         return "a qcow2 image of version 2 cannot hold dirty bitmaps (qemu-img amend -o compat=1.1 upgrades it)"
+    if size == 0:
+        return "QEMU keeps no dirty bitmap in an image of no bytes"  # qemu-img says so, and exits with 0
+    return None
+
+
+def _why_fulls_only(layers: Sequence[Mapping[str, Any]], lower: Sequence[Layer]) -> str | None:
+    """Why writes may pass unseen by a bitmap of the topmost of `layers` and by the stat of those below."""
+    if "data-file" in _data(layers[0]):
+        return "its data lies in an external data file, whose writes no bitmap need see"
+    for layer, found in zip(layers[1:], lower, strict=True):
+        if "data-file" in _data(layer):
+            return f"the data of its backing file {found.path} lies in an external data file, which may change unseen"
+        if not found.inode:
+            return f"its backing file {found.path} is not a local file and cannot be watched for changes"
     return None
 
 
@@ -160,7 +172,7 @@ def _layer(name: str) -> Layer:
     try:
         status = os.stat(name)
     except OSError:
-        return Layer(name, 0, 0, 0)  # not a local file (a network source, json:...): its name is all that is known
+        return Layer(name, 0, 0, 0)  # not a local file (a network source, json:...): see _why_fulls_only
     return Layer(os.path.abspath(name), status.st_size, status.st_mtime_ns, status.st_ino)
 
 
@@ -193,8 +205,8 @@ def served(path: Path, image_format: str, bitmaps: Sequence[str], connections: i
     """
     Serve an image read-only with qemu-nbd and yield the NBD URI; QEMU's lock keeps writers out meanwhile.
 
-    The socket lies in a folder of mode 0700.  The server dies with this process, even when it is killed
-    (PR_SET_PDEATHSIG); a read-only server may be killed at any time.
+    The socket lies in a folder of mode 0700.  The server dies with this process, even when it is killed; a read-only
+    server may be killed at any time.
 
     Raises
     ------
@@ -221,9 +233,15 @@ def _serve_command(path: Path, image_format: str, bitmaps: Sequence[str], connec
 
 
 def _dies_with_us() -> list[str]:
-    # setpriv is util-linux's and essential on Debian; without it a killed run leaves a read-only server behind.
+    """
+    What to put before a command so that it dies when this process does (PR_SET_PDEATHSIG).
+
+    A parent that was killed before the setting sends no signal any more, so that the shell looks whether it still is
+    the parent.  setpriv is util-linux's and essential on Debian; without it a killed run leaves a read-only server.
+    """
     found = shutil.which("setpriv")
-    return [found, "--pdeathsig", "KILL", "--"] if found else []
+    still_there = ["sh", "-c", 'test "$PPID" = "$0" && exec "$@"', str(os.getpid())]
+    return [found, "--pdeathsig", "KILL", "--", *still_there] if found else []
 
 
 def _start(command: Sequence[str], address: str, path: Path) -> subprocess.Popen[str]:
@@ -240,7 +258,7 @@ def _start(command: Sequence[str], address: str, path: Path) -> subprocess.Popen
 
 def _await(server: subprocess.Popen[str], address: str, path: Path, complaints: IO[str]) -> None:
     deadline = time.monotonic() + _START_SECONDS
-    while not _listens(address):
+    while not _greets(address, deadline):
         if server.poll() is not None:
             complaints.seek(0)
             raise _image_error(path, complaints.read(4000) or f"qemu-nbd ended with status {server.returncode}")
@@ -251,14 +269,19 @@ def _await(server: subprocess.Popen[str], address: str, path: Path, complaints: 
         time.sleep(0.003)
 
 
-def _listens(address: str) -> bool:
-    # Connecting and leaving again costs the server one client and needs no guess about when it is ready.
+def _greets(address: str, deadline: float) -> bool:
+    """
+    Does the server send its greeting?
+
+    qemu-nbd listens before it opens the image: connecting alone would succeed and then hide why it ended.
+    """
     with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(max(deadline - time.monotonic(), 0.001))
         try:
             probe.connect(address)
+            return bool(probe.recv(1))
         except OSError:
             return False
-    return True
 
 
 def _end(server: subprocess.Popen[str]) -> None:
