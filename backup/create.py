@@ -28,7 +28,7 @@ from backup import chain as chains
 from backup import copier, datafile, decide, extents, plan
 from backup.chain import Chain
 from backup.decide import INCREMENTAL, Claim, Decision, Sight
-from backup.errors import BackupError, BitmapUnusable, NotFound, SourceError, UsageError
+from backup.errors import BackupError, BitmapUnusable, Interrupted, NotFound, SourceError, UsageError
 from backup.manifest import (
     BitmapRecord,
     ByteCounts,
@@ -58,7 +58,6 @@ class DiskRequest:
     name: str
     source: Source
     claim: Claim = _NO_CLAIM
-    format_given: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,10 +194,13 @@ class _Run:
         self.request = request
         self.progress = progress
         self.started_at = datetime.now(UTC)
-        self.point = new_point_id(self.started_at, secrets.token_hex(4))
+        self.point = self._new_point()
         self.published: Path | None = None
         self.warnings = [f"{name} is left out: {error.message}" for name, error in contents.damaged.items()]
         self.notes: list[str] = []
+
+    def _new_point(self) -> str:
+        return new_point_id(self.started_at, secrets.token_hex(4))
 
     def rehearse(self) -> Report:
         """Plan as a real run would, and change nothing."""
@@ -219,6 +221,8 @@ class _Run:
             report = self._attempt()
             if report is not None:
                 return report
+            # A copy of the image may hold this try's bitmap, which must not be taken for one of the next try's point.
+            self.point = self._new_point()
         raise SourceError(
             f"the images of machine {self.request.machine} kept being written to while they were locked",
             hint="back up the machine while it is off",
@@ -241,7 +245,11 @@ class _Run:
                 _forget(disks)
         if reports is None:
             return None
-        self._retire(disks)
+        try:
+            self._retire(disks)
+        except Interrupted as stopped:
+            stopped.hint = f"point {self.point} is published; the bitmaps that it replaces are removed by the next run"
+            raise
         return self._report(disks, reports)
 
     def _decided(self, *, start_bitmaps: bool) -> list[_Disk]:
@@ -255,11 +263,13 @@ class _Run:
         return disks
 
     def _decide(self, disk: DiskRequest, *, start_bitmaps: bool) -> _Disk:
-        sight = disk.source.look()
         newest = chains.newest_manifest(self.contents.manifests.values(), disk.name)
         _check_claim(disk, newest)
         if newest is not None:
-            _check_source(disk, sight, newest, self.request)
+            _check_format(disk, newest)
+        sight = disk.source.look()
+        if newest is not None:
+            _check_path(disk, sight, newest, self.request)
         decision = decide.decide(
             self.request.wanted,
             sight,
@@ -296,9 +306,12 @@ class _Run:
             stored = [self._store(disk, export, written) for disk, export in zip(disks, exports, strict=True)]
             self.published = self.machine.publish(self._manifest([entry for entry, _ in stored]))
         except BaseException:
-            # What a kill leaves here, the next run removes; a failure tidies up at once.
-            for path in written:
-                path.unlink(missing_ok=True)
+            # What a kill leaves here, the next run removes; a failure tidies up at once.  The manifest may have its
+            # name already (a signal, just then) and goes first: a point must not lose its files.
+            self.published = None
+            with suppress(OSError):
+                for path in (self.machine.path / f"{self.point}.json", *written):
+                    path.unlink(missing_ok=True)
             raise
         return [report for _, report in stored]
 
@@ -462,20 +475,29 @@ def _check_claim(disk: DiskRequest, newest: Manifest | None) -> None:
     )
 
 
-def _check_source(disk: DiskRequest, sight: Sight, newest: Manifest, request: Request) -> None:
+def _check_format(disk: DiskRequest, newest: Manifest) -> None:
+    """
+    Refuse a raw image that has become a qcow2.
+
+    A guest can write a qcow2 header, with any backing file of the host, into its raw disk; so this is asked before QEMU
+    opens the image and the files that its header names.
+    """
     entry = newest.disk(disk.name)
     assert entry is not None
-    recorded = entry.source
-    if request.named_by_path and recorded.path != sight.path:
+    if entry.source.kind == "image" and entry.source.format == "raw" and disk.source.guessed_format() == "qcow2":
         raise UsageError(
-            f"machine {request.machine} was backed up from {recorded.path}, and this is {sight.path}",
-            hint=f"name the machine: --machine {request.machine} if it is the same one, another name if it is not",
-        )
-    if recorded.format == "raw" and sight.format == "qcow2" and not disk.format_given and recorded.kind == sight.kind:
-        # A guest can write a qcow2 header, with any backing file, into its raw disk.
-        raise UsageError(
-            f"{sight.path} was a raw image at point {newest.point} and begins with a qcow2 header now",
+            f"the image of disk {disk.name} was raw at point {newest.point} and begins with a qcow2 header now",
             hint="say --image-format raw, or qcow2 if it was converted (`format:` in the configuration)",
+        )
+
+
+def _check_path(disk: DiskRequest, sight: Sight, newest: Manifest, request: Request) -> None:
+    entry = newest.disk(disk.name)
+    assert entry is not None
+    if request.named_by_path and entry.source.path != sight.path:
+        raise UsageError(
+            f"machine {request.machine} was backed up from {entry.source.path}, and this is {sight.path}",
+            hint=f"name the machine: --machine {request.machine} if it is the same one, another name if it is not",
         )
 
 

@@ -30,6 +30,9 @@ class Source(Protocol):
     def owns_bitmaps(self) -> bool:
         """Are its bitmaps ours to add and remove?"""
 
+    def guessed_format(self) -> str | None:
+        """The format as its first bytes tell it, where nobody named one; nothing is opened by QEMU for it."""
+
     def look(self) -> Sight:
         """What it is at this moment."""
 
@@ -61,11 +64,16 @@ class ImageSource:
         """Yes."""
         return True
 
-    def look(self) -> Sight:
-        """Ask qemu-img."""
+    def guessed_format(self) -> str | None:
+        """Qcow2 or raw, unless the format was given."""
         if not self.path.exists():
             raise SourceError(f"there is no image {self.path}", hint="check --image, or `image:` in the configuration")
-        info = programs.image_info(self.path, self.format or programs.detect_format(self.path))
+        return None if self.format else programs.detect_format(self.path)
+
+    def look(self) -> Sight:
+        """Ask qemu-img."""
+        guessed = self.guessed_format()
+        info = programs.image_info(self.path, self.format or guessed or programs.RAW)
         return Sight(
             kind="image",
             path=programs.filename(self.path),
@@ -120,6 +128,10 @@ class NbdSource:
     def owns_bitmaps(self) -> bool:
         """No: they are their owner's."""
         return False
+
+    def guessed_format(self) -> str | None:
+        """None: a server shows bytes, whatever it has them from."""
+        return None
 
     def look(self) -> Sight:
         """Ask the server."""

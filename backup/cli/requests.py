@@ -142,7 +142,6 @@ def _from_source(options: Options, config: Config) -> Request:
         name=check_name("disk", options.disk or _derived(name, "disk")),
         source=source,
         claim=claim,
-        format_given=options.image_format is not None,
     )
     return _request(
         check_name("machine", machine), (disk,), family, options, config, named_by_path=options.machine is None
@@ -160,7 +159,7 @@ def _from_config(machine: MachineConfig, options: Options, config: Config) -> Re
 
 def _disk(disk: DiskConfig) -> DiskRequest:
     if disk.image is not None:
-        return DiskRequest(disk.name, ImageSource(disk.image, disk.format), format_given=disk.format is not None)
+        return DiskRequest(disk.name, ImageSource(disk.image, disk.format))
     return DiskRequest(disk.name, NbdSource(disk.nbd or "", disk.bitmap), Claim(disk.bitmap, None))
 
 
