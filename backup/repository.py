@@ -293,8 +293,8 @@ def write_whole(path: Path, content: bytes, mode: int) -> None:
 
 
 def make_folder(path: Path, mode: int) -> None:
-    """Make a folder of this mode, whatever the umask."""
-    path.mkdir(mode=mode)
+    """Make a folder of this mode, whatever the umask; another first run may have been faster."""
+    path.mkdir(mode=mode, exist_ok=True)
     allow(path, mode)
 
 

@@ -58,9 +58,12 @@ class _Global:
 _options = _Global()
 
 MachineNames = Annotated[list[str] | None, typer.Argument(metavar="[MACHINE]...", show_default=False)]
-Repo = Annotated[Path | None, typer.Option("--repo", metavar="DIR", help="The repository's folder.")]
+# readable=False: whoever opens a path says best why it cannot, with the right exit code.
+Repo = Annotated[Path | None, typer.Option("--repo", metavar="DIR", readable=False, help="The repository's folder.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
-Image = Annotated[Path | None, typer.Option("--image", metavar="FILE", help="An image that no machine has open.")]
+Image = Annotated[
+    Path | None, typer.Option("--image", metavar="FILE", readable=False, help="An image that no machine has open.")
+]
 ImageFormat = Annotated[
     str | None,
     typer.Option("--image-format", metavar="qcow2|raw", help="The image's format; else its first bytes tell."),

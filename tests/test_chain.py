@@ -1,0 +1,197 @@
+"""Chains: proven contiguous, clipped at every point's size; judged by QEMU where files are made."""
+
+from dataclasses import replace
+from random import Random
+
+import numpy as np
+import pytest
+from lab import KIB, MIB, Night, call_pybackup, raw_copy, require_identical, run, write
+
+from backup.chain import NOBODY, Chain, Index, Link, build, newest_manifest
+from backup.datafile import DataFileMaker
+from backup.errors import Damaged, NotFound
+from backup.manifest import BitmapRecord, ByteCounts, DataFile, DiskEntry, Manifest, Parent, SourceRecord
+from backup.repository import Repository
+
+C = 64 * KIB
+
+
+def point_id(number):
+    return f"20261122T010000Z-{number:08x}"
+
+
+def entry(number, parent=None, size=4 * MIB, name="vda", cluster=C):
+    point = point_id(number)
+    return DiskEntry(
+        name=name,
+        kind="full" if parent is None else "incremental",
+        reason="r",
+        size=size,
+        identity=f"{number:032x}",
+        parent=None if parent is None else Parent(point_id(parent), f"{parent:032x}"),
+        bitmap=BitmapRecord(None, None, None, False),
+        data=DataFile(f"{name}.{point}.qcow2", 1, f"{name}.{point}.b3", "0" * 64, cluster, "zstd:1"),
+        bytes=ByteCounts(0, 0, 0, 0, 0),
+        source=SourceRecord("image", "/x", "qcow2", "crash", None, ()),
+    )
+
+
+def manifest(number, *disks, sequence=None):
+    return Manifest(point_id(number), sequence or number, "m", "0" * 32, "", "", "", disks)
+
+
+def machine(*manifests):
+    return {found.point: found for found in manifests}
+
+
+THREE = machine(manifest(1, entry(1)), manifest(2, entry(2, 1)), manifest(3, entry(3, 2)))
+
+
+def test_a_chain_goes_from_its_point_down_to_the_full():
+    assert [link.point for link in build(THREE, point_id(3), "vda").links] == [point_id(n) for n in (3, 2, 1)]
+    assert [link.point for link in build(THREE, point_id(2), "vda").links] == [point_id(n) for n in (2, 1)]
+
+
+def test_a_gap_is_missing_and_names_both_points():
+    broken = {point: found for point, found in THREE.items() if point != point_id(2)}
+    with pytest.raises(NotFound) as caught:
+        build(broken, point_id(3), "vda")
+    assert point_id(3) in caught.value.message
+    assert point_id(2) in caught.value.message
+
+
+def test_an_unreadable_parent_is_damage_and_names_both_points():
+    broken = {point: found for point, found in THREE.items() if point != point_id(2)}
+    damaged = {f"{point_id(2)}.json": Damaged(f"manifest {point_id(2)}.json is damaged", hint="h")}
+    with pytest.raises(Damaged) as caught:
+        build(broken, point_id(3), "vda", damaged)
+    assert point_id(3) in caught.value.message
+    assert point_id(2) in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("parent", "why"),
+    [
+        (manifest(2, replace(entry(2, 1), identity="f" * 32)), "identity"),
+        (manifest(2, entry(2, 1, name="vdb")), "no disk"),
+        (manifest(2, entry(2, 1), sequence=3), "sequence"),
+        (manifest(2, entry(2, 1), sequence=9), "sequence"),
+        (manifest(2, entry(2, 1, cluster=128 * KIB)), "clusters"),
+    ],
+    ids=["identity", "disk", "same-sequence", "later-sequence", "cluster-size"],
+)
+def test_a_swapped_or_foreign_parent_is_damage_and_names_both_points(parent, why):
+    with pytest.raises(Damaged, match=why) as caught:
+        build({**THREE, parent.point: parent}, point_id(3), "vda")
+    assert point_id(3) in caught.value.message
+    assert point_id(2) in caught.value.message
+
+
+def test_a_cycle_of_parents_is_damage_and_no_endless_loop():
+    cycle = machine(manifest(1, entry(1, 3)), manifest(2, entry(2, 1)), manifest(3, entry(3, 2)))
+    with pytest.raises(Damaged, match="sequence"):
+        build(cycle, point_id(3), "vda")
+
+
+def test_a_point_or_disk_that_is_not_there_is_missing():
+    with pytest.raises(NotFound, match="no point"):
+        build(THREE, point_id(9), "vda")
+    with pytest.raises(NotFound, match="no disk 'vdz'"):
+        build(THREE, point_id(3), "vdz")
+
+
+def test_newest_means_the_highest_sequence_that_holds_the_disk():
+    points = [
+        replace(manifest(9, entry(9)), sequence=1, started="2030"),
+        replace(manifest(1, entry(1)), sequence=3, started="2020"),
+        replace(manifest(5, entry(5, name="vdb")), sequence=4),
+    ]
+    assert newest_manifest(points).sequence == 4
+    assert newest_manifest(points, "vda").point == point_id(1)
+    assert newest_manifest(points, "vdz") is None
+
+
+class FakeFile:
+    """Codes of the clusters as entries: 0 unallocated, 1 zero, 2 data."""
+
+    def __init__(self, codes):
+        self.codes = codes
+
+    def entries(self, first, count):
+        assert first + count <= len(self.codes), "asked beyond the file's end"
+        return np.array(self.codes[first : first + count], dtype=np.uint64)
+
+    def kinds(self, entries):
+        return entries.astype(np.uint8)
+
+
+def resolve(*links, first=0, count=None):
+    """Holders, for (size in bytes, codes) of each link, newest first."""
+    parts = [Link(point_id(9 - n), 9 - n, entry(9 - n, size=size)) for n, (size, _) in enumerate(links)]
+    index = Index(Chain("vda", tuple(parts)), [FakeFile(codes) for _, codes in links])
+    clusters = -(-links[0][0] // C)
+    return index.resolve(first, clusters - first if count is None else count)[0].tolist()
+
+
+def test_the_newest_holder_wins_and_a_zero_hides_what_is_older():
+    assert resolve((4 * C, [0, 2, 1, 0]), (4 * C, [2, 2, 2, 0])) == [1, 0, NOBODY, NOBODY]
+
+
+def test_a_point_that_was_shorter_hides_all_that_is_older():
+    # 64 clusters, shrunk to 32 and a sector, grown again (trap 45).
+    full, shrunk, grown = (4 * MIB, [2] * 64), (2 * MIB + 512, [0] * 33), (4 * MIB, [0] * 64)
+    assert resolve(grown, shrunk, full) == [2] * 33 + [NOBODY] * 31
+    assert resolve(grown, shrunk, full, first=40, count=5) == [NOBODY] * 5
+    assert resolve(grown, (0, []), full) == [NOBODY] * 64
+
+
+def test_limits_fall_from_the_newest_down():
+    links = tuple(Link(point_id(n), n, entry(n, size=size)) for n, size in ((4, 9), (3, 5), (2, 7), (1, 3)))
+    assert Chain("vda", links).limits == (9, 5, 5, 3)
+
+
+def test_an_old_tail_does_not_come_back_when_a_disk_shrinks_and_grows(tmp_path):
+    night = Night.of(tmp_path, "4M")
+    write(night.image, "write -P 0xaa 0 4M")
+    night.full()
+    run("qemu-img", "resize", "-q", "--shrink", night.image, str(2 * MIB + 512))
+    assert night.incremental().rc == 0
+    run("qemu-img", "resize", "-q", night.image, "4M")
+    assert night.incremental().rc == 0
+    write(night.image, "write -P 0xbb 3M 64k")
+    assert night.incremental().disk["kind"] == "incremental"
+    night.require_restored()
+    newest = night.repository / "disk" / night.newest["disks"][0]["data"]["file"]
+    require_identical(raw_copy(night.image, tmp_path / "source.raw"), raw_copy(newest, tmp_path / "qemu.raw"))
+
+
+def test_sixty_points_open_in_qemu_and_restore(tmp_path):
+    # Made without a source, which would cost a minute; each point holds other clusters, some of them zero.
+    random = Random(60)
+    folder = Repository.open_or_create(tmp_path / "repo").machine("m")
+    disk = np.zeros((128, C), dtype=np.uint8)
+    parent = None
+    with folder.lock():
+        for number in range(1, 61):
+            size = len(disk) * C
+            link = entry(number, None if parent is None else number - 1, size)
+            stem, backing = f"vda.{point_id(number)}", None if parent is None else parent.data.file
+            maker = DataFileMaker(
+                folder.path, stem, size=size, cluster_size=C, backing=backing, level=1, mode=0o600, written=[]
+            )
+            with maker:
+                for place, cluster in enumerate(random.sample(range(len(disk)), 7 if parent else len(disk))):
+                    zero = parent is not None and place < 2
+                    disk[cluster] = 0 if zero else np.frombuffer(random.randbytes(16) * (C // 16), dtype=np.uint8)
+                    maker.write(cluster, memoryview(disk[cluster].tobytes()))
+                link = replace(link, data=maker.finish("zstd:1"))
+            folder.publish(manifest(number, link))
+            parent = link
+    (tmp_path / "expected.raw").write_bytes(disk.tobytes())
+    require_identical(tmp_path / "expected.raw", raw_copy(folder.path / parent.data.file, tmp_path / "qemu.raw"))
+    for number, force in ((60, ""), (60, "--force")):
+        path = folder.path / f"{point_id(number)}.json"
+        done = call_pybackup(["restore", path, tmp_path / "r.raw", *([force] if force else [])])
+        assert done.rc == 0, done.stderr
+        require_identical(tmp_path / "expected.raw", tmp_path / "r.raw")
+    assert call_pybackup(["verify", "m", "--deep", "--repo", tmp_path / "repo"]).rc == 0
