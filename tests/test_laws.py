@@ -30,7 +30,7 @@ KIB, MIB = 1 << 10, 1 << 20
 OLD = b"\xaa"
 """What a used target held before."""
 
-FIRST, END = (int(number) for number in os.environ.get("LAWS_SEEDS", "0:10").split(":"))
+FIRST, END = (int(number) for number in os.environ.get("LAWS_SEEDS", "0:14").split(":"))
 SEEDS = range(FIRST, END)
 
 
@@ -100,12 +100,17 @@ class Resizing:
             how = "-m metadata " if self.preallocates and self.rng.random() < 0.5 else ""
             return [f"truncate {how}{wanted}"], wanted
         self.preallocates = False
-        if wanted >= self.cluster and self.rng.random() < 0.7:
+        if wanted >= self.cluster and self.rng.random() < 0.5:
             wanted -= wanted % self.cluster
-            back = self.grows and self.rng.random() < 0.5
-            return [f"truncate {wanted}", *([f"truncate {size}"] if back else [])], size if back else wanted
-        self.grows = False
+        self.grows = self.grows and wanted % self.cluster == 0
         return [f"truncate {wanted}"], wanted
+
+    def there_and_back(self, size: int) -> list[str]:
+        """A shrink that the next backup cannot see by the size."""
+        if not self.grows or size <= self.cluster:
+            return []
+        self.preallocates = False
+        return [f"truncate {self.rng.randint(1, (size - 1) // self.cluster) * self.cluster}", f"truncate {size}"]
 
 
 class Story:
@@ -120,9 +125,10 @@ class Story:
         self.config = folder / "config.yaml"
         self.points: list[Point] = []
         self.size = 0
-        self.image_cluster = 2 ** rng.randint(12, 21)
+        self.image_cluster = self.any_cluster()
         self.chain_cluster = 0
         self.backed = False
+        self.shrunk = False
 
     def make_image(self, *, backed: bool) -> None:
         """Make the image, of any cluster size, empty or over a file with data."""
@@ -139,7 +145,11 @@ class Story:
 
     def any_size(self) -> int:
         """A disk's size, a multiple of 512 and rarely of anything more."""
-        return self.rng.randint(1, self.rng.choice([256, 4096, 12288])) * 512
+        return self.rng.randint(1, self.rng.choice([256, 8192, 12288])) * 512
+
+    def any_cluster(self) -> int:
+        """4 KiB to 2 MiB, small ones more often: they make more of a small disk."""
+        return 2 ** min(self.rng.randint(12, 21), self.rng.randint(12, 21))
 
     def guest_changes(self, image: Path | None = None) -> None:
         """Some operations on the disk (or on the file below it, whose size stays)."""
@@ -147,15 +157,23 @@ class Story:
         size = self.size if image == self.image else virtual_size(image)
         names = ["write", "write", "noise", "zeroes", "write -z", "write -zu", "discard"]
         if image == self.image:
-            names.append("resize")
+            names += ["resize", "there and back"]
         resizing = Resizing(self.rng, max(self.image_cluster, self.chain_cluster), backed=self.backed)
         operations: list[str] = []
+        if image == self.image and self.shrunk and self.rng.random() < 0.7:
+            # What lies beyond the cut in its cluster comes back, and the bitmap calls it clean.
+            words, size = resizing.next(size, size + self.any_size())
+            operations += words
         for _ in range(self.rng.choice([0, 1, 2, 5, 12])):
             name = self.rng.choice(names)
-            if name == "resize":
-                words, size = resizing.next(size, self.any_size())
-                operations += words
-                continue
+            match name:
+                case "resize":
+                    words, size = resizing.next(size, self.any_size())
+                    operations += words
+                    continue
+                case "there and back":
+                    operations += resizing.there_and_back(size)
+                    continue
             offset, length = self.any_range(size)
             match name:
                 case "noise":
@@ -169,6 +187,7 @@ class Story:
         if operations:
             program("qemu-io", "-f", "qcow2", "-d", "unmap", *both("-c", operations), str(image))
         if image == self.image:
+            self.shrunk = size < self.size
             self.size = size
 
     def any_range(self, size: int) -> tuple[int, int]:
@@ -182,7 +201,7 @@ class Story:
 
     def back_up(self, wanted: str, *source: str) -> Point:
         """Take a point and keep a copy of the disk."""
-        cluster = 2 ** self.rng.randint(12, 21)
+        cluster = self.any_cluster()
         # A new cluster size counts from the next full on, a new compression at once.
         self.config.write_text(f"cluster_size: {cluster // KIB}K\nrequest_size: 2M\nrequests: 2\nworkers: 2\n")
         compression = self.rng.choice(["none", "zstd", "zstd:-3"])
