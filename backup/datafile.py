@@ -194,8 +194,8 @@ class DataFileMaker:
         self._written = written
         self._codecs = threading.local()
         image = qcow2.Image(size=size, cluster_size=cluster_size, backing=backing, zstd=level is not None)
+        written.append(self._data)  # first: a signal may come as soon as the file is there
         self._file = PartFile(self._data, mode)
-        written.append(self._data)
         self._writer = qcow2.Writer(image, self._file, level=level)
 
     def write(self, first_cluster: int, data: memoryview) -> int:
