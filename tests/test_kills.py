@@ -199,7 +199,7 @@ def test_a_signal_that_asks_leaves_no_trace(night, step, number):
     first, second = done.stderr.splitlines()
     assert first == f"pybackup: error: stopped by signal {int(number)}"
     assert second.startswith("pybackup: hint: ")
-    assert users(night.image) == []
+    require_nothing_left(night)
     if night.state() == before:
         assert bitmaps(night.image) == held
         assert "no point was published" in second
@@ -250,10 +250,7 @@ def test_signals_at_random_moments(night, number):
             stdout, stderr = started.communicate(timeout=60)
         late = {0} if number == signal.SIGKILL else {0, 143}
         assert started.returncode in late | {-number}, (started.returncode, stdout, stderr)
-        if number == signal.SIGKILL:
-            require_nothing_left(night)
-        else:
-            assert users(night.image) == []
+        require_nothing_left(night)
         require_going_on(night)
 
 
