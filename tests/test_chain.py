@@ -5,39 +5,15 @@ from random import Random
 
 import numpy as np
 import pytest
+from forge import entry, manifest, point_id
 from lab import KIB, MIB, Night, call_pybackup, raw_copy, require_identical, run, write
 
 from backup.chain import NOBODY, Chain, Index, Link, build, newest_manifest
 from backup.datafile import DataFileMaker
 from backup.errors import Damaged, NotFound
-from backup.manifest import BitmapRecord, ByteCounts, DataFile, DiskEntry, Manifest, Parent, SourceRecord
 from backup.repository import Repository
 
 C = 64 * KIB
-
-
-def point_id(number):
-    return f"20261122T010000Z-{number:08x}"
-
-
-def entry(number, parent=None, size=4 * MIB, name="vda", cluster=C):
-    point = point_id(number)
-    return DiskEntry(
-        name=name,
-        kind="full" if parent is None else "incremental",
-        reason="r",
-        size=size,
-        identity=f"{number:032x}",
-        parent=None if parent is None else Parent(point_id(parent), f"{parent:032x}"),
-        bitmap=BitmapRecord(None, None, None, False),
-        data=DataFile(f"{name}.{point}.qcow2", 1, f"{name}.{point}.b3", "0" * 64, cluster, "zstd:1"),
-        bytes=ByteCounts(0, 0, 0, 0, 0),
-        source=SourceRecord("image", "/x", "qcow2", "crash", None, ()),
-    )
-
-
-def manifest(number, *disks, sequence=None):
-    return Manifest(point_id(number), sequence or number, "m", "0" * 32, "", "", "", disks)
 
 
 def machine(*manifests):

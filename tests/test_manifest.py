@@ -4,10 +4,11 @@ import json
 from dataclasses import asdict, replace
 
 import pytest
+from forge import signed
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backup import digests, manifest
+from backup import manifest
 from backup.errors import BackupError, Damaged, Failed
 from backup.manifest import (
     BitmapRecord,
@@ -44,13 +45,6 @@ def disk(name="vda", **changes):
 POINT_1 = Manifest(
     POINT, 7, "web1", "4" * 32, "2026", "2027", "pybackup 0", (disk(), disk("vdb", parent=None, kind="full"))
 )
-
-
-def signed(document):
-    """A document with a valid digest: what a hostile writer would make."""
-    text = json.dumps({**document, "digest": "0" * 64}, indent=2) + "\n"
-    head, tail = text[: text.rindex(',\n  "digest"')].encode(), text[text.rindex(',\n  "digest"') :]
-    return head + tail.replace("0" * 64, digests.digest(head).hex()).encode()
 
 
 DOCUMENT = {"format": manifest.FORMAT, "version": 1, **asdict(POINT_1)}

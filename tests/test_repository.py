@@ -9,8 +9,8 @@ import subprocess
 import threading
 
 import pytest
+from forge import entry, manifest
 from lab import PYBACKUP, Night, call_pybackup, make_image, run, write
-from test_chain import entry, manifest
 
 from backup import repository
 from backup.errors import Failed, Interrupted, Locked, NotFound
