@@ -608,6 +608,24 @@ def test_a_short_look_of_another_program_does_not_fail_a_run(night, monkeypatch)
         night.require_incremental()
 
 
+def test_why_a_server_cannot_serve_is_told_when_it_is_started(night):
+    """qemu-nbd listens before it opens the image; who only connects meets a refusal later, and never the reason."""
+    from backup.errors import SourceError
+    from backup.qemu import programs
+
+    with (
+        pytest.raises(SourceError, match="Bitmap 'absent' is not found"),
+        programs.served(night.image, "qcow2", ["absent"], 1),
+    ):
+        pass
+    with (
+        held_for_writing(night.image),
+        pytest.raises(programs.ImageLocked),
+        programs.served(night.image, "qcow2", [], 1),
+    ):
+        pass
+
+
 class Restless(ImageSource):
     """An image to which a machine writes between the bitmaps' start and the lock, `times` times."""
 

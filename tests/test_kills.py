@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,10 +137,16 @@ def arguments(night: Night) -> list[str | Path]:
     return ["incremental", "--image", night.image, "--repo", night.repository, *options]
 
 
-def struck(night: Night, step: Step, number: int) -> subprocess.CompletedProcess[str]:
+def struck(night: Night, step: Step, number: int, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run an incremental with the signal at that step."""
     command = [sys.executable, "-c", DRIVER, step.spec(number), *arguments(night)]
-    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    # Files and no pipes: a server that is left behind would keep a pipe open.
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        env = {**os.environ, **environment}
+        done = subprocess.run(command, check=False, stdout=stdout, stderr=stderr, env=env, timeout=60)
+        stdout.seek(0)
+        stderr.seek(0)
+        return subprocess.CompletedProcess(command[3:], done.returncode, stdout.read(), stderr.read())
 
 
 def require_nothing_left(night: Night) -> None:
@@ -186,6 +193,19 @@ def test_sigkill_at_any_step_loses_nothing(night, template, step):
     require_going_on(night)
 
 
+def test_sigkill_before_the_server_knows_whose_death_to_die_of_leaves_none(night, tmp_path):
+    """setpriv takes a moment to ask for the signal; a parent that is gone by then sends none."""
+    (tmp_path / "bin").mkdir()
+    slow = tmp_path / "bin" / "setpriv"
+    slow.write_text(f'#!/bin/sh\nsleep 0.5\nexec {shutil.which("setpriv")} "$@"\n')
+    slow.chmod(0o755)
+    step = Step(PROGRAMS, "_popen", "after", 3)
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    assert struck(night, step, signal.SIGKILL, PATH=path).returncode == -signal.SIGKILL
+    require_nothing_left(night)
+    require_going_on(night)
+
+
 @pytest.mark.parametrize(
     ("step", "number"),
     [(step, signal.SIGTERM) for step in ASKED] + [(step, signal.SIGINT) for step in ASKED[1::5]],
@@ -200,8 +220,9 @@ def test_a_signal_that_asks_leaves_no_trace(night, step, number):
     assert first == f"pybackup: error: stopped by signal {int(number)}"
     assert second.startswith("pybackup: hint: ")
     require_nothing_left(night)
-    if night.state() == before:
-        assert bitmaps(night.image) == held
+    if night.state()[1] == before[1]:
+        if step.name != "_popen":  # a qemu-img --add that has just begun may add after we looked; see the next run
+            assert bitmaps(night.image) == held
         assert "no point was published" in second
     else:
         assert step.published
@@ -242,7 +263,7 @@ def test_signals_at_random_moments(night, number):
     """Rounds of write, cut-off run, whole run; a signal that comes too late lets the run end well."""
     rng = random.Random()
     longest = length_of_a_run(night)
-    for step in range(8):
+    for step in range(6):
         write(night.image, f"write -P {step + 1} {rng.randrange(3500)}k 200k", f"write -z {rng.randrange(3500)}k 70k")
         with subprocess.Popen([PYBACKUP, *arguments(night)], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as started:
             time.sleep(rng.uniform(0.2, 1.0) * longest)
