@@ -9,7 +9,8 @@ The tree of errors, with exit codes and hints.
     +-- Damaged         12   a chain, a manifest or a data file is damaged
     +-- SourceError     13   the source cannot be reached or read
     +-- BitmapUnusable  14   the bitmap cannot be used, and no fallback is allowed
-    +-- Interrupted    130   SIGINT; 143 for SIGTERM
+
+    Interrupted        130   SIGINT; 143 for SIGTERM
 
 Every error says what happened, with the values, and what to do about it: `pybackup: error: MESSAGE` and
 `pybackup: hint: HINT`.  They are raised where a fault is found and caught in one place, `backup.cli.app.main`;
@@ -73,12 +74,16 @@ class BitmapUnusable(BackupError):
     exit_code = 14
 
 
-class Interrupted(BackupError):
-    """The run was stopped by a signal."""
+class Interrupted(BaseException):
+    """
+    The run was stopped by a signal.
+
+    It comes between any two lines, so it is no BackupError and, like KeyboardInterrupt, not even an Exception: whoever
+    takes an error for a damaged manifest or a failed machine, and goes on, must not take this for one.
+    """
 
     def __init__(self, signal_number: int) -> None:
-        super().__init__(
-            f"stopped by signal {signal_number}",
-            hint="no point was published and earlier points are untouched; run the command again",
-        )
+        self.message = f"stopped by signal {signal_number}"
+        self.hint = "no point was published and earlier points are untouched; run the command again"
         self.exit_code = 128 + signal_number
+        super().__init__(self.message)

@@ -224,14 +224,17 @@ class Machine:
 
         Raises
         ------
-        Failed
+        BackupError
             Nothing was published: the disk is full, for example.
         """
         path = self.path / f"{manifest.point}.json"
+        content = manifests.encode(manifest)
+        # A point that no reader would take (a sequence beyond the largest) must not pass for a backup.
+        manifests.decode(content, path.name)
         try:
             with _explained(self.path):
                 sync_folder(self.path)
-                write_whole(path, manifests.encode(manifest), self.modes.file)
+                write_whole(path, content, self.modes.file)
                 sync_folder(self.path.parent)
         except BaseException:
             # It may have its name already; the caller removes the data files, so the manifest must go first.

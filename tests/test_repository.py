@@ -13,7 +13,7 @@ from forge import entry, manifest
 from lab import PYBACKUP, Night, call_pybackup, make_image, run, write
 
 from backup import repository
-from backup.errors import Failed, Interrupted, Locked, NotFound
+from backup.errors import Damaged, Failed, Interrupted, Locked, NotFound
 from backup.repository import MARKER, Modes, Repository
 
 
@@ -316,6 +316,27 @@ def test_an_unreadable_repository_is_no_bug(tmp_path):
         assert "bug" not in done.stderr
         assert "Permission denied" in done.stderr
         assert len(done.stderr.splitlines()) == 2
+
+
+def test_a_signal_while_manifests_are_read_is_not_taken_for_a_damaged_one(tmp_path, monkeypatch):
+    def stopped(*_):
+        raise Interrupted(15)
+
+    machine = Repository.open_or_create(tmp_path / "repo").machine("web1")
+    with machine.lock():
+        machine.publish(manifest(1, entry(1)))
+    monkeypatch.setattr(repository, "read_manifest", stopped)
+    with pytest.raises(Interrupted):
+        machine.contents()
+
+
+def test_a_point_that_no_reader_would_take_is_not_published(tmp_path):
+    machine = Repository.open_or_create(tmp_path / "repo").machine("web1")
+    with machine.lock():
+        before = os.listdir(machine.path)
+        with pytest.raises(Damaged):
+            machine.publish(manifest(1, entry(1), sequence=(1 << 62) + 1))
+        assert os.listdir(machine.path) == before
 
 
 def test_sequence_is_one_more_than_the_highest(tmp_path):

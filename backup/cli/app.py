@@ -229,8 +229,6 @@ def _back_up_one(open_repository: Callable[[], Repository], request: Request) ->
     try:
         with render.progress(wanted=not _options.quiet) as progress:
             return create(open_repository, request, progress)
-    except Interrupted:
-        raise
     except Exception as error:  # noqa: BLE001 - shown, and in the exit code
         return _explained(error)
 
@@ -553,6 +551,8 @@ def _run(arguments: Sequence[str]) -> int:
     except TyperException as error:
         _options.json = _options.json or "--json" in arguments  # the command did not come to say it
         return _fail(UsageError(" ".join(error.format_message().split()), hint="see: pybackup --help"))
+    except Interrupted as stopped:
+        return _fail(stopped)
     except typer.Abort:
         return _fail(Interrupted(signal.SIGINT))
     except Exception as error:  # noqa: BLE001 - shown, and in the exit code
@@ -574,14 +574,14 @@ def _explained(error: Exception) -> BackupError:
     return found
 
 
-def _fail(error: BackupError) -> int:
+def _fail(error: BackupError | Interrupted) -> int:
     _show_error(error)
     if _options.json:
         render.document({"error": render.error_object(error)})
     return error.exit_code
 
 
-def _show_error(error: BackupError) -> None:
+def _show_error(error: BackupError | Interrupted) -> None:
     if _options.debug:
         import traceback
 

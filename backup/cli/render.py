@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from backup.errors import BackupError, Failed, UsageError
+from backup.errors import BackupError, Failed, Interrupted, UsageError
 from backup.units import show_duration, show_rate, show_size
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def plain(text: object) -> str:
     return "".join(char if char.isprintable() else "?" for char in str(text))
 
 
-def error(problem: BackupError) -> None:
+def error(problem: BackupError | Interrupted) -> None:
     """Two lines: what happened, what to do.  Only a list of a configuration's problems has a line for each."""
     for text in problem.message.split("\n") if isinstance(problem, UsageError) else [problem.message]:
         _err(f"pybackup: error: {plain(text)}")
@@ -107,7 +107,7 @@ def _mute(stream: TextIO) -> None:
     os.close(nowhere)
 
 
-def error_object(problem: BackupError) -> dict[str, Any]:
+def error_object(problem: BackupError | Interrupted) -> dict[str, Any]:
     """An error as scripts see it."""
     return {"code": problem.exit_code, "message": problem.message, "hint": problem.hint}
 

@@ -1,0 +1,326 @@
+"""Hostile and broken input: two lines, the right code, no hang, and what was backed up stays as it was."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+from forge import rewrite
+from lab import KIB, Night, call_pybackup, make_image, run, run_pybackup, write
+
+ESCAPE = "\x1b[2J\x1b]0;owned\x07"
+
+
+@pytest.fixture(scope="module")
+def night(tmp_path_factory):
+    """A full and an incremental.  Tests work on copies or change nothing."""
+    night = Night.of(tmp_path_factory.mktemp("night"))
+    night.full()
+    write(night.image, "write -P 9 64k 64k")
+    assert night.incremental().rc == 0
+    return night
+
+
+@pytest.fixture
+def copied(night, tmp_path):
+    run("cp", "-r", night.repository, tmp_path / "repo")
+    return Night(night.image, tmp_path / "repo")
+
+
+def tree(folder):
+    """Every file's name and content."""
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
+
+
+def require_two_lines(done, *codes):
+    assert done.rc in codes, done
+    lines = done.stderr.splitlines()
+    assert [line.split(" ")[1] for line in lines] == ["error:", "hint:"], done.stderr
+    assert all(line.isprintable() for line in lines)
+    assert "bug" not in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert all(len(line) < 2000 for line in lines)
+
+
+def image_of(tmp_path, kind):
+    path = tmp_path / "disk.qcow2"
+    make_image(path, "4M")
+    write(path, "write -P 1 0 1M")
+    content = path.read_bytes()
+    broken = {
+        "empty-qcow2": content[:4],
+        "cut-header": content[:60],
+        "random-behind-magic": content[:4] + random.Random(1).randbytes(100 * KIB),
+        "huge-size": content[:24] + b"\x7f" * 8 + content[32:],
+        "bad-cluster-bits": content[:20] + (63).to_bytes(4, "big") + content[24:],
+        "unknown-feature": content[:72] + b"\x80" + content[73:],
+        "backing-missing": None,
+        "backing-loop": None,
+    }[kind]
+    if broken is not None:
+        path.write_bytes(broken)
+    elif kind == "backing-missing":
+        run("qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", tmp_path / "gone", "-F", "raw", path, "4M")
+    else:
+        run("qemu-img", "rebase", "-u", "-f", "qcow2", "-b", path, "-F", "qcow2", path)
+    return path
+
+
+IMAGES = [
+    "empty-qcow2",
+    "cut-header",
+    "random-behind-magic",
+    "huge-size",
+    "bad-cluster-bits",
+    "unknown-feature",
+    "backing-missing",
+    "backing-loop",
+]
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+def test_a_broken_image_is_a_source_that_cannot_be_read(copied, tmp_path, kind):
+    image = image_of(tmp_path, kind)
+    before = tree(copied.repository)
+    for wanted in ("full", "incremental"):
+        done = call_pybackup(
+            [wanted, "--image", image, "--machine", "disk", "--repo", copied.repository, "--bitmap", "b1"]
+        )
+        require_two_lines(done, 13, 1)
+    assert tree(copied.repository) == before
+    require_two_lines(call_pybackup(["map", "--image", image]), 13, 1)
+
+
+@pytest.mark.parametrize("make", [os.mkdir, lambda path: path.symlink_to(path)], ids=["folder", "loop"])
+def test_something_else_than_a_file_as_image_is_refused_at_once(tmp_path, make):
+    make(tmp_path / "disk.raw")
+    done = run_pybackup(["full", "--image", tmp_path / "disk.raw", "--repo", tmp_path / "repo"])
+    require_two_lines(done, 13, 2, 1)
+    assert not list((tmp_path / "repo").glob("*/*.json"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\0" * 100,
+        b"\xff\xfe\xfd",
+        b"[" * 5_000,
+        b"a: &a [*a, *a]",
+        b"!!python/object/apply:os.system [x]",
+        b"- " * 3000,
+    ],
+)
+def test_a_broken_configuration_is_wrong_usage(tmp_path, content):
+    (tmp_path / "c.yaml").write_bytes(content)
+    for command in (["full"], ["list"], ["check-config"], ["restore", "a/latest", "x"]):
+        done = call_pybackup(["--config", tmp_path / "c.yaml", *command])
+        assert done.rc == 2, done
+        assert "bug" not in done.stderr
+        assert all(line.isprintable() for line in done.stderr.splitlines())
+
+
+KINDS = ["pipe", "folder", "link", "dangling", "empty", "random", "large"]
+
+
+def replace_by(path, kind, elsewhere):
+    content = path.read_bytes()
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "link":
+        elsewhere.write_bytes(content)
+        path.symlink_to(elsewhere)
+    elif kind == "dangling":
+        path.symlink_to(elsewhere)
+    else:
+        path.write_bytes({"empty": b"", "random": random.Random(1).randbytes(5000), "large": b"x"}[kind])
+        if kind == "large":
+            os.truncate(path, 1 << 36)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("which", ["manifest", "file", "digests"])
+def test_anything_else_in_the_place_of_a_file_is_damage_at_once(copied, tmp_path, which, kind):
+    full = min((copied.repository / "disk").glob("*.json"), key=lambda path: json.loads(path.read_bytes())["sequence"])
+    newest = f"disk/{copied.newest['point']}"
+    victim = full if which == "manifest" else full.with_name(json.loads(full.read_bytes())["disks"][0]["data"][which])
+    replace_by(victim, kind, tmp_path / "elsewhere")
+    assert call_pybackup(["verify", "--repo", copied.repository]).rc == 12
+    require_two_lines(call_pybackup(["restore", newest, tmp_path / "r.raw", "--repo", copied.repository]), 12)
+    require_two_lines(call_pybackup(["restore", full, tmp_path / "r.raw"]), 12)
+    assert not (tmp_path / "r.raw").exists()
+    assert not list(tmp_path.glob(".r*"))
+    done = call_pybackup(["list", "--json", "--repo", copied.repository])
+    assert (done.rc, len(done.document)) == ((3, 1) if which == "manifest" else (0, 2))
+    # The next run notices: it takes a full and says why, and removes nothing that may be needed.
+    before = sorted(os.listdir(full.parent))
+    run("cp", copied.image, tmp_path / "disk.qcow2")
+    done = call_pybackup(
+        [
+            *("incremental", "--image", tmp_path / "disk.qcow2", "--machine", "disk"),
+            *("--bitmap", "b1", "--json", "--repo", copied.repository),
+        ]
+    )
+    if which == "digests" and kind in {"empty", "random", "large", "link"}:
+        assert done.rc in {0, 3}  # contents are verify's to judge
+    elif which == "manifest" or kind != "random":
+        assert (done.rc, done.disk["kind"]) == (3, "full"), done
+    assert set(before) <= set(os.listdir(full.parent))
+
+
+HUGE = 1 << 60
+
+
+def set_data(**values):
+    return lambda document: document["disks"][0]["data"].update(values)
+
+
+HOSTILE = {
+    "data-size": set_data(size=HUGE),
+    "disk-size": lambda document: document["disks"][0].update(size=HUGE),
+    "both-sizes": lambda document: (document["disks"][0].update(size=HUGE), set_data(size=HUGE)(document)),
+    "cluster-size": set_data(cluster_size=4096),
+    "other-file": set_data(file="vdz.20200101T000000Z-00000000.qcow2"),
+    "digests-as-data": lambda document: set_data(file=document["disks"][0]["data"]["digests"])(document),
+    "data-as-digests": lambda document: set_data(digests=document["disks"][0]["data"]["file"])(document),
+    "shrunk": lambda document: document["disks"][0].update(size=512),
+    "own-parent": lambda document: document["disks"][0].update(
+        parent={"point": document["point"], "identity": document["disks"][0]["identity"]}
+    ),
+    "no-parent": lambda document: document["disks"][0].update(kind="full", parent=None),
+    "etc-passwd": set_data(file="../../../../etc/passwd"),
+    "absolute": set_data(digests="/etc/passwd"),
+    "newer": lambda document: document.update(version=9),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_manifest_with_a_valid_digest_gets_nowhere(copied, tmp_path, kind):
+    path = copied.repository / "disk" / f"{copied.newest['point']}.json"
+    rewrite(path, HOSTILE[kind])
+    before = tree(copied.repository)
+    codes = (1,) if kind == "newer" else (10, 12)
+    require_two_lines(call_pybackup(["restore", path, tmp_path / "r.raw"]), *codes)
+    assert not (tmp_path / "r.raw").exists()
+    assert call_pybackup(["verify", "--repo", copied.repository]).rc in codes
+    assert call_pybackup(["show", path]).rc in {0, *codes}
+    assert tree(copied.repository) == before
+    full = next(point for point in path.parent.glob("*.json") if point != path)
+    assert call_pybackup(["restore", full, tmp_path / "r.raw"]).rc == 0
+
+
+def test_the_highest_possible_sequence_is_not_passed_silently(copied):
+    path = copied.repository / "disk" / f"{copied.newest['point']}.json"
+    rewrite(path, lambda document: document.update(sequence=1 << 62))
+    before = tree(copied.repository)
+    done = copied.backup("full", "--bitmap", "b1")
+    assert done.rc in {1, 12}
+    assert tree(copied.repository) == before
+
+
+def test_terminal_codes_in_a_manifest_reach_no_terminal(copied):
+    path = copied.repository / "disk" / f"{copied.newest['point']}.json"
+
+    def change(document):
+        document.update(program=ESCAPE, started=ESCAPE, finished="a\nb")
+        disk = document["disks"][0]
+        disk.update(reason=f"{ESCAPE}\r\n\u202e\x9b")
+        disk["source"].update(kind=ESCAPE, path=ESCAPE, format=ESCAPE)
+        disk["bitmap"].update(read=ESCAPE, started=ESCAPE)
+        disk["data"].update(compression=ESCAPE)
+
+    rewrite(path, change)
+    (copied.repository / "disk" / "20200101T000000Z-00000000.json").write_text(f'{{"format": "{ESCAPE}"}}')
+    for command in (
+        ["list", "--repo", copied.repository],
+        ["show", path],
+        ["verify", "--repo", copied.repository],
+        ["list", "--json", "--repo", copied.repository],
+        ["show", "--json", path],
+    ):
+        done = call_pybackup(command)
+        for line in (done.stdout + done.stderr).split("\n"):
+            assert line.isprintable(), line
+
+
+def test_terminal_codes_in_names_that_users_or_guests_chose_reach_no_terminal(tmp_path):
+    folder = tmp_path / ESCAPE.replace("/", "")
+    folder.mkdir()
+    image = make_image(folder / "disk.qcow2", "1M")
+    run("qemu-img", "bitmap", "--add", image, ESCAPE)
+    for command in (
+        ["full", "--image", image, "--repo", folder / "repo"],
+        ["restore", folder / "repo" / "disk" / "x.json", folder / "r"],
+        ["map", "--image", image, "--bitmap", ESCAPE],
+        ["map", "--image", image, "--bitmap", f"{ESCAPE}2"],
+        ["full", "--image", image, "--repo", folder / "repo", "--machine", ESCAPE],
+        ["full", ESCAPE, "--repo", folder / "repo"],
+        ["list", ESCAPE, "--repo", folder / "repo"],
+        [ESCAPE],
+        [f"--{ESCAPE}"],
+        ["--config", folder, "list"],
+        ["verify", "--repo", folder / "repo"],
+        ["restore", "disk/latest", folder / "r.raw", "--repo", folder / "repo"],
+    ):
+        done = call_pybackup(command)
+        for line in (done.stdout + done.stderr).split("\n"):
+            assert line.isprintable(), (command, line)
+        assert "bug" not in done.stderr
+
+
+def test_verify_in_a_folder_with_a_hostile_name_prints_it_harmlessly(copied, tmp_path):
+    (copied.repository / "disk").rename(copied.repository / f"x{ESCAPE}")
+    path = next((copied.repository / f"x{ESCAPE}").glob("*.json"))
+    next(path.parent.glob("*.b3")).write_bytes(b"")
+    for done in (call_pybackup(["verify", found]) for found in path.parent.glob("*.json")):
+        assert all(line.isprintable() for line in (done.stdout + done.stderr).split("\n"))
+
+
+FAKES = {
+    "missing": "raise ModuleNotFoundError(\"No module named 'nbd'\", name='nbd')",
+    "for-another-python": "raise ModuleNotFoundError(\"No module named 'libnbdmod'\", name='libnbdmod')",
+    "broken": "raise ImportError('libnbd.so.0: cannot open shared object file')",
+    "of-pypi": "VERSION = 'network block device, another one'",
+}
+
+
+@pytest.mark.parametrize("kind", FAKES)
+def test_without_libnbds_binding_it_says_what_to_install(tmp_path, kind):
+    (tmp_path / "nbd.py").write_text(FAKES[kind])
+    image = make_image(tmp_path / "disk.qcow2", "1M")
+    done = run_pybackup(["full", "--image", image, "--repo", tmp_path / "repo"], env={"PYTHONPATH": str(tmp_path)})
+    require_two_lines(done, 1)
+    assert "python3-libnbd" in done.stderr
+    assert "ImportError" not in done.stderr
+
+
+def test_a_repository_that_needs_no_server_is_read_without_the_binding(copied, tmp_path):
+    (tmp_path / "nbd.py").write_text(FAKES["missing"])
+    env = {"PYTHONPATH": str(tmp_path)}
+    for command in (["list"], ["verify"], ["restore", "disk/latest", tmp_path / "r.raw"]):
+        done = run_pybackup([*command, "--repo", copied.repository], env=env)
+        assert done.rc == 0, done.stderr
+
+
+def test_without_qemus_programs_it_says_what_to_install(tmp_path):
+    image = make_image(tmp_path / "disk.qcow2", "1M")
+    done = run_pybackup(["full", "--image", image, "--repo", tmp_path / "repo"], env={"PATH": str(tmp_path)})
+    require_two_lines(done, 1, 13)
+    assert "qemu-utils" in done.stderr
+
+
+def test_memory_stays_bounded_when_a_manifest_lies_about_sizes(copied, tmp_path):
+    path = copied.repository / "disk" / f"{copied.newest['point']}.json"
+    rewrite(path, HOSTILE["both-sizes"])
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))\n"
+        "from backup.cli.app import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "verify", str(path)], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 12, done.stderr
