@@ -293,8 +293,6 @@ class _Run:
             chain = chains.build(self.contents.manifests, point, disk)
             with datafile.peeked(self.machine.path, chain):
                 return chain
-        except Interrupted:
-            raise  # no flaw of the chain
         except BackupError as error:
             return error
 
@@ -409,8 +407,6 @@ class _Run:
                 for name in decide.own_bitmaps(names, self._short_id, keep=disk.started):
                     try:
                         disk.source.remove_bitmap(name)
-                    except Interrupted:
-                        raise
                     except BackupError as error:
                         self.warnings.append(f"disk {disk.name}: bitmap {name} could not be removed: {error.message}")
 
