@@ -141,33 +141,63 @@ def test_an_old_tail_does_not_come_back_when_a_disk_shrinks_and_grows(tmp_path):
     require_identical(raw_copy(night.image, tmp_path / "source.raw"), raw_copy(newest, tmp_path / "qemu.raw"))
 
 
+def store(folder, number, parent, size, clusters):
+    """Publish a point that holds these clusters (number: bytes), without a source, which would cost a second."""
+    link = entry(number, None if parent is None else number - 1, size)
+    maker = DataFileMaker(
+        folder.path,
+        f"vda.{point_id(number)}",
+        size=size,
+        cluster_size=C,
+        backing=None if parent is None else parent.data.file,
+        level=1,
+        mode=0o600,
+        written=[],
+    )
+    with maker:
+        for cluster, data in clusters.items():
+            maker.write(cluster, memoryview(data))
+        link = replace(link, data=maker.finish("zstd:1"))
+    folder.publish(manifest(number, link))
+    return link
+
+
+def require_restored(folder, link, expected):
+    """QEMU's reading of the newest file, and a restore onto a used file, are the expected raw file."""
+    require_identical(expected, raw_copy(folder.path / link.data.file, expected.with_name("qemu.raw")))
+    target = expected.with_name("r.raw")
+    target.write_bytes(b"old" * 100)
+    done = call_pybackup(["restore", folder.path / f"{link.data.file.split('.')[1]}.json", target, "--force"])
+    assert done.rc == 0, done.stderr
+    require_identical(expected, target)
+
+
+def test_a_cluster_that_a_shorter_point_cuts_is_zero_behind_the_cut(tmp_path):
+    folder = Repository.open_or_create(tmp_path / "repo").machine("m")
+    size, cut = 4 * MIB, 2 * MIB + 512
+    with folder.lock():
+        full = store(folder, 1, None, size, dict.fromkeys(range(size // C), b"\xaa" * C))
+        shrunk = store(folder, 2, full, cut, {})
+        grown = store(folder, 3, shrunk, size, {60: b"\xbb" * C})
+    expected = bytearray(b"\xaa" * cut + bytes(size - cut))
+    expected[60 * C : 61 * C] = b"\xbb" * C
+    (tmp_path / "expected.raw").write_bytes(expected)
+    require_restored(folder, grown, tmp_path / "expected.raw")
+
+
 def test_sixty_points_open_in_qemu_and_restore(tmp_path):
-    # Made without a source, which would cost a minute; each point holds other clusters, some of them zero.
     random = Random(60)
     folder = Repository.open_or_create(tmp_path / "repo").machine("m")
-    disk = np.zeros((128, C), dtype=np.uint8)
-    parent = None
+    disk = [bytes(C)] * 128
+    link = None
     with folder.lock():
         for number in range(1, 61):
-            size = len(disk) * C
-            link = entry(number, None if parent is None else number - 1, size)
-            stem, backing = f"vda.{point_id(number)}", None if parent is None else parent.data.file
-            maker = DataFileMaker(
-                folder.path, stem, size=size, cluster_size=C, backing=backing, level=1, mode=0o600, written=[]
-            )
-            with maker:
-                for place, cluster in enumerate(random.sample(range(len(disk)), 7 if parent else len(disk))):
-                    zero = parent is not None and place < 2
-                    disk[cluster] = 0 if zero else np.frombuffer(random.randbytes(16) * (C // 16), dtype=np.uint8)
-                    maker.write(cluster, memoryview(disk[cluster].tobytes()))
-                link = replace(link, data=maker.finish("zstd:1"))
-            folder.publish(manifest(number, link))
-            parent = link
-    (tmp_path / "expected.raw").write_bytes(disk.tobytes())
-    require_identical(tmp_path / "expected.raw", raw_copy(folder.path / parent.data.file, tmp_path / "qemu.raw"))
-    for number, force in ((60, ""), (60, "--force")):
-        path = folder.path / f"{point_id(number)}.json"
-        done = call_pybackup(["restore", path, tmp_path / "r.raw", *([force] if force else [])])
-        assert done.rc == 0, done.stderr
-        require_identical(tmp_path / "expected.raw", tmp_path / "r.raw")
+            changed = {}
+            # Each point holds other clusters, two of them zero.
+            for place, cluster in enumerate(random.sample(range(len(disk)), 7 if link else len(disk))):
+                changed[cluster] = bytes(C) if link and place < 2 else random.randbytes(16) * (C // 16)
+                disk[cluster] = changed[cluster]
+            link = store(folder, number, link, len(disk) * C, changed)
+    (tmp_path / "expected.raw").write_bytes(b"".join(disk))
+    require_restored(folder, link, tmp_path / "expected.raw")
     assert call_pybackup(["verify", "m", "--deep", "--repo", tmp_path / "repo"]).rc == 0

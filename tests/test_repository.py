@@ -12,7 +12,7 @@ import pytest
 from forge import entry, manifest
 from lab import PYBACKUP, Night, call_pybackup, make_image, run, write
 
-from backup import repository
+from backup import digests, repository
 from backup.errors import Damaged, Failed, Interrupted, Locked, NotFound
 from backup.repository import MARKER, Modes, Repository
 
@@ -337,6 +337,14 @@ def test_a_point_that_no_reader_would_take_is_not_published(tmp_path):
         with pytest.raises(Damaged):
             machine.publish(manifest(1, entry(1), sequence=(1 << 62) + 1))
         assert os.listdir(machine.path) == before
+
+
+def test_a_pipe_with_a_writer_is_no_file_of_the_repository(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with (tmp_path / "pipe").open("r+b", buffering=0) as writer:
+        writer.write(b"x")
+        with pytest.raises(Damaged, match="no plain file"):
+            digests.open_plain(tmp_path / "pipe")
 
 
 def test_sequence_is_one_more_than_the_highest(tmp_path):
