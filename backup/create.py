@@ -329,6 +329,7 @@ class _Run:
             mode=self.machine.modes.file,
             written=written,
         )
+        self._judge_missed(disk, planned)
         with made, export.lanes(self.request.copying.connections) as lanes:
             found_zero = copier.copy(
                 planned,
@@ -358,7 +359,20 @@ class _Run:
     def _rehearse_disk(self, disk: _Disk, export: Export) -> DiskReport:
         began = time.monotonic()
         planned = self._plan(disk, export)
+        self._judge_missed(disk, planned)
         return _disk_report(disk, planned, 0, time.monotonic() - began)
+
+    def _judge_missed(self, disk: _Disk, planned: Plan) -> None:
+        if planned.totals.missed:
+            what = (
+                f"disk {disk.name}: bitmap {disk.decision.read} missed {planned.totals.missed} bytes that were data "
+                "and read as zeroes now"
+            )
+            if not self.request.fallback:
+                raise BitmapUnusable(what, hint="was the disk shrunk and grown again? run `pybackup full`")
+            self.warnings.append(
+                f"{what}; they are recorded, but run `pybackup full`: was the disk shrunk and grown again?"
+            )
 
     def _manifest(self, entries: Sequence[DiskEntry]) -> Manifest:
         return Manifest(

@@ -10,7 +10,8 @@ The rules (traps 1, 2, 4 and 28):
 
     full          zero -> ZERO                    else -> DATA
     incremental   dirty and zero -> ZERO          dirty -> DATA
-                  clean and zero, chain holds data -> ZERO (the bitmap missed something)
+                  clean and zero, chain holds data -> ZERO (the bitmap missed something),
+                    and the disk's last clean data -> DATA (it was cut there and grown again)
                   else -> PARENT: no region, the parent's bytes stand
 
 Only `zero` may be left unread.  A `hole` that is not `zero` has undefined content by the NBD protocol and is read.
@@ -73,12 +74,14 @@ class Totals:
     Sums over a plan, in bytes, clipped at the disk's exact size.
 
     `dirty` is what the bitmap reports (a full counts the whole disk), before it is rounded out to clusters;
-    `data` is what will be read; `zero` is what is recorded as zeroes without reading.
+    `data` is what will be read; `zero` is what is recorded as zeroes without reading; of that, `missed` is what the
+    bitmap says is clean though the chain holds data there: the bitmap did not see all that happened to the disk.
     """
 
     dirty: int
     data: int
     zero: int
+    missed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +184,7 @@ def plan_incremental(
     """
     builder = _Builder(source.size, cluster_size)
     grown = parent_size - parent_size % cluster_size if source.size > parent_size else source.size
+    last_clean_data: int | None = None
     for start, end in extents.windows(0, source.size, WINDOW):
         dirty = extents.with_dirty_from(source.dirty(bitmap, start, end), grown)
         starts, ends = dirty.having(DIRTY)
@@ -194,7 +198,15 @@ def plan_incremental(
             if missed.any():
                 missed &= chain.holds_data(start // cluster_size, len(missed))
                 kinds[missed] = ZERO
+                builder.missed += builder.bytes(start, missed)
         builder.add(start, int((ends - starts).sum()), kinds)
+        clean_data = np.flatnonzero(~(zero | touched))
+        if len(clean_data):
+            last_clean_data = start // cluster_size + int(clean_data[-1])
+    if builder.missed and last_clean_data is not None:
+        # Cut and grown again, a disk is zero or dirty from the cut on.  So this cluster is the one that was cut, and no
+        # bitmap and no whole cluster of zeroes shows that its end is another now.
+        builder.read_too(last_clean_data)
     return builder.plan()
 
 
@@ -205,24 +217,40 @@ class _Builder:
         self.size = size
         self.cluster_size = cluster_size
         self.windows: list[_Packed] = []
-        self.dirty = self.data = self.zero = 0
+        self.dirty = self.data = self.zero = self.missed = 0
 
     def add(self, start: int, dirty: int, kinds: Kinds) -> None:
         self.dirty += dirty
         if not kinds.any():
             return
-        first = start // self.cluster_size
-        self.data += self._bytes(first, kinds == DATA)
-        self.zero += self._bytes(first, kinds == ZERO)
-        self.windows.append(_Packed.of(first, kinds))
+        self._count(start, kinds, 1)
+        self.windows.append(_Packed.of(start // self.cluster_size, kinds))
 
-    def _bytes(self, first: int, mask: Mask) -> int:
+    def read_too(self, cluster: int) -> None:
+        """Make one cluster DATA that was left to the parent."""
+        start = cluster * self.cluster_size - cluster * self.cluster_size % WINDOW
+        first, end = start // self.cluster_size, min(start + WINDOW, self.size)
+        kinds = np.zeros(_clusters(end - start, self.cluster_size), dtype=np.uint8)
+        place = sum(window.first < first for window in self.windows)
+        if place < len(self.windows) and self.windows[place].first == first:
+            kinds = self.windows.pop(place).unpacked()
+            self._count(start, kinds, -1)
+        kinds[cluster - first] = DATA
+        self._count(start, kinds, 1)
+        self.windows.insert(place, _Packed.of(first, kinds))
+
+    def _count(self, start: int, kinds: Kinds, sign: int) -> None:
+        self.data += sign * self.bytes(start, kinds == DATA)
+        self.zero += sign * self.bytes(start, kinds == ZERO)
+
+    def bytes(self, start: int, mask: Mask) -> int:
+        """Bytes of the set clusters of a window that starts at byte `start`, clipped at the disk's size."""
         total = int(np.count_nonzero(mask)) * self.cluster_size
-        beyond = (first + len(mask)) * self.cluster_size - self.size
+        beyond = start + len(mask) * self.cluster_size - self.size
         return total - beyond if beyond > 0 and mask[-1] else total
 
     def plan(self) -> Plan:
-        totals = Totals(self.dirty, self.data, self.zero)
+        totals = Totals(self.dirty, self.data, self.zero, self.missed)
         return Plan(self.size, self.cluster_size, totals, tuple(self.windows))
 
 

@@ -405,15 +405,26 @@ def test_a_shrunk_image(night):
 
 
 @pytest.mark.parametrize("between", [(), ("write -P 0x43 1100k 1k",), ("write -P 0x43 0 1k", "write -P 0x44 3M 1k")])
-def test_shrunk_and_grown_again_between_two_nights(tmp_path, between):
-    """The size is as before and the bitmap clean where the data went: zeroes must come back as zeroes."""
+@pytest.mark.parametrize("cluster", ["4k", "64k"])
+def test_shrunk_and_grown_again_between_two_nights(tmp_path, between, cluster):
+    """The size is as before and the bitmap clean where the data went: noticed, and recorded as it is."""
     night = Night.of(tmp_path)
-    write(night.image, "write -P 0x45 2M 2M")
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", f"cluster_size={cluster}", night.image, "4M")
+    write(night.image, "write -P 0x45 1M 3M")
     night.full()
     resize(night.image, 1 * MIB + 512)
     resize(night.image, 4 * MIB)
     write(night.image, *between) if between else None
-    assert night.require_incremental().disk["zero_bytes"] > 0
+    before = night.state()
+    assert night.incremental("--no-fallback").rc == 14
+    assert night.state() == before
+    done = night.incremental()
+    assert (done.rc, done.disk["kind"]) == (3, "incremental")
+    assert done.disk["zero_bytes"] > 0
+    assert "missed" in done.stderr
+    assert "run `pybackup full`" in done.stderr
+    night.require_restored()
+    night.require_incremental()
 
 
 def test_shrunk_for_a_night_and_grown_again(tmp_path):
