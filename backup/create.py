@@ -14,6 +14,7 @@ alone what happened.
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -43,6 +44,8 @@ from backup.plan import Plan
 from backup.qemu.nbd import Export
 from backup.repository import Contents, Machine, Repository
 from backup.sources import Source
+
+_log = logging.getLogger(__name__)
 
 _SETTLE_TRIES = 5
 """How often a run begins again because a machine started between adding the bitmaps and locking the images."""
@@ -156,30 +159,22 @@ def create(open_repository: Callable[[], Repository], request: Request, progress
     Parameters
     ----------
     open_repository : callable
-        Opens the repository; for a real run it makes a missing one.
+        Opens the repository; for a real run it makes a missing one, for a dry run it pretends to.
 
     Raises
     ------
     BackupError
         Nothing was published, and nothing published before was touched.
     """
-    if request.dry_run:
-        return _rehearsal(open_repository, request, progress).rehearse()
     repository = open_repository()
     machine = repository.machine(request.machine)
+    if request.dry_run:
+        return _Run(machine, machine.contents(), repository.identity, request, progress).rehearse()
     with machine.lock():
         contents = machine.contents()
-        machine.remove_leftovers(contents)
+        for name in machine.remove_leftovers(contents):
+            _log.info("%s: removed %s, which no manifest names", request.machine, name)
         return _Run(machine, contents, repository.identity, request, progress).take()
-
-
-def _rehearsal(open_repository: Callable[[], Repository], request: Request, progress: Progress) -> _Run:
-    try:
-        repository = open_repository()
-    except NotFound:
-        return _Run(Machine(Path(request.machine)), Contents({}, {}), "0" * 32, request, progress)
-    machine = repository.machine(request.machine)
-    return _Run(machine, machine.contents(), repository.identity, request, progress)
 
 
 class _Run:
@@ -221,6 +216,7 @@ class _Run:
             report = self._attempt()
             if report is not None:
                 return report
+            _log.info("%s: an image was written to before it was locked; once more", self.request.machine)
             # A copy of the image may hold this try's bitmap, which must not be taken for one of the next try's point.
             self.point = self._new_point()
         raise SourceError(
@@ -290,7 +286,7 @@ class _Run:
     def _last_chain(self, point: str, disk: str) -> Chain | BackupError:
         """The chain of the disk's newest point, its files looked at; or what is wrong with it."""
         try:
-            chain = chains.build(self.contents.manifests, point, disk)
+            chain = chains.build(self.contents.manifests, point, disk, self.contents.damaged)
             with datafile.peeked(self.machine.path, chain):
                 return chain
         except BackupError as error:
@@ -330,6 +326,7 @@ class _Run:
             written=written,
         )
         self._judge_missed(disk, planned)
+        _log.info("%s/%s: %s (%s)", self.request.machine, disk.name, disk.decision.kind, disk.decision.reason)
         with made, export.lanes(self.request.copying.connections) as lanes:
             found_zero = copier.copy(
                 planned,

@@ -123,7 +123,7 @@ def decide(
     why_not = _why_not(sight, last.newest.entry, name, short_id)
     if why_not is not None:
         return Decision(FULL, why_not, fallback=True)
-    return Decision(INCREMENTAL, f"bitmap {name} records since point {last.newest.point}", parent=last, read=name)
+    return Decision(INCREMENTAL, f"changes since {last.newest.point}", parent=last, read=name)
 
 
 def _and_then(sight: Sight) -> str:
@@ -139,7 +139,7 @@ def _decide_claim(sight: Sight, last: Chain, claim: Claim) -> Decision:
         return Decision(FULL, why, fallback=True)
     if sight.bitmap(claim.bitmap) is None:
         return Decision(FULL, f"the NBD server has no bitmap {claim.bitmap}", fallback=True)
-    why = f"bitmap {claim.bitmap} records since point {claim.since}, by the user's word"
+    why = f"changes since {claim.since}, by the user's word on bitmap {claim.bitmap}"
     return Decision(INCREMENTAL, why, parent=last, read=claim.bitmap, claimed=True)
 
 

@@ -107,10 +107,20 @@ class Repository:
                 _write_marker(path / MARKER, (json.dumps(document, indent=2) + "\n").encode(), modes.file)
         return cls.open(path, modes)
 
-    @property
-    def short_id(self) -> str:
-        """Eight hex digits that stand for this repository in bitmaps' names."""
-        return self.identity[:8]
+    @classmethod
+    def open_or_imagine(cls, path: Path, modes: Modes = Modes()) -> Repository:
+        """
+        Open a repository, or pretend that there is an empty one where `open_or_create` would make it.
+
+        Raises
+        ------
+        NotFound
+            The folder holds other things and no marker.
+        """
+        with _explained(path):
+            if not os.path.lexists(path) or (path.is_dir() and all(_is_nothing(name) for name in os.listdir(path))):
+                return cls(path, "0" * 32, modes)
+        return cls.open(path, modes)
 
     def machine_names(self) -> list[str]:
         """Names of the machines' folders, sorted; a folder that can be no machine's (lost+found) is none."""

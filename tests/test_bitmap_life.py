@@ -870,6 +870,6 @@ def test_the_story_is_told_for_the_last_step_too(night):
     [disk] = night.newest["disks"]
     assert disk["bitmap"] == {"read": first, "started": night.own_bitmap, "granularity": CLUSTER, "claimed": False}
     assert disk["source"]["consistency"] == "crash"
-    assert disk["reason"] == f"bitmap {first} records since point {first.split('.')[2]}"
+    assert disk["reason"] == f"changes since {first.split('.')[2]}"
     assert json.dumps(disk)
     assert creating._SETTLE_TRIES > 1

@@ -65,9 +65,7 @@ def require_fallback(found: Decision, *words: str) -> None:
 
 def test_a_sound_bitmap_of_the_newest_point_is_continued():
     last = chain()
-    assert decided(SOUND, last) == Decision(
-        INCREMENTAL, f"bitmap {NAME} records since point {P}", parent=last, read=NAME
-    )
+    assert decided(SOUND, last) == Decision(INCREMENTAL, f"changes since {P}", parent=last, read=NAME)
 
 
 def test_a_full_that_was_asked_for_is_no_fallback_however_sound_the_bitmap():

@@ -233,7 +233,6 @@ def test_a_signal_that_asks_leaves_no_trace(night, step, number):
     require_going_on(night)
 
 
-@pytest.mark.xfail(reason="libnbd prints a callback's exception and goes on with an error of its own: exit 13")
 def test_a_signal_inside_libnbds_callback_is_still_a_signal(night):
     before = night.state()
     done = struck(night, Step("nbd", "NBD.aio_block_status", "answering"), signal.SIGTERM)

@@ -7,14 +7,12 @@ hundred idle disks is a hundred starts.
 
 from __future__ import annotations
 
-import io
+import logging
 import os
-import resource
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -23,10 +21,11 @@ import typer
 from typer.exceptions import TyperException
 
 import backup
-from backup.cli import render
+from backup.cli import process, render
 from backup.errors import WARNINGS_EXIT_CODE, BackupError, Damaged, Failed, Interrupted, NotFound, UsageError
 
 if TYPE_CHECKING:
+    from backup.cli.requests import Options
     from backup.config import Config
     from backup.create import Report, Request
     from backup.manifest import Manifest
@@ -106,6 +105,8 @@ def _global(
     if verbose and quiet:
         raise UsageError("--verbose together with --quiet", hint="choose one")
     _options.config, _options.verbose, _options.quiet, _options.debug = config, verbose, quiet, debug
+    if verbose or debug:
+        logging.basicConfig(level=logging.INFO, format="pybackup: %(message)s")
 
 
 @app.command()
@@ -123,8 +124,21 @@ def full(
     json: Json = False,
 ) -> None:
     """Back up everything, and begin a chain."""
-    options = _Given(
-        "full", machines, image, image_format, nbd, None, machine, disk, bitmap, compression, True, dry_run
+    from backup.cli.requests import Options
+
+    options = Options(
+        wanted="full",
+        machines=tuple(machines or ()),
+        image=image,
+        image_format=image_format,
+        nbd=nbd,
+        since=None,
+        machine=machine,
+        disk=disk,
+        bitmap=bitmap,
+        compression=compression,
+        fallback=True,
+        dry_run=dry_run,
     )
     _back_up(options, repo, json)
 
@@ -146,59 +160,39 @@ def incremental(
     json: Json = False,
 ) -> None:
     """Back up what changed since the newest point; everything where that cannot be known."""
-    options = _Given(
-        "incremental",
-        machines,
-        image,
-        image_format,
-        nbd,
-        since,
-        machine,
-        disk,
-        bitmap,
-        compression,
-        not no_fallback,
-        dry_run,
+    from backup.cli.requests import Options
+
+    options = Options(
+        wanted="incremental",
+        machines=tuple(machines or ()),
+        image=image,
+        image_format=image_format,
+        nbd=nbd,
+        since=since,
+        machine=machine,
+        disk=disk,
+        bitmap=bitmap,
+        compression=compression,
+        fallback=not no_fallback,
+        dry_run=dry_run,
     )
     _back_up(options, repo, json)
 
 
-@dataclass(frozen=True, slots=True)
-class _Given:
-    """The options of `full` and `incremental` as they were given; `requests.Options` is their checked twin."""
-
-    wanted: str
-    machines: list[str] | None
-    image: Path | None
-    image_format: str | None
-    nbd: str | None
-    since: str | None
-    machine: str | None
-    disk: str | None
-    bitmap: str | None
-    compression: str | None
-    fallback: bool
-    dry_run: bool
-
-
-def _back_up(given: _Given, repo: Path | None, json: bool) -> None:
+def _back_up(given: Options, repo: Path | None, json: bool) -> None:
     from backup.cli import requests
     from backup.repository import Repository
 
     _options.json = json
     config = _config()
     _check_format(given.image_format)
-    made = requests.make_requests(
-        requests.Options(
-            **{**{name: getattr(given, name) for name in given.__slots__}, "machines": tuple(given.machines or ())}
-        ),
-        config,
-    )
+    made = requests.make_requests(given, config)
     path = requests.repository_path(repo, config)
     modes = requests.modes(config)
-    open_repository: Callable[[], Repository] = (
-        (lambda: Repository.open(path, modes)) if given.dry_run else (lambda: Repository.open_or_create(path, modes))
-    )
+
+    def open_repository() -> Repository:
+        return (Repository.open_or_imagine if given.dry_run else Repository.open_or_create)(path, modes)
+
     outcomes = []
     unshown: Exception | None = None
     for request in made:
@@ -530,7 +524,7 @@ def _what_to_verify(what: Sequence[str], repo: Path | None) -> list[tuple[Machin
 
 def main() -> NoReturn:
     """Run the command line; every end of the program goes through here."""
-    _prepare_process()
+    process.prepare()
     try:
         code = _run(sys.argv[1:])
         render.flush()
@@ -587,37 +581,3 @@ def _show_error(error: BackupError | Interrupted) -> None:
 
         traceback.print_exception(error)
     render.error(error)
-
-
-def _prepare_process() -> None:
-    """Make a process that may write files out of whatever cron, ssh or a script left us."""
-    for fd in range(3):
-        try:
-            os.fstat(fd)
-        except OSError:
-            # Else the first data file would get this number, and a library's message would land in it.
-            os.open(os.devnull, os.O_RDWR)
-    if sys.stdout is None:
-        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - as long as the process
-    if sys.stderr is None:
-        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 - see stdout
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with suppress(OSError, ValueError):  # a chain is opened whole, a file for each point
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    _catch_signals()
-
-
-def _catch_signals() -> None:
-    def interrupt(number: int, _frame: object) -> None:
-        # One signal is enough: what follows is tidying up, which a second one must not cut off.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise Interrupted(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, interrupt)

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from backup import extents
+from backup import extents, interrupts
 from backup.errors import BackupError, SourceError
 from backup.extents import Runs
 
@@ -252,7 +252,7 @@ class Export:
 
         cookie = self._ask(lambda: handle.aio_block_status(end - start, start, collect))
         while not self._ask(lambda: handle.aio_command_completed(cookie)):
-            self._ask(lambda: handle.poll(_TICK))
+            self._ask(lambda: _tick(handle))
         if not found:
             raise SourceError(
                 f"{self.uri} answered a block status request at {start} without {context}",
@@ -364,14 +364,16 @@ class Target:
             self._can_zero: bool = self._handle.can_zero()
             self._can_flush: bool = self._handle.can_flush()
             self._step: int = self._handle.get_block_size(self._nbd.SIZE_MAXIMUM) or _MAX_REQUEST
+            self._smallest: int = self._handle.get_block_size(self._nbd.SIZE_MINIMUM) or 1
         except self._nbd.Error as error:
             raise source_error(uri, error) from None
 
     reads_zero = False  # whatever it held before is still there
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
-        """Write data (bytes) at offset."""
-        view = memoryview(data)
+        """Write data (bytes) at offset; an odd end of a disk is filled up with zeroes where the server has room."""
+        missing = self._missing(offset + len(data))
+        view = memoryview(bytes(data) + bytes(missing) if missing else data)
         for low in range(0, len(view), self._step):
             piece = view[low : low + self._step]
             self._try(lambda piece=piece, low=low: self._handle.pwrite(piece, offset + low))
@@ -379,12 +381,17 @@ class Target:
     def zero(self, offset: int, length: int) -> None:
         """Make the range read as zeroes."""
         step = _MAX_ZERO if self._can_zero else self._step
+        length += self._missing(offset + length)
         for low in range(offset, offset + length, step):
             count = min(step, offset + length - low)
             if self._can_zero:
                 self._try(lambda count=count, low=low: self._handle.zero(count, low))
             else:
                 self._try(lambda count=count, low=low: self._handle.pwrite(bytes(count), low))
+
+    def _missing(self, end: int) -> int:
+        """Bytes up to the next multiple of the server's smallest block, as far as it has them."""
+        return min(-end % self._smallest, max(self.size - end, 0))
 
     def flush(self) -> None:
         """Have the server store everything written so far."""
@@ -473,6 +480,12 @@ def _await_handshake(handle: nbd.NBD, uri: str, deadline: float) -> None:
                 f"{uri}: the server does not answer",
                 hint="does it serve another client? qemu-nbd serves one at a time without --shared=N",
             )
+        _tick(handle)
+
+
+def _tick(handle: nbd.NBD) -> None:
+    """Let libnbd work for a moment; it prints and swallows what a callback of ours raises, so signals wait so long."""
+    with interrupts.held():
         handle.poll(_TICK)
 
 

@@ -8,9 +8,12 @@ header into it and have QEMU open any file of the host as its backing file.
 from __future__ import annotations
 
 import json
+import logging
 import os
+import shlex
 import shutil
 import socket
+import stat
 import subprocess
 import tempfile
 import time
@@ -22,6 +25,8 @@ from typing import IO, Any, TypeVar
 from urllib.parse import quote
 
 from backup.errors import BackupError, Failed, SourceError
+
+_log = logging.getLogger(__name__)
 
 QCOW2, RAW = "qcow2", "raw"
 _QCOW2_MAGIC = b"QFI\xfb"
@@ -93,7 +98,11 @@ def detect_format(path: Path) -> str:
         The image cannot be read.
     """
     try:
-        with open(path, "rb") as file:
+        # A pipe in the image's place must not hang us.
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+                raise SourceError(f"{path} is neither a file nor a block device", hint="check the image's path")
             magic = file.read(4)
     except OSError as error:
         raise SourceError(
@@ -340,6 +349,7 @@ def _run(command: Sequence[str]) -> str:
 
 
 def _popen(command: Sequence[str], stderr: int | IO[str]) -> subprocess.Popen[str]:
+    _log.info("run: %s", shlex.join(command))
     try:
         return subprocess.Popen(
             command,

@@ -1,0 +1,39 @@
+"""
+Makes a process that may write files out of whatever cron, ssh or a script left us.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import resource
+import sys
+from contextlib import suppress
+
+from backup import interrupts
+
+
+def prepare() -> None:
+    """Standard streams, the limit of open files, and signals."""
+    _open_streams()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(OSError, ValueError):  # a chain is opened whole, a file for each point
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    interrupts.catch()
+
+
+def _open_streams() -> None:
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            # Else the first data file would get this number, and a library's message would land in it.
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - as long as the process
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 - see stdout
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks

@@ -1,0 +1,53 @@
+"""
+SIGINT, SIGTERM and SIGHUP as `Interrupted`, raised between two lines of the main thread.
+
+A library that calls back into Python may print and swallow what is raised there; around such a call `held` keeps the
+signal until the call is over.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from backup.errors import Interrupted
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class _State:
+    """The one handler's state, of a process that has one main thread."""
+
+    held = False
+    waiting: int | None = None
+
+
+def catch() -> None:
+    """Install the handler, but for signals that our parent had ignored (a shell's background job, nohup)."""
+    for number in _SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _handle)
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Keep a signal back until the block ends; only in the main thread, and only around what takes moments."""
+    _State.held = True
+    try:
+        yield
+    finally:
+        _State.held = False
+        waiting, _State.waiting = _State.waiting, None
+        if waiting is not None:
+            raise Interrupted(waiting)
+
+
+def _handle(number: int, _frame: object) -> None:
+    # One signal is enough: what follows is tidying up, which a second one must not cut off.
+    for each in _SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    if _State.held:
+        _State.waiting = number
+    else:
+        raise Interrupted(number)
