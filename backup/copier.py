@@ -135,7 +135,7 @@ def copy(
     if run.error is not None:
         raise run.error
     progress(run.done)
-    return run.found_zero * plan.cluster_size
+    return min(run.found_zero * plan.cluster_size, plan.totals.data)  # the disk's last cluster may be partial
 
 
 def _await(threads: Sequence[threading.Thread], run: _Run, progress: Callable[[int], None]) -> None:

@@ -129,6 +129,8 @@ def restore_disk(
     BackupError
         The target is refused or cannot be written.
     """
+    if not is_uri(target) and os.path.dirname(os.path.realpath(target)) == os.path.realpath(machine.path):
+        raise UsageError(f"{target} lies among the backups themselves", hint="restore to another folder")
     with opened_point(machine, point, disk) as (chain, files):
         progress.begin(disk, chain.size)
         with opened(target, chain.size, image_format, cluster_size=chain.cluster_size, force=force) as sink:

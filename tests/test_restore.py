@@ -447,3 +447,18 @@ def test_a_pipe_or_character_device_is_no_target(night, tmp_path):
     for target in (tmp_path / "pipe", "/dev/null"):
         assert restore(night, target).rc == 2
         assert restore(night, target, "--force").rc == 2
+
+
+def test_a_restore_does_not_replace_a_backup(tmp_path):
+    night = Night.of(tmp_path)
+    night.full()
+    point = night.newest["point"]
+    data = night.repository / "disk" / f"disk.{point}.qcow2"
+    before = data.read_bytes()
+    (tmp_path / "link").symlink_to(data)
+    for target in (data, tmp_path / "link", data.with_name("new.raw")):
+        done = call_pybackup(["restore", "disk/latest", target, "--repo", night.repository, "--force"])
+        assert done.rc == 2, done
+        assert "among the backups" in done.stderr
+    assert data.read_bytes() == before
+    assert not data.with_name("new.raw").exists()

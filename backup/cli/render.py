@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -274,17 +275,21 @@ class OnBar:
     def __init__(self, bar: Bar) -> None:
         self._bar = bar
         self._task: TaskID | None = None
+        self._began = 0.0
 
     def begin(self, disk: str, total: int) -> None:
         """Start the next bar."""
         if self._task is not None:
             self._bar.remove_task(self._task)
-        self._task = self._bar.add_task(plain(disk), total=total)
+        self._began = time.monotonic()
+        self._task = self._bar.add_task(plain(disk), total=total, rate="")
 
     def advance(self, done: int) -> None:
         """Move it."""
         if self._task is not None:
-            self._bar.update(self._task, completed=done)
+            # rich's own column of the rate counts in powers of ten, beside sizes in powers of two.
+            rate = show_rate(done, time.monotonic() - self._began)
+            self._bar.update(self._task, completed=done, rate=rate)
 
 
 @contextmanager
@@ -294,14 +299,14 @@ def progress(*, wanted: bool) -> Iterator[Quiet | OnBar]:
         yield Quiet()
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
+        TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True, disable=console.is_dumb_terminal) as bar:
