@@ -51,8 +51,8 @@ def test_every_point_of_an_image_restores_bit_for_bit(tmp_path: Path, seed: int)
 def test_every_point_of_a_server_with_a_bitmap_of_any_granularity_restores_bit_for_bit(tmp_path: Path, seed: int):
     story = Story(tmp_path, random.Random(f"server {seed}"))
     story.make_image(backed=False)
-    granularity = 2 ** story.rng.randint(9, 21)
-    program("qemu-img", "bitmap", "--add", "-g", str(granularity), str(story.image), "mine")
+    story.granularity = 2 ** story.rng.randint(9, 21)
+    program("qemu-img", "bitmap", "--add", "-g", str(story.granularity), str(story.image), "mine")
     for number in range(story.rng.randint(4, 6)):
         if number:
             story.guest_changes()
@@ -79,17 +79,23 @@ class Point:
 
 class Resizing:
     """
-    Resizes between two points, of any kind but one that no bitmap shows (README: after a shrink, take a full).
+    Resizes between two points, of any kind but those that nothing shows (README: after a shrink, take a full).
 
-    A shrink drops the dirty bits beyond the cut; when the disk grows again, the rest of the cut cluster of the image is
-    back, clean, with whatever was written to it.  So growth follows a shrink only where that cut no cluster, and
-    without preallocation.
+    A shrink drops the dirty bits beyond the cut.  When the disk grows again before the next point, it reads as zero
+    there, clean, and the planner finds that, but for
+    - the rest of the cluster that was cut: of the image, where it comes back with what was written to it since the last
+      point, and of the chain, where it is zero in part;
+    - clusters of the image that are written to in part later: the rest of them is data then, and clean where the
+      bitmap is finer;
+    - preallocated ones.
     """
 
-    def __init__(self, rng: random.Random, cluster: int, *, backed: bool) -> None:
+    def __init__(self, rng: random.Random, cluster: int, *, backed: bool, coarse: bool) -> None:
         self.rng = rng
         self.cluster = cluster
+        """Cuts are at multiples of it, where growth follows."""
         self.preallocates = not backed
+        self.regrows = coarse
         self.grows = True
         self.cut = False
 
@@ -104,12 +110,12 @@ class Resizing:
         self.cut = True
         if wanted >= self.cluster and self.rng.random() < 0.5:
             wanted -= wanted % self.cluster
-        self.grows = self.grows and wanted % self.cluster == 0
+        self.grows = self.grows and self.regrows and wanted % self.cluster == 0
         return [f"truncate {wanted}"], wanted
 
     def there_and_back(self, size: int) -> list[str]:
         """A shrink that the next backup cannot see by the size."""
-        if not self.grows or size <= self.cluster:
+        if not self.grows or not self.regrows or size <= self.cluster:
             return []
         self.preallocates = False
         self.cut = True
@@ -129,6 +135,8 @@ class Story:
         self.points: list[Point] = []
         self.size = 0
         self.image_cluster = self.any_cluster()
+        self.chain_cluster = 0
+        self.granularity = min(self.image_cluster, 64 * KIB)  # QEMU's choice (bitmaps.rst)
         self.backed = False
         self.shrunk = False
         self.cut = False
@@ -161,7 +169,12 @@ class Story:
         names = ["write", "write", "noise", "zeroes", "write -z", "write -zu", "discard"]
         if image == self.image:
             names += ["resize", "there and back"]
-        resizing = Resizing(self.rng, self.image_cluster, backed=self.backed)
+        resizing = Resizing(
+            self.rng,
+            max(self.image_cluster, self.chain_cluster),
+            backed=self.backed,
+            coarse=self.granularity >= self.image_cluster,
+        )
         operations: list[str] = []
         if image == self.image and self.shrunk and self.rng.random() < 0.7:
             # What lies beyond the cut in its cluster comes back, and the bitmap calls it clean.
@@ -219,6 +232,8 @@ class Story:
         [disk] = report["disks"]
         print(wanted, "cluster", cluster, compression, disk)  # noqa: T201 - shown when the story fails
         assert disk["size"] == self.size
+        if disk["kind"] == "full":
+            self.chain_cluster = cluster
         # A bitmap that is added can change what QEMU says of zeroes: it looks for holes in the file below a qcow2 only
         # where the file is smaller than its clusters (qcow2_detect_metadata_preallocation).
         same = ("kind", "dirty_bytes") if "--image" in command else ("kind", "dirty_bytes", "data_bytes", "zero_bytes")
