@@ -137,6 +137,8 @@ class _Disk:
     decision: Decision
     started: str | None
     """The bitmap that records since the new point, where one is started."""
+    granularity: int | None = None
+    """Bytes; of `started`, known once it is there."""
 
     @property
     def name(self) -> str:
@@ -232,10 +234,9 @@ class _Run:
                     disk.source.start_bitmap(disk.started)
             with ExitStack() as locks:
                 exports = self._opened(disks, locks)
-                if not all(_settled(disk, export) for disk, export in zip(disks, exports, strict=True)):
-                    reports = None
-                else:
-                    reports = self._store_and_publish(disks, exports)
+                settled = [_settled(disk, export) for disk, export in zip(disks, exports, strict=True)]
+                held = [disk for disk in settled if disk is not None]
+                reports = self._store_and_publish(held, exports) if len(held) == len(disks) else None
         finally:
             if self.published is None:
                 _forget(disks)
@@ -260,7 +261,7 @@ class _Run:
 
     def _decide(self, disk: DiskRequest, *, start_bitmaps: bool) -> _Disk:
         newest = chains.newest_manifest(self.contents.manifests.values(), disk.name)
-        _check_claim(disk, newest)
+        _check_claim(disk, newest, self.contents)
         if newest is not None:
             _check_format(disk, newest)
         sight = disk.source.look()
@@ -386,10 +387,6 @@ class _Run:
     def _entry(self, disk: _Disk, planned: Plan, data: DataFile, found_zero: int) -> DiskEntry:
         parent = disk.decision.parent
         totals = planned.totals
-        granularity = None
-        if disk.started is not None:
-            bitmap = disk.source.look().bitmap(disk.started)
-            granularity = bitmap.granularity if bitmap else None
         return DiskEntry(
             name=disk.name,
             kind=disk.decision.kind,
@@ -397,7 +394,7 @@ class _Run:
             size=planned.size,
             identity=secrets.token_hex(16),
             parent=None if parent is None else Parent(parent.newest.point, parent.newest.entry.identity),
-            bitmap=BitmapRecord(disk.decision.read, disk.started, granularity, disk.decision.claimed),
+            bitmap=BitmapRecord(disk.decision.read, disk.started, disk.granularity, disk.decision.claimed),
             data=data,
             bytes=ByteCounts(totals.dirty, totals.data, totals.zero, found_zero, data.size),
             source=SourceRecord(
@@ -447,20 +444,21 @@ def _note(disk: _Disk, family: str | None) -> list[str]:
     return []
 
 
-def _settled(disk: _Disk, export: Export) -> bool:
-    """Under the lock: is everything as it was when we decided, and N's bitmap wholly clean?"""
+def _settled(disk: _Disk, export: Export) -> _Disk | None:
+    """Under the lock: the disk, if all is as it was when we decided and N's bitmap is wholly clean."""
     if not disk.source.owns_bitmaps:
-        return True
+        return disk
     now = disk.source.look()
     before = replace(now, bitmaps=tuple(bitmap for bitmap in now.bitmaps if bitmap.name != disk.started))
     if before != disk.sight:
-        return False
-    if disk.started is None:
-        return True
-    return not any(
-        export.dirty(disk.started, start, end).flags.any()
-        for start, end in extents.windows(0, export.size, plan.WINDOW)
+        return None
+    bitmap = now.bitmap(disk.started) if disk.started is not None else None
+    if bitmap is None:
+        return disk if disk.started is None else None
+    written = any(
+        export.dirty(bitmap.name, start, end).flags.any() for start, end in extents.windows(0, export.size, plan.WINDOW)
     )
+    return None if written else replace(disk, granularity=bitmap.granularity)
 
 
 def _forget(disks: Sequence[_Disk]) -> None:
@@ -472,14 +470,13 @@ def _forget(disks: Sequence[_Disk]) -> None:
                     disk.source.remove_bitmap(disk.started)
 
 
-def _check_claim(disk: DiskRequest, newest: Manifest | None) -> None:
+def _check_claim(disk: DiskRequest, newest: Manifest | None, contents: Contents) -> None:
     since = disk.claim.since
     if since is None or (newest is not None and newest.point == since):
         return
-    if newest is None:
-        raise NotFound(
-            f"disk {disk.name} has no point {since}: it has none at all", hint="leave --since out: a full is taken"
-        )
+    if newest is None or since not in contents.manifests:
+        newest_point = "it has none at all" if newest is None else f"its newest is {newest.point}"
+        raise NotFound(f"disk {disk.name} has no point {since}: {newest_point}", hint="without --since a full is taken")
     raise UsageError(
         f"--since {since} is not the newest point of disk {disk.name}, which is {newest.point}",
         hint="a chain grows only at its end; without --since a full is taken",

@@ -124,6 +124,8 @@ def test_a_block_status_that_fails_half_way_is_not_a_plan(tmp_path, repository):
             require_failed(full(uri, repository, *options), 13, uri)
         done = call_pybackup(["map", "--nbd", uri, "--totals"])
         assert (done.rc, done.stdout) == (13, "")
+        done = call_pybackup(["map", "--nbd", uri, "--json"])
+        assert (done.rc, done.document["error"]["code"]) == (13, 13)  # the error is the one document
     assert files(repository) == before
 
 

@@ -104,7 +104,7 @@ STEPS = [
     Step(REPOSITORY, "sync_folder", "after", 2, published=True),
     Step(REPOSITORY, "Machine.publish", "after", published=True),
     Step(PROGRAMS, "remove_bitmap", "before", published=True),
-    Step(PROGRAMS, "_popen", "after", 7, published=True),  # qemu-img bitmap --remove has just begun
+    Step(PROGRAMS, "_popen", "after", 6, published=True),  # qemu-img bitmap --remove has just begun
     Step(PROGRAMS, "remove_bitmap", "after", published=True),
 ]
 

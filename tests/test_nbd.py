@@ -365,6 +365,12 @@ def test_a_point_of_a_disk_that_has_none_is_not_found(claimed, tmp_path):
     assert done.rc == 10
 
 
+def test_a_point_that_does_not_exist_is_not_found(claimed):
+    done = _incremental(claimed, "--bitmap", "b1", "--since", "20200101T000000Z-00000000")
+    assert done.rc == 10
+    assert claimed.point in done.machine["error"]["message"]
+
+
 def test_a_missing_bitmap_of_a_claim_is_a_full_or_an_error(claimed):
     given = ["--bitmap", "b2", "--since", claimed.point]
     refused = _incremental(claimed, *given, "--no-fallback")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from backup.manifest import Manifest
     from backup.mapping import Extent, MapTotals
     from backup.verify import Problem
+
+
+_SPOOL = 1 << 20
+"""Characters kept in memory before a document goes to a temporary file."""
 
 
 def plain(text: object) -> str:
@@ -244,12 +249,17 @@ def _content(extent: Extent) -> str:
 
 
 def map_objects(extents: Iterable[Extent]) -> None:
-    """The extents of `map` as one JSON list, written as they come."""
-    separator = "["
-    for extent in extents:
-        _out(f"{separator}\n{json.dumps(asdict(extent))}")
-        separator = ","
-    line("[]" if separator == "[" else "\n]")
+    """The extents of `map` as one JSON list; nothing of it when the source fails half-way.  There may be millions."""
+    with tempfile.SpooledTemporaryFile(_SPOOL, "w+") as spool:
+        separator = "["
+        for extent in extents:
+            spool.write(f"{separator}\n{json.dumps(asdict(extent))}")
+            separator = ","
+        spool.write("[]" if separator == "[" else "\n]")
+        spool.seek(0)
+        while chunk := spool.read(_SPOOL):
+            _out(chunk)
+    line("")
 
 
 def map_sums(totals: MapTotals) -> None:

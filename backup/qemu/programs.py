@@ -220,17 +220,21 @@ def served(path: Path, image_format: str, bitmaps: Sequence[str], connections: i
     Raises
     ------
     ImageLocked, SourceError
-        The image is in use, or cannot be served.
+        The image is in use, cannot be served, or cannot be read (then with what qemu-nbd said of it).
     """
     folder = tempfile.mkdtemp(prefix="pybackup-")
     address = os.path.join(folder, "nbd")
     command = [*_dies_with_us(), *_serve_command(path, image_format, bitmaps, connections, address)]
     try:
-        server = _patiently(lambda: _start(command, address, path))
-        try:
-            yield f"nbd+unix:///?socket={quote(address)}"
-        finally:
-            _end(server)
+        # A file and no pipe: a server that complains a lot must not block on a pipe that nobody empties.
+        with open(os.path.join(folder, "log"), "w+", errors="replace") as complaints:
+            server = _patiently(lambda: _start(command, address, path, complaints))
+            try:
+                yield f"nbd+unix:///?socket={quote(address)}"
+            except SourceError as error:
+                raise _as_told(path, error, complaints) from None
+            finally:
+                _end(server)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -253,15 +257,30 @@ def _dies_with_us() -> list[str]:
     return [found, "--pdeathsig", "KILL", "--", *still_there] if found else []
 
 
-def _start(command: Sequence[str], address: str, path: Path) -> subprocess.Popen[str]:
-    # A file and no pipe: a server that complains a lot must not block on a pipe that nobody empties.
-    with tempfile.TemporaryFile("w+", errors="replace") as complaints:
-        server = _popen(command, complaints)
-        try:
-            _await(server, address, path, complaints)
-        except BaseException:
-            _end(server)
-            raise
+def _as_told(path: Path, error: SourceError, complaints: IO[str]) -> SourceError:
+    """
+    The reason why reading failed, where qemu-nbd told it.
+
+    When the image cannot be read in the middle of a reply, it hangs up, so that the client knows only that much.
+    """
+    complaints.seek(0)
+    for line in complaints.read(64 << 10).splitlines():
+        _, marker, reason = line.partition("Failed to send reply: ")
+        if marker and "Unable to write to socket" not in reason:
+            return SourceError(
+                f"{path}: reading failed: {reason}",
+                hint=f"no point was made; look at the storage below it, and at: qemu-img check {path}",
+            )
+    return error
+
+
+def _start(command: Sequence[str], address: str, path: Path, complaints: IO[str]) -> subprocess.Popen[str]:
+    server = _popen(command, complaints)
+    try:
+        _await(server, address, path, complaints)
+    except BaseException:
+        _end(server)
+        raise
     return server
 
 
