@@ -28,7 +28,7 @@ import backup
 from backup import chain as chains
 from backup import copier, datafile, decide, extents, plan
 from backup.chain import Chain
-from backup.decide import INCREMENTAL, Claim, Decision, Sight
+from backup.decide import Claim, Decision, Sight
 from backup.errors import BackupError, BitmapUnusable, Interrupted, NotFound, SourceError, UsageError
 from backup.manifest import (
     BitmapRecord,
@@ -154,6 +154,16 @@ class _Disk:
         return [name for name in (self.decision.read, self.started) if name is not None]
 
 
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A disk whose image is locked, and its plan; planning took so many seconds."""
+
+    disk: _Disk
+    export: Export
+    planned: Plan
+    seconds: float
+
+
 def create(open_repository: Callable[[], Repository], request: Request, progress: Progress) -> Report:
     """
     Back up one machine.
@@ -204,8 +214,8 @@ class _Run:
         disks = self._decided(start_bitmaps=False)
         with ExitStack() as locks:
             exports = self._opened(disks, locks)
-            reports = [self._rehearse_disk(disk, export) for disk, export in zip(disks, exports, strict=True)]
-        return self._report(disks, reports)
+            jobs = [self._plan(disk, export) for disk, export in zip(disks, exports, strict=True)]
+        return self._report([job.disk for job in jobs], [_disk_report(job, 0, 0.0) for job in jobs])
 
     def take(self) -> Report:
         """
@@ -236,7 +246,11 @@ class _Run:
                 exports = self._opened(disks, locks)
                 settled = [_settled(disk, export) for disk, export in zip(disks, exports, strict=True)]
                 held = [disk for disk in settled if disk is not None]
-                reports = self._store_and_publish(held, exports) if len(held) == len(disks) else None
+                reports = None
+                if len(held) == len(disks):
+                    jobs = [self._plan(disk, export) for disk, export in zip(held, exports, strict=True)]
+                    disks = [job.disk for job in jobs]
+                    reports = self._store_and_publish(jobs)
         finally:
             if self.published is None:
                 _forget(disks)
@@ -252,12 +266,15 @@ class _Run:
     def _decided(self, *, start_bitmaps: bool) -> list[_Disk]:
         disks = [self._decide(disk, start_bitmaps=start_bitmaps) for disk in self.request.disks]
         for disk in disks:
-            if disk.decision.fallback and not self.request.fallback:
-                raise BitmapUnusable(
-                    f"disk {disk.name} of machine {self.request.machine} needs a full: {disk.decision.reason}",
-                    hint="run it without --no-fallback, or run `pybackup full`",
-                )
+            self._require_allowed(disk)
         return disks
+
+    def _require_allowed(self, disk: _Disk) -> None:
+        if disk.decision.fallback and not self.request.fallback:
+            raise BitmapUnusable(
+                f"disk {disk.name} of machine {self.request.machine} needs a full: {disk.decision.reason}",
+                hint="run it without --no-fallback, or run `pybackup full`",
+            )
 
     def _decide(self, disk: DiskRequest, *, start_bitmaps: bool) -> _Disk:
         newest = chains.newest_manifest(self.contents.manifests.values(), disk.name)
@@ -297,10 +314,10 @@ class _Run:
         lanes = self.request.copying.connections
         return [locks.enter_context(disk.source.opened(disk.sight, disk.asked, lanes)) for disk in disks]
 
-    def _store_and_publish(self, disks: Sequence[_Disk], exports: Sequence[Export]) -> list[DiskReport]:
+    def _store_and_publish(self, jobs: Sequence[_Job]) -> list[DiskReport]:
         written: list[Path] = []
         try:
-            stored = [self._store(disk, export, written) for disk, export in zip(disks, exports, strict=True)]
+            stored = [self._store(job, written) for job in jobs]
             self.published = self.machine.publish(self._manifest([entry for entry, _ in stored]))
         except BaseException:
             # What a kill leaves here, the next run removes; a failure tidies up at once.  The manifest may have its
@@ -312,9 +329,9 @@ class _Run:
             raise
         return [report for _, report in stored]
 
-    def _store(self, disk: _Disk, export: Export, written: list[Path]) -> tuple[DiskEntry, DiskReport]:
+    def _store(self, job: _Job, written: list[Path]) -> tuple[DiskEntry, DiskReport]:
         began = time.monotonic()
-        planned = self._plan(disk, export)
+        disk, planned = job.disk, job.planned
         self.progress.begin(disk.name, planned.totals.data)
         made = datafile.DataFileMaker(
             self.machine.path,
@@ -326,50 +343,42 @@ class _Run:
             mode=self.machine.modes.file,
             written=written,
         )
-        self._judge_missed(disk, planned)
         _log.info("%s/%s: %s (%s)", self.request.machine, disk.name, disk.decision.kind, disk.decision.reason)
-        with made, export.lanes(self.request.copying.connections) as lanes:
+        with made, job.export.lanes(self.request.copying.connections) as lanes:
             found_zero = copier.copy(
                 planned,
                 lanes,
                 made,
                 self.request.copying,
-                max_request=export.max_request,
+                max_request=job.export.max_request,
                 progress=self.progress.advance,
             )
             data = made.finish(self.request.compression)
         entry = self._entry(disk, planned, data, found_zero)
-        return entry, _disk_report(disk, planned, data.size, time.monotonic() - began)
+        return entry, _disk_report(job, data.size, time.monotonic() - began)
 
-    def _plan(self, disk: _Disk, export: Export) -> Plan:
+    def _plan(self, disk: _Disk, export: Export) -> _Job:
+        began = time.monotonic()
         parent = disk.decision.parent
-        if disk.decision.kind != INCREMENTAL or parent is None or disk.decision.read is None:
-            return plan.plan_full(export, self.request.cluster_size)
+        planned = None
+        if parent is not None and disk.decision.read is not None:
+            planned = self._plan_incremental(disk.decision.read, export, parent)
+            if planned.totals.missed:
+                disk = replace(disk, decision=decide.distrust(disk.decision.read, planned.totals.missed))
+                self._require_allowed(disk)
+                planned = None
+        if planned is None:
+            planned = plan.plan_full(export, self.request.cluster_size)
+        return _Job(disk, export, planned, time.monotonic() - began)
+
+    def _plan_incremental(self, bitmap: str, export: Export, parent: Chain) -> Plan:
         with datafile.peeked(self.machine.path, parent) as index:
             return plan.plan_incremental(
                 export,
                 parent.cluster_size,
-                disk.decision.read,
+                bitmap,
                 parent_size=parent.size,
                 chain=index if self.request.check_zeroes else None,
-            )
-
-    def _rehearse_disk(self, disk: _Disk, export: Export) -> DiskReport:
-        began = time.monotonic()
-        planned = self._plan(disk, export)
-        self._judge_missed(disk, planned)
-        return _disk_report(disk, planned, 0, time.monotonic() - began)
-
-    def _judge_missed(self, disk: _Disk, planned: Plan) -> None:
-        if planned.totals.missed:
-            what = (
-                f"disk {disk.name}: bitmap {disk.decision.read} missed {planned.totals.missed} bytes that were data "
-                "and read as zeroes now"
-            )
-            if not self.request.fallback:
-                raise BitmapUnusable(what, hint="was the disk shrunk and grown again? run `pybackup full`")
-            self.warnings.append(
-                f"{what}; they are recorded, but run `pybackup full`: was the disk shrunk and grown again?"
             )
 
     def _manifest(self, entries: Sequence[DiskEntry]) -> Manifest:
@@ -509,17 +518,17 @@ def _check_path(disk: DiskRequest, sight: Sight, newest: Manifest, request: Requ
         )
 
 
-def _disk_report(disk: _Disk, planned: Plan, stored: int, seconds: float) -> DiskReport:
+def _disk_report(job: _Job, stored: int, seconds: float) -> DiskReport:
     return DiskReport(
-        name=disk.name,
-        kind=disk.decision.kind,
-        reason=disk.decision.reason,
-        size=planned.size,
-        dirty_bytes=planned.totals.dirty,
-        data_bytes=planned.totals.data,
-        zero_bytes=planned.totals.zero,
+        name=job.disk.name,
+        kind=job.disk.decision.kind,
+        reason=job.disk.decision.reason,
+        size=job.planned.size,
+        dirty_bytes=job.planned.totals.dirty,
+        data_bytes=job.planned.totals.data,
+        zero_bytes=job.planned.totals.zero,
         stored_bytes=stored,
-        seconds=round(seconds, 3),
+        seconds=round(job.seconds + seconds, 3),
     )
 
 

@@ -126,6 +126,17 @@ def decide(
     return Decision(INCREMENTAL, f"changes since {last.newest.point}", parent=last, read=name)
 
 
+def distrust(bitmap: str, missed: int) -> Decision:
+    """
+    A full, after planning found `missed` bytes that are clean by the bitmap and zero, and were data in the chain.
+
+    The bitmap did not see all that happened to the disk (it was shrunk and grown again, say), and what else it did not
+    see may look like any other data (traps 4 and 28).
+    """
+    why = f"bitmap {bitmap} missed {missed} bytes that were data and read as zeroes now; was the disk shrunk and grown?"
+    return Decision(FULL, why, fallback=True)
+
+
 def _and_then(sight: Sight) -> str:
     why = sight.fulls_only or sight.no_bitmaps
     return f"; every later one is a full as well: {why}" if why else ""

@@ -10,8 +10,8 @@ The rules (traps 1, 2, 4 and 28):
 
     full          zero -> ZERO                    else -> DATA
     incremental   dirty and zero -> ZERO          dirty -> DATA
-                  clean and zero, chain holds data -> ZERO (the bitmap missed something),
-                    and the disk's last clean data -> DATA (it was cut there and grown again)
+                  clean and zero, chain holds data -> ZERO (the bitmap missed something,
+                    and is not to be trusted at all: see Totals.missed)
                   else -> PARENT: no region, the parent's bytes stand
 
 Only `zero` may be left unread.  A `hole` that is not `zero` has undefined content by the NBD protocol and is read.
@@ -184,7 +184,6 @@ def plan_incremental(
     """
     builder = _Builder(source.size, cluster_size)
     grown = parent_size - parent_size % cluster_size if source.size > parent_size else source.size
-    last_clean_data: int | None = None
     for start, end in extents.windows(0, source.size, WINDOW):
         dirty = extents.with_dirty_from(source.dirty(bitmap, start, end), grown)
         starts, ends = dirty.having(DIRTY)
@@ -200,13 +199,6 @@ def plan_incremental(
                 kinds[missed] = ZERO
                 builder.missed += builder.bytes(start, missed)
         builder.add(start, int((ends - starts).sum()), kinds)
-        clean_data = np.flatnonzero(~(zero | touched))
-        if len(clean_data):
-            last_clean_data = start // cluster_size + int(clean_data[-1])
-    if builder.missed and last_clean_data is not None:
-        # Cut and grown again, a disk is zero or dirty from the cut on.  So this cluster is the one that was cut, and no
-        # bitmap and no whole cluster of zeroes shows that its end is another now.
-        builder.read_too(last_clean_data)
     return builder.plan()
 
 
@@ -225,19 +217,6 @@ class _Builder:
             return
         self._count(start, kinds, 1)
         self.windows.append(_Packed.of(start // self.cluster_size, kinds))
-
-    def read_too(self, cluster: int) -> None:
-        """Make one cluster DATA that was left to the parent."""
-        start = cluster * self.cluster_size - cluster * self.cluster_size % WINDOW
-        first, end = start // self.cluster_size, min(start + WINDOW, self.size)
-        kinds = np.zeros(_clusters(end - start, self.cluster_size), dtype=np.uint8)
-        place = sum(window.first < first for window in self.windows)
-        if place < len(self.windows) and self.windows[place].first == first:
-            kinds = self.windows.pop(place).unpacked()
-            self._count(start, kinds, -1)
-        kinds[cluster - first] = DATA
-        self._count(start, kinds, 1)
-        self.windows.insert(place, _Packed.of(first, kinds))
 
     def _count(self, start: int, kinds: Kinds, sign: int) -> None:
         self.data += sign * self.bytes(start, kinds == DATA)

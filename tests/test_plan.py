@@ -70,7 +70,7 @@ def naive_kinds(
     disk: Disk, cluster_size: int, *, grown: int | None = None, held: Chain | None = None, full: bool = False
 ) -> dict[int, int]:
     """The rules of plan.py, one cluster after the other."""
-    found, missed, last_clean_data = {}, False, None
+    found = {}
     for cluster in range(-(-disk.size // cluster_size)):
         low, high = cluster * cluster_size, min((cluster + 1) * cluster_size, disk.size)
         zero = bool((disk.allocation[low:high] & 2).all())
@@ -79,11 +79,6 @@ def naive_kinds(
             found[cluster] = ZERO if zero else DATA
         elif zero and held is not None and held.holds_data(cluster, 1)[0]:
             found[cluster] = ZERO
-            missed = True
-        elif not zero:
-            last_clean_data = cluster
-    if missed and last_clean_data is not None:
-        found[last_clean_data] = DATA
     return found
 
 
@@ -157,23 +152,8 @@ def test_a_clean_zero_over_data_of_the_chain_is_recorded(monkeypatch, manner, mu
     parent[-1] = 1
     with exported(monkeypatch, disk, manner, multi_conn=multi_conn) as source:
         made = plan_incremental(source, CLUSTER, "b", parent_size=disk.size, chain=Chain(parent, CLUSTER))
-    assert kinds_of(made) == {1: ZERO, 2: DATA, 4: ZERO}
+    assert kinds_of(made) == {1: ZERO, 4: ZERO}
     assert made.totals.zero == made.totals.missed == CLUSTER + 99
-
-
-def test_the_last_clean_data_before_missed_zeroes_is_read():
-    """A disk that was cut inside it and grown again has another end there, whatever was written behind it since."""
-    disk = disk_of(
-        (CLUSTER + 512, CLEAN_DATA), (CLUSTER - 512, CLEAN_ZERO), (CLUSTER, DIRTY_DATA), (CLUSTER, CLEAN_ZERO)
-    )
-    parent = np.ones(disk.size, dtype=np.uint8)
-    for window in (1, 2, 100):
-        with mock.patch.object(plan, "WINDOW", window * CLUSTER):
-            made = plan_incremental(
-                ModelSource(disk), CLUSTER, "b", parent_size=disk.size, chain=Chain(parent, CLUSTER)
-            )
-        assert kinds_of(made) == {1: DATA, 2: DATA, 3: ZERO}
-        assert (made.totals.data, made.totals.zero, made.totals.missed) == (2 * CLUSTER, CLUSTER, CLUSTER)
 
 
 @pytest.mark.parametrize("flags", [0, 1])
