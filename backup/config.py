@@ -235,9 +235,8 @@ class _Problems:
         if len(found) == 1:
             raise UsageError(f"{path}: {found[0]}", hint=_HINT)
         if found:
-            raise UsageError(
-                "\n".join([f"{path}: {len(found)} problems", *(f"  {text}" for text in found)]), hint=_HINT
-            )
+            lines = [f"{path}: {len(found)} problems", *(f"  {text}" for text in found)]
+            raise UsageError("\n".join(lines), hint=_HINT, listed=True)
 
 
 class _Section:

@@ -26,10 +26,10 @@ from typing import Protocol
 
 import backup
 from backup import chain as chains
-from backup import copier, datafile, decide, extents, plan
+from backup import copier, datafile, decide, extents, plan, qcow2
 from backup.chain import Chain
 from backup.decide import Claim, Decision, Sight
-from backup.errors import BackupError, BitmapUnusable, Interrupted, NotFound, SourceError, UsageError
+from backup.errors import BackupError, BitmapUnusable, Damaged, Interrupted, NotFound, SourceError, UsageError
 from backup.manifest import (
     BitmapRecord,
     ByteCounts,
@@ -225,7 +225,12 @@ class _Run:
         another, and both steps are done again.
         """
         for _ in range(_SETTLE_TRIES):
-            report = self._attempt()
+            try:
+                report = self._attempt()
+            except Interrupted as stopped:
+                if self.published is not None:
+                    stopped.hint = f"point {self.point} is published; what it replaces is removed by the next run"
+                raise
             if report is not None:
                 return report
             _log.info("%s: an image was written to before it was locked; once more", self.request.machine)
@@ -256,11 +261,7 @@ class _Run:
                 _forget(disks)
         if reports is None:
             return None
-        try:
-            self._retire(disks)
-        except Interrupted as stopped:
-            stopped.hint = f"point {self.point} is published; the bitmaps that it replaces are removed by the next run"
-            raise
+        self._retire(disks)
         return self._report(disks, reports)
 
     def _decided(self, *, start_bitmaps: bool) -> list[_Disk]:
@@ -282,8 +283,10 @@ class _Run:
         if newest is not None:
             _check_format(disk, newest)
         sight = disk.source.look()
-        if newest is not None:
-            _check_path(disk, sight, newest, self.request)
+        if self.request.named_by_path:
+            _check_path(disk, sight, self.contents)
+        image = qcow2.Image(sight.size, self.request.cluster_size, None, zstd=self.request.level is not None)
+        qcow2.require_writable(image)
         decision = decide.decide(
             self.request.wanted,
             sight,
@@ -360,26 +363,30 @@ class _Run:
     def _plan(self, disk: _Disk, export: Export) -> _Job:
         began = time.monotonic()
         parent = disk.decision.parent
-        planned = None
+        planned: Plan | Decision | None = None
         if parent is not None and disk.decision.read is not None:
             planned = self._plan_incremental(disk.decision.read, export, parent)
-            if planned.totals.missed:
-                disk = replace(disk, decision=decide.distrust(disk.decision.read, planned.totals.missed))
-                self._require_allowed(disk)
-                planned = None
-        if planned is None:
+        if isinstance(planned, Decision):
+            disk = replace(disk, decision=planned)
+            self._require_allowed(disk)
+        if not isinstance(planned, Plan):
             planned = plan.plan_full(export, self.request.cluster_size)
         return _Job(disk, export, planned, time.monotonic() - began)
 
-    def _plan_incremental(self, bitmap: str, export: Export, parent: Chain) -> Plan:
-        with datafile.peeked(self.machine.path, parent) as index:
-            return plan.plan_incremental(
-                export,
-                parent.cluster_size,
-                bitmap,
-                parent_size=parent.size,
-                chain=index if self.request.check_zeroes else None,
-            )
+    def _plan_incremental(self, bitmap: str, export: Export, parent: Chain) -> Plan | Decision:
+        """The plan; or a decision for a full, where planning shows what no name did."""
+        try:
+            with datafile.peeked(self.machine.path, parent) as index:
+                planned = plan.plan_incremental(
+                    export,
+                    parent.cluster_size,
+                    bitmap,
+                    parent_size=parent.size,
+                    chain=index if self.request.check_zeroes else None,
+                )
+        except (Damaged, NotFound) as error:  # of the chain: a source's errors are others
+            return decide.broken(error)
+        return decide.distrust(bitmap, planned.totals.missed) if planned.totals.missed else planned
 
     def _manifest(self, entries: Sequence[DiskEntry]) -> Manifest:
         return Manifest(
@@ -494,27 +501,38 @@ def _check_claim(disk: DiskRequest, newest: Manifest | None, contents: Contents)
 
 def _check_format(disk: DiskRequest, newest: Manifest) -> None:
     """
-    Refuse a raw image that has become a qcow2.
+    Refuse a raw image that has become a qcow2, and a qcow2 that has lost its header.
 
     A guest can write a qcow2 header, with any backing file of the host, into its raw disk; so this is asked before QEMU
     opens the image and the files that its header names.
     """
     entry = newest.disk(disk.name)
     assert entry is not None
-    if entry.source.kind == "image" and entry.source.format == "raw" and disk.source.guessed_format() == "qcow2":
-        raise UsageError(
-            f"the image of disk {disk.name} was raw at point {newest.point} and begins with a qcow2 header now",
-            hint="say --image-format raw, or qcow2 if it was converted (`format:` in the configuration)",
+    guessed = disk.source.guessed_format()
+    if entry.source.kind != "image" or guessed is None or guessed == entry.source.format:
+        return
+    if guessed == "raw":
+        raise SourceError(
+            f"the image of disk {disk.name} was a qcow2 at point {newest.point} and has no qcow2 header now",
+            hint="it is damaged, or was converted: then say --image-format raw (`format:` in the configuration)",
         )
+    raise UsageError(
+        f"the image of disk {disk.name} was raw at point {newest.point} and begins with a qcow2 header now",
+        hint="say --image-format raw, or qcow2 if it was converted (`format:` in the configuration)",
+    )
 
 
-def _check_path(disk: DiskRequest, sight: Sight, newest: Manifest, request: Request) -> None:
-    entry = newest.disk(disk.name)
-    assert entry is not None
-    if request.named_by_path and entry.source.path != sight.path:
+def _check_path(disk: DiskRequest, sight: Sight, contents: Contents) -> None:
+    """A machine's name that was taken from the image's must not bring two machines into one folder."""
+    newest = chains.newest_manifest(contents.manifests.values(), disk.name)
+    newest = newest or chains.newest_manifest(contents.manifests.values())
+    if newest is None:
+        return
+    recorded = [entry.source.path for entry in newest.disks if entry.name == disk.name or not newest.disk(disk.name)]
+    if sight.path not in recorded:
         raise UsageError(
-            f"machine {request.machine} was backed up from {entry.source.path}, and this is {sight.path}",
-            hint=f"name the machine: --machine {request.machine} if it is the same one, another name if it is not",
+            f"machine {newest.machine} was backed up from {recorded[0]}, and this is {sight.path}",
+            hint=f"name the machine: --machine {newest.machine} if it is the same one, another name if it is not",
         )
 
 

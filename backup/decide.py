@@ -114,7 +114,7 @@ def decide(
     if last is None:
         return Decision(FULL, "first point of this disk" + _and_then(sight))
     if isinstance(last, BackupError):
-        return Decision(FULL, f"the chain is broken: {last.message}", fallback=True)
+        return broken(last)
     if len(last.links) >= max_chain:
         return Decision(FULL, f"the chain has {len(last.links)} points and max_chain is {max_chain}")
     if sight.kind == "nbd":
@@ -124,6 +124,11 @@ def decide(
     if why_not is not None:
         return Decision(FULL, why_not, fallback=True)
     return Decision(INCREMENTAL, f"changes since {last.newest.point}", parent=last, read=name)
+
+
+def broken(error: BackupError) -> Decision:
+    """A full, since the chain cannot be continued."""
+    return Decision(FULL, f"the chain is broken: {error.message}", fallback=True)
 
 
 def distrust(bitmap: str, missed: int) -> Decision:

@@ -39,9 +39,13 @@ class Failed(BackupError):
 
 
 class UsageError(BackupError):
-    """The command line or the configuration is wrong."""
+    """The command line or the configuration is wrong; `listed`: the message has a line for each of its problems."""
 
     exit_code = 2
+
+    def __init__(self, message: str, *, hint: str, listed: bool = False) -> None:
+        super().__init__(message, hint=hint)
+        self.listed = listed
 
 
 class NotFound(BackupError):

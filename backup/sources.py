@@ -72,8 +72,12 @@ class ImageSource:
 
     def look(self) -> Sight:
         """Ask qemu-img."""
-        guessed = self.guessed_format()
-        info = programs.image_info(self.path, self.format or guessed or programs.RAW)
+        image_format = self.guessed_format() or self.format or programs.RAW
+        if image_format == programs.QCOW2:
+            programs.require_whole(self.path)
+        info = programs.image_info(self.path, image_format)
+        if info.format == programs.RAW:
+            self._require_raw(info.size)
         return Sight(
             kind="image",
             path=programs.filename(self.path),
@@ -85,6 +89,14 @@ class ImageSource:
             lower=tuple(LowerFile(layer.path, layer.size, layer.mtime_ns, layer.inode) for layer in info.lower),
             lower_bitmaps=info.lower_bitmaps,
         )
+
+    def _require_raw(self, size: int) -> None:
+        if size == 0:
+            raise SourceError(f"{self.path} is empty", hint="is it the right file? a disk has at least one byte")
+        if self.format is None and self.path.suffix == ".qcow2":
+            raise SourceError(
+                f"{self.path} has no qcow2 header", hint="it is damaged, or raw: then say so with --image-format raw"
+            )
 
     def why_no_bitmap(self, sight: Sight) -> str | None:
         """A raw image, a version 2 qcow2 and an image with an external data file get none."""

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from forge import rewrite
-from lab import KIB, Night, call_pybackup, make_image, run, run_pybackup, write
+from lab import KIB, Night, call_pybackup, make_image, restore_and_cmp, run, run_pybackup, write
 
 ESCAPE = "\x1b[2J\x1b]0;owned\x07"
 
@@ -324,3 +324,74 @@ def test_memory_stays_bounded_when_a_manifest_lies_about_sizes(copied, tmp_path)
         [sys.executable, "-c", code, "verify", str(path)], check=False, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 12, done.stderr
+
+
+# Images that are not what their name or their last point says
+
+
+@pytest.mark.parametrize("size", [300_000, 5_000_000, 9_000_000])
+def test_an_image_that_is_cut_off_is_refused_before_anything_writes_to_it(tmp_path, size):
+    """QEMU reads the lost clusters as zeroes without an error, and adding a bitmap hides that they are lost."""
+    whole = make_image(tmp_path / "whole.qcow2", "64M")
+    write(whole, "write -P 7 0 10M")
+    image = tmp_path / "disk.qcow2"
+    image.write_bytes(whole.read_bytes()[:size])
+    before = image.read_bytes()
+    done = call_pybackup(["full", "--image", image, "--repo", tmp_path / "repo", "--bitmap", "b1"])
+    assert done.rc == 13, done
+    assert len(done.stderr.splitlines()) == 2
+    assert "cut off" in done.stderr
+    assert image.read_bytes() == before
+
+
+def test_clusters_that_a_crash_left_counted_and_unused_do_not_make_an_image_cut_off(tmp_path):
+    """A refcount without a reference beyond the end is a leak, which a killed machine may leave."""
+    image = make_image(tmp_path / "disk.qcow2", "64M")
+    write(image, "write -P 7 0 1M")
+    with open(image, "r+b") as file:
+        file.seek(48)
+        table = int.from_bytes(file.read(8), "big")
+        file.seek(table)
+        block = int.from_bytes(file.read(8), "big")
+        beyond = image.stat().st_size // 65536 + 3
+        file.seek(block + 2 * beyond)
+        file.write(b"\0\1")
+    done = call_pybackup(["full", "--image", image, "--repo", tmp_path / "repo", "--bitmap", "b1"])
+    assert done.rc == 0, done
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 5000], ids=["empty", "random"])
+def test_a_qcow2_that_lost_its_header_is_refused(tmp_path, content):
+    night = Night.of(tmp_path)
+    night.full()
+    before = sorted(night.repository.rglob("*"))
+    night.image.write_bytes(content)
+    for options in ([], ["--machine", "other"]):
+        done = night.backup("incremental", "--bitmap", "b1", *options)
+        assert done.rc == 13, done
+        assert len(done.stderr.splitlines()) == 2
+    assert [path for path in sorted(night.repository.rglob("*")) if "other" not in str(path)] == before
+
+
+def test_an_empty_raw_image_is_refused(tmp_path):
+    image = tmp_path / "disk.raw"
+    image.touch()
+    done = call_pybackup(["full", "--image", image, "--repo", tmp_path / "repo"])
+    assert (done.rc, len(done.stderr.splitlines())) == (13, 2)
+
+
+def test_a_damaged_table_of_the_parent_is_a_broken_chain_and_a_full(tmp_path):
+    night = Night.of(tmp_path)
+    night.full()
+    [data] = night.repository.glob("disk/*.qcow2")
+    with open(data, "r+b") as file:
+        file.seek(40)
+        file.seek(int.from_bytes(file.read(8), "big"))
+        table = int.from_bytes(file.read(8), "big") & ~(1 << 63)
+        file.seek(table + 8)
+        file.write(b"\xff" * 8)
+    assert night.incremental("--no-fallback").rc == 14
+    done = night.incremental()
+    assert (done.rc, done.disk["kind"]) == (3, "full")
+    assert "the chain is broken" in done.stderr
+    restore_and_cmp(night.repository, "disk/latest", night.image)

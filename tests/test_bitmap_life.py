@@ -865,3 +865,46 @@ def test_the_story_is_told_for_the_last_step_too(night):
     assert disk["reason"] == f"changes since {first.split('.')[2]}"
     assert json.dumps(disk)
     assert creating._SETTLE_TRIES > 1
+
+
+def test_another_image_of_the_same_name_is_no_disk_of_the_same_machine(tmp_path):
+    for folder in ("p", "q"):
+        (tmp_path / folder).mkdir()
+        make_image(tmp_path / folder / "web1.qcow2", "1M")
+    repo = ["--repo", tmp_path / "repo"]
+    assert call_pybackup(["full", "--image", tmp_path / "p" / "web1.qcow2", *repo]).rc == 0
+    done = call_pybackup(["full", "--image", tmp_path / "q" / "web1.qcow2", "--disk", "x", *repo])
+    assert done.rc == 2
+    assert "--machine" in done.stderr
+    assert (
+        call_pybackup(["full", "--image", tmp_path / "q" / "web1.qcow2", "--machine", "web1", "--disk", "x", *repo]).rc
+        == 0
+    )
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not os.path.exists("/dev/loop-control"), reason="needs root and loop devices")
+def test_a_block_device_below_an_image_makes_every_backup_a_full(tmp_path):
+    """Its stat does not show who wrote to it."""
+    lower = tmp_path / "lower.raw"
+    lower.write_bytes(b"\3" * MIB + bytes(3 * MIB))
+    device = run("losetup", "-f", "--show", lower).strip()
+    try:
+        image = tmp_path / "disk.qcow2"
+        run("qemu-img", "create", "-q", "-f", "qcow2", "-b", device, "-F", "raw", image)
+        night = Night(image, tmp_path / "repo")
+        assert night.full().rc == 0
+        night.require_fallback("cannot be watched")
+    finally:
+        run("losetup", "-d", device)
+
+
+def test_a_dry_run_refuses_what_a_run_refuses(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("cluster_size: 4K\n")
+    image = make_image(tmp_path / "disk.qcow2", "9T")
+    for options in ([], ["--dry-run"]):
+        done = call_pybackup(
+            ["--config", config, "full", "--image", image, "--repo", tmp_path / "repo", "--bitmap", "b1", *options]
+        )
+        assert done.rc == 2, done
+    assert bitmaps(image) == {}

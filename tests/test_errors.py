@@ -51,7 +51,7 @@ def test_an_error_is_two_printable_lines_whatever_its_values(hostile, capsys):
 
 
 def test_a_list_of_configuration_problems_has_a_line_for_each(capsys):
-    render.error(errors.UsageError("c.yaml: 2 problems\n  line 1: one\n  line 2: two", hint="h"))
+    render.error(errors.UsageError("c.yaml: 2 problems\n  line 1: one\n  line 2: two", hint="h", listed=True))
     assert capsys.readouterr().err.splitlines() == [
         "pybackup: error: c.yaml: 2 problems",
         "pybackup: error:   line 1: one",

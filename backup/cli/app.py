@@ -356,7 +356,7 @@ def show(
 def restore(
     manifest: Annotated[str, typer.Argument(metavar="MANIFEST", help="A path, MACHINE/POINT or MACHINE/latest.")],
     target: Annotated[str, typer.Argument(metavar="TARGET", help="A file, a block device, an NBD URI, or a folder.")],
-    disk: DiskName = None,
+    disk: Annotated[str | None, typer.Option("--disk", metavar="NAME", help="Only this disk of the point.")] = None,
     format_: Annotated[str, typer.Option("--format", metavar="raw|qcow2", help="Of the file that is made.")] = "raw",
     force: Annotated[bool, typer.Option("--force", help="Replace what TARGET holds.")] = False,
     repo: Repo = None,
@@ -371,7 +371,7 @@ def restore(
     machine, found = _find_point(manifest, repo)
     workers = requests.workers(_config_or_default())
     done = []
-    for name, path in restoring.targets(found, target, disk, format_):
+    for name, path in restoring.targets(machine, found, target, disk, format_):
         began = time.monotonic()
         with render.progress(wanted=not _options.quiet) as progress:
             restored = restoring.restore_disk(
@@ -426,7 +426,9 @@ def check_config() -> None:
     """Check the configuration and say what it names."""
     config = _config()
     if config.path is None:
-        raise NotFound("there is no configuration", hint="write one like config.example.yaml and name it with --config")
+        raise UsageError(
+            "there is no configuration", hint="write one like config.example.yaml and name it with --config"
+        )
     disks = sum(len(machine.disks) for machine in config.machines)
     if not _options.quiet:
         render.line(

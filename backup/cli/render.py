@@ -42,7 +42,8 @@ def plain(text: object) -> str:
 
 def error(problem: BackupError | Interrupted) -> None:
     """Two lines: what happened, what to do.  Only a list of a configuration's problems has a line for each."""
-    for text in problem.message.split("\n") if isinstance(problem, UsageError) else [problem.message]:
+    listed = isinstance(problem, UsageError) and problem.listed
+    for text in problem.message.split("\n") if listed else [problem.message]:
         _err(f"pybackup: error: {plain(text)}")
     _err(f"pybackup: hint: {plain(problem.hint)}")
 

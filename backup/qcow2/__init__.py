@@ -2,7 +2,7 @@
 
 from backup.qcow2.check import check
 from backup.qcow2.codec import Codec, frame_length
-from backup.qcow2.layout import COMPRESSED, PART, RAW, UNALLOCATED, ZERO, Image
+from backup.qcow2.layout import COMPRESSED, PART, RAW, UNALLOCATED, ZERO, Image, require_writable
 from backup.qcow2.parts import PartSink
 from backup.qcow2.reader import Reader
 from backup.qcow2.writer import Writer
@@ -20,4 +20,5 @@ __all__ = [
     "Writer",
     "check",
     "frame_length",
+    "require_writable",
 ]

@@ -25,6 +25,7 @@ from typing import IO, Any, TypeVar
 from urllib.parse import quote
 
 from backup.errors import BackupError, Failed, SourceError
+from backup.qemu.truncation import may_be_cut_off
 
 _log = logging.getLogger(__name__)
 
@@ -111,6 +112,30 @@ def detect_format(path: Path) -> str:
     return QCOW2 if magic == _QCOW2_MAGIC else RAW
 
 
+def require_whole(path: Path) -> None:
+    """
+    Refuse a qcow2 image whose file is cut off: QEMU would read the lost clusters as zeroes.
+
+    Ask before anything writes to the image: adding a bitmap extends the file, and then nobody can tell any more.
+
+    Raises
+    ------
+    SourceError
+        Clusters that the image refers to lie beyond the end of its file.
+    """
+    with open(path, "rb") as file:
+        mode, size = os.fstat(file.fileno()).st_mode, os.fstat(file.fileno()).st_size
+        if not stat.S_ISREG(mode) or not may_be_cut_off(file, size):
+            return
+    found = _run_on_image(["qemu-img", "check", "--output=json", "-f", QCOW2, filename(path)], path, codes=(0, 2, 3))
+    errors = json.loads(found).get("corruptions", 0)
+    if errors:
+        raise SourceError(
+            f"{path} is damaged: {errors} clusters that it refers to are not in its {size} bytes; is the file cut off?",
+            hint=f"look at it with: qemu-img check {path}; restore the image from an earlier point",
+        )
+
+
 def qemu_version() -> str:
     """QEMU's version as qemu-img tells it, "7.2.22" for example."""
     words = _run(["qemu-img", "--version"]).split()
@@ -173,7 +198,7 @@ def _why_fulls_only(layers: Sequence[Mapping[str, Any]], lower: Sequence[Layer])
         if "data-file" in _data(layer):
             return f"the data of its backing file {found.path} lies in an external data file, which may change unseen"
         if not found.inode:
-            return f"its backing file {found.path} is not a local file and cannot be watched for changes"
+            return f"its backing file {found.path} is no plain local file and cannot be watched for changes"
     return None
 
 
@@ -182,6 +207,8 @@ def _layer(name: str) -> Layer:
         status = os.stat(name)
     except OSError:
         return Layer(name, 0, 0, 0)  # not a local file (a network source, json:...): see _why_fulls_only
+    if not stat.S_ISREG(status.st_mode):
+        return Layer(name, 0, 0, 0)  # a block device's stat does not show writes
     return Layer(os.path.abspath(name), status.st_size, status.st_mtime_ns, status.st_ino)
 
 
@@ -326,10 +353,10 @@ def filename(path: Path) -> str:
     return os.path.abspath(path)
 
 
-def _run_on_image(command: Sequence[str], path: Path) -> str:
+def _run_on_image(command: Sequence[str], path: Path, codes: Sequence[int] = (0,)) -> str:
     def run() -> str:
         try:
-            return _run(command)
+            return _run(command, codes)
         except _ProgramFailed as error:
             raise _image_error(path, error.stderr) from None
 
@@ -354,15 +381,16 @@ class _ProgramFailed(Failed):
         self.stderr = stderr
 
 
-def _run(command: Sequence[str]) -> str:
+def _run(command: Sequence[str], codes: Sequence[int] = (0,)) -> str:
     process = _popen(command, subprocess.PIPE)
     try:
         stdout, stderr = process.communicate()
     except BaseException:
-        # A signal stops us, not a qemu-img that is writing an image's bitmaps; it needs only moments.
-        process.wait()
+        # A signal stops us, not a qemu-img that is writing an image's bitmaps; it needs only moments.  Its output must
+        # be read on: nobody waits for a program that waits for room in a pipe.
+        process.communicate()
         raise
-    if process.returncode:
+    if process.returncode not in codes:
         raise _ProgramFailed(command, stderr)
     return stdout
 
