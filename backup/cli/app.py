@@ -199,7 +199,7 @@ def _back_up(given: Options, repo: Path | None, json: bool) -> None:
         outcome = _back_up_one(open_repository, request)
         outcomes.append((request, outcome))
         try:
-            _show_outcome(request, outcome, json)
+            _show_outcome(request, outcome, json, several=len(made) > 1)
         except (Failed, BrokenPipeError) as error:
             unshown = error  # the other machines are backed up all the same
     if unshown is not None:
@@ -227,9 +227,9 @@ def _back_up_one(open_repository: Callable[[], Repository], request: Request) ->
         return _explained(error)
 
 
-def _show_outcome(request: Request, outcome: Report | BackupError, json: bool) -> None:
+def _show_outcome(request: Request, outcome: Report | BackupError, json: bool, *, several: bool) -> None:
     if isinstance(outcome, BackupError):
-        _show_error(outcome)
+        _show_error(outcome, of=request.machine if several else None)
         return
     for warning in outcome.warnings:
         render.warning(f"{outcome.machine}: {warning}")
@@ -577,9 +577,9 @@ def _fail(error: BackupError | Interrupted) -> int:
     return error.exit_code
 
 
-def _show_error(error: BackupError | Interrupted) -> None:
+def _show_error(error: BackupError | Interrupted, of: str | None = None) -> None:
     if _options.debug:
         import traceback
 
         traceback.print_exception(error)
-    render.error(error)
+    render.error(error, of)

@@ -14,8 +14,10 @@ from backup import interrupts
 
 
 def prepare() -> None:
-    """Standard streams, the limit of open files, and signals."""
+    """Standard streams, the limit of open files, signals, and threads that nobody needs."""
     _open_streams()
+    # numpy's OpenBLAS starts a thread for each core when it is imported; we multiply no matrices.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         with suppress(OSError, ValueError):  # a chain is opened whole, a file for each point

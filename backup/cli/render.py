@@ -40,11 +40,12 @@ def plain(text: object) -> str:
     return "".join(char if char.isprintable() else "?" for char in str(text))
 
 
-def error(problem: BackupError | Interrupted) -> None:
-    """Two lines: what happened, what to do.  Only a list of a configuration's problems has a line for each."""
+def error(problem: BackupError | Interrupted, of: str | None = None) -> None:
+    """Two lines: what happened (to the machine `of`), what to do.  A list of problems has a line for each."""
+    place = f"{of}: " if of else ""
     listed = isinstance(problem, UsageError) and problem.listed
     for text in problem.message.split("\n") if listed else [problem.message]:
-        _err(f"pybackup: error: {plain(text)}")
+        _err(f"pybackup: error: {plain(place + text)}")
     _err(f"pybackup: hint: {plain(problem.hint)}")
 
 
