@@ -34,6 +34,7 @@ from lab import (
 )
 
 from backup import create as creating
+from backup.qemu import programs
 from backup.sources import ImageSource
 
 
@@ -908,3 +909,11 @@ def test_a_dry_run_refuses_what_a_run_refuses(tmp_path):
         )
         assert done.rc == 2, done
     assert bitmaps(image) == {}
+
+
+def test_the_socket_of_a_served_image_lies_in_a_private_folder_that_goes_with_it(tmp_path):
+    image = make_image(tmp_path / "disk.qcow2", "1M")
+    with programs.served(image, "qcow2", [], 2) as uri:
+        folder = Path(uri.partition("socket=")[2]).parent
+        assert folder.stat().st_mode & 0o777 == 0o700
+    assert not folder.exists()

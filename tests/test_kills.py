@@ -19,7 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from lab import PYBACKUP, Night, bitmaps, call_pybackup, check_repository, raw_copy, restore_and_cmp, run, write
+from lab import (
+    PYBACKUP,
+    Night,
+    bitmaps,
+    call_pybackup,
+    check_repository,
+    make_image,
+    raw_copy,
+    restore_and_cmp,
+    run,
+    write,
+)
 
 DRIVER = r"""
 import contextlib, importlib, os, sys
@@ -293,3 +304,51 @@ def test_two_runs_at_once_on_one_machine(night):
         assert first.wait(60) == 0
     restore_and_cmp(night.repository, "disk/latest", night.image)
     require_going_on(night)
+
+
+# A machine with two disks
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        Step(PROGRAMS, "add_bitmap", "after"),
+        Step(PROGRAMS, "add_bitmap", "before", 2),
+        Step(PROGRAMS, "add_bitmap", "after", 2),
+        Step(DATA, "write_digests", "after"),
+        Step(REPOSITORY, "Machine.publish", "before"),
+        Step(REPOSITORY, "Machine.publish", "after"),
+        Step(PROGRAMS, "remove_bitmap", "after"),
+        Step(PROGRAMS, "remove_bitmap", "before", 2),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_two_disks_go_on_together_after_a_signal(tmp_path, step, number):
+    images = [make_image(tmp_path / f"{name}.qcow2", "4M") for name in ("a", "b")]
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        f"repository: {tmp_path / 'repo'}\nbitmap: b1\n"
+        "machines:\n  m:\n    disks: {a: {image: a.qcow2}, b: {image: b.qcow2}}\n"
+    )
+    for image in images:
+        write(image, "write -P 0x51 0 1M")
+    assert call_pybackup(["--config", config, "full"]).rc == 0
+    for image in images:
+        write(image, "write -P 0x52 512k 1M")
+    command = [sys.executable, "-c", DRIVER, step.spec(number), "--config", str(config), "incremental"]
+    with tempfile.TemporaryFile() as output:
+        assert subprocess.run(command, check=False, stdout=output, stderr=output, timeout=60).returncode
+    deadline = time.monotonic() + 10
+    while any(users(image) for image in images):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    for image in images:
+        write(image, "write -P 0x53 2M 9k")
+    done = call_pybackup(["--config", config, "incremental"])
+    assert (done.rc, done.stderr) == (0, ""), done
+    assert done.stdout.count("incremental") == 2
+    for image in images:
+        restore_and_cmp(tmp_path / "repo", "m/latest", image, disk=image.stem)
+        assert len(bitmaps(image)) == 1
+    check_repository(tmp_path / "repo")
