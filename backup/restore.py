@@ -173,17 +173,26 @@ def _write_out(chain: Chain, files: list[OpenDataFile], target: Target, workers:
             thread.start()
         run.feed(workers)
         for thread in threads:
-            while thread.is_alive():
+            while thread.is_alive() and not run.stop.is_set():
                 thread.join(_TICK)
                 run.show()
     finally:
         run.stop.set()
+        if any(thread.is_alive() for thread in threads):
+            _abandon(target)
         for thread in threads:
             if thread.ident is not None:
                 thread.join()
     if run.error is not None:
         raise run.error
     return Restored(chain.size, run.data_bytes)
+
+
+def _abandon(target: Target) -> None:
+    """Have a target that can wait for ever (an NBD server) let go of the threads that write to it."""
+    abandon = getattr(target, "abandon", None)
+    if abandon is not None:
+        abandon()
 
 
 class _Run:

@@ -6,7 +6,9 @@ import random
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import pytest
 from dissect.hypervisor.disk.qcow2 import QCow2
@@ -25,6 +27,7 @@ from lab import (
 
 from backup import targets
 from backup.errors import Failed
+from backup.qemu.nbd import Target
 
 
 @contextmanager
@@ -462,3 +465,136 @@ def test_a_restore_does_not_replace_a_backup(tmp_path):
         assert "among the backups" in done.stderr
     assert data.read_bytes() == before
     assert not data.with_name("new.raw").exists()
+
+
+def awaited(log, word):
+    """Wait until nbdkit's log filter has seen a request of that kind."""
+    deadline = time.monotonic() + 20
+    while not (log.exists() and f" {word} " in log.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+ONE_CONNECTION = ["--filter=multi-conn", "multi-conn-mode=disable"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("hanging", ["Write", "Zero"])
+@pytest.mark.parametrize("mode", [[], ONE_CONNECTION], ids=["many", "one"])
+def test_a_signal_stops_a_restore_onto_a_server_that_hangs(night, tmp_path, number, hanging, mode):
+    log = tmp_path / "log"
+    filters = [*mode[:1], "--filter=log", "--filter=delay"]
+    with nbdkit(*filters, "memory", "64M", f"delay-{hanging.lower()}=600", f"logfile={log}", *mode[1:]) as uri:
+        command = [PYBACKUP, "restore", "disk/latest", uri, "--force", "--repo", night.repository]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            try:
+                awaited(log, hanging)
+                time.sleep(0.3)
+                sent = time.monotonic()
+                process.send_signal(number)
+                _, errors = process.communicate(timeout=8)
+                took = time.monotonic() - sent
+            finally:
+                process.kill()
+    assert process.returncode == 128 + number
+    assert len(errors.splitlines()) == 2, errors
+    assert took < 3
+
+
+def test_a_signal_stops_a_restore_whose_server_stands_still_at_the_flush(night, tmp_path):
+    # Nothing is under way on the other connections then, and no goodbye must be waited for on any of them.
+    marker = tmp_path / "flushing"
+    script = [f"flush=touch {marker}; exec sleep 20", "get_size=echo 16777216", "pwrite=cat >/dev/null", "zero=exit 0"]
+    with nbdkit("eval", *script, "can_write=exit 0", "can_zero=exit 0", "can_flush=exit 0", "pread=exit 1") as uri:
+        command = [PYBACKUP, "restore", "disk/latest", uri, "--force", "--repo", night.repository]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            try:
+                deadline = time.monotonic() + 20
+                while not marker.exists():
+                    assert time.monotonic() < deadline
+                    time.sleep(0.02)
+                sent = time.monotonic()
+                process.terminate()
+                process.communicate(timeout=8)
+                took = time.monotonic() - sent
+            finally:
+                process.kill()
+    assert process.returncode == 143
+    assert took < 3
+
+
+def in_threads(*calls):
+    """Run all at once; the errors that they ended with."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [future.exception() for future in [pool.submit(call) for call in calls]]
+
+
+@pytest.mark.parametrize(("mode", "connections"), [([], 4), (ONE_CONNECTION, 1)], ids=["many", "one"])
+def test_threads_write_at_once_as_far_as_the_server_allows(tmp_path, mode, connections):
+    log = tmp_path / "log"
+    used = garbage(tmp_path / "used.raw", 8 * MIB)
+    pieces = [random.Random(number).randbytes(2 * MIB) for number in range(4)]
+    filters = [*mode[:1], "--filter=log", "--filter=delay", "file", str(used), *mode[1:]]
+    with nbdkit(*filters, f"logfile={log}", "wdelay=200ms") as uri:
+        target = Target(uri)
+        calls = [partial(target.write, number * 2 * MIB, piece) for number, piece in enumerate(pieces)]
+        assert in_threads(*calls) == [None] * 4
+        target.flush()
+        target.close()
+    assert used.read_bytes() == b"".join(pieces)
+    assert log.read_text().count(" Connect ") == connections
+
+
+def test_a_server_that_takes_fewer_connections_than_it_could_is_written_through_those(tmp_path):
+    used = garbage(tmp_path / "used.raw", 8 * MIB)
+    with qemu_nbd(used, "--shared=2") as uri:
+        target = Target(uri)
+        calls = [partial(target.write, low * 64 * 1024, bytes([low + 1]) * 64 * 1024) for low in range(128)]
+        assert in_threads(*calls) == [None] * 128
+        target.flush()
+        target.close()
+    assert used.read_bytes() == b"".join(bytes([low + 1]) * 64 * 1024 for low in range(128))
+
+
+@pytest.mark.parametrize("mode", [[], ONE_CONNECTION], ids=["many", "one"])
+def test_an_abandoned_target_lets_all_threads_go(mode):
+    with nbdkit(*mode[:1], "--filter=delay", "memory", "8M", *mode[1:], "wdelay=600") as uri:
+        target = Target(uri)
+        began = time.monotonic()
+        writes = [partial(target.write, number * MIB, bytes(MIB)) for number in range(3)]
+        errors = in_threads(*writes, lambda: (time.sleep(0.5), target.abandon()))
+        target.close()
+        assert time.monotonic() - began < 3
+    assert [type(error) for error in errors] == [Failed, Failed, Failed, type(None)]
+
+
+def test_an_error_in_one_thread_does_not_wait_for_another_that_hangs(night):
+    # One block of the disk fails and every other write hangs: the error must come out.
+    script = 'case "$4" in 0) exec sleep 20;; *) echo ENOSPC >&2; exit 1;; esac'
+    with nbdkit(
+        "eval", "get_size=echo 16777216", f"pwrite={script}", "zero=exit 0", "can_zero=exit 0", "can_write=exit 0",
+        "pread=exit 1", "can_multi_conn=exit 0", "thread_model=echo parallel",
+    ) as uri:  # fmt: skip
+        began = time.monotonic()
+        done = restore(night, uri, "--force")
+        assert time.monotonic() - began < 8
+    assert done.rc == 1
+    assert "space" in done.stderr
+
+
+def test_a_server_of_huge_requests_and_no_write_zeroes_gets_its_zeroes_in_small_ones(tmp_path):
+    night = Night.of(tmp_path, "96M")
+    write(night.image, "write -P 7 1M 200k")
+    night.full()
+    used = garbage(tmp_path / "used.raw", 96 * MIB)
+    policy = ["blocksize-minimum=1", "blocksize-preferred=4096", "blocksize-maximum=4294967295"]
+    with nbdkit("--filter=nozero", "--filter=blocksize-policy", "file", str(used), *policy) as uri:
+        done = restore(night, uri, "--force")
+        assert done.rc == 0, done.stderr
+    require_identical(raw_copy(night.image, tmp_path / "source.raw"), used)
+
+
+def test_a_target_that_nobody_serves_is_a_failure_and_not_the_sources(night, tmp_path):
+    done = restore(night, f"nbd+unix:///?socket={tmp_path}/none", "--force")
+    assert done.rc == 1
+    assert "nbdinfo" in done.stderr

@@ -20,16 +20,18 @@ from __future__ import annotations
 
 import importlib
 import os
+import queue
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from backup import extents, interrupts
-from backup.errors import BackupError, SourceError
+from backup.errors import BackupError, Failed, SourceError
 from backup.extents import Runs
 
 if TYPE_CHECKING:
@@ -346,70 +348,171 @@ class Lane:
 
 class Target:
     """
-    An export opened for writing, for a restore.  Safe to use from several threads (libnbd locks the handle).
+    An export opened for writing, for a restore.  Safe to use from several threads.
+
+    A request has a connection to itself until it is answered: polling holds libnbd's lock on the handle, so that two
+    threads on one would only wait for each other.  There are as many as threads ask at once where the server allows it
+    (can_multi_conn, which also has one flush cover the writes of all) and takes them, else one.
+
+    Nothing here calls back into Python, so that `interrupts.held` is not needed, and could not be had in a worker.
 
     Raises
     ------
-    SourceError
-        The server cannot be reached.
+    Failed
+        The server cannot be reached.  Not a SourceError: its exit code is the source's.
     """
+
+    _ZEROES = memoryview(bytes(1 << 20))  # a server without write-zeroes may announce requests of 4 GiB
+
+    reads_zero = False  # whatever it held before is still there
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
         self._nbd = load_binding()
-        self._handle = connect(self._nbd, uri, ())
+        self._abandoned = threading.Event()
         try:
-            self.size: int = self._handle.get_size()
-            self.read_only: bool = self._handle.is_read_only()
-            self._can_zero: bool = self._handle.can_zero()
-            self._can_flush: bool = self._handle.can_flush()
-            self._step: int = self._handle.get_block_size(self._nbd.SIZE_MAXIMUM) or _MAX_REQUEST
-            self._smallest: int = self._handle.get_block_size(self._nbd.SIZE_MINIMUM) or 1
+            first = connect(self._nbd, uri, ())
+        except SourceError as error:
+            raise Failed(error.message, hint=error.hint) from None
+        try:
+            self.size: int = first.get_size()
+            self.read_only: bool = first.is_read_only()
+            self._can_zero: bool = first.can_zero()
+            self._can_flush: bool = first.can_flush()
+            self._takes_more: bool = first.can_multi_conn()
+            # libnbd itself refuses more than 64 MiB, whatever the server announces (nbd_pwrite(3)).
+            self._step: int = min(first.get_block_size(self._nbd.SIZE_MAXIMUM) or _MAX_REQUEST, _MAX_REQUEST)
+            self._smallest: int = first.get_block_size(self._nbd.SIZE_MINIMUM) or 1
         except self._nbd.Error as error:
-            raise source_error(uri, error) from None
-
-    reads_zero = False  # whatever it held before is still there
+            raise self._failed(error) from None
+        self._handles: list[nbd.NBD] = [first]
+        self._idle: queue.LifoQueue[nbd.NBD] = queue.LifoQueue()  # last in, first out: no more connections than needed
+        self._idle.put(first)
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
-        """Write data (bytes) at offset; an odd end of a disk is filled up with zeroes where the server has room."""
+        """
+        Write data (bytes) at offset; an odd end of a disk is filled up with zeroes where the server has room.
+
+        Raises
+        ------
+        Failed
+            The server cannot write it, or the target was abandoned.
+        """
         missing = self._missing(offset + len(data))
         view = memoryview(bytes(data) + bytes(missing) if missing else data)
         for low in range(0, len(view), self._step):
-            piece = view[low : low + self._step]
-            self._try(lambda piece=piece, low=low: self._handle.pwrite(piece, offset + low))
+            self._write_once(offset + low, view[low : low + self._step])
 
     def zero(self, offset: int, length: int) -> None:
-        """Make the range read as zeroes."""
-        step = _MAX_ZERO if self._can_zero else self._step
-        length += self._missing(offset + length)
-        for low in range(offset, offset + length, step):
-            count = min(step, offset + length - low)
+        """
+        Make the range read as zeroes.
+
+        Raises
+        ------
+        Failed
+            As for `write`.
+        """
+        step = _MAX_ZERO if self._can_zero else min(self._step, len(self._ZEROES))
+        end = offset + length + self._missing(offset + length)
+        for low in range(offset, end, step):
+            count = min(step, end - low)
             if self._can_zero:
-                self._try(lambda count=count, low=low: self._handle.zero(count, low))
+                self._zero_once(low, count)
             else:
-                self._try(lambda count=count, low=low: self._handle.pwrite(bytes(count), low))
+                self._write_once(low, self._ZEROES[:count])
+
+    def flush(self) -> None:
+        """Have the server store everything written so far, on whichever connection."""
+        if self._can_flush:
+            self._answered(lambda handle: handle.aio_flush())
+
+    def abandon(self) -> None:
+        """Have what is under way, in whichever thread, fail within moments: the server may never answer."""
+        self._abandoned.set()
+
+    def close(self) -> None:
+        """End the connections: in order, or at once where a request never ended."""
+        if not self._abandoned.is_set():
+            for handle in self._handles:
+                _shutdown(self._nbd, handle)
+        self._handles.clear()
+        self._idle = queue.LifoQueue()
 
     def _missing(self, end: int) -> int:
         """Bytes up to the next multiple of the server's smallest block, as far as it has them."""
         return min(-end % self._smallest, max(self.size - end, 0))
 
-    def flush(self) -> None:
-        """Have the server store everything written so far."""
-        if self._can_flush:
-            self._try(self._handle.flush)
+    def _write_once(self, offset: int, data: memoryview) -> None:
+        self._answered(lambda handle: handle.aio_pwrite(data, offset))
 
-    def close(self) -> None:
-        """End the connection."""
-        _shutdown(self._nbd, self._handle)
+    def _zero_once(self, offset: int, count: int) -> None:
+        self._answered(lambda handle: handle.aio_zero(count, offset))
 
-    def _try(self, action: Any) -> None:
+    def _answered(self, start: Callable[[nbd.NBD], int]) -> None:
+        """Start a request and wait for its answer."""
         try:
-            action()
+            with self._connection() as handle:
+                cookie = start(handle)
+                while not handle.aio_command_completed(cookie):
+                    self._tick(handle)
         except self._nbd.Error as error:
-            raise BackupError(
-                f"{self.uri}: writing failed: {error.string}",
-                hint="the target is incomplete; look at the server's log, then restore again",
-            ) from None
+            raise self._failed(error) from None
+        except BaseException:
+            # The main thread was interrupted, and no other thread should wait for this server any more.
+            self.abandon()
+            raise
+
+    @contextmanager
+    def _connection(self) -> Iterator[nbd.NBD]:
+        handle = self._idle_one() or self._another() or self._next_idle()
+        try:
+            yield handle
+        finally:
+            self._idle.put(handle)
+
+    def _idle_one(self, seconds: float = 0) -> nbd.NBD | None:
+        self._require_wanted()
+        try:
+            return self._idle.get(block=seconds > 0, timeout=seconds)
+        except queue.Empty:
+            return None
+
+    def _next_idle(self) -> nbd.NBD:
+        while True:
+            handle = self._idle_one(_TICK / 1000)
+            if handle is not None:
+                return handle
+
+    def _another(self) -> nbd.NBD | None:
+        """One more connection, or None where the server does not take it (see Export); it is not asked again then."""
+        if not self._takes_more:
+            return None
+        handle: nbd.NBD = self._nbd.NBD()
+        deadline = time.monotonic() + _EXTRA_SECONDS
+        with suppress(self._nbd.Error):
+            handle.set_uri_allow_local_file(True)
+            handle.aio_connect_uri(self.uri)
+            while handle.aio_is_connecting() and time.monotonic() < deadline:
+                self._tick(handle)
+            if handle.aio_is_ready():
+                self._handles.append(handle)
+                return handle
+        self._takes_more = False
+        return None
+
+    def _tick(self, handle: nbd.NBD) -> None:
+        self._require_wanted()
+        handle.poll(_TICK)
+
+    def _require_wanted(self) -> None:
+        if self._abandoned.is_set():
+            raise Failed(f"{self.uri}: writing was abandoned", hint="the target is incomplete; restore again")
+
+    def _failed(self, error: Any) -> Failed:
+        return Failed(
+            f"{self.uri}: writing failed: {error.string}",
+            hint="the target is incomplete; look at the server's log, then restore again",
+        )
 
 
 def connect(
