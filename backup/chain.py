@@ -12,7 +12,7 @@ of clusters, who is the newest holder of each, clipped at every point's size (de
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
@@ -155,6 +155,9 @@ def _mismatch(child: Link, parent: str, why: str) -> BackupError:
 class ClusterFile(Protocol):
     """What the index asks of a data file's reader."""
 
+    def allocated_tables(self) -> Mask:
+        """One flag for each L2 table, of `cluster_size // 8` guest clusters: False where all are unallocated."""
+
     def entries(self, first: int, count: int) -> npt.NDArray[np.uint64]:
         """L2 entries of guest clusters."""
 
@@ -163,12 +166,18 @@ class ClusterFile(Protocol):
 
 
 class Index:
-    """Who holds what, over the open files of a chain (newest first)."""
+    """
+    Who holds what, over the open files of a chain (newest first).
+
+    A link costs something only where it has L2 tables: most points of a long chain hold little of a large disk.
+    """
 
     def __init__(self, chain: Chain, files: Sequence[ClusterFile]) -> None:
         self.chain = chain
         self._files = files
         self._limits = chain.limits
+        self._per_table = chain.cluster_size // 8
+        self._tables = [file.allocated_tables() for file in files]
 
     def resolve(self, first: int, count: int) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.uint64]]:
         """
@@ -183,18 +192,31 @@ class Index:
             visible = min(-(-limit // self.chain.cluster_size) - first, count)
             if visible <= 0 or not open_[:visible].any():
                 break
-            entries = file.entries(first, visible)
-            if not entries.any():
-                continue
-            kinds = file.kinds(entries)
-            still_open = open_[:visible]
-            data = still_open & (kinds > ZERO)
-            holders[:visible][data] = number
-            found[:visible][data] = entries[data]
-            still_open &= kinds == UNALLOCATED
+            for low, high in self._held_by(number, first, first + visible):
+                here = slice(low - first, high - first)
+                entries = file.entries(low, high - low)
+                kinds = file.kinds(entries)
+                data = open_[here] & (kinds > ZERO)
+                holders[here][data] = number
+                found[here][data] = entries[data]
+                open_[here] &= kinds == UNALLOCATED
         return holders, found
 
     def holds_data(self, first: int, count: int) -> Mask:
         """For each of `count` clusters from `first`: does the chain hold data there?"""
+        tables = slice(first // self._per_table, -(-(first + count) // self._per_table))
+        if not any(link[tables].any() for link in self._tables):
+            return np.zeros(count, dtype=np.bool_)
         held: Mask = self.resolve(first, count)[0] != NOBODY
         return held
+
+    def _held_by(self, number: int, first: int, end: int) -> Iterator[tuple[int, int]]:
+        """The ranges of clusters in [first, end) for which a link has L2 tables; neighbouring tables are one range."""
+        per = self._per_table
+        skipped = first // per
+        tables = self._tables[number][skipped : -(-end // per)]
+        if not tables.any():
+            return
+        edges = np.flatnonzero(np.diff(tables, prepend=False, append=False)).reshape(-1, 2) + skipped
+        for low, high in edges.tolist():
+            yield max(first, low * per), min(end, high * per)

@@ -101,6 +101,10 @@ _FROM_COPY = (
 )
 
 
+_PATIENCE = 2.0
+"""Seconds to wait for another thread's block before loading it again, which costs time and nothing else."""
+
+
 class BlockCache:
     """
     Checked blocks, the latest few of all the files that share it; each is read once, also when several threads want it.
@@ -116,17 +120,25 @@ class BlockCache:
         self._lock = threading.Lock()
 
     def get(self, key: tuple[int, int], load: Callable[[], bytes]) -> bytes:
-        """The block under `key`, loaded when it is not there."""
+        """
+        The block under `key`, loaded when it is not there.
+
+        A signal may end the main thread's call at any line, also where it can tell nobody: who waits for another
+        thread does so for a while only, and then takes its place.
+        """
         mine = threading.Event()
+        given_up: threading.Event | None = None
         while True:
             with self._lock:
                 if key in self._blocks:
                     self._blocks.move_to_end(key)
                     return self._blocks[key]
-                loading = self._loading.setdefault(key, mine)
-            if loading is mine:
-                break
-            loading.wait()
+                loading = self._loading.get(key)
+                if loading is None or loading is given_up or loading.is_set():
+                    self._loading[key] = mine
+                    break
+            if not loading.wait(_PATIENCE):
+                given_up = loading
         try:
             block = load()
             with self._lock:
@@ -135,9 +147,10 @@ class BlockCache:
                     self._blocks.popitem(last=False)
             return block
         finally:
-            with self._lock:
-                del self._loading[key]
             mine.set()
+            with self._lock:
+                if self._loading.get(key) is mine:
+                    del self._loading[key]
 
 
 class CheckedFile:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -36,7 +36,7 @@ from backup.targets import Target, is_uri, opened
 _WINDOW = 1 << 20
 """
 Clusters of the disk resolved at once, about 40 bytes of memory each.  Large, so that each file's tables and data are
-passed over few times; 64 GiB of a disk with clusters of 64 KiB.
+passed over few times; 64 GiB of a disk with clusters of 64 KiB.  Whole L2 tables for every size of cluster.
 """
 _TRIES = 3
 _TICK = 0.1
@@ -61,6 +61,14 @@ class _Job:
     offsets: Offsets
     lengths: Offsets
     kinds: np.ndarray[tuple[int], np.dtype[np.uint8]]
+
+
+@runtime_checkable
+class _Completing(Protocol):
+    """A target that keeps something in memory for what may still be written."""
+
+    def done_below(self, offset: int) -> None:
+        """Nothing below this byte comes any more, or is under way."""
 
 
 class Progress(Protocol):
@@ -211,11 +219,15 @@ class _Run:
         self.data_bytes = 0
         self._lock = threading.Lock()
         self._jobs: queue.Queue[_Job | None] = queue.Queue(maxsize=64)
+        self._ended: queue.SimpleQueue[None] = queue.SimpleQueue()  # one for each job done
 
     def feed(self, workers: int) -> None:
         """Resolve the disk window by window and hand out the work."""
         for start, end in windows(0, self.chain.size, _WINDOW * self.chain.cluster_size):
-            self._hand_out(self._resolved(start, end))
+            jobs = self._hand_out(self._resolved(start, end))
+            # Others are spared the wait, in which the workers run dry.
+            if isinstance(self.target, _Completing) and self._await(jobs):
+                self.target.done_below(end)
         for _ in range(workers):
             self._put(None)
 
@@ -235,6 +247,7 @@ class _Run:
                 if job is None:
                     return
                 self._do(job, codec)
+                self._ended.put(None)
         except BaseException as error:  # noqa: BLE001 - carried to the calling thread, which raises it
             with self._lock:
                 self.error = self.error or error
@@ -270,15 +283,17 @@ class _Run:
             if self.stop.is_set():
                 return
 
-    def _hand_out(self, columns: tuple[Offsets, ...]) -> None:
+    def _hand_out(self, columns: tuple[Offsets, ...]) -> int:
+        """Make jobs of a window and queue them; how many."""
         order = np.lexsort((columns[2], columns[1]))
         clusters, links, offsets, lengths, kinds = (column[order] for column in columns)
         blocks = offsets // BLOCK
         changes = np.flatnonzero((np.diff(links) != 0) | (np.diff(blocks) != 0)) + 1
         bounds = [0, *changes.tolist(), len(clusters)]
+        jobs = 0
         for low, high in pairwise(bounds):
             if low == high or self.stop.is_set():
-                return
+                break
             here = slice(low, high)
             job = _Job(
                 int(links[low]),
@@ -289,6 +304,19 @@ class _Run:
                 kinds[here].astype(np.uint8),
             )
             self._put(job)
+            jobs += 1
+        return jobs
+
+    def _await(self, jobs: int) -> bool:
+        """Wait until the workers have done so many jobs more; False where an error keeps them from it."""
+        while jobs and not self.stop.is_set():
+            self.show()
+            try:
+                self._ended.get(timeout=_TICK)
+                jobs -= 1
+            except queue.Empty:
+                continue
+        return not self.stop.is_set()
 
     def _put(self, job: _Job | None) -> None:
         while not self.stop.is_set():

@@ -247,6 +247,10 @@ class Qcow2File:
     def zero(self, offset: int, length: int) -> None:
         """Nothing: without a backing file, what is not written reads as zeroes."""
 
+    def done_below(self, offset: int) -> None:
+        """Nothing below this byte comes any more, or is under way: its L2 tables leave memory."""
+        self._writer.completed_below(offset // self._cluster_size)
+
     def finish(self) -> None:
         """Write tables and head."""
         self._writer.finish()

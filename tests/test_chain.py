@@ -92,9 +92,14 @@ class FakeFile:
 
     def __init__(self, codes):
         self.codes = codes
+        self.asked = 0
+
+    def allocated_tables(self):
+        return np.array([any(self.codes[at : at + C // 8]) for at in range(0, len(self.codes), C // 8)], dtype=bool)
 
     def entries(self, first, count):
         assert first + count <= len(self.codes), "asked beyond the file's end"
+        self.asked += count
         return np.array(self.codes[first : first + count], dtype=np.uint64)
 
     def kinds(self, entries):
@@ -201,3 +206,37 @@ def test_sixty_points_open_in_qemu_and_restore(tmp_path):
     (tmp_path / "expected.raw").write_bytes(b"".join(disk))
     require_restored(folder, link, tmp_path / "expected.raw")
     assert call_pybackup(["verify", "m", "--deep", "--repo", tmp_path / "repo"]).rc == 0
+
+
+def large_index(*links):
+    """An index over disks of two L2 tables (1 GiB), and its files; `links` are the clusters that each holds."""
+    clusters = 2 * C // 8
+    parts = tuple(Link(point_id(9 - n), 9 - n, entry(9 - n, size=clusters * C)) for n in range(len(links)))
+    files = [FakeFile([2 * (cluster in held) for cluster in range(clusters)]) for held in links]
+    return Index(Chain("vda", parts), files), files
+
+
+def test_a_link_costs_nothing_where_it_has_no_tables():
+    index, (newest, middle, full) = large_index((), (9000,), (5, 9000, 9001))
+    assert not index.holds_data(6, 2)[0]
+    assert (newest.asked, middle.asked, full.asked) == (0, 0, 2)
+    holders = index.resolve(0, 16384)[0]
+    assert np.flatnonzero(holders != NOBODY).tolist() == [5, 9000, 9001]
+    assert holders[[5, 9000, 9001]].tolist() == [2, 1, 2]
+    assert (newest.asked, middle.asked, full.asked) == (0, 8192, 2 + 16384)
+
+
+def test_where_no_link_has_a_table_nobody_is_asked():
+    index, files = large_index((), (1,))
+    assert index.holds_data(8192, 8192).tolist() == [False] * 8192
+    assert index.holds_data(8191, 2).tolist() == [False] * 2
+    assert [file.asked for file in files] == [0, 1]
+    assert index.holds_data(0, 3).tolist() == [False, True, False]
+
+
+def test_a_range_that_begins_and_ends_inside_tables_is_whole():
+    index, _ = large_index((8000, 8191, 8192, 8300), (7999, 8001, 8192, 8301))
+    holders, found = index.resolve(8000, 301)
+    assert np.flatnonzero(holders == 0).tolist() == [0, 191, 192, 300]
+    assert np.flatnonzero(holders == 1).tolist() == [1]
+    assert np.flatnonzero(found).tolist() == [0, 1, 191, 192, 300]

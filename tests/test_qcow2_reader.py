@@ -373,5 +373,29 @@ def test_reading_across_a_huge_disk_keeps_few_tables(tmp_path):
         writer.write(first, bytearray(b"x" * CLUSTER), Codec(CLUSTER, 1))
     writer.finish()
     reader = open_reader(path)
-    assert reader.entries(0, 1 << 20).nonzero()[0].tolist() == list(range(0, 1 << 20, 8192))
-    assert len(reader._cache) <= 64
+    tracemalloc.start()
+    try:
+        for first in range(0, 1 << 20, 8192):
+            assert reader.entries(first, 8192).nonzero()[0].tolist() == [0]
+        assert tracemalloc.get_traced_memory()[0] < 200 * KIB  # a table has 64 KiB; a chain has hundreds of readers
+    finally:
+        tracemalloc.stop()
+
+
+def test_neighbouring_ranges_of_a_table_read_it_once(tmp_path):
+    path, reads = tmp_path / "a.qcow2", []
+    writer = Writer(Image(GIB, CLUSTER, None, zstd=True), FileSink(path))
+    for first in (0, 8192):
+        writer.write(first, bytearray(b"x" * CLUSTER), Codec(CLUSTER, 1))
+    writer.finish()
+    data = path.read_bytes()
+
+    def read_at(offset: int, length: int) -> bytes:
+        reads.append(offset)
+        return data[offset : offset + length]
+
+    reader = Reader(read_at, len(data), "a.qcow2")
+    before = len(reads)
+    held = [reader.entries(first, 1024).any() for first in range(0, 16384, 1024)]
+    assert [number for number, any_ in enumerate(held) if any_] == [0, 8]
+    assert len(reads) - before == 2

@@ -7,9 +7,7 @@ allocation is larger than the 32 MiB that QEMU allows for an L1 table.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from threading import Lock
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +15,6 @@ import numpy.typing as npt
 from backup.errors import Damaged
 from backup.qcow2 import layout
 from backup.qcow2.layout import COPIED, DAMAGED_HINT, HEADER_BYTES, U8, U16, U64, Header, Image
-
-_CACHE_BYTES = 4 << 20
 
 
 class Reader:
@@ -48,9 +44,8 @@ class Reader:
         head = read_at(0, min(HEADER_BYTES, max(0, file_size)))
         self.header: Header = layout.parse_header(head, file_size, name)
         self._l1 = self._read_l1()
-        self._lock = Lock()
-        self._cache: OrderedDict[int, U64] = OrderedDict()
-        self._cached = max(2, _CACHE_BYTES // self.image.cluster_size)
+        # Callers pass over the tables in order, so one is enough; every file of a chain of any length keeps its own.
+        self._latest: tuple[int, U64] | None = None
 
     @property
     def image(self) -> Image:
@@ -150,17 +145,10 @@ class Reader:
             raise self.damaged(f"{where}: no cluster inside the file at {int(offsets[bad][0]):#x}")
 
     def _cached_table(self, index: int) -> U64:
-        with self._lock:
-            table = self._cache.get(index)
-            if table is not None:
-                self._cache.move_to_end(index)
-                return table
-        table = self._read_table(index)
-        with self._lock:
-            self._cache[index] = table
-            if len(self._cache) > self._cached:
-                self._cache.popitem(last=False)
-        return table
+        latest = self._latest
+        if latest is None or latest[0] != index:
+            latest = self._latest = index, self._read_table(index)
+        return latest[1]
 
     def _read_table(self, index: int) -> U64:
         """Read and check the L2 table with this number."""
