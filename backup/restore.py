@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -30,7 +31,7 @@ from backup.errors import Damaged, Failed, NotFound, UsageError
 from backup.extents import Offsets, windows
 from backup.manifest import Manifest
 from backup.qcow2 import COMPRESSED, Codec
-from backup.repository import Machine
+from backup.repository import MARKER, Machine
 from backup.targets import Target, is_uri, opened
 
 _WINDOW = 1 << 20
@@ -81,25 +82,38 @@ class Progress(Protocol):
         """So many bytes of it are done."""
 
 
-def targets(point: Manifest, target: str, disk: str | None, image_format: str) -> list[tuple[str, str]]:
+def targets(
+    machine: Machine, point: Manifest, target: str, disk: str | None, image_format: str
+) -> list[tuple[str, str]]:
     """
-    Which disk goes where: (disk, target) for each.
+    Which disk of a machine's point goes where: (disk, target) for each.
 
     Raises
     ------
     NotFound
         The point does not hold the disk.
     UsageError
-        Several disks and a target that is no new or empty folder, or one disk and a folder.
+        Several disks and a target that is no new or empty folder, or one disk and a folder, or a place in a repository.
     """
+    if not is_uri(target):
+        _refuse_repository(machine, target)
     if disk is not None and point.disk(disk) is None:
         names = ", ".join(held.name for held in point.disks)
         raise NotFound(f"point {point.point} holds no disk {disk!r}", hint=f"it holds: {names}")
     if disk is not None or len(point.disks) == 1:
-        if os.path.isdir(target):
+        if os.path.isdir(target) or target.endswith("/"):
             raise UsageError(f"{target} is a folder and one disk is restored", hint="name the file to make")
         return [(disk or point.disks[0].name, target)]
     return [(held.name, f"{_new_folder(target, point)}/{held.name}.{image_format}") for held in point.disks]
+
+
+def _refuse_repository(machine: Machine, target: str) -> None:
+    """Refuse to restore over backups or between them, whatever way the target is written."""
+    place = Path(os.path.realpath(target))
+    for folder in (place, *place.parents):
+        beside = folder.exists() and machine.exists() and folder.samefile(machine.path)
+        if beside or os.path.lexists(folder / MARKER):
+            raise UsageError(f"{target} lies among the backups in {folder}", hint="restore to a place outside of it")
 
 
 def _new_folder(target: str, point: Manifest) -> str:
@@ -137,8 +151,6 @@ def restore_disk(
     BackupError
         The target is refused or cannot be written.
     """
-    if not is_uri(target) and os.path.dirname(os.path.realpath(target)) == os.path.realpath(machine.path):
-        raise UsageError(f"{target} lies among the backups themselves", hint="restore to another folder")
     with opened_point(machine, point, disk) as (chain, files):
         progress.begin(disk, chain.size)
         with opened(target, chain.size, image_format, cluster_size=chain.cluster_size, force=force) as sink:

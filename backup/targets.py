@@ -93,8 +93,8 @@ def refuse_existing(path: Path, *, force: bool) -> None:
 @contextmanager
 def _file(path: Path, size: int, image_format: str, cluster_size: int, *, force: bool) -> Iterator[Target]:
     refuse_existing(path, force=force)
-    path = path.resolve()
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    path = Path(os.path.realpath(path))
+    part = path.with_name(f".pybackup-{secrets.token_hex(8)}.part")
     with _explained(path):
         fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:

@@ -281,7 +281,7 @@ def test_a_disk_of_an_odd_size_fits_an_export_of_any_block_size(tmp_path, smalle
     assert used.read_bytes()[:1_000_001] == source.read_bytes()
 
 
-@pytest.mark.parametrize("size", [0, 1, 511, 513, 65536, 65537])
+@pytest.mark.parametrize("size", [1, 511, 513, 65536, 65537])
 def test_disks_of_tiny_and_odd_sizes_come_back(tmp_path, size):
     source = garbage(tmp_path / "s.raw", size)
     repo = tmp_path / "repo"
@@ -459,7 +459,10 @@ def test_a_restore_does_not_replace_a_backup(tmp_path):
     data = night.repository / "disk" / f"disk.{point}.qcow2"
     before = data.read_bytes()
     (tmp_path / "link").symlink_to(data)
-    for target in (data, tmp_path / "link", data.with_name("new.raw")):
+    (tmp_path / "loop").symlink_to("loop")
+    assert call_pybackup(["restore", "disk/latest", tmp_path / "loop", "--repo", night.repository]).rc == 2
+    marker, other = night.repository / "pybackup.json", night.repository / "other" / "new.raw"
+    for target in (data, tmp_path / "link", data.with_name("new.raw"), marker, other):
         done = call_pybackup(["restore", "disk/latest", target, "--repo", night.repository, "--force"])
         assert done.rc == 2, done
         assert "among the backups" in done.stderr
@@ -568,9 +571,9 @@ def test_an_abandoned_target_lets_all_threads_go(mode):
     assert [type(error) for error in errors] == [Failed, Failed, Failed, type(None)]
 
 
-def test_an_error_in_one_thread_does_not_wait_for_another_that_hangs(night):
-    # One block of the disk fails and every other write hangs: the error must come out.
-    script = 'case "$4" in 0) exec sleep 20;; *) echo ENOSPC >&2; exit 1;; esac'
+def test_an_error_in_one_thread_does_not_wait_for_another_that_hangs(night, tmp_path):
+    # The first write hangs and all others fail: the error must come out.
+    script = f"cat >/dev/null; mkdir {tmp_path}/first 2>/dev/null && exec sleep 20; echo ENOSPC >&2; exit 1"
     with nbdkit(
         "eval", "get_size=echo 16777216", f"pwrite={script}", "zero=exit 0", "can_zero=exit 0", "can_write=exit 0",
         "pread=exit 1", "can_multi_conn=exit 0", "thread_model=echo parallel",
