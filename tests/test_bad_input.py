@@ -8,7 +8,9 @@ import sys
 
 import pytest
 from forge import rewrite
-from lab import KIB, Night, call_pybackup, make_image, restore_and_cmp, run, run_pybackup, write
+from lab import KIB, MIB, Night, call_pybackup, make_image, restore_and_cmp, run, run_pybackup, write
+
+from backup.qemu.truncation import may_be_cut_off
 
 ESCAPE = "\x1b[2J\x1b]0;owned\x07"
 
@@ -395,3 +397,15 @@ def test_a_damaged_table_of_the_parent_is_a_broken_chain_and_a_full(tmp_path):
     assert (done.rc, done.disk["kind"]) == (3, "full")
     assert "the chain is broken" in done.stderr
     restore_and_cmp(night.repository, "disk/latest", night.image)
+
+
+@pytest.mark.parametrize("preallocation", ["off", "metadata", "falloc"])
+@pytest.mark.parametrize(("cluster", "refcount_bits"), [(512, 16), (4096, 1), (65536, 16), (65536, 64), (2 * MIB, 8)])
+def test_whole_images_of_every_kind_are_not_suspected_to_be_cut_off(tmp_path, preallocation, cluster, refcount_bits):
+    options = f"preallocation={preallocation},cluster_size={cluster},refcount_bits={refcount_bits}"
+    image = make_image(tmp_path / "disk.qcow2", "20M", "-o", options)
+    for command in ("write 5M 512", "write -z 1M 3M", "discard 5M 1M"):
+        write(image, command)
+        with open(image, "rb") as file:
+            assert not may_be_cut_off(file, image.stat().st_size), command
+            assert may_be_cut_off(file, cluster)

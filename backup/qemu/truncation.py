@@ -41,9 +41,12 @@ def may_be_cut_off(file: BinaryIO, size: int) -> bool:
     if len(block) < 1 << cluster_bits and entries[last] + (1 << cluster_bits) > size:
         return True
     counted = len(block.rstrip(b"\0"))
-    per_block = (8 << cluster_bits) >> order
-    highest = last * per_block + (max(counted - 1, 0) * 8 >> order)
-    return counted > 0 and highest << cluster_bits >= size
+    if not counted:
+        return False
+    bits = 1 << order
+    within = (block[counted - 1].bit_length() - 1) // bits  # lower entries lie in lower bits of a byte
+    highest = last * ((8 << cluster_bits) // bits) + (counted - 1) * 8 // bits + (within if bits < 8 else 0)
+    return bool(highest << cluster_bits >= size)
 
 
 def _read(file: BinaryIO, offset: int, length: int) -> bytes:
