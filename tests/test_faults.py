@@ -91,7 +91,7 @@ def test_a_server_that_reports_errors(tmp_path, content, repository, fault):
 
 
 DEATHS = {
-    "in the handshake": ["open=kill -9 $PPID"],
+    "in the handshake": ["open=kill -9 $PPID", "get_size=echo 1M", "pread=exit 1"],
     "asked for its size": ["get_size=kill -9 $PPID"],
     "during block status": [SHELL_SIZE, "can_extents=exit 0", "extents=kill -9 $PPID", "pread=exit 1"],
     "at the first read": [SHELL_SIZE, "pread=kill -9 $PPID"],
