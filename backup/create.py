@@ -22,7 +22,6 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol
 
 import backup
 from backup import chain as chains
@@ -41,6 +40,7 @@ from backup.manifest import (
     new_point_id,
 )
 from backup.plan import Plan
+from backup.progress import Progress
 from backup.qemu.nbd import Export
 from backup.repository import Contents, Machine, Repository
 from backup.sources import Source
@@ -116,16 +116,6 @@ class Report:
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
     disks: tuple[DiskReport, ...]
-
-
-class Progress(Protocol):
-    """Who watches a copy."""
-
-    def begin(self, disk: str, total: int) -> None:
-        """A disk's copy begins; `total` bytes will be read."""
-
-    def advance(self, done: int) -> None:
-        """So many bytes of it are done."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ from backup.digests import BLOCK
 from backup.errors import Damaged, Failed, NotFound, UsageError
 from backup.extents import Offsets, windows
 from backup.manifest import Manifest
+from backup.progress import Progress
 from backup.qcow2 import COMPRESSED, Codec
 from backup.repository import MARKER, Machine
 from backup.targets import Target, is_uri, opened
@@ -70,16 +71,6 @@ class _Completing(Protocol):
 
     def done_below(self, offset: int) -> None:
         """Nothing below this byte comes any more, or is under way."""
-
-
-class Progress(Protocol):
-    """Who watches a restore."""
-
-    def begin(self, disk: str, total: int) -> None:
-        """A disk begins; it has `total` bytes."""
-
-    def advance(self, done: int) -> None:
-        """So many bytes of it are done."""
 
 
 def targets(

@@ -272,7 +272,7 @@ def map_sums(totals: MapTotals) -> None:
 
 
 class Quiet:
-    """Progress that nobody watches (a `create.Progress`)."""
+    """Progress that nobody watches (a `progress.Progress`)."""
 
     def begin(self, disk: str, total: int) -> None:
         """Nothing."""
@@ -282,7 +282,7 @@ class Quiet:
 
 
 class OnBar:
-    """Progress on a terminal's bar (a `create.Progress`)."""
+    """Progress on a terminal's bar (a `progress.Progress`)."""
 
     def __init__(self, bar: Bar) -> None:
         self._bar = bar

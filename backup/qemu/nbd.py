@@ -116,9 +116,7 @@ class Export:
         self._by_context = {name: first for name in wanted if self._can(first, name)}
         self.multi_conn: bool = self._ask(first.can_multi_conn)
         self._takes_more = self.multi_conn
-        self.read_only: bool = self._ask(first.is_read_only)
-        self.server_size: int = self._ask(first.get_size)
-        self._size = self.server_size if size is None else size
+        self._size: int = self._ask(first.get_size) if size is None else size
         self.max_request = self._block_size(first, self._nbd.SIZE_MAXIMUM, _MAX_REQUEST)
         if self.multi_conn and len(self._by_context) > 1:
             self._split_contexts()

@@ -84,10 +84,6 @@ class ImageInfo:
     lower: tuple[Layer, ...]
     lower_bitmaps: tuple[str, ...]
 
-    def bitmap(self, name: str) -> Bitmap | None:
-        """The bitmap of exactly that name in this image itself, not in a file below it (trap 21)."""
-        return next((bitmap for bitmap in self.bitmaps if bitmap.name == name), None)
-
 
 def detect_format(path: Path) -> str:
     """
