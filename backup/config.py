@@ -93,9 +93,9 @@ class Config:
     """
     All settings.  Sizes in bytes.
 
-    `path` is the file they came from, None for the defaults.  `requests` are in flight on each of `connections`, each
-    of at most `request_size` bytes: their product bounds the memory of a copy.  `workers` compress and hash; None means
-    one for each core.  `max_chain` is the number of points after which an incremental becomes a full.  `group_read`
+    `path` is the file they came from, None for the defaults.  At most `requests` are in flight on each of
+    `connections`, each of at most `request_size` bytes; how many is found out while copying.  `workers` compress and
+    hash; None means one for each core.  `max_chain` is the number of points after which an incremental becomes a full.  `group_read`
     lets the group read the repository (0640 and 0750 instead of 0600 and 0700).
     """
 
@@ -108,7 +108,7 @@ class Config:
     check_zeroes: bool = True
     connections: int = 4
     requests: int = 16
-    request_size: int = MiB
+    request_size: int = 512 * KiB
     workers: int | None = None
     group_read: bool = False
     machines: tuple[MachineConfig, ...] = ()

@@ -5,22 +5,30 @@ The copier: runs a plan, reading from a source and storing into a sink, several 
                                 -> queue -> workers: zero test, compression, digests, writing
 
 Every byte is moved, hashed and compressed by code that releases the GIL.  Memory is bounded by the number of buffers,
-which are made once and go round.  The first error, or a signal in the calling thread, stops all threads promptly.
+which are made once and go round, the one that came back last first: it is still in the processor's cache.  The first
+error, or a signal in the calling thread, stops all threads promptly.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+
+from backup.extents import Offsets
+from backup.pages import pages
 from backup.plan import DATA, Plan, cluster_runs
 
 _TICK = 0.1
 """Seconds between looks at the stop flag: how long a stop may take to be noticed."""
+_IDLE = 0.01
+"""Seconds between looks of a connection that is not needed at whether it is."""
 
 
 class Lane(Protocol):
@@ -38,8 +46,11 @@ class Lane(Protocol):
 class Sink(Protocol):
     """Where clusters go; safe to call from several threads."""
 
-    def write(self, first_cluster: int, data: memoryview) -> int:
-        """Store whole clusters; returns how many of them are all zeroes."""
+    batch: int
+    """Bytes that it takes best at once."""
+
+    def write(self, clusters: Offsets, data: memoryview) -> int:
+        """Store whole clusters with these numbers, ascending; returns how many of them are all zeroes."""
 
     def zero(self, first_cluster: int, count: int) -> None:
         """Record clusters that read as zero."""
@@ -53,19 +64,33 @@ class Settings:
     """
     How much happens at once.
 
-    Memory for buffers is at most (lanes x requests + 2 x workers) x request_size, and never more than `buffer_limit`.
+    Each of `connections` has at most `requests` reads in flight, each of at most `request_size` bytes; `workers`
+    threads hash, compress and write.  Buffers take no more than `buffer_limit` bytes.
     """
 
     connections: int = 4
     requests: int = 16
-    request_size: int = 1 << 20
+    request_size: int = 1 << 19
     workers: int = 2
     buffer_limit: int = 64 << 20
 
-    def buffers(self, lanes: int, request_size: int) -> int:
-        """Number of buffers of request_size bytes."""
-        wanted = lanes * self.requests + 2 * self.workers
-        return max(2, min(wanted, self.buffer_limit // request_size))
+    def buffers(self, lanes: int, batch: int) -> int:
+        """Number of buffers of `batch` bytes: for all reads in flight, and two for each worker."""
+        wanted = -(-lanes * self.requests * self.request_size // batch) + 2 * self.workers
+        return max(2, min(wanted, self.buffer_limit // batch))
+
+    def batch(self, data: int, cluster_size: int, most: int) -> int:
+        """
+        Bytes of a buffer for `data` bytes in all: `most`, what the sink takes best, but less where that would leave
+        workers idle, and never less than one read.
+        """
+        share = data // (_BATCHES_EACH * self.workers)
+        size = max(self.request_size, min(most, share))
+        return max(cluster_size, size // cluster_size * cluster_size)
+
+
+_BATCHES_EACH = 4
+"""Batches that each worker should get at the least: the last ones are done by some while others have none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +107,97 @@ class Batch:
     """Pieces that share a buffer: one hand-over from a lane to a worker, also for scattered small runs."""
 
     pieces: list[Piece]
-    buffer: bytearray = field(default_factory=bytearray)
+    buffer: memoryview = field(default_factory=lambda: memoryview(b""))
     waiting: int = 0
 
     @property
     def first(self) -> int:
         """Lowest guest offset."""
         return self.pieces[0].offset
+
+
+class Depth:
+    """
+    How many reads are in flight: doubled for as long as that reads faster, halved where it does not.
+
+    Many connections with deep queues hide the latency of a distant server.  With one on this machine they only drive
+    its buffers and ours out of the processor's cache, and threads wait for each other: one connection reads fastest.
+
+    Parameters
+    ----------
+    lanes, requests : int
+        Connections, and the most that each may have in flight.
+    """
+
+    _FIRST = 8
+    """In flight on a connection before another one is used."""
+    _BETTER = 1.1
+    """Deeper must be faster by this factor; shallower may not be slower by its root."""
+    _REST, _LONGEST_REST = 4, 64
+    """Measurements between two trials; doubled after each that changed nothing."""
+
+    def __init__(self, lanes: int, requests: int) -> None:
+        self._least = self.now = min(self._FIRST, requests)
+        self._lanes = lanes
+        self._most = lanes * requests
+        self._before: tuple[int, float] | None = None  # depth and rate that the one on trial is measured against
+        self._rest, self._left = self._REST, 0
+        self._deeper = True
+
+    def of(self, lane: int) -> int:
+        """Reads that a connection, counted from 0, should have in flight; 0 for one that is not needed."""
+        used = min(self._lanes, -(-self.now // self._least))
+        return -(-self.now // used) if lane < used else 0
+
+    def measured(self, rate: float) -> None:
+        """Take note of the rate (of any unit) at the depth of now, and choose the next."""
+        if self._before is None:
+            self._left -= 1
+            if self._left < 0:
+                self._try(rate)
+            return
+        depth, known = self._before
+        if rate >= known * (self._BETTER if self.now > depth else self._BETTER**-0.5):
+            self._rest = self._REST
+            self._try(rate)  # on in the same direction
+            return
+        self.now = depth
+        self._settle()
+
+    def _try(self, rate: float) -> None:
+        wanted = min(self.now * 2, self._most) if self._deeper else max(self.now // 2, self._least)
+        if wanted == self.now:
+            self._settle()
+            return
+        self._before = self.now, rate
+        self.now = wanted
+
+    def _settle(self) -> None:
+        self._before = None
+        self._left, self._rest = self._rest, min(self._rest * 2, self._LONGEST_REST)
+        self._deeper = not self._deeper or self.now == self._least
+
+
+class _Meter:
+    """Measures how fast reads arrive and steers a Depth by it.  Used under a lock."""
+
+    _SECONDS = 0.04
+    """At least so long, and at least so many reads, make one measurement."""
+    _READS = 32
+
+    def __init__(self, depth: Depth) -> None:
+        self._depth = depth
+        self._began = time.perf_counter()
+        self._reads = 0
+
+    def arrived(self, reads: int) -> None:
+        self._reads += reads
+        if self._reads < self._READS:
+            return
+        now = time.perf_counter()
+        if now - self._began >= self._SECONDS:
+            self._depth.measured(self._reads / (now - self._began))
+            self._began, self._reads = now, 0
 
 
 def copy(
@@ -103,22 +212,19 @@ def copy(
     """
     Read the plan's data through `lanes` and store it, and its zeroes, in `sink`.
 
-    `progress` is called in this thread with the bytes done so far.
+    `max_request` is the server's largest read (bytes).  `progress` is called in this thread with the bytes done so far.
 
     Returns
     -------
     int
         Bytes of clusters that were read as data and turned out to be all zeroes.
     """
-    request_size = max(
-        plan.cluster_size, min(settings.request_size, max_request) // plan.cluster_size * plan.cluster_size
-    )
-    # No more buffers than there is data for: making 64 MiB of them takes 50 ms, as long as all else of an idle night.
-    buffers = max(1, min(settings.buffers(len(lanes), request_size), -(-plan.totals.data // request_size)))
-    run = _Run(plan, sink, request_size, buffers)
-    threads = [
-        threading.Thread(target=run.guard, args=(run.read, lane, settings.requests, max_request)) for lane in lanes
-    ]
+    batch = settings.batch(plan.totals.data, plan.cluster_size, sink.batch)
+    # No more buffers than there is data for: an idle night needs none.
+    count = max(1, min(settings.buffers(len(lanes), batch), -(-plan.totals.data // batch)))
+    depth = Depth(len(lanes), settings.requests)
+    run = _Run(plan, sink, [pages(batch) for _ in range(count)], min(settings.request_size, max_request), depth)
+    threads = [threading.Thread(target=run.guard, args=(run.read, lane, number)) for number, lane in enumerate(lanes)]
     workers = [threading.Thread(target=run.guard, args=(run.work,)) for _ in range(settings.workers)]
     try:
         for thread in threads + workers:
@@ -149,7 +255,7 @@ def _await(threads: Sequence[threading.Thread], run: _Run, progress: Callable[[i
 class _Run:
     """What the threads of one copy share."""
 
-    def __init__(self, plan: Plan, sink: Sink, request_size: int, buffers: int) -> None:
+    def __init__(self, plan: Plan, sink: Sink, buffers: Sequence[memoryview], request_size: int, depth: Depth) -> None:
         self.plan = plan
         self.sink = sink
         self.request_size = request_size
@@ -158,13 +264,14 @@ class _Run:
         self.done = 0
         self.found_zero = 0
         self.ready: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
-        self._free: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
-        for _ in range(buffers):
-            self._free.put(bytearray(request_size))
+        self._batch = len(buffers[0])
+        self._free = _Stack(buffers)
         self._lock = threading.Lock()
         self._batches: Iterator[Batch] | None = self._cut()
         self._outstanding: dict[int, None] = {}
         self._issued = 0
+        self._depth = depth
+        self._meter = _Meter(depth)
 
     def guard(self, work: Callable[..., None], *args: object) -> None:
         """Run `work`; its first error stops the whole copy."""
@@ -175,25 +282,26 @@ class _Run:
                 self.error = self.error or error
             self.stop.set()
 
-    def read(self, lane: Lane, requests: int, max_request: int) -> None:
+    def read(self, lane: Lane, number: int) -> None:
         """Keep reads in flight on one connection until the batches end."""
         waiting: deque[tuple[int, memoryview, Batch]] = deque()
-        more = True
         while not self.stop.is_set():
-            while lane.in_flight < requests:
-                if more and not waiting:
+            # What was begun is read to its end, also when the connection is not needed any more.
+            depth = self._depth.of(number) or bool(waiting)
+            while lane.in_flight < depth:
+                if not waiting and self._batches is not None:
                     batch = self._next(patient=lane.in_flight == 0)
                     if batch is not None:
-                        waiting.extend(_requests(batch, max_request))
-                    more = self._batches is not None
+                        waiting.extend(_requests(batch, self.request_size))
                 if not waiting:
                     break
                 lane.submit(*waiting.popleft())
             if lane.in_flight:
-                for token in lane.wait(int(_TICK * 1000)):
-                    self._arrived(token)
-            elif not more and not waiting:
+                self._arrived(lane.wait(int(_TICK * 1000)))
+            elif self._batches is None and not waiting:
                 return
+            elif not depth:
+                self.stop.wait(_IDLE)
 
     def work(self) -> None:
         """Store batches until there are no more."""
@@ -208,9 +316,8 @@ class _Run:
 
     def _next(self, *, patient: bool) -> Batch | None:
         """The next batch with a buffer, or None: no buffer just now, or (then _batches is None) no more batches."""
-        try:
-            buffer = self._free.get(timeout=_TICK) if patient else self._free.get_nowait()
-        except queue.Empty:
+        buffer = self._free.pop(_TICK if patient else 0)
+        if buffer is None:
             return None
         with self._lock:
             batch = next(self._batches, None) if self._batches is not None else None
@@ -220,26 +327,27 @@ class _Run:
                 self._issued = batch.pieces[-1].offset + batch.pieces[-1].length
                 return batch
             self._batches = None
-        self._free.put(buffer)
+        self._free.push(buffer)
         return None
 
-    def _arrived(self, token: object) -> None:
-        assert isinstance(token, Batch)
-        token.waiting -= 1
-        if not token.waiting:
-            self.ready.put(token)
+    def _arrived(self, tokens: list[object]) -> None:
+        for batch in tokens:
+            assert isinstance(batch, Batch)
+            batch.waiting -= 1
+            if not batch.waiting:
+                self.ready.put(batch)
+        with self._lock:
+            self._meter.arrived(len(tokens))
 
     def _store(self, batch: Batch) -> None:
         cluster = self.plan.cluster_size
-        zeroes = 0
-        with memoryview(batch.buffer) as view:
-            for piece in batch.pieces:
-                padded = -(-piece.length // cluster) * cluster
-                if padded > piece.length:
-                    view[piece.at + piece.length : piece.at + padded] = bytes(padded - piece.length)
-                with view[piece.at : piece.at + padded] as data:
-                    zeroes += self.sink.write(piece.offset // cluster, data)
-        self._free.put(batch.buffer)
+        last = batch.pieces[-1]
+        end = last.at + -(-last.length // cluster) * cluster
+        # Only the disk's last cluster is partial, and it is the last of its batch.
+        batch.buffer[last.at + last.length : end] = bytes(end - last.at - last.length)
+        with batch.buffer[:end] as data:
+            zeroes = self.sink.write(_numbers(batch.pieces, cluster), data)
+        self._free.push(batch.buffer)
         with self._lock:
             del self._outstanding[batch.first]
             # Batches are handed out in ascending order, so the oldest outstanding one is the lowest.
@@ -260,24 +368,53 @@ class _Run:
                     continue
                 end = start + length
                 while start < end:
-                    count = min(end - start, self.request_size - filled)
+                    count = min(end - start, self._batch - filled)
                     pieces.append(Piece(start, count, filled))
                     start += count
                     filled += -(-count // cluster) * cluster
-                    if filled == self.request_size:
+                    if filled == self._batch:
                         yield Batch(pieces)
                         pieces, filled = [], 0
         if pieces:
             yield Batch(pieces)
 
 
-def _requests(batch: Batch, max_request: int) -> list[tuple[int, memoryview, Batch]]:
-    """The reads that fill a batch; a piece is cut where the server allows only smaller requests than a cluster."""
-    view = memoryview(batch.buffer)
+class _Stack:
+    """Buffers that are free, last in, first out; safe to use from several threads."""
+
+    def __init__(self, buffers: Sequence[memoryview]) -> None:
+        self._buffers = deque(buffers)
+        self._there: queue.SimpleQueue[None] = queue.SimpleQueue()  # queue.LifoQueue is Python, and 10 times slower
+        for _ in self._buffers:
+            self._there.put(None)
+
+    def push(self, buffer: memoryview) -> None:
+        self._buffers.append(buffer)
+        self._there.put(None)
+
+    def pop(self, seconds: float) -> memoryview | None:
+        try:
+            self._there.get(block=seconds > 0, timeout=seconds)
+        except queue.Empty:
+            return None
+        return self._buffers.pop()
+
+
+def _numbers(pieces: Sequence[Piece], cluster_size: int) -> Offsets:
+    """Numbers of the clusters that pieces cover, in order."""
+    firsts = np.array([piece.offset // cluster_size for piece in pieces], np.int64)
+    counts = np.array([-(-piece.length // cluster_size) for piece in pieces], np.int64)
+    ends = np.cumsum(counts)
+    return np.repeat(firsts - (ends - counts), counts) + np.arange(int(ends[-1]))
+
+
+def _requests(batch: Batch, size: int) -> list[tuple[int, memoryview, Batch]]:
+    """The reads, of at most `size` bytes, that fill a batch."""
+    view = batch.buffer
     found = [
-        (piece.offset + low, view[piece.at + low : piece.at + min(low + max_request, piece.length)], batch)
+        (piece.offset + low, view[piece.at + low : piece.at + min(low + size, piece.length)], batch)
         for piece in batch.pieces
-        for low in range(0, piece.length, max_request)
+        for low in range(0, piece.length, size)
     ]
     batch.waiting = len(found)
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backup import copier
-from backup.copier import Settings
+from backup.copier import Depth, Settings
 from backup.errors import Interrupted, SourceError
+from backup.extents import Offsets
 from backup.plan import plan_full
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -81,8 +82,11 @@ class MemorySink:
         self.complete = 0
         self.lock = threading.Lock()
 
-    def write(self, first_cluster: int, data: memoryview) -> int:
-        assert len(data) % CLUSTER == 0
+    batch = 16 * CLUSTER
+
+    def write(self, clusters: Offsets, data: memoryview) -> int:
+        assert len(data) == len(clusters) * CLUSTER
+        assert (np.diff(clusters) > 0).all()
         with self.lock:
             zeroes = 0
             for at in range(0, len(data), CLUSTER):
@@ -91,7 +95,7 @@ class MemorySink:
                     if self.fail_at < 0:
                         raise OSError("the sink fails")
                 content = bytes(data[at : at + CLUSTER])
-                self._put(first_cluster + at // CLUSTER, content)
+                self._put(int(clusters[at // CLUSTER]), content)
                 zeroes += not any(content)
             return zeroes
 
@@ -204,13 +208,74 @@ def test_nothing_to_read_still_records_the_zeroes():
     assert not lane.lengths
 
 
-def test_as_many_reads_are_in_flight_as_asked_for():
-    """One at a time would make a distant server many times slower, and nothing else would show it."""
+class Distant(FakeLane):
+    """A server whose answers take 5 ms, however many there are: reads faster the more are in flight."""
+
+    def wait(self, milliseconds: int) -> list[object]:
+        threading.Event().wait(0.005)
+        return super().wait(milliseconds)
+
+
+def test_a_distant_server_is_read_with_all_connections_and_deep_queues():
+    """A few at a time would make a distant server many times slower, and nothing else would show it."""
+    content = b"x" * (8000 * CLUSTER)
+    lanes = [Distant(content, seed=at) for at in range(4)]
+    chosen = Settings(connections=4, requests=16, request_size=CLUSTER, workers=1)
+    copier.copy(plan_of(content), lanes, MemorySink(), chosen, max_request=NO_LIMIT, progress=ignore)
+    assert [lane.deepest for lane in lanes] == [16, 16, 16, 16]
+
+
+def test_a_server_nearby_is_read_through_one_connection():
+    """More would only push buffers out of the processor's cache."""
     content = b"x" * (64 * CLUSTER)
-    lane = FakeLane(content)
-    chosen = Settings(connections=1, requests=16, request_size=CLUSTER, workers=1)
-    copier.copy(plan_of(content), [lane], MemorySink(), chosen, max_request=NO_LIMIT, progress=ignore)
-    assert lane.deepest == 16
+    lanes = [FakeLane(content) for _ in range(4)]
+    chosen = Settings(connections=4, requests=16, request_size=CLUSTER, workers=1)
+    copier.copy(plan_of(content), lanes, MemorySink(), chosen, max_request=NO_LIMIT, progress=ignore)
+    assert [lane.deepest for lane in lanes] == [8, 0, 0, 0]
+
+
+def depths(rate_of: Callable[[int], float], times: int = 200) -> list[int]:
+    depth = Depth(4, 16)
+    found = []
+    for _ in range(times):
+        found.append(depth.now)
+        depth.measured(rate_of(depth.now))
+    return found
+
+
+def test_depth_grows_while_that_reads_faster_and_no_further():
+    assert depths(lambda now: now)[:4] == [8, 16, 32, 64]
+    assert set(depths(lambda now: now)[3:]) <= {64, 32}  # 32: is less as good?
+    assert depths(lambda now: min(now, 20)).count(64) < 20
+
+
+def test_depth_stays_low_where_more_is_slower_and_is_tried_ever_more_rarely():
+    found = depths(lambda now: 1 / now)
+    assert set(found) == {8, 16}
+    assert found.count(16) < 10
+
+
+def test_depth_comes_down_when_what_made_it_worthwhile_is_gone():
+    near = False
+    depth = Depth(4, 16)
+    for _ in range(300):
+        near = near or depth.now == 64
+        depth.measured(1 / depth.now if near else depth.now)
+    assert depth.now <= 16
+
+
+@pytest.mark.parametrize(("lanes", "requests"), [(1, 1), (1, 16), (3, 5), (4, 16), (64, 256)])
+def test_depth_never_asks_more_of_a_connection_than_it_may(lanes, requests):
+    depth = Depth(lanes, requests)
+    deepest = 0
+    for rate in range(1, 100):
+        each = [depth.of(lane) for lane in range(lanes)]
+        assert each[0] > 0
+        assert max(each) <= requests
+        assert sum(each) >= depth.now
+        deepest = max(deepest, depth.now)
+        depth.measured(2.0**rate)
+    assert deepest == lanes * requests
 
 
 @pytest.mark.parametrize(("limit", "most"), [(8 * CLUSTER, 8), (1, 2), (1 << 40, 2 * 5 + 2 * 3)])
@@ -221,6 +286,18 @@ def test_memory_is_bounded_by_the_buffers(limit, most):
     assert chosen.buffers(2, CLUSTER) == most
     copier.copy(plan_of(content), lanes, MemorySink(), chosen, max_request=NO_LIMIT, progress=ignore)
     assert len(lanes[0].buffers | lanes[1].buffers) <= most
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (1 << 30, 4 * MIB),  # much to do: what the sink takes best
+        (16 * MIB, 2 * MIB),  # less: each of two workers gets four
+        (MIB, 512 * KIB),  # little: one read
+    ],
+)
+def test_a_batch_is_large_only_where_all_workers_get_some(data, expected):
+    assert Settings(workers=2).batch(data, CLUSTER, 4 * MIB) == expected
 
 
 def test_small_scattered_pieces_share_a_buffer():
@@ -286,12 +363,17 @@ def test_the_first_error_is_the_one_that_is_raised():
     failed = threading.Event()
 
     class First(FakeLane):
+        waits = 0
+
         def wait(self, milliseconds: int) -> list[object]:
+            self.waits += 1
+            if self.waits < 20:
+                return super().wait(milliseconds)
             failed.set()
             raise SourceError("first", hint="-")
 
-    class Second(FakeLane):
-        def wait(self, milliseconds: int) -> list[object]:
+    class Second(MemorySink):
+        def write(self, clusters: Offsets, data: memoryview) -> int:
             failed.wait(5)
             threading.Event().wait(0.05)
             raise SourceError("second", hint="-")
@@ -299,9 +381,9 @@ def test_the_first_error_is_the_one_that_is_raised():
     with pytest.raises(SourceError, match="first"):
         copier.copy(
             plan_of(content),
-            [Second(content), First(content)],
-            MemorySink(),
-            Settings(2, 4, CLUSTER, 1),
+            [First(content)],
+            Second(),
+            Settings(1, 1, CLUSTER, 1),
             max_request=NO_LIMIT,
             progress=ignore,
         )
@@ -330,10 +412,10 @@ def test_a_sink_slower_than_the_source_stops_too():
     entered = threading.Event()
 
     class Slow(MemorySink):
-        def write(self, first_cluster: int, data: memoryview) -> int:
+        def write(self, clusters: Offsets, data: memoryview) -> int:
             entered.set()
             threading.Event().wait(0.02)
-            return super().write(first_cluster, data)
+            return super().write(clusters, data)
 
     def interrupt(done: int) -> None:
         if entered.is_set():

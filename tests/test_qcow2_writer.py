@@ -30,7 +30,7 @@ from qcow2_oracles import (
 
 from backup.errors import BackupError, UsageError
 from backup.qcow2 import COMPRESSED, PART, RAW, UNALLOCATED, ZERO, Codec, Image, Writer, check
-from backup.qcow2.space import STALE_BYTES, Space
+from backup.qcow2.space import ALIGN_FROM, STALE_BYTES, Space
 from backup.qcow2.writer import count_blocks
 
 CLUSTER_SIZES = [4 * KIB << n for n in range(10)]
@@ -300,13 +300,49 @@ def test_a_run_left_far_behind_is_closed_so_that_its_refcounts_settle():
     space.frames(np.full(1, 60_000, np.uint64))  # opens a run of many clusters
     start = space.settled
     space.clusters(STALE_BYTES // (64 * KIB) - 1)
-    assert space.close_stale() == (0, 0)
+    assert space.close_stale() == []
     assert space.settled == start
     space.clusters(1)
-    offset, length = space.close_stale()
+    [(offset, length)] = space.close_stale()
     assert offset < (start + 1) * 64 * KIB < offset + length
     assert space.settled == space.cursor
-    assert space.close_stale() == (0, 0)
+    assert space.close_stale() == []
+
+
+def test_whole_parts_of_raw_clusters_begin_on_a_part_once_the_file_is_large():
+    space = Space(Image(TIB, 64 * KIB, None, zstd=True))
+    per = PART // (64 * KIB)
+    assert space.part() == (1, (0, 0))
+    space.clusters(ALIGN_FROM // (64 * KIB))
+    first, hole = space.part()
+    assert first % per == 0
+    assert hole == (0, 0)
+    gap = 1 + ALIGN_FROM // (64 * KIB) + per
+    assert space.settled == gap
+    assert space.clusters(3) == gap  # what is smaller fills the gap
+    assert space.clusters(per) == first + per  # ... and what is not, does not
+    assert space.tables(2) == (gap + 3, 2)
+    assert space.clusters(1) == gap + 5
+    space.clusters(per - 1)
+    old_gap = (gap + 6) * 64 * KIB
+    first, hole = space.part()
+    assert first % per == 0
+    assert hole == (old_gap, hole[1])
+    assert hole[1] % (64 * KIB) == 0
+
+
+def test_a_gap_left_far_behind_is_closed_so_that_its_refcounts_settle():
+    space = Space(Image(TIB, 64 * KIB, None, zstd=True))
+    space.clusters(ALIGN_FROM // (64 * KIB))
+    space.part()
+    gap = space.settled
+    while space.cursor * 64 * KIB < gap * 64 * KIB + STALE_BYTES:
+        assert space.close_stale() == []
+        space.part()
+    while not (holes := space.close_stale()):
+        space.part()
+    assert holes == [(gap * 64 * KIB, holes[0][1])]
+    assert space.settled == space.cursor
 
 
 def test_refcounts_of_clusters_that_tables_may_still_take_do_not_settle():
@@ -359,7 +395,7 @@ def test_unused_bytes_are_zeroes_whatever_the_buffers_held(tmp_path, monkeypatch
     monkeypatch.setattr("backup.qcow2.parts._KEPT_BUFFERS", 0)  # else most holes are in buffers that held other parts
     for name, byte in (("a", 0), ("b", 0xFF)):
         with monkeypatch.context() as patch:
-            patch.setattr("backup.qcow2.parts.np.empty", lambda n, dtype, byte=byte: np.full(n, byte, dtype))
+            patch.setattr("backup.qcow2.parts.pages", lambda n, byte=byte: memoryview(bytearray([byte]) * n))
             write_image(tmp_path / name, Image(len(data), 64 * KIB, None, zstd=True), data, batch=8)
     require_same((tmp_path / "a").read_bytes(), (tmp_path / "b").read_bytes())
 
@@ -443,6 +479,29 @@ class Recorder:
         self.numbers.append(number)
 
 
+class Keeper:
+    """Keeps the parts themselves, not copies."""
+
+    def __init__(self):
+        self.parts = {}
+
+    def put(self, number, data):
+        self.parts[number] = data
+
+
+def test_whole_parts_of_raw_clusters_are_not_copied():
+    sink = Keeper()
+    writer = Writer(Image(GIB, 64 * KIB, None, zstd=False), sink, level=None)
+    data = memoryview(bytearray(b"x" * PART))
+    codec = Codec(64 * KIB, None)
+    per = PART // (64 * KIB)
+    for number in range(32):
+        writer.write(number * per, data, codec)
+    assert sum(np.shares_memory(np.frombuffer(data, np.uint8), part) for part in sink.parts.values()) == 16
+    writer.finish()
+    assert all(np.frombuffer(sink.parts[number], np.uint8).min() == ord("x") for number in range(17, 33))
+
+
 def test_whole_parts_leave_at_once_and_part_0_last():
     sink = Recorder()
     writer = Writer(Image(16 * MIB, 64 * KIB, None, zstd=False), sink, level=None)
@@ -469,13 +528,24 @@ def layouts(draw):
     runs = draw(st.lists(st.tuples(st.sampled_from("-zrcn"), st.integers(1, 700)), min_size=1, max_size=12))
     total = sum(count for _, count in runs) * cluster_size
     cut = draw(st.integers(0, cluster_size - 1))
-    batch = draw(st.integers(1, 40))
+    batch = draw(st.integers(1, 40) | st.just(256 * KIB // cluster_size))
     seed = draw(st.integers(0, 2**32))
     return cluster_size, [(k, n if cluster_size < 64 * KIB else n // 10 + 1) for k, n in runs], total, cut, batch, seed
 
 
+@pytest.fixture(params=[PART, 256 * KIB], ids=["parts", "small parts"])
+def _part(request, monkeypatch):
+    """Parts so small that layouts of a few MiB have many, with gaps and stale runs between them."""
+    for module in ("layout", "parts", "space", "writer"):
+        monkeypatch.setattr(f"backup.qcow2.{module}.PART", request.param, raising=False)
+    monkeypatch.setattr("qcow2_oracles.PART", request.param)
+    monkeypatch.setattr("backup.qcow2.space.ALIGN_FROM", 2 * request.param)
+    monkeypatch.setattr("backup.qcow2.space.STALE_BYTES", 8 * request.param)
+
+
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(layouts(), st.booleans(), st.booleans())
+@pytest.mark.usefixtures("_part")
 def test_any_layout_is_sound_and_reads_back(tmp_path, layout, overlay, completes):
     cluster, runs, _, cut, batch, seed = layout
     rng = random.Random(seed)

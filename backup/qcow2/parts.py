@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from backup.pages import pages
 from backup.qcow2.layout import PART, U8
 
 _KEPT_BUFFERS = 4  # a few, for the threads that fill parts at one time; more would only hold memory
@@ -46,13 +47,22 @@ class Parts:
         self._open: dict[int, _Part] = {}
         self._spare: list[U8] = []
         self._size: int | None = None
+        self._stored = 0
 
     def fill(self, offset: int, data: U8) -> None:
-        """Copy `data` to the file's bytes at `offset`; copying and storing whole parts happen in this thread."""
+        """
+        Store `data` as the file's bytes at `offset`; copying and storing whole parts happen in this thread.
+
+        What is a whole part goes to the sink without being copied.
+        """
         done = 0
         while done < len(data):
             number, at = divmod(offset + done, PART)
             take = min(PART - at, len(data) - done)
+            if take == PART:
+                self._store(number, data[done : done + take])
+                done += take
+                continue
             # numpy copies without holding the interpreter's lock; a memoryview would hold it.
             self._part(number).buffer[at : at + take] = data[done : done + take]
             self._filled(number, take)
@@ -78,14 +88,15 @@ class Parts:
 
     def require_all_stored(self) -> None:
         """Raise RuntimeError if a part is not whole: some fill() failed, so the file must not be used."""
-        if self._size is None or self._open:
-            raise RuntimeError(f"parts {sorted(self._open)} of the file were not stored")
+        missing = -(-(self._size or 0) // PART) - self._stored
+        if self._size is None or missing:
+            raise RuntimeError(f"{missing} parts of the file were not stored")
 
     def _part(self, number: int) -> _Part:
         with self._lock:
             part = self._open.get(number)
             if part is None:
-                buffer = self._spare.pop() if self._spare else np.empty(PART, np.uint8)
+                buffer = self._spare.pop() if self._spare else np.frombuffer(pages(PART), np.uint8)
                 part = self._open[number] = _Part(buffer, PART)
             return part
 
@@ -95,9 +106,14 @@ class Parts:
             part.missing -= count
             if part.missing:
                 return
-        length = PART if self._size is None else min(PART, self._size - number * PART)
-        self._sink.put(number, part.buffer[:length].data)
-        with self._lock:  # only now: a part whose put() failed stays, for require_all_stored
             del self._open[number]
+        length = PART if self._size is None else min(PART, self._size - number * PART)
+        self._store(number, part.buffer[:length])
+        with self._lock:
             if len(self._spare) < _KEPT_BUFFERS:
                 self._spare.append(part.buffer)
+
+    def _store(self, number: int, data: U8) -> None:
+        self._sink.put(number, data.data)
+        with self._lock:  # only now: one whose put() failed does not count, for require_all_stored
+            self._stored += 1

@@ -21,7 +21,10 @@ RUN_CLUSTERS = 64
 """... and no more than this many clusters (a part where that is more): the end of each run is lost, half a frame."""
 
 STALE_BYTES = 256 * PART
-"""A run left open this far behind the cursor is closed; its refcount block and its part could not leave memory."""
+"""A run or gap this far behind the cursor is closed; its refcount block and its part could not leave memory."""
+
+ALIGN_FROM = 16 * PART
+"""From this file size on, whole parts of raw clusters begin on a part; before, the gap would make small files large."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,9 @@ class Space:
                                         ^packed_at           ^run_end          ^cursor
 
     The open run grows in place while nothing was handed out after it; else it is used up and a new one begins.
+
+    A whole part of raw clusters begins on a part, so that it needs no copying; the gap that this leaves before it takes
+    what is smaller, tables above all.
     """
 
     def __init__(self, image: Image) -> None:
@@ -56,13 +62,19 @@ class Space:
         self._packed_at = self._run_end = 0  # bytes; equal: no room
         self._packed = 0  # bytes of all frames so far
         self._spare_from = self._spare_end = 0  # clusters of the last run that tables may use, once it is closed
+        self._gap_from = self._gap_end = 0  # clusters left out before a part
 
     @property
     def settled(self) -> int:
         """Host clusters below this one get no further references."""
+        open_ends = [self.cursor]
         if self._packed_at < self._run_end:
-            return self._packed_at // self._size
-        return self._spare_from if self._spare_from < self._spare_end else self.cursor
+            open_ends.append(self._packed_at // self._size)
+        if self._spare_from < self._spare_end:
+            open_ends.append(self._spare_from)
+        if self._gap_from < self._gap_end:
+            open_ends.append(self._gap_from)
+        return min(open_ends)
 
     def clusters(self, count: int) -> int:
         """
@@ -73,6 +85,33 @@ class Space:
         Failed
             The file would outgrow what qcow2 can address with this cluster size.
         """
+        if count <= self._gap_end - self._gap_from:
+            first, self._gap_from = self._gap_from, self._gap_from + count
+            return first
+        return self._at_end(count)
+
+    def part(self) -> tuple[int, tuple[int, int]]:
+        """
+        Reserve as many consecutive clusters as a part has, on a part where the file is large enough for that.
+
+        Returns the first, and the hole, (offset, length) in bytes, of a gap that is given up for a new one.
+        """
+        per = PART // self._size
+        missing = -self.cursor % per
+        if missing == 0 or self.cursor * self._size < ALIGN_FROM:
+            return self._at_end(per), (0, 0)
+        hole = self.close_gap()
+        self._gap_from = self._at_end(missing)
+        self._gap_end = self._gap_from + missing
+        return self._at_end(per), hole
+
+    def close_gap(self) -> tuple[int, int]:
+        """Hand out no more of the gap.  Returns the hole, (offset, length) in bytes; length 0: none."""
+        hole = (self._gap_from * self._size, (self._gap_end - self._gap_from) * self._size)
+        self._gap_from = self._gap_end
+        return hole
+
+    def _at_end(self, count: int) -> int:
         first, self.cursor = self.cursor, self.cursor + count
         if self.cursor > self._limit:
             raise Failed(
@@ -83,11 +122,12 @@ class Space:
 
     def tables(self, most: int) -> tuple[int, int]:
         """Reserve 1 to `most` consecutive clusters for tables: (first, count).  What the last run left goes first."""
-        if self._spare_from == self._spare_end:
-            return self.clusters(most), most
-        first, count = self._spare_from, min(most, self._spare_end - self._spare_from)
-        self._spare_from += count
-        return first, count
+        if self._spare_from < self._spare_end:
+            first, count = self._spare_from, min(most, self._spare_end - self._spare_from)
+            self._spare_from += count
+            return first, count
+        count = min(most, self._gap_end - self._gap_from) or most
+        return self.clusters(count), count
 
     def frames(self, lengths: U64) -> Packing:
         """Reserve bytes for frames of these lengths (bytes each, at least one frame)."""
@@ -114,22 +154,25 @@ class Space:
         missing = total - (self._run_end - self._packed_at)
         if missing > 0:
             clusters = -(-missing // self._size)
-            self.clusters(clusters)
+            self._at_end(clusters)
             self._run_end += clusters * self._size
 
     def _open_run(self, needed: int) -> None:
         ahead = min(self._packed // RUN_GROWTH // self._size, self._max_run)
         clusters = max(-(-needed // self._size), ahead)
-        self._packed_at = self.clusters(clusters) * self._size
+        self._packed_at = self._at_end(clusters) * self._size
         self._run_end = self._packed_at + clusters * self._size
 
-    def close_stale(self) -> tuple[int, int]:
-        """Close a run that the cursor left far behind.  Returns the hole, (offset, length) in bytes; length 0: none."""
-        if self._packed_at == self._run_end or self.cursor * self._size - self._run_end < STALE_BYTES:
-            return 0, 0
-        hole = (self._packed_at, self._run_end - self._packed_at)
-        self._packed_at = self._run_end
-        return hole
+    def close_stale(self) -> list[tuple[int, int]]:
+        """Close a run and a gap that the cursor left far behind.  Returns the holes, (offset, length) in bytes."""
+        holes = []
+        end = self.cursor * self._size
+        if self._packed_at < self._run_end and end - self._run_end >= STALE_BYTES:
+            holes.append((self._packed_at, self._run_end - self._packed_at))
+            self._packed_at = self._run_end
+        if self._gap_from < self._gap_end and end - self._gap_end * self._size >= STALE_BYTES:
+            holes.append(self.close_gap())
+        return holes
 
     def close(self) -> tuple[int, int]:
         """

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from threading import Lock
 
 import numpy as np
 
+from backup.extents import Mask, Offsets
 from backup.qcow2.codec import Codec
 from backup.qcow2.layout import (
     PART,
@@ -38,6 +40,9 @@ from backup.qcow2.space import Refcounts, Space
 
 _PENDING = 1
 """In the L1 table in memory: this L2 table is not written yet.  It is in `_live`, or else it is all zero clusters."""
+
+_PROBES = 8
+"""Words looked at first in the search for a cluster's zeroes."""
 
 _TABLES_LOOKED_AT = 1 << 16
 """L1 entries searched at a time: an L1 table of 32 MiB would be walked thousands of times."""
@@ -87,7 +92,6 @@ class Writer:
         require_writable(image)
         self.image = image
         self._compress = image.zstd and level is not None
-        self._zeroes = bytes(image.cluster_size)
         self._parts = Parts(sink)
         self._lock = Lock()
         self._space = Space(image)
@@ -110,7 +114,8 @@ class Writer:
         first_cluster : int
             Number of the first guest cluster.
         data : bytearray or memoryview
-            Clusters, the disk's last one padded with zeroes.  A bytearray is tested for zeroes fastest.
+            Clusters, the disk's last one padded with zeroes.  A whole part of them (PART bytes) that is stored raw is
+            handed to the sink as it is; everything else is copied.
         codec : Codec
             The calling thread's own.
 
@@ -125,14 +130,19 @@ class Writer:
         ValueError
             Not whole clusters of the disk, or clusters that were written before or promised not to come.
         """
-        count, rest = divmod(len(data), self.image.cluster_size)
-        if rest:
-            raise ValueError(f"{len(data)} bytes are not whole clusters")
-        if count == 0:
+        count = len(data) // self.image.cluster_size
+        return self.write_scattered(np.arange(first_cluster, first_cluster + count), data, codec)
+
+    def write_scattered(self, clusters: Offsets, data: bytearray | memoryview, codec: Codec) -> int:
+        """Store guest clusters with these numbers, ascending; otherwise as `write`."""
+        if len(data) != len(clusters) * self.image.cluster_size:
+            raise ValueError(f"{len(data)} bytes are not whole clusters, or not {len(clusters)}")
+        if len(clusters) == 0:
             return 0
-        batch = self._encode(data, count, codec)
-        self._store(lambda: self._place(first_cluster, count, batch, np.frombuffer(data, np.uint8)))
-        return count - len(batch.raw) - len(batch.packed)
+        content = np.frombuffer(data, np.uint8)
+        batch = self._encode(content, len(clusters), codec)
+        self._store(lambda: self._place(clusters, batch, content))
+        return len(clusters) - len(batch.raw) - len(batch.packed)
 
     def zero(self, first_cluster: int, count: int) -> None:
         """
@@ -148,13 +158,13 @@ class Writer:
             end = first_cluster + count
             whole_from, whole_end = -(-first_cluster // per), end // per
             if whole_from >= whole_end:
-                self._set_entries(first_cluster, np.full(count, READS_AS_ZERO, np.uint64))
+                self._set_zero(first_cluster, count)
                 return
-            self._set_entries(first_cluster, np.full(whole_from * per - first_cluster, READS_AS_ZERO, np.uint64))
+            self._set_zero(first_cluster, whole_from * per - first_cluster)
             if self._l1[whole_from:whole_end].any():
                 raise ValueError(f"clusters {first_cluster} to {end} were written before")
             self._l1[whole_from:whole_end] = _PENDING
-            self._set_entries(whole_end * per, np.full(end - whole_end * per, READS_AS_ZERO, np.uint64))
+            self._set_zero(whole_end * per, end - whole_end * per)
 
     def completed_below(self, cluster: int) -> None:
         """
@@ -179,6 +189,7 @@ class Writer:
         """
         self._parts.clear(*self._space.close())
         self.completed_below(self.image.clusters)
+        self._parts.clear(*self._space.close_gap())
         l1_offset = self._write_l1()
         table_offset, table_clusters = self._write_refcounts()
         size = self._space.cursor * self.image.cluster_size
@@ -188,23 +199,21 @@ class Writer:
         self._parts.require_all_stored()
         return size
 
-    def _encode(self, data: bytearray | memoryview, count: int, codec: Codec) -> _Encoded:
+    def _encode(self, data: U8, count: int, codec: Codec) -> _Encoded:
         """Sort a batch into zero, raw and compressed clusters."""
         size = self.image.cluster_size
-        is_zero = _zero_test(data, self._zeroes)
-        encode = codec.encode if self._compress else _keep_raw
+        used = _used(data.reshape(count, size))
+        if not self._compress:
+            return _Encoded(used, [], [])
         raw, packed, frames = [], [], []
-        with memoryview(data) as view:
-            for index in range(count):
-                at = index * size
-                if is_zero(at):
-                    continue
-                frame = encode(view[at : at + size])
-                if frame is None:
-                    raw.append(index)
-                else:
-                    packed.append(index)
-                    frames.append(frame)
+        view = data.data
+        for index in used:
+            frame = codec.encode(view[index * size : (index + 1) * size])
+            if frame is None:
+                raw.append(index)
+            else:
+                packed.append(index)
+                frames.append(frame)
         return _Encoded(raw, packed, frames)
 
     def _store(self, place: Callable[[], _Jobs]) -> None:
@@ -215,33 +224,32 @@ class Writer:
         for offset, data in jobs.fills:
             self._parts.fill(offset, data)
         for offset, frames in jobs.packs:
-            for frame in frames:  # joining them first would copy twice
-                self._parts.fill(offset, np.frombuffer(frame, np.uint8))
-                offset += len(frame)
+            # Joining copies once more, and is ten times quicker than a call for each frame.
+            self._parts.fill(offset, np.frombuffer(b"".join(frames), np.uint8))
         for offset, length in jobs.holes:
             self._parts.clear(offset, length)
 
     def _settle(self, jobs: _Jobs) -> None:
         """Write out the refcount blocks that nothing can change any more."""
-        jobs.holes.append(self._space.close_stale())
+        jobs.holes.extend(self._space.close_stale())
         while (block := self._refcounts.take_settled(self._space.settled)) is not None:
             first, _ = self._space.tables(1)
             self._refcounts.clusters(first, 1)
             self._blocks.append(first * self.image.cluster_size)
             jobs.fills.append((self._blocks[-1], _big_endian(block)))
 
-    def _place(self, first: int, count: int, batch: _Encoded, data: U8) -> _Jobs:
+    def _place(self, clusters: Offsets, batch: _Encoded, data: U8) -> _Jobs:
         """Give a batch its host clusters, L2 entries and refcounts."""
-        self._require_new(first, count)
+        self._require_new(int(clusters[0]), int(clusters[-1]) + 1 - int(clusters[0]))
         jobs = _Jobs()
         unstored = READS_AS_ZERO if self.image.backing is not None else 0
-        entries = np.full(count, unstored, np.uint64)
+        entries = np.full(len(clusters), unstored, np.uint64)
         if batch.packed:
             entries[batch.packed] = self._place_frames(batch.frames, jobs)
         if batch.raw:
             entries[batch.raw] = self._place_raw(batch.raw, data, jobs)
         if entries.any():
-            self._set_entries(first, entries)
+            self._set_entries(clusters, entries)
         return jobs
 
     def _place_frames(self, frames: list[bytes], jobs: _Jobs) -> U64:
@@ -257,7 +265,11 @@ class Writer:
 
     def _place_raw(self, raw: list[int], data: U8, jobs: _Jobs) -> U64:
         size = self.image.cluster_size
-        first = self._space.clusters(len(raw))
+        if len(raw) * size == PART:
+            first, hole = self._space.part()
+            jobs.holes.append(hole)
+        else:
+            first = self._space.clusters(len(raw))
         self._refcounts.clusters(first, len(raw))
         host = first * size
         for index, count in _runs(raw):
@@ -271,20 +283,22 @@ class Writer:
         if count and first // self.image.table_entries < self._completed:
             raise ValueError(f"cluster {first} comes after the promise that none below it would")
 
-    def _set_entries(self, first: int, entries: U64) -> None:
-        """Set L2 entries from guest cluster `first` on.  A second write would leak the first one's clusters."""
-        done = 0
-        while done < len(entries):
-            index, at = divmod(first + done, self.image.table_entries)
-            take = min(self.image.table_entries - at, len(entries) - done)
+    def _set_entries(self, clusters: Offsets, entries: U64) -> None:
+        """Set L2 entries of guest clusters, ascending.  A second write would leak the first one's clusters."""
+        tables, within = np.divmod(clusters, self.image.table_entries)
+        edges = np.flatnonzero(np.diff(tables, prepend=-1, append=-1)).tolist()
+        for low, high in pairwise(edges):
+            index = int(tables[low])
             table = self._live.get(index)
             if table is None and not self._l1[index]:
                 table = self._live[index] = np.zeros(self.image.table_entries, np.uint64)
                 self._l1[index] = _PENDING
-            if table is None or table[at : at + take].any():
-                raise ValueError(f"clusters {first} to {first + len(entries)} were written before")
-            table[at : at + take] = entries[done : done + take]
-            done += take
+            if table is None or table[within[low:high]].any():
+                raise ValueError(f"clusters {clusters[low]} to {clusters[high - 1]} were written before")
+            table[within[low:high]] = entries[low:high]
+
+    def _set_zero(self, first: int, count: int) -> None:
+        self._set_entries(np.arange(first, first + count), np.full(count, READS_AS_ZERO, np.uint64))
 
     def _place_tables(self, end: int) -> _Jobs:
         """Take some of the L2 tables below number `end` out of memory, as many as one run of clusters holds."""
@@ -356,20 +370,17 @@ def count_blocks(image: Image, clusters: int, written: int, spare: int) -> int:
         blocks = needed
 
 
-def _keep_raw(_cluster: memoryview) -> None:
-    return None
-
-
-def _zero_test(data: bytearray | memoryview, zeroes: bytes) -> Callable[[int], bool]:
+def _used(clusters: U8) -> list[int]:
     """
-    Return a test whether the cluster at an offset (bytes) of `data` is all zeroes.
+    Indices of the rows that are not all zeroes.
 
-    37 GB/s on a bytearray.  A memoryview is copied first: comparing through one takes 100 times as long.
+    A few words of each row settle nearly all of them; what these leave open is read whole.
     """
-    if isinstance(data, bytearray):
-        return lambda at: data.startswith(zeroes, at)
-    size = len(zeroes)
-    return lambda at: data[at] == 0 and data[at : at + size].tobytes() == zeroes
+    words = clusters.view(np.uint64)
+    used: Mask = np.any(words[:, :: max(1, words.shape[1] // _PROBES)], axis=1, keepdims=True)[:, 0]
+    for index in np.flatnonzero(~used).tolist():
+        used[index] = words[index].any()
+    return np.flatnonzero(used).tolist()
 
 
 def _runs(indices: list[int]) -> Iterator[tuple[int, int]]:

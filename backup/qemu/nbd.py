@@ -324,9 +324,12 @@ class Lane:
         SourceError
             A read failed or the connection broke.
         """
+        finished, poll = self._finished, self._handle.poll
+        deadline = time.monotonic() + milliseconds / 1000
         try:
-            if not self._finished:
-                self._handle.poll(milliseconds)
+            # Each call takes what a socket holds just now, a small part of a read: back to it with no detour.
+            while not finished and poll(milliseconds) and time.monotonic() < deadline:
+                pass
         except self._nbd.Error as error:
             raise source_error(self._uri, error) from None
         done, self._finished = self._finished, []
