@@ -299,12 +299,19 @@ class _Sparse:
         self.size = size
         self._dirty = dirty
         self.allocation_asked: list[tuple[int, int]] = []
+        self.expected: list[tuple[str, int, int]] = []
 
     def allocation(self, start: int, end: int):
         assert 0 <= start < end <= self.size
         assert end - start < 1 << 32
         self.allocation_asked.append((start, end))
         return plan.Runs.uniform(start, end, 0)
+
+    def expect_allocation(self, start: int, end: int) -> None:
+        self.expected.append(("allocation", start, end))
+
+    def expect_dirty(self, bitmap: str, start: int, end: int) -> None:
+        self.expected.append(("dirty", start, end))
 
     def dirty(self, bitmap: str, start: int, end: int):
         assert end - start < 1 << 32
@@ -391,3 +398,29 @@ def test_parent_is_what_no_region_covers():
     made = plan_incremental(ModelSource(disk), CLUSTER, "b", parent_size=disk.size, chain=None)
     assert [kinds.tolist() for _, kinds in made.windows()] == [[DATA, PARENT, DATA]]
     assert list(made.regions()) == [(0, CLUSTER, DATA), (2 * CLUSTER, CLUSTER, DATA)]
+
+
+class _Nothing:
+    """A parent chain that holds only zeroes."""
+
+    def holds_data(self, first: int, count: int) -> np.ndarray:
+        return np.zeros(count, dtype=np.bool_)
+
+
+@pytest.mark.parametrize("held", [None, _Nothing()], ids=["near", "everywhere"])
+def test_the_server_is_never_asked_about_allocation_that_it_was_not_told_to_expect(held):
+    source = _Sparse(9 * GIB, [(GIB, GIB + 5), (5 * GIB, 5 * GIB + 1)])
+    plan_incremental(source, 64 * KIB, "b", parent_size=source.size, chain=held)
+    windows = list(plan.extents.windows(0, source.size, plan.WINDOW))
+    assert [at for what, *at in source.expected if what == "dirty"] == [list(window) for window in windows[1:]]
+    assert [(low, high) for what, low, high in source.expected if what == "allocation"] == source.allocation_asked
+
+
+def test_a_windows_allocation_is_under_way_while_the_next_windows_bitmap_is_read():
+    source = _Sparse(9 * GIB, [(GIB, GIB + 5), (5 * GIB, 5 * GIB + 1)])
+    story: list[str] = []
+    for name in ("dirty", "allocation", "expect_allocation"):
+        method = getattr(source, name)
+        setattr(source, name, lambda *a, name=name, method=method: (story.append(name), method(*a))[1])
+    plan_incremental(source, 64 * KIB, "b", parent_size=source.size, chain=None)
+    assert story[:4] == ["dirty", "expect_allocation", "dirty", "expect_allocation"]
