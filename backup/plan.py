@@ -207,10 +207,10 @@ def plan_incremental(
         kinds[touched & zero] = ZERO
         if chain is not None:
             missed = zero & ~touched
-            if missed.any():
-                missed &= chain.holds_data(window.start // cluster_size, len(missed))
-                kinds[missed] = ZERO
-                builder.missed += builder.bytes(window.start, missed)
+            for low, high in _spans(missed, _NEAR // cluster_size):
+                missed[low:high] &= chain.holds_data(window.start // cluster_size + low, high - low)
+            kinds[missed] = ZERO
+            builder.missed += builder.bytes(window.start, missed)
         builder.add(window.start, window.dirty, kinds)
     return builder.plan()
 

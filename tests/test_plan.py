@@ -401,9 +401,13 @@ def test_parent_is_what_no_region_covers():
 
 
 class _Nothing:
-    """A parent chain that holds only zeroes."""
+    """A parent chain that holds only zeroes; notes the clusters that it is asked about."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int]] = []
 
     def holds_data(self, first: int, count: int) -> np.ndarray:
+        self.asked.append((first, first + count))
         return np.zeros(count, dtype=np.bool_)
 
 
@@ -424,3 +428,16 @@ def test_a_windows_allocation_is_under_way_while_the_next_windows_bitmap_is_read
         setattr(source, name, lambda *a, name=name, method=method: (story.append(name), method(*a))[1])
     plan_incremental(source, 64 * KIB, "b", parent_size=source.size, chain=None)
     assert story[:4] == ["dirty", "expect_allocation", "dirty", "expect_allocation"]
+
+
+def test_the_chain_is_asked_only_near_what_is_clean_and_zero():
+    # One zero run in a disk of data: the chain's tables elsewhere are not needed, however much they hold.
+    class OneZero(_Sparse):
+        def allocation(self, start: int, end: int):
+            starts = np.array([0, GIB, GIB + 64 * KIB])
+            flags = np.array([0, 3, 0], dtype=np.uint32)
+            return plan.Runs.of(starts, end, flags) if start == 0 else plan.Runs.uniform(start, end, 0)
+
+    source, held = OneZero(9 * GIB, [(5 * GIB, 5 * GIB + 1)]), _Nothing()
+    plan_incremental(source, 64 * KIB, "b", parent_size=source.size, chain=held)
+    assert held.asked == [(16384, 16385)]
