@@ -48,6 +48,9 @@ Dirty runs closer than this (bytes) share one question about allocation.  A serv
 of 64 KiB clusters covers 512 MiB), so that asking about the gap too costs less than asking twice.
 """
 
+_FEW = 256
+"""So many ranges are marked one by one, which a window of an idle disk takes a thousandth of the time for."""
+
 
 class BlockStatus(Protocol):
     """What the planner asks of a source."""
@@ -215,6 +218,18 @@ def plan_incremental(
     return builder.plan()
 
 
+def any_dirty(source: BlockStatus, bitmap: str) -> bool:
+    """Does the bitmap have any dirty range?  Asks up to the first."""
+    windows = list(extents.windows(0, source.size, WINDOW))
+    for (start, end), following in zip(windows, [*windows[1:], None], strict=True):
+        status = source.dirty(bitmap, start, end)
+        if status.flags.any():
+            return True
+        if following is not None:
+            source.expect_dirty(bitmap, *following)
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class _Window:
     """
@@ -309,14 +324,23 @@ def _zero_where(source: BlockStatus, window: _Window, cluster_size: int) -> Mask
 
 
 def _spans(mask: Mask, near: int) -> Iterator[tuple[int, int]]:
-    """Spans of set positions, those closer than `near` merged."""
-    positions = np.flatnonzero(mask)
-    if not len(positions):
+    """Spans of set positions; those between which fewer than `near` are unset are merged."""
+    if not mask.any():
         return
-    gaps = np.flatnonzero(np.diff(positions) > near)
-    lows = np.concatenate([positions[:1], positions[gaps + 1]]).tolist()
-    highs = np.concatenate([positions[gaps], positions[-1:]]).tolist()
-    yield from ((low, high + 1) for low, high in zip(lows, highs, strict=True))
+    starts, ends = _edges(mask)
+    far = np.flatnonzero(starts[1:] - ends[:-1] >= near)
+    lows = np.concatenate([starts[:1], starts[far + 1]]).tolist()
+    highs = np.concatenate([ends[far], ends[-1:]]).tolist()
+    yield from zip(lows, highs, strict=True)
+
+
+def _edges(mask: Mask) -> tuple[Offsets, Offsets]:
+    """Starts and ends of the runs of set positions."""
+    edges = np.flatnonzero(mask[1:] != mask[:-1]) + 1
+    first = [0] if mask[0] else []
+    last = [len(mask)] if mask[-1] else []
+    both = np.concatenate([np.array(first, dtype=np.int64), edges, np.array(last, dtype=np.int64)])
+    return both[::2], both[1::2]
 
 
 def _touched(starts: Offsets, ends: Offsets, base: int, cluster_size: int, count: int) -> Mask:
@@ -337,8 +361,11 @@ def _covered(runs: Runs, bit: int, base: int, cluster_size: int, size: int) -> M
 
 def _fill(firsts: Offsets, ends: Offsets, count: int) -> Mask:
     """Mask of `count` positions with the ranges [firsts, ends) set."""
-    if not len(firsts):
-        return np.zeros(count, dtype=np.bool_)
+    if len(firsts) <= _FEW:
+        filled = np.zeros(count, dtype=np.bool_)
+        for first, end in zip(firsts.tolist(), ends.tolist(), strict=True):
+            filled[first:end] = True
+        return filled
     steps = np.bincount(firsts, minlength=count + 1).astype(np.int64)
     steps -= np.bincount(ends, minlength=count + 1)
     return np.cumsum(steps[:count]) > 0

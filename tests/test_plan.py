@@ -441,3 +441,30 @@ def test_the_chain_is_asked_only_near_what_is_clean_and_zero():
     source, held = OneZero(9 * GIB, [(5 * GIB, 5 * GIB + 1)]), _Nothing()
     plan_incremental(source, 64 * KIB, "b", parent_size=source.size, chain=held)
     assert held.asked == [(16384, 16385)]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_ranges_become_masks_and_masks_spans_however_many_there_are(seed):
+    rng = np.random.default_rng(seed)
+    count, many = int(rng.integers(1, 3000)), int(rng.choice([0, 1, 5, plan._FEW, plan._FEW + 1, 900]))
+    firsts = np.sort(rng.integers(0, count, many))
+    ends = np.minimum(firsts + rng.integers(0, 4, many), count)
+    mask = plan._fill(firsts, ends, count)
+    expected = np.zeros(count, dtype=np.bool_)
+    for low, high in zip(firsts, ends, strict=True):
+        expected[low:high] = True
+    assert mask.dtype == np.bool_
+    assert mask.tolist() == expected.tolist()
+    for near in (1, 2, 7):
+        spans: list[list[int]] = []
+        for at in np.flatnonzero(expected).tolist():
+            if spans and at - spans[-1][1] < near:
+                spans[-1][1] = at + 1
+            else:
+                spans.append([at, at + 1])
+        assert [list(span) for span in plan._spans(mask, near)] == spans
+
+
+@pytest.mark.parametrize(("dirty", "found"), [([], False), ([(9 * GIB - 1, 9 * GIB)], True), ([(0, 1)], True)])
+def test_any_dirty_range_is_found_wherever_it_is(dirty, found):
+    assert plan.any_dirty(_Sparse(9 * GIB, dirty), "b") is found

@@ -7,7 +7,6 @@ over a hundred idle disks is a hundred starts.
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
@@ -101,6 +100,8 @@ def _global(
         raise UsageError("--verbose together with --quiet", hint="choose one")
     _options.config, _options.verbose, _options.quiet, _options.debug = config, verbose, quiet, debug
     if verbose or debug:
+        import logging
+
         logging.basicConfig(level=logging.INFO, format="pybackup: %(message)s")
 
 
