@@ -142,10 +142,10 @@ def test_the_version_is_shown_without_what_costs_time_to_import(line, tmp_path):
     assert (code, names & DEAR) == (0, set())
 
 
-def test_a_plain_command_is_run_without_typer(tmp_path):
+def test_a_command_that_reads_manifests_only_is_run_without_what_costs_time_to_import(tmp_path):
     Path(tmp_path / "repo").mkdir()
     Path(tmp_path / "repo" / "pybackup.json").write_text(
         '{"format": "pybackup repository", "version": 1, "id": "' + "0" * 32 + '"}'
     )
     code, names = loaded_by(["list", "--repo", "repo"], tmp_path)
-    assert (code, names & {"typer", "pydantic", "rich"}) == (0, set())
+    assert (code, names & (DEAR - {"blake3"})) == (0, set())  # a manifest has a digest

@@ -176,15 +176,15 @@ def incremental(
 
 
 def _back_up(given: Options, repo: Path | None, json: bool) -> int:
-    from backup.cli import requests
+    from backup.cli import requests, settings
     from backup.repository import Repository
 
     _options.json = json
     config = _config()
     _check_format(given.image_format)
     made = requests.make_requests(given, config)
-    path = requests.repository_path(repo, config)
-    modes = requests.modes(config)
+    path = settings.repository_path(repo, config)
+    modes = settings.modes(config)
 
     def open_repository() -> Repository:
         return (Repository.open_or_imagine if given.dry_run else Repository.open_or_create)(path, modes)
@@ -360,12 +360,12 @@ def restore(
 ) -> None:
     """Bring a point's disk back, checking every digest on the way."""
     from backup import restore as restoring
-    from backup.cli import requests
+    from backup.cli import settings
 
     _options.json = json
     _check_format(format_)
     machine, found = _find_point(manifest, repo)
-    workers = requests.workers(_config_or_default())
+    workers = settings.workers(_config_or_default())
     done = []
     for name, path in restoring.targets(machine, found, target, disk, format_):
         began = time.monotonic()
@@ -390,10 +390,10 @@ def verify(
 ) -> int:
     """Re-read backups and find every changed byte: 12 for damage, 10 for something missing."""
     from backup import verify as verifying
-    from backup.cli import requests
+    from backup.cli import settings
 
     _options.json = json
-    workers = requests.workers(_config_or_default())
+    workers = settings.workers(_config_or_default())
     found: list[Verified] = []
     with render.progress(wanted=not _options.quiet) as progress:
         for machine, points in _what_to_verify(what or [], repo):
@@ -434,9 +434,9 @@ def check_config() -> None:
 
 
 def _config() -> Config:
-    from backup.cli import requests
+    from backup.cli import settings
 
-    return requests.find_config(_options.config, os.environ)
+    return settings.find_config(_options.config, os.environ)
 
 
 def _config_or_default() -> Config:
@@ -457,12 +457,13 @@ def _check_format(image_format: str | None) -> None:
 
 
 def _repository(repo: Path | None) -> Repository:
-    from backup.cli import requests
     from backup.repository import Repository
 
     if repo is not None:
         return Repository.open(repo)
-    return Repository.open(requests.repository_path(None, _config()))
+    from backup.cli import settings
+
+    return Repository.open(settings.repository_path(None, _config()))
 
 
 def _machines(repository: Repository, names: Sequence[str] | None) -> list[Machine]:
