@@ -178,6 +178,7 @@ class Index:
         self._limits = chain.limits
         self._per_table = chain.cluster_size // 8
         self._tables = [file.allocated_tables() for file in files]
+        self._all_tables = _as_rows(self._tables)
 
     def resolve(self, first: int, count: int) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.uint64]]:
         """
@@ -204,10 +205,18 @@ class Index:
 
     def holds_data(self, first: int, count: int) -> Mask:
         """For each of `count` clusters from `first`: does the chain hold data there?"""
+        held = np.zeros(count, dtype=np.bool_)
+        open_ = np.ones(count, dtype=np.bool_)
         tables = slice(first // self._per_table, -(-(first + count) // self._per_table))
-        if not any(link[tables].any() for link in self._tables):
-            return np.zeros(count, dtype=np.bool_)
-        held: Mask = self.resolve(first, count)[0] != NOBODY
+        for number in np.flatnonzero(self._all_tables[:, tables].any(axis=1)).tolist():
+            visible = min(-(-self._limits[number] // self.chain.cluster_size) - first, count)
+            for low, high in self._held_by(number, first, first + max(visible, 0)):
+                here = slice(low - first, high - first)
+                if not open_[here].any():
+                    continue
+                kinds = self._files[number].kinds(self._files[number].entries(low, high - low))
+                held[here] |= open_[here] & (kinds > ZERO)
+                open_[here] &= kinds == UNALLOCATED
         return held
 
     def _held_by(self, number: int, first: int, end: int) -> Iterator[tuple[int, int]]:
@@ -220,3 +229,11 @@ class Index:
         edges = np.flatnonzero(np.diff(tables, prepend=False, append=False)).reshape(-1, 2) + skipped
         for low, high in edges.tolist():
             yield max(first, low * per), min(end, high * per)
+
+
+def _as_rows(masks: Sequence[Mask]) -> Mask:
+    """One row for each mask, the shorter ones filled up with False: links of a chain may differ in size."""
+    rows = np.zeros((len(masks), max((len(mask) for mask in masks), default=0)), dtype=np.bool_)
+    for row, mask in zip(rows, masks, strict=True):
+        row[: len(mask)] = mask
+    return rows

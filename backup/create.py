@@ -25,7 +25,7 @@ from pathlib import Path
 
 import backup
 from backup import chain as chains
-from backup import copier, datafile, decide, extents, plan, qcow2
+from backup import copier, datafile, decide, plan, qcow2
 from backup.chain import Chain
 from backup.decide import Claim, Decision, Sight
 from backup.errors import BackupError, BitmapUnusable, Damaged, Interrupted, NotFound, SourceError, UsageError
@@ -461,10 +461,7 @@ def _settled(disk: _Disk, export: Export) -> _Disk | None:
     bitmap = now.bitmap(disk.started) if disk.started is not None else None
     if bitmap is None:
         return disk if disk.started is None else None
-    written = any(
-        export.dirty(bitmap.name, start, end).flags.any() for start, end in extents.windows(0, export.size, plan.WINDOW)
-    )
-    return None if written else replace(disk, granularity=bitmap.granularity)
+    return None if plan.any_dirty(export, bitmap.name) else replace(disk, granularity=bitmap.granularity)
 
 
 def _forget(disks: Sequence[_Disk]) -> None:

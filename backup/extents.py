@@ -69,8 +69,8 @@ class Runs:
     def having(self, bit: int) -> tuple[Offsets, Offsets]:
         """Starts and ends of the runs in which `bit` is set, runs that touch merged."""
         only = self.masked(bit)
-        chosen = only.flags != 0
-        return only.starts[chosen], only.ends[chosen]
+        first = 0 if only.flags[0] else 1  # neighbours differ, so that of one bit every second run has it
+        return only.starts[first::2], only.ends[first::2]
 
 
 def joined(parts: list[Runs]) -> Runs:

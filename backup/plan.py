@@ -19,9 +19,9 @@ Only `zero` may be left unread.  A `hole` that is not `zero` has undefined conte
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,8 @@ PARENT, DATA, ZERO = 0, 1, 2
 
 Kinds = npt.NDArray[np.uint8]
 
+_T = TypeVar("_T")
+
 WINDOW = (4 << 30) - (2 << 20)
 """
 Bytes asked about at once: below 4 GiB, as lengths have 32 bits in block status (NBD protocol), and a multiple of the
@@ -45,6 +47,9 @@ _NEAR = 64 << 20
 Dirty runs closer than this (bytes) share one question about allocation.  A server reads about one table for it (a table
 of 64 KiB clusters covers 512 MiB), so that asking about the gap too costs less than asking twice.
 """
+
+_FEW = 256
+"""So many ranges are marked one by one, which a window of an idle disk takes a thousandth of the time for."""
 
 
 class BlockStatus(Protocol):
@@ -59,6 +64,12 @@ class BlockStatus(Protocol):
 
     def dirty(self, bitmap: str, start: int, end: int) -> Runs:
         """The dirty bitmap's view of [start, end)."""
+
+    def expect_allocation(self, start: int, end: int) -> None:
+        """Say that `allocation` will be called with the same range soon: an answer may be got ready meanwhile."""
+
+    def expect_dirty(self, bitmap: str, start: int, end: int) -> None:
+        """Say that `dirty` will be called with the same range soon."""
 
 
 class HeldData(Protocol):
@@ -155,10 +166,16 @@ def plan_full(source: BlockStatus, cluster_size: int) -> Plan:
         The server fails, or does not say what it must.
     """
     builder = _Builder(source.size, cluster_size)
-    for start, end in extents.windows(0, source.size, WINDOW):
+    for start, end in _one_behind(_asked_allocation(source)):
         zero = _covered(source.allocation(start, end), extents.ZERO, start, cluster_size, source.size)
         builder.add(start, end - start, np.where(zero, np.uint8(ZERO), np.uint8(DATA)))
     return builder.plan()
+
+
+def _asked_allocation(source: BlockStatus) -> Iterator[tuple[int, int]]:
+    for start, end in extents.windows(0, source.size, WINDOW):
+        source.expect_allocation(start, end)
+        yield start, end
 
 
 def plan_incremental(
@@ -184,22 +201,85 @@ def plan_incremental(
     """
     builder = _Builder(source.size, cluster_size)
     grown = parent_size - parent_size % cluster_size if source.size > parent_size else source.size
-    for start, end in extents.windows(0, source.size, WINDOW):
-        dirty = extents.with_dirty_from(source.dirty(bitmap, start, end), grown)
-        starts, ends = dirty.having(DIRTY)
-        touched = _touched(starts, ends, start, cluster_size, _clusters(end - start, cluster_size))
-        zero = _zero_where(source, touched, start, end, cluster_size, everywhere=chain is not None)
+    found = _dirty_windows(source, cluster_size, bitmap, grown, everywhere=chain is not None)
+    for window in _one_behind(found):
+        touched = window.touched
+        zero = _zero_where(source, window, cluster_size)
         kinds = np.zeros(len(touched), dtype=np.uint8)
         kinds[touched] = DATA
         kinds[touched & zero] = ZERO
         if chain is not None:
             missed = zero & ~touched
-            if missed.any():
-                missed &= chain.holds_data(start // cluster_size, len(missed))
-                kinds[missed] = ZERO
-                builder.missed += builder.bytes(start, missed)
-        builder.add(start, int((ends - starts).sum()), kinds)
+            for low, high in _spans(missed, _NEAR // cluster_size):
+                missed[low:high] &= chain.holds_data(window.start // cluster_size + low, high - low)
+            kinds[missed] = ZERO
+            builder.missed += builder.bytes(window.start, missed)
+        builder.add(window.start, window.dirty, kinds)
     return builder.plan()
+
+
+def any_dirty(source: BlockStatus, bitmap: str) -> bool:
+    """Does the bitmap have any dirty range?  Asks up to the first."""
+    windows = list(extents.windows(0, source.size, WINDOW))
+    for (start, end), following in zip(windows, [*windows[1:], None], strict=True):
+        status = source.dirty(bitmap, start, end)
+        if status.flags.any():
+            return True
+        if following is not None:
+            source.expect_dirty(bitmap, *following)
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """
+    What the bitmap says of a window that starts at byte `start`.
+
+    `dirty` bytes of it are; `touched` are the clusters with any of them; `asked` are the ranges (bytes) whose
+    allocation matters.
+    """
+
+    start: int
+    dirty: int
+    touched: Mask
+    asked: tuple[tuple[int, int], ...]
+
+
+def _dirty_windows(
+    source: BlockStatus, cluster_size: int, bitmap: str, grown: int, *, everywhere: bool
+) -> Iterator[_Window]:
+    """
+    Yield every window; each one's allocation and the next one's dirty ranges are asked for by then.
+
+    Allocation matters near what is dirty, or `everywhere`; from `grown` on all is dirty.
+    """
+    windows = list(extents.windows(0, source.size, WINDOW))
+    for (start, end), following in zip(windows, [*windows[1:], None], strict=True):
+        status = source.dirty(bitmap, start, end)
+        if following is not None:
+            source.expect_dirty(bitmap, *following)
+        starts, ends = extents.with_dirty_from(status, grown).having(DIRTY)
+        touched = _touched(starts, ends, start, cluster_size, _clusters(end - start, cluster_size))
+        asked = ((start, end),) if everywhere else tuple(_near(touched, start, end, cluster_size))
+        for low, high in asked:
+            source.expect_allocation(low, high)
+        yield _Window(start, int((ends - starts).sum()), touched, asked)
+
+
+def _near(touched: Mask, start: int, end: int, cluster_size: int) -> Iterator[tuple[int, int]]:
+    """Ranges, in bytes, that hold the touched clusters of the window [start, end)."""
+    for low, high in _spans(touched, _NEAR // cluster_size):
+        yield start + low * cluster_size, min(start + high * cluster_size, end)
+
+
+def _one_behind(items: Iterable[_T]) -> Iterator[_T]:
+    """Yield each item when the next one is there already: the server works on one while we work on the other."""
+    held: list[_T] = []
+    for item in items:
+        held.append(item)
+        if len(held) > 1:
+            yield held.pop(0)
+    yield from held
 
 
 class _Builder:
@@ -233,29 +313,34 @@ class _Builder:
         return Plan(self.size, self.cluster_size, totals, tuple(self.windows))
 
 
-def _zero_where(
-    source: BlockStatus, touched: Mask, start: int, end: int, cluster_size: int, *, everywhere: bool
-) -> Mask:
-    """Which clusters read wholly as zero; asked only near the touched ones unless `everywhere`."""
-    if everywhere:
-        return _covered(source.allocation(start, end), extents.ZERO, start, cluster_size, source.size)
-    zero = np.zeros(len(touched), dtype=np.bool_)
-    for low, high in _spans(touched, _NEAR // cluster_size):
-        low_byte, high_byte = start + low * cluster_size, min(start + high * cluster_size, end)
-        status = source.allocation(low_byte, high_byte)
-        zero[low:high] = _covered(status, extents.ZERO, low_byte, cluster_size, source.size)
+def _zero_where(source: BlockStatus, window: _Window, cluster_size: int) -> Mask:
+    """Which clusters read wholly as zero; none where that was not to be asked."""
+    zero = np.zeros(len(window.touched), dtype=np.bool_)
+    for low, high in window.asked:
+        first = (low - window.start) // cluster_size
+        covered = _covered(source.allocation(low, high), extents.ZERO, low, cluster_size, source.size)
+        zero[first : first + len(covered)] = covered
     return zero
 
 
 def _spans(mask: Mask, near: int) -> Iterator[tuple[int, int]]:
-    """Spans of set positions, those closer than `near` merged."""
-    positions = np.flatnonzero(mask)
-    if not len(positions):
+    """Spans of set positions; those between which fewer than `near` are unset are merged."""
+    if not mask.any():
         return
-    gaps = np.flatnonzero(np.diff(positions) > near)
-    lows = np.concatenate([positions[:1], positions[gaps + 1]]).tolist()
-    highs = np.concatenate([positions[gaps], positions[-1:]]).tolist()
-    yield from ((low, high + 1) for low, high in zip(lows, highs, strict=True))
+    starts, ends = _edges(mask)
+    far = np.flatnonzero(starts[1:] - ends[:-1] >= near)
+    lows = np.concatenate([starts[:1], starts[far + 1]]).tolist()
+    highs = np.concatenate([ends[far], ends[-1:]]).tolist()
+    yield from zip(lows, highs, strict=True)
+
+
+def _edges(mask: Mask) -> tuple[Offsets, Offsets]:
+    """Starts and ends of the runs of set positions."""
+    edges = np.flatnonzero(mask[1:] != mask[:-1]) + 1
+    first = [0] if mask[0] else []
+    last = [len(mask)] if mask[-1] else []
+    both = np.concatenate([np.array(first, dtype=np.int64), edges, np.array(last, dtype=np.int64)])
+    return both[::2], both[1::2]
 
 
 def _touched(starts: Offsets, ends: Offsets, base: int, cluster_size: int, count: int) -> Mask:
@@ -276,8 +361,11 @@ def _covered(runs: Runs, bit: int, base: int, cluster_size: int, size: int) -> M
 
 def _fill(firsts: Offsets, ends: Offsets, count: int) -> Mask:
     """Mask of `count` positions with the ranges [firsts, ends) set."""
-    if not len(firsts):
-        return np.zeros(count, dtype=np.bool_)
+    if len(firsts) <= _FEW:
+        filled = np.zeros(count, dtype=np.bool_)
+        for first, end in zip(firsts.tolist(), ends.tolist(), strict=True):
+            filled[first:end] = True
+        return filled
     steps = np.bincount(firsts, minlength=count + 1).astype(np.int64)
     steps -= np.bincount(ends, minlength=count + 1)
     return np.cumsum(steps[:count]) > 0

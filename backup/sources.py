@@ -118,7 +118,9 @@ class ImageSource:
     def opened(self, sight: Sight, bitmaps: Sequence[str], lanes: int) -> Iterator[Export]:
         """Serve it with qemu-nbd; QEMU's lock keeps writers out until it is closed."""
         with (
-            programs.served(self.path, sight.format, bitmaps, lanes + _STATUS_CONNECTIONS) as uri,
+            programs.served(
+                self.path, sight.format, bitmaps, lanes + _STATUS_CONNECTIONS, meanwhile=programs.qemu_version
+            ) as uri,
             Export(uri, bitmaps, sight.size) as export,
         ):
             yield export

@@ -108,6 +108,12 @@ class ModelSource:
     def dirty(self, bitmap: str, start: int, end: int) -> Runs:
         return self._runs(DIRTY + bitmap, start, end)
 
+    def expect_allocation(self, start: int, end: int) -> None:
+        """Nothing is got ready: it is asked once only."""
+
+    def expect_dirty(self, bitmap: str, start: int, end: int) -> None:
+        """See expect_allocation."""
+
     def _runs(self, context: str, start: int, end: int) -> Runs:
         self.asked.append((context, start, end))
         rows = naive_runs(self.disk.flags(context)[start:end], start)

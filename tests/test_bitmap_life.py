@@ -917,3 +917,16 @@ def test_the_socket_of_a_served_image_lies_in_a_private_folder_that_goes_with_it
         folder = Path(uri.partition("socket=")[2]).parent
         assert folder.stat().st_mode & 0o777 == 0o700
     assert not folder.exists()
+
+
+def test_what_fails_while_a_server_starts_ends_the_server(tmp_path):
+    from backup.errors import SourceError
+
+    image = make_image(tmp_path / "disk.qcow2", "1M")
+
+    def fail():
+        raise SourceError("no", hint="no")
+
+    with pytest.raises(SourceError, match="no"), programs.served(image, "qcow2", [], 2, meanwhile=fail):
+        pass
+    programs.add_bitmap(image, "b")  # nobody holds it

@@ -240,3 +240,27 @@ def test_a_range_that_begins_and_ends_inside_tables_is_whole():
     assert np.flatnonzero(holders == 0).tolist() == [0, 191, 192, 300]
     assert np.flatnonzero(holders == 1).tolist() == [1]
     assert np.flatnonzero(found).tolist() == [0, 1, 191, 192, 300]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whether_data_is_held_is_whether_there_is_a_holder(seed):
+    rng = np.random.default_rng(seed)
+    links = []
+    for _ in range(int(rng.integers(1, 6))):
+        clusters = int(rng.integers(1, 3 * C // 8))
+        codes = rng.choice(3, clusters, p=[0.6, 0.2, 0.2])
+        codes[: int(rng.integers(0, clusters))] = 0
+        links.append((clusters * C - int(rng.integers(0, C)), codes.tolist()))
+    parts = [Link(point_id(9 - n), 9 - n, entry(9 - n, size=size)) for n, (size, _) in enumerate(links)]
+    index = Index(Chain("vda", tuple(parts)), [FakeFile(codes) for _, codes in links])
+    for _ in range(20):
+        first = int(rng.integers(0, len(links[0][1])))
+        count = int(rng.integers(1, len(links[0][1]) - first + 1))
+        assert index.holds_data(first, count).tolist() == (index.resolve(first, count)[0] != NOBODY).tolist()
+
+
+def test_older_links_are_not_asked_where_newer_ones_say_all():
+    index, (newest, middle, full) = large_index((5,), (5,), (5,))
+    newest.codes[:] = [2] * len(newest.codes)
+    assert index.holds_data(0, 8192).all()
+    assert (newest.asked, middle.asked, full.asked) == (8192, 0, 0)

@@ -124,8 +124,8 @@ def test_contexts_of_unequal_length_beyond_the_cap_of_one_reply(tmp_path):
             found = own_map(export)
             assert len(found) > 131_072
             asked: list[str] = []
-            inner = export._status_once
-            export._status_once = lambda *args: (asked.append(args[0]), inner(*args))[1]
+            inner = export._asked
+            export._asked = lambda *args: (asked.append(args[0]), inner(*args))[1]
             own_map(export)
             own_map(export, "b1")
         assert asked.count("base:allocation") == 2
@@ -453,6 +453,22 @@ def test_a_connection_of_its_own_lets_a_bitmap_be_asked_alone(monkeypatch):
     with Export("nbd://fake", ["b"]) as export:
         export.dirty("b", 0, disk.size)
     assert [contexts for contexts, _, _ in server.requests] == [(DIRTY + "b",)]
+
+
+def test_what_is_expected_is_asked_once_and_answered_as_ever(monkeypatch):
+    disk = Disk(np.repeat([0, 3, 0], 1000), {"b": np.repeat([1, 0, 1], 1000)})
+    server = FakeBinding(disk, MANNERS[1], multi_conn=True)
+    monkeypatch.setattr(nbd, "load_binding", lambda: server)
+    with Export("nbd://fake", ["b"]) as export:
+        plainly = [as_list(export.dirty("b", 0, 2500)), as_list(export.allocation(500, 3000))]
+        asked = list(server.requests)
+        server.requests.clear()
+        export.expect_dirty("b", 0, 2500)
+        export.expect_allocation(500, 3000)
+        assert [(at, count) for _, at, count in server.requests] == [(0, 2500), (500, 2500)]
+        assert [as_list(export.dirty("b", 0, 2500)), as_list(export.allocation(500, 3000))] == plainly
+        assert sorted(server.requests) == sorted(asked)
+        export.expect_allocation(0, 7)  # never fetched: closing must not wait for it
 
 
 def test_a_server_that_says_nothing_is_an_error_and_no_hang(tmp_path):

@@ -299,12 +299,19 @@ class _Sparse:
         self.size = size
         self._dirty = dirty
         self.allocation_asked: list[tuple[int, int]] = []
+        self.expected: list[tuple[str, int, int]] = []
 
     def allocation(self, start: int, end: int):
         assert 0 <= start < end <= self.size
         assert end - start < 1 << 32
         self.allocation_asked.append((start, end))
         return plan.Runs.uniform(start, end, 0)
+
+    def expect_allocation(self, start: int, end: int) -> None:
+        self.expected.append(("allocation", start, end))
+
+    def expect_dirty(self, bitmap: str, start: int, end: int) -> None:
+        self.expected.append(("dirty", start, end))
 
     def dirty(self, bitmap: str, start: int, end: int):
         assert end - start < 1 << 32
@@ -391,3 +398,73 @@ def test_parent_is_what_no_region_covers():
     made = plan_incremental(ModelSource(disk), CLUSTER, "b", parent_size=disk.size, chain=None)
     assert [kinds.tolist() for _, kinds in made.windows()] == [[DATA, PARENT, DATA]]
     assert list(made.regions()) == [(0, CLUSTER, DATA), (2 * CLUSTER, CLUSTER, DATA)]
+
+
+class _Nothing:
+    """A parent chain that holds only zeroes; notes the clusters that it is asked about."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int]] = []
+
+    def holds_data(self, first: int, count: int) -> np.ndarray:
+        self.asked.append((first, first + count))
+        return np.zeros(count, dtype=np.bool_)
+
+
+@pytest.mark.parametrize("held", [None, _Nothing()], ids=["near", "everywhere"])
+def test_the_server_is_never_asked_about_allocation_that_it_was_not_told_to_expect(held):
+    source = _Sparse(9 * GIB, [(GIB, GIB + 5), (5 * GIB, 5 * GIB + 1)])
+    plan_incremental(source, 64 * KIB, "b", parent_size=source.size, chain=held)
+    windows = list(plan.extents.windows(0, source.size, plan.WINDOW))
+    assert [at for what, *at in source.expected if what == "dirty"] == [list(window) for window in windows[1:]]
+    assert [(low, high) for what, low, high in source.expected if what == "allocation"] == source.allocation_asked
+
+
+def test_a_windows_allocation_is_under_way_while_the_next_windows_bitmap_is_read():
+    source = _Sparse(9 * GIB, [(GIB, GIB + 5), (5 * GIB, 5 * GIB + 1)])
+    story: list[str] = []
+    for name in ("dirty", "allocation", "expect_allocation"):
+        method = getattr(source, name)
+        setattr(source, name, lambda *a, name=name, method=method: (story.append(name), method(*a))[1])
+    plan_incremental(source, 64 * KIB, "b", parent_size=source.size, chain=None)
+    assert story[:4] == ["dirty", "expect_allocation", "dirty", "expect_allocation"]
+
+
+def test_the_chain_is_asked_only_near_what_is_clean_and_zero():
+    # One zero run in a disk of data: the chain's tables elsewhere are not needed, however much they hold.
+    class OneZero(_Sparse):
+        def allocation(self, start: int, end: int):
+            starts = np.array([0, GIB, GIB + 64 * KIB])
+            flags = np.array([0, 3, 0], dtype=np.uint32)
+            return plan.Runs.of(starts, end, flags) if start == 0 else plan.Runs.uniform(start, end, 0)
+
+    source, held = OneZero(9 * GIB, [(5 * GIB, 5 * GIB + 1)]), _Nothing()
+    plan_incremental(source, 64 * KIB, "b", parent_size=source.size, chain=held)
+    assert held.asked == [(16384, 16385)]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_ranges_become_masks_and_masks_spans_however_many_there_are(seed):
+    rng = np.random.default_rng(seed)
+    count, many = int(rng.integers(1, 3000)), int(rng.choice([0, 1, 5, plan._FEW, plan._FEW + 1, 900]))
+    firsts = np.sort(rng.integers(0, count, many))
+    ends = np.minimum(firsts + rng.integers(0, 4, many), count)
+    mask = plan._fill(firsts, ends, count)
+    expected = np.zeros(count, dtype=np.bool_)
+    for low, high in zip(firsts, ends, strict=True):
+        expected[low:high] = True
+    assert mask.dtype == np.bool_
+    assert mask.tolist() == expected.tolist()
+    for near in (1, 2, 7):
+        spans: list[list[int]] = []
+        for at in np.flatnonzero(expected).tolist():
+            if spans and at - spans[-1][1] < near:
+                spans[-1][1] = at + 1
+            else:
+                spans.append([at, at + 1])
+        assert [list(span) for span in plan._spans(mask, near)] == spans
+
+
+@pytest.mark.parametrize(("dirty", "found"), [([], False), ([(9 * GIB - 1, 9 * GIB)], True), ([(0, 1)], True)])
+def test_any_dirty_range_is_found_wherever_it_is(dirty, found):
+    assert plan.any_dirty(_Sparse(9 * GIB, dirty), "b") is found

@@ -7,10 +7,8 @@ on standard output.  A bar is drawn on a terminal only; without one there are no
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -66,6 +64,8 @@ def line(text: str) -> None:
 
 def document(value: object) -> None:
     """One JSON document on standard output."""
+    import json
+
     _out(json.dumps(value, indent=2) + "\n")
 
 
@@ -252,6 +252,9 @@ def _content(extent: Extent) -> str:
 
 def map_objects(extents: Iterable[Extent]) -> None:
     """The extents of `map` as one JSON list; nothing of it when the source fails half-way.  There may be millions."""
+    import json
+    import tempfile
+
     with tempfile.SpooledTemporaryFile(_SPOOL, "w+") as spool:
         separator = "["
         for extent in extents:

@@ -4,23 +4,20 @@ From the configuration and the command line to requests: which machines, which d
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from backup import config as configuration
+from backup.cli.settings import workers
 from backup.config import Config, DiskConfig, MachineConfig
 from backup.copier import Settings
 from backup.create import DiskRequest, Request
 from backup.decide import Claim
 from backup.errors import NotFound, UsageError
 from backup.names import check_name, name_problem
-from backup.repository import Modes
 from backup.sources import ImageSource, NbdSource
-
-_PLACES = (Path("config.yaml"), Path("/etc/pybackup/config.yaml"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,42 +36,6 @@ class Options:
     compression: str | None
     fallback: bool
     dry_run: bool
-
-
-def find_config(given: Path | None, environment: Mapping[str, str]) -> Config:
-    """
-    Load `--config`, else $PYBACKUP_CONFIG, else ./config.yaml, else /etc/pybackup/config.yaml, else the defaults.
-
-    Raises
-    ------
-    UsageError
-        The file is missing (where it was named) or wrong.
-    """
-    named = given or (Path(environment["PYBACKUP_CONFIG"]) if environment.get("PYBACKUP_CONFIG") else None)
-    if named is not None:
-        return configuration.load(named)
-    found = next((place for place in _PLACES if os.path.exists(place)), None)
-    return configuration.default() if found is None else configuration.load(found)
-
-
-def repository_path(given: Path | None, config: Config) -> Path:
-    """
-    The repository's folder.
-
-    Raises
-    ------
-    UsageError
-        Neither --repo nor the configuration names one.
-    """
-    path = given or config.repository
-    if path is None:
-        raise UsageError("no repository is named", hint="give --repo DIR, or `repository:` in the configuration")
-    return path
-
-
-def modes(config: Config) -> Modes:
-    """Permissions of what is made."""
-    return Modes(0o640, 0o750) if config.group_read else Modes()
 
 
 def make_requests(options: Options, config: Config) -> list[Request]:
@@ -189,11 +150,6 @@ def _request(
         named_by_path=named_by_path,
         copying=Settings(config.connections, config.requests, config.request_size, workers(config)),
     )
-
-
-def workers(config: Config) -> int:
-    """Threads that compress, hash and decompress."""
-    return config.workers or len(os.sched_getaffinity(0))
 
 
 def _family(options: Options, configured: str | None) -> str | None:

@@ -24,8 +24,10 @@ import queue
 import sys
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -87,6 +89,18 @@ def load_binding() -> Any:
     return module
 
 
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """A block status request under way: about [start, end) in bytes; `found` gets the entries of its context."""
+
+    handle: nbd.NBD
+    cookie: int
+    context: str
+    start: int
+    end: int
+    found: list[list[int]]
+
+
 class Export:
     """
     One export of an NBD server, opened for block status and for reading.
@@ -116,6 +130,7 @@ class Export:
         self._by_context = {name: first for name in wanted if self._can(first, name)}
         self.multi_conn: bool = self._ask(first.can_multi_conn)
         self._takes_more = self.multi_conn
+        self._expected: dict[tuple[str, int, int], _Question] = {}
         self._size: int = self._ask(first.get_size) if size is None else size
         self.max_request = self._block_size(first, self._nbd.SIZE_MAXIMUM, _MAX_REQUEST)
         if self.multi_conn and len(self._by_context) > 1:
@@ -152,6 +167,14 @@ class Export:
             )
         return self._status(DIRTY_BITMAP + bitmap, start, end).masked(extents.DIRTY)
 
+    def expect_allocation(self, start: int, end: int) -> None:
+        """Say that `allocation` will be called with the same range soon."""
+        self._expect(ALLOCATION, start, end)
+
+    def expect_dirty(self, bitmap: str, start: int, end: int) -> None:
+        """Say that `dirty` will be called with the same range soon."""
+        self._expect(DIRTY_BITMAP + bitmap, start, end)
+
     def offered_bitmaps(self) -> list[str]:
         """Names of the dirty bitmaps that the server would serve; empty where it cannot say, or none was asked for."""
         return [name.removeprefix(DIRTY_BITMAP) for name in self._offered or () if name.startswith(DIRTY_BITMAP)]
@@ -181,6 +204,7 @@ class Export:
             _shutdown(self._nbd, handle)
         self._handles.clear()
         self._by_context.clear()
+        self._expected.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -236,12 +260,18 @@ class Export:
     def _status(self, context: str, start: int, end: int) -> Runs:
         parts = []
         while start < end:
-            part = self._status_once(context, start, end)
+            question = self._expected.pop((context, start, end), None) or self._asked(context, start, end)
+            part = extents_from_reply(self._answer(question), start, end, self.uri)
             parts.append(part)
             start = part.end
         return extents.joined(parts)
 
-    def _status_once(self, context: str, start: int, end: int) -> Runs:
+    def _expect(self, context: str, start: int, end: int) -> None:
+        """Have the server look it up while we do other things."""
+        if start < end and context in self._by_context:
+            self._expected[context, start, end] = self._asked(context, start, end)
+
+    def _asked(self, context: str, start: int, end: int) -> _Question:
         handle = self._by_context[context]
         found: list[list[int]] = []
 
@@ -250,15 +280,20 @@ class Export:
                 found.append(entries)
             return 0
 
-        cookie = self._ask(lambda: handle.aio_block_status(end - start, start, collect))
-        while not self._ask(lambda: handle.aio_command_completed(cookie)):
+        with interrupts.held():  # with another question under way, an answer may come in here
+            cookie = self._ask(lambda: handle.aio_block_status(end - start, start, collect))
+        return _Question(handle, cookie, context, start, end, found)
+
+    def _answer(self, question: _Question) -> list[int]:
+        handle = question.handle
+        while not self._ask(lambda: handle.aio_command_completed(question.cookie)):
             self._ask(lambda: _tick(handle))
-        if not found:
+        if not question.found:
             raise SourceError(
-                f"{self.uri} answered a block status request at {start} without {context}",
+                f"{self.uri} answered a block status request at {question.start} without {question.context}",
                 hint="the server does not keep to the NBD protocol; nothing was assumed about the disk",
             )
-        return extents_from_reply(found[0], start, end, self.uri)
+        return question.found[0]
 
 
 def extents_from_reply(entries: list[int], start: int, end: int, uri: str) -> Runs:
@@ -270,17 +305,21 @@ def extents_from_reply(entries: list[int], start: int, end: int, uri: str) -> Ru
     SourceError
         The reply makes no progress.
     """
-    columns = np.array(entries, dtype=np.int64).reshape(-1, 2)
-    columns = columns[columns[:, 0] > 0]
+    # array takes the integers out of a list three times as fast as numpy does.
+    columns = np.frombuffer(array("Q", entries), np.int64).reshape(-1, 2)
+    if not columns[:, 0].all():
+        columns = columns[columns[:, 0] > 0]
     if not len(columns):
         raise SourceError(
             f"{uri} answered a block status request at {start} with no extent",
             hint="the server does not keep to the NBD protocol; nothing was assumed about the disk",
         )
-    ends = np.cumsum(columns[:, 0]) + start
-    starts = np.concatenate([np.array([start], dtype=np.int64), ends[:-1]])
-    inside = starts < end
-    return Runs.of(starts[inside], min(int(ends[-1]), end), (columns[inside, 1] & 0xFFFFFFFF).astype(np.uint32))
+    bounds = np.empty(len(columns) + 1, dtype=np.int64)
+    bounds[0] = 0
+    np.cumsum(columns[:, 0], out=bounds[1:])
+    bounds += start
+    inside = int(np.searchsorted(bounds[:-1], end))
+    return Runs.of(bounds[:inside], min(int(bounds[-1]), end), columns[:inside, 1].astype(np.uint32))
 
 
 class Lane:

@@ -7,6 +7,7 @@ header into it and have QEMU open any file of the host as its backing file.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -132,8 +133,9 @@ def require_whole(path: Path) -> None:
         )
 
 
+@functools.cache
 def qemu_version() -> str:
-    """QEMU's version as qemu-img tells it, "7.2.22" for example."""
+    """QEMU's version as qemu-img tells it, "7.2.22" for example; asked once in a process."""
     words = _run(["qemu-img", "--version"]).split()
     return words[2] if len(words) > 2 else "unknown"
 
@@ -233,9 +235,17 @@ def remove_bitmap(path: Path, name: str) -> None:
 
 
 @contextmanager
-def served(path: Path, image_format: str, bitmaps: Sequence[str], connections: int) -> Iterator[str]:
+def served(
+    path: Path,
+    image_format: str,
+    bitmaps: Sequence[str],
+    connections: int,
+    meanwhile: Callable[[], object] = lambda: None,
+) -> Iterator[str]:
     """
     Serve an image read-only with qemu-nbd and yield the NBD URI; QEMU's lock keeps writers out meanwhile.
+
+    `meanwhile` is called while the server starts.
 
     The socket lies in a folder of mode 0700.  The server dies with this process, even when it is killed; a read-only
     server may be killed at any time.
@@ -251,7 +261,7 @@ def served(path: Path, image_format: str, bitmaps: Sequence[str], connections: i
     try:
         # A file and no pipe: a server that complains a lot must not block on a pipe that nobody empties.
         with open(os.path.join(folder, "log"), "w+", errors="replace") as complaints:
-            server = _patiently(lambda: _start(command, address, path, complaints))
+            server = _patiently(lambda: _start(command, address, path, complaints, meanwhile))
             try:
                 yield f"nbd+unix:///?socket={quote(address)}"
             except SourceError as error:
@@ -297,9 +307,12 @@ def _as_told(path: Path, error: SourceError, complaints: IO[str]) -> SourceError
     return error
 
 
-def _start(command: Sequence[str], address: str, path: Path, complaints: IO[str]) -> subprocess.Popen[str]:
+def _start(
+    command: Sequence[str], address: str, path: Path, complaints: IO[str], meanwhile: Callable[[], object]
+) -> subprocess.Popen[str]:
     server = _popen(command, complaints)
     try:
+        meanwhile()
         _await(server, address, path, complaints)
     except BaseException:
         _end(server)
@@ -317,7 +330,7 @@ def _await(server: subprocess.Popen[str], address: str, path: Path, complaints: 
             raise SourceError(
                 f"qemu-nbd did not serve {path} within {_START_SECONDS:.0f} s", hint="is the storage hanging?"
             )
-        time.sleep(0.003)
+        time.sleep(0.001)
 
 
 def _greets(address: str, deadline: float) -> bool:
