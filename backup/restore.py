@@ -28,7 +28,7 @@ from backup import datafile
 from backup.chain import NOBODY, Chain, Index
 from backup.datafile import OpenDataFile
 from backup.digests import BLOCK
-from backup.errors import Damaged, Failed, NotFound, UsageError
+from backup.errors import BackupError, Damaged, Failed, NotFound, UsageError
 from backup.extents import Offsets, windows
 from backup.manifest import Manifest
 from backup.progress import Progress
@@ -190,6 +190,10 @@ def _write_out(chain: Chain, files: list[OpenDataFile], target: Target, workers:
             while thread.is_alive() and not run.stop.is_set():
                 thread.join(_TICK)
                 run.show()
+    except BackupError:
+        # A worker's error ends what this thread waits for with an error that only says so.
+        if run.error is None:
+            raise
     finally:
         run.stop.set()
         if any(thread.is_alive() for thread in threads):
@@ -258,6 +262,7 @@ class _Run:
             with self._lock:
                 self.error = self.error or error
             self.stop.set()
+            _abandon(self.target)  # the feeding thread may wait in it for ever
 
     def _resolved(self, start: int, end: int) -> tuple[Offsets, ...]:
         """Cluster, link, host offset, length and kind of each cluster that holds data; zeroes are written at once."""
