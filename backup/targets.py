@@ -222,7 +222,7 @@ class _Output:
     """
     Writes to a file from several threads at the least cost.
 
-    Past the page cache (O_DIRECT) where that can be: it spares the copy, and the host keeps in memory what it had there.
+    Past the page cache (O_DIRECT) where that can be: it spares the copy, and the host keeps what it had in memory.
     Through the cache one thread writes at a time, as the kernel locks the file and others would spin.
     """
 
