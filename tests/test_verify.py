@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import time
 
 import pytest
 from forge import bless, flipped, replaced, rewrite
@@ -302,17 +303,22 @@ def test_a_large_file_is_checked_by_several_threads_and_each_fault_is_told(tmp_p
         assert problem.error.exit_code == 12
 
 
-def test_an_interrupted_verify_ends_at_once_and_closes_its_files(tmp_path):
-    night = Night.of(tmp_path, "64M")
-    write(night.image, "write -P 9 1M 40M")
-    (tmp_path / "noise").write_bytes(random.Random(6).randbytes(30 * MIB))
-    write(night.image, f"write -s {tmp_path / 'noise'} 1M 30M")
+def test_an_interrupted_verify_ends_at_once_and_closes_its_files(tmp_path, monkeypatch):
+    night = Night.of(tmp_path, "32M")
+    (tmp_path / "noise").write_bytes(random.Random(6).randbytes(20 * MIB))
+    write(night.image, f"write -s {tmp_path / 'noise'} 1M 20M")
     night.full()
-    before = set(os.listdir("/proc/self/fd"))
 
-    def interrupt(done):
+    def endless(reader, _codec):
+        while True:
+            reader.read(0, 512)
+            time.sleep(0.01)
+
+    def interrupt(_done):
         raise KeyboardInterrupt
 
+    monkeypatch.setattr("backup.qcow2.check", endless)
+    before = set(os.listdir("/proc/self/fd"))
     with pytest.raises(KeyboardInterrupt):
         verify_machine(Machine(points(night)[0].parent), deep=True, workers=2, progress=interrupt)
     assert set(os.listdir("/proc/self/fd")) == before
