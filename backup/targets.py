@@ -241,13 +241,14 @@ class _Output:
 
     def _write_direct(self, offset: int, view: memoryview) -> int:
         """Write as much as goes past the cache; how many bytes that was."""
+        direct = self._direct  # another thread may give it up meanwhile
         end = len(view) // _ALIGNED * _ALIGNED
-        if self._direct is None or end < _DIRECT_LEAST or offset % _ALIGNED:
+        if direct is None or end < _DIRECT_LEAST or offset % _ALIGNED:
             return 0
         done = 0
         try:
             while done < end:
-                done += os.pwrite(self._direct, view[done:end], offset + done)
+                done += os.pwrite(direct, view[done:end], offset + done)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise

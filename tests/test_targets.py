@@ -114,6 +114,19 @@ def test_a_short_direct_write_is_completed(place, monkeypatch, taken):
     restored(place)
 
 
+def test_a_thread_may_give_it_up_while_another_is_half_way(place, monkeypatch):
+    with targets.opened(str(place / "r.raw"), 2 * MIB, "raw", cluster_size=64 * KIB, force=False) as target:
+        real = os.pwrite
+
+        def half(fd, data, offset):
+            target._output._direct = None
+            return real(fd, data[:MIB], offset)
+
+        monkeypatch.setattr(os, "pwrite", half)
+        target.write(0, aligned(b"x" * 2 * MIB))
+    assert (place / "r.raw").read_bytes() == b"x" * 2 * MIB
+
+
 def test_a_full_disk_is_told_and_not_tried_again(place, writes):
     writes.refuse = lambda _: errno.ENOSPC
     with pytest.raises(Failed, match="No space left"):
