@@ -10,6 +10,7 @@ once, however many points the chain has; the target is written at any offset.
 
 from __future__ import annotations
 
+import mmap
 import os
 import queue
 import threading
@@ -27,7 +28,7 @@ from backup import datafile
 from backup.chain import NOBODY, Chain, Index
 from backup.datafile import OpenDataFile
 from backup.digests import BLOCK
-from backup.errors import Damaged, Failed, NotFound, UsageError
+from backup.errors import BackupError, Damaged, Failed, NotFound, UsageError
 from backup.extents import Offsets, windows
 from backup.manifest import Manifest
 from backup.progress import Progress
@@ -40,6 +41,8 @@ _WINDOW = 1 << 20
 Clusters of the disk resolved at once, about 40 bytes of memory each.  Large, so that each file's tables and data are
 passed over few times; 64 GiB of a disk with clusters of 64 KiB.  Whole L2 tables for every size of cluster.
 """
+_STAGED = BLOCK
+"""Bytes written at once at most; a multiple of every cluster size."""
 _TRIES = 3
 _TICK = 0.1
 """Seconds between looks at progress and signals."""
@@ -55,7 +58,7 @@ class Restored:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Job:
-    """Clusters whose stored bytes begin in one block of one file, in the file's order."""
+    """Clusters whose stored bytes begin in one block of one file, in the disk's order."""
 
     number: int
     block: int
@@ -187,6 +190,10 @@ def _write_out(chain: Chain, files: list[OpenDataFile], target: Target, workers:
             while thread.is_alive() and not run.stop.is_set():
                 thread.join(_TICK)
                 run.show()
+    except BackupError:
+        # A worker's error ends what this thread waits for with an error that only says so.
+        if run.error is None:
+            raise
     finally:
         run.stop.set()
         if any(thread.is_alive() for thread in threads):
@@ -240,8 +247,8 @@ class _Run:
 
     def work(self) -> None:
         """Do jobs until there are no more; the first error stops all."""
-        codec = Codec(self.chain.cluster_size, None)
         try:
+            hand = _Hand(self.chain.cluster_size, self.target)
             while not self.stop.is_set():
                 try:
                     job = self._jobs.get(timeout=_TICK)
@@ -249,12 +256,13 @@ class _Run:
                     continue
                 if job is None:
                     return
-                self._do(job, codec)
+                self._do(job, hand)
                 self._ended.put(None)
         except BaseException as error:  # noqa: BLE001 - carried to the calling thread, which raises it
             with self._lock:
                 self.error = self.error or error
             self.stop.set()
+            _abandon(self.target)  # the feeding thread may wait in it for ever
 
     def _resolved(self, start: int, end: int) -> tuple[Offsets, ...]:
         """Cluster, link, host offset, length and kind of each cluster that holds data; zeroes are written at once."""
@@ -288,7 +296,8 @@ class _Run:
 
     def _hand_out(self, columns: tuple[Offsets, ...]) -> int:
         """Make jobs of a window and queue them; how many."""
-        order = np.lexsort((columns[2], columns[1]))
+        # Of one block in the disk's order: the longest writes.
+        order = np.lexsort((columns[0], columns[2] // BLOCK, columns[1]))
         clusters, links, offsets, lengths, kinds = (column[order] for column in columns)
         blocks = offsets // BLOCK
         changes = np.flatnonzero((np.diff(links) != 0) | (np.diff(blocks) != 0)) + 1
@@ -330,60 +339,73 @@ class _Run:
             except queue.Full:
                 continue
 
-    def _do(self, job: _Job, codec: Codec) -> None:
-        content = self._content(job)
-        limit = self.limits[job.number]
-        writes = _Gathered(self.target)
+    def _do(self, job: _Job, hand: _Hand) -> None:
+        written = hand.staging.written
         begins = (job.offsets - job.block * BLOCK).tolist()
         columns = zip(job.clusters.tolist(), begins, job.lengths.tolist(), job.kinds.tolist(), strict=True)
-        with memoryview(content) as view:
+        limit = self.limits[job.number]
+        file = self.files[job.number].file
+        with memoryview(file.block(job.block)) as content:
             for cluster, begin, length, kind in columns:
-                stored = view[begin : begin + length]
-                data = codec.decode(stored, self.chain.cluster_size) if kind == COMPRESSED else stored
-                self._write(writes, cluster, data, limit)
-            writes.flush()
+                stored = content[begin : begin + length]
+                if len(stored) < length:  # a frame that crosses into the next block
+                    stored = memoryview(file.read_at(job.block * BLOCK + begin, length))
+                self._place(hand, cluster, stored, kind == COMPRESSED, limit)
+                stored.release()
+        hand.staging.flush()
         with self._lock:
-            self.data_bytes += writes.written
+            self.data_bytes += hand.staging.written - written
             self.done += len(job.clusters) * self.chain.cluster_size
 
-    def _content(self, job: _Job) -> bytes:
-        """The job's block, and as much of the next one as its last frame needs."""
-        file = self.files[job.number].file
-        content = file.block(job.block)
-        beyond = int((job.offsets + job.lengths).max()) - (job.block * BLOCK + len(content))
-        return content + file.read_at((job.block + 1) * BLOCK, beyond) if beyond > 0 else content
-
-    def _write(self, writes: _Gathered, cluster: int, data: bytes | memoryview, limit: int) -> None:
-        """One cluster to the target: cut at the disk's end, and zero from the link's limit on."""
+    def _place(self, hand: _Hand, cluster: int, stored: memoryview, packed: bool, limit: int) -> None:  # noqa: FBT001
+        """One cluster to where it is written from: cut at the disk's end, and zero from the link's limit on."""
         size = self.chain.cluster_size
         start = cluster * size
         length = min(size, self.chain.size - start)
-        visible = min(length, limit - start)
+        room = hand.staging.room(start, length)
+        if packed:
+            hand.codec.decode_into(stored, room)
+        else:
+            room[:] = stored
+        visible = limit - start
         if visible < length:
-            data = bytes(data[:visible]) + bytes(length - visible)
-        writes.add(start, data[:length])
+            room[visible:] = bytes(size - visible)
 
 
-class _Gathered:
-    """Joins neighbouring clusters into one write; a system call for each would cost more than the write."""
+class _Hand:
+    """What one thread works with."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, cluster_size: int, target: Target) -> None:
+        self.codec = Codec(cluster_size, None)
+        self.staging = _Staging(target, cluster_size)
+
+
+class _Staging:
+    """
+    Joins neighbouring clusters into one write; a system call for each would cost more than the write.
+
+    Its memory begins on a page, as O_DIRECT demands, and is used again: fresh memory costs a page fault for each 4 KiB.
+    """
+
+    def __init__(self, target: Target, cluster_size: int) -> None:
         self.written = 0
         self._target = target
-        self._parts: list[bytes | memoryview] = []
-        self._start = self._end = 0
+        self._cluster_size = cluster_size
+        self._memory = memoryview(mmap.mmap(-1, _STAGED))
+        self._start = self._length = 0
 
-    def add(self, offset: int, data: bytes | memoryview) -> None:
-        """Append data (bytes) at offset."""
-        if offset != self._end or self._end - self._start >= BLOCK:
+    def room(self, offset: int, length: int) -> memoryview:
+        """Where a cluster is to be put of which `length` bytes will be written at `offset`."""
+        if offset != self._start + self._length or self._length + self._cluster_size > _STAGED:
             self.flush()
-            self._start = self._end = offset
-        self._parts.append(data)
-        self._end += len(data)
+            self._start = offset
+        at = self._length
+        self._length += length
+        return self._memory[at : at + self._cluster_size]
 
     def flush(self) -> None:
         """Write what was gathered."""
-        if self._parts:
-            self._target.write(self._start, self._parts[0] if len(self._parts) == 1 else b"".join(self._parts))
-            self.written += self._end - self._start
-            self._parts = []
+        if self._length:
+            self._target.write(self._start, self._memory[: self._length])
+            self.written += self._length
+            self._length = 0

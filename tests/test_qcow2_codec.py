@@ -110,3 +110,41 @@ def test_a_frame_that_claims_exabytes_allocates_nothing():
     assert zstandard.get_frame_parameters(claim).content_size == 1 << 60
     with pytest.raises(Damaged, match="holds 1152921504606846976 bytes"):
         Codec(CLUSTER, 1).decode(claim, CLUSTER)
+
+
+@pytest.mark.parametrize("kind", ["one byte", "text", "half"])
+@pytest.mark.parametrize("size", [4096, CLUSTER, 2 << 20])
+def test_a_frame_cut_anywhere_is_damage_also_where_its_content_is_whole(kind, size):
+    codec = Codec(size, 1)
+    frame = codec.encode(memoryview(content_of(kind, size)))
+    assert frame is not None
+    for cut in {1, 2, 3, 4, 5, 8, len(frame) // 2, len(frame) - 9, len(frame) - 5, len(frame) - 2, len(frame)}:
+        with pytest.raises(Damaged):
+            codec.decode_into(memoryview(frame[: len(frame) - cut]), memoryview(bytearray(size)))
+    wrong = frame[:-1] + bytes([frame[-1] ^ 1])
+    with pytest.raises(Damaged, match="checksum"):
+        codec.decode_into(memoryview(wrong), memoryview(bytearray(size)))
+
+
+def test_a_frame_with_a_window_is_decoded_as_well():
+    content = content_of("text", CLUSTER)
+    stream = zstandard.ZstdCompressor(level=3, write_checksum=True).compressobj(size=CLUSTER)
+    frame = b"".join(stream.compress(content[at : at + 1000]) for at in range(0, CLUSTER, 1000)) + stream.flush()
+    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=12, write_checksum=True)
+    narrow = zstandard.ZstdCompressor(compression_params=parameters).compress(content)
+    assert not narrow[4] & 0x20
+    for each in (frame, narrow):
+        found = bytearray(CLUSTER)
+        Codec(CLUSTER, 1).decode_into(memoryview(each + b"tail"), memoryview(found))
+        assert found == content
+
+
+def test_blocks_that_hold_another_number_of_bytes_than_the_head_says_are_damage():
+    frame = Codec(CLUSTER, 1).encode(memoryview(content_of("text", CLUSTER)))
+    other = Codec(CLUSTER // 2, 1).encode(memoryview(content_of("text", CLUSTER // 2)))
+    assert frame is not None
+    assert other is not None
+    with pytest.raises(Damaged):  # the head of one before the blocks of the other
+        Codec(CLUSTER, 1).decode(frame[:7] + other[7:], CLUSTER)
+    with pytest.raises(Damaged):
+        Codec(CLUSTER // 2, 1).decode(other[:7] + frame[7:], CLUSTER // 2)

@@ -25,6 +25,7 @@ from lab import (
     write,
 )
 
+from backup import restore as restoring
 from backup import targets
 from backup.errors import Failed
 from backup.qemu.nbd import Target
@@ -583,6 +584,25 @@ def test_an_error_in_one_thread_does_not_wait_for_another_that_hangs(night, tmp_
         assert time.monotonic() - began < 8
     assert done.rc == 1
     assert "space" in done.stderr
+
+
+def test_an_error_in_a_worker_ends_a_zero_request_of_the_main_thread_that_hangs(tmp_path, monkeypatch):
+    # Windows of 1 MiB: the main thread is among the second one's zeroes while workers write the first one.
+    monkeypatch.setattr(restoring, "_WINDOW", 16)
+    night = Night.of(tmp_path, "2M")
+    write(night.image, "write -P 7 0 1M")
+    night.full()
+    hang = f"touch {tmp_path}/zeroing; exec sleep 10"
+    fail = f"cat >/dev/null; until [ -e {tmp_path}/zeroing ]; do sleep 0.1; done; echo ENOSPC >&2; exit 1"
+    with nbdkit(
+        "eval", "get_size=echo 2097152", f"pwrite={fail}", f"zero={hang}", "can_zero=exit 0", "can_write=exit 0",
+        "pread=exit 1", "can_multi_conn=exit 0", "thread_model=echo parallel",
+    ) as uri:  # fmt: skip
+        began = time.monotonic()
+        done = restore(night, uri, "--force")
+        assert time.monotonic() - began < 5
+    assert done.rc == 1
+    assert "No space left" in done.stderr
 
 
 def test_a_server_of_huge_requests_and_no_write_zeroes_gets_its_zeroes_in_small_ones(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import time
 
 import pytest
 from forge import bless, flipped, replaced, rewrite
@@ -276,3 +277,57 @@ def test_the_worst_problem_makes_the_exit_code():
     assert code(NotFound, Failed) == 10
     assert code(Failed) == 1
     assert code(NotFound, Damaged, Failed) == 12
+
+
+def test_a_large_file_is_checked_by_several_threads_and_each_fault_is_told(tmp_path):
+    night = Night.of(tmp_path, "64M")
+    (tmp_path / "noise").write_bytes(random.Random(6).randbytes(40 * MIB))
+    write(night.image, f"write -s {tmp_path / 'noise'} 1M 40M")
+    night.full()
+    manifest = points(night)[0]
+    data = files(manifest)
+    machine = Machine(manifest.parent)
+    size = data.stat().st_size
+    for workers in (1, 2, 5):
+        told = []
+        found = verify_machine(machine, deep=True, workers=workers, progress=told.append)
+        assert (found.bytes, found.problems, found.files) == (size, (), 1)
+        assert told == sorted(told)
+        assert told[-1] == size
+    with data.open("r+b") as file:
+        for at in (5 * MIB, 17 * MIB):
+            os.pwrite(file.fileno(), bytes([os.pread(file.fileno(), 1, at)[0] ^ 1]), at)
+    for workers in (1, 2, 5):
+        [problem] = verify_machine(machine, deep=False, workers=workers, progress=lambda _: None).problems
+        assert "is damaged between bytes" in problem.error.message
+        assert problem.error.exit_code == 12
+
+
+def test_an_interrupted_verify_ends_at_once_and_closes_its_files(tmp_path, monkeypatch):
+    night = Night.of(tmp_path, "32M")
+    (tmp_path / "noise").write_bytes(random.Random(6).randbytes(20 * MIB))
+    write(night.image, f"write -s {tmp_path / 'noise'} 1M 20M")
+    night.full()
+
+    def endless(reader, _codec):
+        while True:
+            reader.read(0, 512)
+            time.sleep(0.01)
+
+    def interrupt(_done):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("backup.qcow2.check", endless)
+    before = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(KeyboardInterrupt):
+        verify_machine(Machine(points(night)[0].parent), deep=True, workers=2, progress=interrupt)
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_fault_of_the_program_in_a_worker_is_raised_and_no_damage(small, monkeypatch):
+    def fault(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("backup.qcow2.check", fault)
+    with pytest.raises(MemoryError):
+        verify_machine(Machine(points(small)[0].parent), deep=False, workers=2, progress=lambda _: None)

@@ -142,6 +142,7 @@ def _decode_table(reader: Reader, codec: Codec, first: int, entries: U64) -> Non
     offsets, lengths = reader.spans(entries[packed])
     order = np.argsort(offsets)
     buffer, start = b"", 0
+    cluster = memoryview(bytearray(reader.image.cluster_size))
     for guest, offset, length in zip(
         packed[order].tolist(), offsets[order].tolist(), lengths[order].tolist(), strict=True
     ):
@@ -149,6 +150,6 @@ def _decode_table(reader: Reader, codec: Codec, first: int, entries: U64) -> Non
             start = offset
             buffer = reader.read(offset, max(length, min(_READ_BYTES, reader.file_size - offset)))
         try:
-            codec.decode(memoryview(buffer)[offset - start : offset - start + length], reader.image.cluster_size)
+            codec.decode_into(memoryview(buffer)[offset - start : offset - start + length], cluster)
         except Damaged as error:
             raise reader.damaged(f"guest cluster {first + guest}, at {offset}: {error.message}") from error

@@ -22,6 +22,7 @@ _SINGLE_SEGMENT, _HAS_CHECKSUM = 0x20, 0x04
 _DICTIONARY_BYTES = (0, 1, 2, 4)
 _CONTENT_SIZE_BYTES = (0, 2, 4, 8)
 _BLOCK_RLE, _BLOCK_RESERVED = 1, 3
+_CHECKSUM_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ class Codec:
         if level is not None:
             self._compressor = zstandard.ZstdCompressor(level=level, write_checksum=True, write_content_size=True)
         self._decompressor = zstandard.ZstdDecompressor()
+        self._usual_head = _usual_head(cluster_size)
 
     def encode(self, cluster: memoryview) -> bytes | None:
         """Return the cluster's frame, or None where that is not smaller than the cluster, which is then stored raw."""
@@ -66,19 +68,56 @@ class Codec:
         Raises
         ------
         Damaged
-            No frame of ours (with checksum, of one cluster), cut, or its content fails the checksum.
+            As for `decode_into`.
         """
-        found = parse_frame(frame)
-        # Checked before zstandard sees it: it allocates as much as the frame claims.
-        if found.content != cluster_size or not found.checksum:
-            raise _damaged(
-                f"holds {found.content} bytes, checksum {'yes' if found.checksum else 'no'}; "
-                f"a cluster is {cluster_size} bytes with checksum"
-            )
+        found = bytearray(cluster_size)
+        self.decode_into(memoryview(frame), memoryview(found))
+        return bytes(found)
+
+    def decode_into(self, frame: memoryview, cluster: memoryview) -> None:
+        """
+        Fill `cluster` from the frame at the start of `frame`; what follows that is not looked at.
+
+        Raises
+        ------
+        Damaged
+            No frame of ours (with checksum, of as many bytes as `cluster` has), cut, or its content fails the checksum.
+            `cluster` holds anything then.
+        """
+        end = self._end(frame, len(cluster))
         try:
-            return self._decompressor.decompress(memoryview(frame)[: found.length])
+            # As the frame is whole and there is room for its content, zstd decodes right into `cluster` and ends with
+            # the checksum.  Of a cut frame it would hand out the bytes before it has seen a checksum.
+            count = self._decompressor.stream_reader(frame[:end]).readinto(cluster)
         except zstandard.ZstdError as error:
             raise _damaged(str(error)) from error
+        if count != len(cluster):
+            raise _damaged(f"gave {count} of {len(cluster)} bytes")
+
+    def _end(self, frame: memoryview, content: int) -> int:
+        """Where a frame ends that holds `content` bytes with a checksum; any other is refused."""
+        head = self._usual_head
+        if content == self._cluster_size and frame[: len(head)] == head:
+            end = _end_of_blocks(frame, len(head)) + _CHECKSUM_BYTES
+            if end > len(frame):
+                raise _cut(frame)
+            return end
+        found = parse_frame(frame)
+        # Checked before zstandard sees it: it allocates as much as the frame claims.
+        if found.content != content or not found.checksum:
+            raise _damaged(
+                f"holds {found.content} bytes, checksum {'yes' if found.checksum else 'no'}; "
+                f"a cluster is {content} bytes with checksum"
+            )
+        return found.length
+
+
+def _usual_head(cluster_size: int) -> bytes:
+    """The header of nearly all our frames (a single segment, its size, a checksum), known without being parsed."""
+    code = 1 if cluster_size < 65536 + 256 else 2  # two bytes hold 256 to 65,791, four the rest
+    descriptor = code << 6 | _SINGLE_SEGMENT | _HAS_CHECKSUM
+    content = cluster_size - 256 if code == 1 else cluster_size
+    return _MAGIC.to_bytes(4, "little") + bytes([descriptor]) + content.to_bytes(_CONTENT_SIZE_BYTES[code], "little")
 
 
 def frame_length(data: Buffer) -> int:
@@ -116,7 +155,7 @@ def parse_frame(data: Buffer) -> Frame:
     # A single segment always tells its size, in one byte where the field's code is 0.
     width = _CONTENT_SIZE_BYTES[descriptor >> 6] or int(single)
     content = int.from_bytes(data[at : at + width], "little") + (256 if width == 2 else 0)
-    end = _end_of_blocks(data, at + width) + (4 if checksum else 0)
+    end = _end_of_blocks(data, at + width) + (_CHECKSUM_BYTES if checksum else 0)
     if end > len(data):
         raise _cut(data)
     return Frame(end, content if width else None, checksum)
