@@ -1,8 +1,8 @@
 """
-The commands: parse, call, show, exit code.  `main` is the only place that catches errors.
+The commands: parse, call, show, exit code.  The only user of typer; `main` is the only place that catches errors.
 
-Modules that cost time to import (numpy, libnbd, rich, typer) are imported by the command that needs them: a cron job
-over a hundred idle disks is a hundred starts.
+Modules that cost time to import (numpy, libnbd, rich) are imported by the command that needs them: a cron job over a
+hundred idle disks is a hundred starts.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
+import typer
+from typer.exceptions import TyperException
+
 import backup
-from backup.cli import process, render, words
-from backup.cli.words import Argument, Option
+from backup.cli import process, render
 from backup.errors import WARNINGS_EXIT_CODE, BackupError, Damaged, Failed, Interrupted, NotFound, UsageError
 
 if TYPE_CHECKING:
@@ -29,6 +31,14 @@ if TYPE_CHECKING:
     from backup.repository import Machine, Repository
     from backup.sources import Source
     from backup.verify import Verified
+
+app = typer.Typer(
+    name="pybackup",
+    help="Incremental backups of QEMU/KVM disks, by dirty bitmaps, into chains of plain qcow2 files.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
 @dataclass(slots=True)
@@ -45,55 +55,50 @@ class _Global:
 
 _options = _Global()
 
-MachineNames = Annotated[list[str] | None, Argument("[MACHINE]...")]
+MachineNames = Annotated[list[str] | None, typer.Argument(metavar="[MACHINE]...", show_default=False)]
 # readable=False: whoever opens a path says best why it cannot, with the right exit code.
-Repo = Annotated[Path | None, Option("--repo", metavar="DIR", readable=False, help="The repository's folder.")]
-Json = Annotated[bool, Option("--json", help="One JSON document on standard output.")]
+Repo = Annotated[Path | None, typer.Option("--repo", metavar="DIR", readable=False, help="The repository's folder.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 Image = Annotated[
-    Path | None, Option("--image", metavar="FILE", readable=False, help="An image that no machine has open.")
+    Path | None, typer.Option("--image", metavar="FILE", readable=False, help="An image that no machine has open.")
 ]
 ImageFormat = Annotated[
     str | None,
-    Option("--image-format", metavar="qcow2|raw", help="The image's format; else its first bytes tell."),
+    typer.Option("--image-format", metavar="qcow2|raw", help="The image's format; else its first bytes tell."),
 ]
-Nbd = Annotated[str | None, Option("--nbd", metavar="URI", help="An export of any NBD server.")]
+Nbd = Annotated[str | None, typer.Option("--nbd", metavar="URI", help="An export of any NBD server.")]
 Since = Annotated[
     str | None,
-    Option("--since", metavar="POINT", help="With --nbd: the point that the server's bitmap starts from."),
+    typer.Option("--since", metavar="POINT", help="With --nbd: the point that the server's bitmap starts from."),
 ]
-MachineName = Annotated[str | None, Option("--machine", metavar="NAME", help="The machine, for a source.")]
-DiskName = Annotated[str | None, Option("--disk", metavar="NAME", help="The disk, for a source.")]
+MachineName = Annotated[str | None, typer.Option("--machine", metavar="NAME", help="The machine, for a source.")]
+DiskName = Annotated[str | None, typer.Option("--disk", metavar="NAME", help="The disk, for a source.")]
 BitmapName = Annotated[
     str | None,
-    Option("--bitmap", metavar="NAME", help="Family of the bitmaps to keep; with --nbd, the server's bitmap."),
+    typer.Option("--bitmap", metavar="NAME", help="Family of the bitmaps to keep; with --nbd, the server's bitmap."),
 ]
 CompressionText = Annotated[
-    str | None, Option("--compression", metavar="none|zstd[:LEVEL]", help="How clusters are stored.")
+    str | None, typer.Option("--compression", metavar="none|zstd[:LEVEL]", help="How clusters are stored.")
 ]
-DryRun = Annotated[bool, Option("--dry-run", help="Show what a run would do; change nothing.")]
-NoFallback = Annotated[bool, Option("--no-fallback", help="Fail with 14 rather than take a full instead.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what a run would do; change nothing.")]
+NoFallback = Annotated[bool, typer.Option("--no-fallback", help="Fail with 14 rather than take a full instead.")]
 
 
-_Command = Callable[..., int | None]
-
-_commands: dict[str, _Command] = {}
-"""By name, in the order of the help.  Each returns its exit code, None for 0."""
-
-
-def _command(name: str) -> Callable[[_Command], _Command]:
-    def register(function: _Command) -> _Command:
-        _commands[name] = function
-        return function
-
-    return register
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pybackup {backup.__version__}")
+        raise typer.Exit
 
 
+@app.callback()
 def _global(
-    config: Annotated[Path | None, Option("--config", metavar="FILE", help="The configuration.")] = None,
-    verbose: Annotated[bool, Option("--verbose", help="Say more.")] = False,
-    quiet: Annotated[bool, Option("--quiet", help="Say nothing but warnings and errors.")] = False,
-    debug: Annotated[bool, Option("--debug", help="Show tracebacks.")] = False,
-    version: Annotated[bool, Option("--version", help="Show the version and exit.")] = False,
+    config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="The configuration.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Say more.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but warnings and errors.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
 ) -> None:
     del version
     if verbose and quiet:
@@ -105,7 +110,7 @@ def _global(
         logging.basicConfig(level=logging.INFO, format="pybackup: %(message)s")
 
 
-@_command("full")
+@app.command()
 def full(
     machines: MachineNames = None,
     image: Image = None,
@@ -118,7 +123,7 @@ def full(
     compression: CompressionText = None,
     dry_run: DryRun = False,
     json: Json = False,
-) -> int:
+) -> None:
     """Back up everything, and begin a chain."""
     from backup.cli.requests import Options
 
@@ -136,10 +141,10 @@ def full(
         fallback=True,
         dry_run=dry_run,
     )
-    return _back_up(options, repo, json)
+    _back_up(options, repo, json)
 
 
-@_command("incremental")
+@app.command()
 def incremental(
     machines: MachineNames = None,
     image: Image = None,
@@ -154,7 +159,7 @@ def incremental(
     no_fallback: NoFallback = False,
     dry_run: DryRun = False,
     json: Json = False,
-) -> int:
+) -> None:
     """Back up what changed since the newest point; everything where that cannot be known."""
     from backup.cli.requests import Options
 
@@ -172,10 +177,10 @@ def incremental(
         fallback=not no_fallback,
         dry_run=dry_run,
     )
-    return _back_up(options, repo, json)
+    _back_up(options, repo, json)
 
 
-def _back_up(given: Options, repo: Path | None, json: bool) -> int:
+def _back_up(given: Options, repo: Path | None, json: bool) -> None:
     from backup.cli import requests, settings
     from backup.repository import Repository
 
@@ -209,7 +214,7 @@ def _back_up(given: Options, repo: Path | None, json: bool) -> int:
                 for request, outcome in outcomes
             ]
         )
-    return _exit_code([outcome for _, outcome in outcomes])
+    raise typer.Exit(_exit_code([outcome for _, outcome in outcomes]))
 
 
 def _back_up_one(open_repository: Callable[[], Repository], request: Request) -> Report | BackupError:
@@ -247,13 +252,13 @@ def _exit_code(outcomes: Sequence[Report | BackupError]) -> int:
     return WARNINGS_EXIT_CODE if warned else 0
 
 
-@_command("map")
+@app.command("map")
 def map_(
     image: Image = None,
     image_format: ImageFormat = None,
     nbd: Nbd = None,
-    bitmap: Annotated[str | None, Option("--bitmap", metavar="EXACT-NAME", help="The bitmap to show.")] = None,
-    totals: Annotated[bool, Option("--totals", help="Sums only.")] = False,
+    bitmap: Annotated[str | None, typer.Option("--bitmap", metavar="EXACT-NAME", help="The bitmap to show.")] = None,
+    totals: Annotated[bool, typer.Option("--totals", help="Sums only.")] = False,
     json: Json = False,
 ) -> None:
     """Show a source as the planner sees it: dirty or clean, data, zero or hole.  Bytes."""
@@ -299,8 +304,8 @@ def _no_bitmap(image: Path, bitmap: str, where: str, names: str) -> BackupError:
     return SourceError(f"{image} has no dirty bitmap {bitmap!r}{where}", hint=f"it has: {names}")
 
 
-@_command("list")
-def list_(machines: MachineNames = None, repo: Repo = None, json: Json = False) -> int:
+@app.command("list")
+def list_(machines: MachineNames = None, repo: Repo = None, json: Json = False) -> None:
     """List the points that there are."""
     _options.json = json
     found: list[tuple[Manifest, Path]] = []
@@ -316,12 +321,12 @@ def list_(machines: MachineNames = None, repo: Repo = None, json: Json = False) 
         render.document([render.point_object(manifest, path) for manifest, path in found])
     elif found:
         render.points_table([manifest for manifest, _ in found])
-    return WARNINGS_EXIT_CODE if damaged else 0
+    raise typer.Exit(WARNINGS_EXIT_CODE if damaged else 0)
 
 
-@_command("show")
+@app.command()
 def show(
-    manifest: Annotated[str, Argument("MANIFEST", help="A path, MACHINE/POINT or MACHINE/latest.")],
+    manifest: Annotated[str, typer.Argument(metavar="MANIFEST", help="A path, MACHINE/POINT or MACHINE/latest.")],
     repo: Repo = None,
     json: Json = False,
 ) -> None:
@@ -348,13 +353,13 @@ def show(
         render.manifest_text(found, path, links)
 
 
-@_command("restore")
+@app.command()
 def restore(
-    manifest: Annotated[str, Argument("MANIFEST", help="A path, MACHINE/POINT or MACHINE/latest.")],
-    target: Annotated[str, Argument("TARGET", help="A file, a block device, an NBD URI, or a folder.")],
-    disk: Annotated[str | None, Option("--disk", metavar="NAME", help="Only this disk of the point.")] = None,
-    format_: Annotated[str, Option("--format", metavar="raw|qcow2", help="Of the file that is made.")] = "raw",
-    force: Annotated[bool, Option("--force", help="Replace what TARGET holds.")] = False,
+    manifest: Annotated[str, typer.Argument(metavar="MANIFEST", help="A path, MACHINE/POINT or MACHINE/latest.")],
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="A file, a block device, an NBD URI, or a folder.")],
+    disk: Annotated[str | None, typer.Option("--disk", metavar="NAME", help="Only this disk of the point.")] = None,
+    format_: Annotated[str, typer.Option("--format", metavar="raw|qcow2", help="Of the file that is made.")] = "raw",
+    force: Annotated[bool, typer.Option("--force", help="Replace what TARGET holds.")] = False,
     repo: Repo = None,
     json: Json = False,
 ) -> None:
@@ -381,13 +386,13 @@ def restore(
         render.document({"machine": found.machine, "point": found.point, "error": None, "disks": done})
 
 
-@_command("verify")
+@app.command()
 def verify(
-    what: Annotated[list[str] | None, Argument("[MANIFEST | MACHINE]...")] = None,
+    what: Annotated[list[str] | None, typer.Argument(metavar="[MANIFEST | MACHINE]...", show_default=False)] = None,
     repo: Repo = None,
-    deep: Annotated[bool, Option("--deep", help="Decompress every cluster as well.")] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="Decompress every cluster as well.")] = False,
     json: Json = False,
-) -> int:
+) -> None:
     """Re-read backups and find every changed byte: 12 for damage, 10 for something missing."""
     from backup import verify as verifying
     from backup.cli import settings
@@ -414,10 +419,10 @@ def verify(
         )
     for problem in problems:
         render.problem(problem)
-    return verifying.exit_code(problems)
+    raise typer.Exit(verifying.exit_code(problems))
 
 
-@_command("check-config")
+@app.command("check-config")
 def check_config() -> None:
     """Check the configuration and say what it names."""
     config = _config()
@@ -537,43 +542,19 @@ def main() -> NoReturn:
 
 def _run(arguments: Sequence[str]) -> int:
     try:
-        return _called(arguments) or 0
+        result = typer.main.get_command(app).main(args=list(arguments), prog_name="pybackup", standalone_mode=False)
+        return result if isinstance(result, int) else 0
     except BrokenPipeError:
         raise
+    except TyperException as error:
+        _options.json = _options.json or "--json" in arguments  # the command did not come to say it
+        return _fail(UsageError(" ".join(error.format_message().split()), hint="see: pybackup --help"))
     except Interrupted as stopped:
         return _fail(stopped)
+    except typer.Abort:
+        return _fail(Interrupted(signal.SIGINT))
     except Exception as error:  # noqa: BLE001 - shown, and in the exit code
         return _fail(_explained(error))
-
-
-def _called(arguments: Sequence[str]) -> int | None:
-    """Read the line, in the quick way where it is a plain one, and call the command."""
-    call = words.read(arguments, _global, _commands)
-    if call is None:
-        return _called_by_typer(arguments)
-    if call.command is None:
-        _show_version()
-        return 0
-    _global(**call.before)
-    code: int | None = call.command(**call.values)
-    return code
-
-
-def _called_by_typer(arguments: Sequence[str]) -> int | None:
-    from backup.cli import grammar
-
-    try:
-        result = grammar.run(arguments, _global, _commands, _show_version)
-    except grammar.Refused as refused:
-        _options.json = _options.json or "--json" in arguments  # the command did not come to say it
-        raise UsageError(str(refused), hint="see: pybackup --help") from None
-    except grammar.Aborted:
-        raise Interrupted(signal.SIGINT) from None
-    return result if isinstance(result, int) else None
-
-
-def _show_version() -> None:
-    render.line(f"pybackup {backup.__version__}")
 
 
 def _explained(error: Exception) -> BackupError:
