@@ -95,8 +95,8 @@ class Config:
 
     `path` is the file they came from, None for the defaults.  At most `requests` are in flight on each of
     `connections`, each of at most `request_size` bytes; how many is found out while copying.  `workers` compress and
-    hash; None means one for each core.  `max_chain` is the number of points after which an incremental becomes a full.  `group_read`
-    lets the group read the repository (0640 and 0750 instead of 0600 and 0700).
+    hash; None means one for each core.  `max_chain` is the number of points after which an incremental becomes a full.
+    `group_read` lets the group read the repository (0640 and 0750 instead of 0600 and 0700).
     """
 
     path: Path | None = None

@@ -161,7 +161,7 @@ def store(folder, number, parent, size, clusters):
     )
     with maker:
         for cluster, data in clusters.items():
-            maker.write(cluster, memoryview(data))
+            maker.write(np.array([cluster]), memoryview(data))
         link = replace(link, data=maker.finish("zstd:1"))
     folder.publish(manifest(number, link))
     return link
