@@ -343,11 +343,11 @@ class Bench:
 
     kept = ("disk.qcow2", "pool")
 
-    def __init__(self, tmpfs: Path, disk: Path, *, quick: bool) -> None:
+    def __init__(self, tmpfs: Path, disk: Path, *, rounds: int, quick: bool) -> None:
         self.quick = quick
         self.tmpfs, self.disk = Place("tmpfs", tmpfs), Place("disk", disk)
         self.places = (self.tmpfs, self.disk)
-        self.rounds = 1 if quick else 5
+        self.rounds = 1 if quick else rounds
         self.repeats = 1 if quick else 3
         self.size = (256 * MIB) if quick else (4 * GIB)
 

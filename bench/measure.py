@@ -144,7 +144,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Count:
-    """Reads of an image's file by its server, and their bytes, for a plan of so many dirty clusters (or as labelled)."""
+    """Reads of an image's file by its server, and their bytes, for a plan as labelled."""
 
     label: str
     reads: int

@@ -79,7 +79,7 @@ def main() -> None:
         os.chdir(on_disk)
         (Path(in_memory) / "tmpfs").mkdir()
         (Path(on_disk) / "disk").mkdir()
-        bench = Bench(Path(in_memory) / "tmpfs", Path(on_disk) / "disk", quick=options.quick)
+        bench = Bench(Path(in_memory) / "tmpfs", Path(on_disk) / "disk", rounds=options.rounds, quick=options.quick)
         for name in options.only or PARTS:
             results["parts"][name] = measure(name, bench)
             if not options.quick:

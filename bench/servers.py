@@ -62,9 +62,9 @@ def nbdkit(*arguments: str) -> Iterator[Server]:
 @contextmanager
 def simulated(size: int) -> Iterator[Server]:
     """Simulate a disk of `size` bytes of which every second cluster is dirty; it prints a line at the first read."""
-    with _socket() as address:
-        with _running([sys.executable, str(HERE / "simulated_disk.py"), address, str(size)], address) as process:
-            yield Server(f"nbd+unix:///?socket={quote(address)}", process)
+    program = [sys.executable, str(HERE / "simulated_disk.py")]
+    with _socket() as address, _running([*program, address, str(size)], address) as process:
+        yield Server(f"nbd+unix:///?socket={quote(address)}", process)
 
 
 class Daemon:
