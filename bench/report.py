@@ -181,8 +181,8 @@ def bars(parts: dict[str, list[Any]]) -> str:
     counts = [count for found in parts.values() for count in found if isinstance(count, Count)]
     reads = table(["plan of", "reads", "MiB read"], [[c.label, f"{c.reads:,}", f"{c.bytes / MIB:.1f}"] for c in counts])
     return (
-        f"## The bars\n\n{met} of {judged} are met. A quotient (×) is ours / theirs and wants to be small; a rate (%) is "
-        f"our share of theirs and wants to be large.\n\n{table(titles, lines, 3)}\n\n{notes}\n\n"
+        f"## The bars\n\n{met} of {judged} are met. A quotient (×) is ours / theirs and wants to be small; a rate (%) "
+        f"is our share of theirs and wants to be large.\n\n{table(titles, lines, 3)}\n\n{notes}\n\n"
         f"Reads of the image's file in the row that counts them, opening it included:\n\n{reads}"
     )
 

@@ -40,6 +40,7 @@ class Server:
 
     def reading(self, patience: float) -> bool:
         """Did a simulated disk say, within so many seconds, that the first read came?"""
+        assert self.process.stdout is not None
         return bool(select.select([self.process.stdout], [], [], patience)[0])
 
 
