@@ -41,7 +41,7 @@ from measure import (
     seconds,
     timed,
 )
-from servers import HERE, qemu_nbd, storage_daemon
+from servers import HERE, Daemon, qemu_nbd, storage_daemon
 
 READ_ONLY, PLAN_ONLY, LOOPS = (
     [sys.executable, str(HERE / name)] for name in ("read_only.py", "plan_only.py", "loops.py")
@@ -156,7 +156,7 @@ def incremental(bench: Bench) -> Iterator[Row]:
         with storage_daemon(image) as daemon:
             uri = daemon.serve("ours")
 
-            def theirs(target: Path = target, daemon=daemon) -> Usage:  # noqa: ANN001 - a servers.Daemon
+            def theirs(target: Path = target, daemon: Daemon = daemon) -> Usage:
                 before, start = daemon.processor, time.perf_counter()
                 made = timed([["qemu-img", "create", "-q", "-f", "qcow2", str(target), str(size)]])
                 daemon.back_up(target, "theirs")

@@ -35,7 +35,7 @@ COPIED = 1 << 63
 BITMAPS_EXTENSION = 0x23852875
 
 
-def apart(work: Callable[..., None], *arguments: Any, **named: Any) -> None:
+def apart(work: Callable[..., object], *arguments: Any, **named: Any) -> None:
     """Do some work in a child process, so that its memory is not ours (see measure.py)."""
     child = os.fork()
     if not child:

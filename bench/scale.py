@@ -153,7 +153,7 @@ def cores(bench: Bench) -> Iterator[Point]:
         target = place.path("target")
         at = ("restore", float(count), str(count), bench.size / MIB)
         command = [*bound, PYBACKUP, "restore", str(newest_manifest(repository)), str(target)]
-        yield measured(bench, at, command, lambda target=target: remove(target))
+        yield measured(bench, at, command, lambda: remove(place.path("target")))
         at = ("verify", float(count), str(count), bench.size / MIB)
         yield measured(bench, at, [*bound, PYBACKUP, "verify", "--repo", str(repository)], lambda: None)
         remove(repository)

@@ -15,6 +15,7 @@ import socket
 import struct
 import sys
 import threading
+from typing import BinaryIO
 
 CLUSTER = 65536
 MOST_EXTENTS = 1 << 20
@@ -62,7 +63,7 @@ def serve(connection: socket.socket, size: int) -> None:
         connection.close()
 
 
-def negotiate(connection: socket.socket, stream, size: int) -> list[str] | None:  # noqa: ANN001 - a buffered reader
+def negotiate(connection: socket.socket, stream: BinaryIO, size: int) -> list[str] | None:
     """Options until the client goes on to requests; the contexts it chose, or None where it left."""
     contexts: list[str] = []
     while True:
@@ -104,7 +105,7 @@ def queries(data: bytes) -> list[str]:
     return found
 
 
-def answer(connection: socket.socket, stream, contexts: list[str]) -> bool:  # noqa: ANN001 - a buffered reader
+def answer(connection: socket.socket, stream: BinaryIO, contexts: list[str]) -> bool:
     """One request; False when the client leaves."""
     _, _, kind, cookie, offset, length = struct.unpack(">IHHQQI", stream.read(28))
     if kind == DISCONNECT:
