@@ -67,6 +67,7 @@ def main() -> None:
         "--tmpfs", type=Path, default=Path("/dev/shm"), help="a folder in memory (default: %(default)s)"
     )
     parser.add_argument("--disk", type=Path, default=Path("/var/tmp"), help="a folder on a disk (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="pairs of a bar (default: %(default)s)")
     options = parser.parse_args()
     os.environ["PATH"] = f"{os.environ['PATH']}:/usr/sbin:/sbin"
     machine = describe_machine(options.tmpfs, options.disk)
