@@ -236,7 +236,7 @@ def series(name: str, shown: Series, points: list[Point]) -> str:
         lines.setdefault(point.line, []).append(point)
     plot(name, shown, lines)
     rows = [
-        [line, each.label, f"{middle(each):.3f}", f"{1000 * middle(each) / each.units:.3g}", f"{each.memory / MIB:.0f}"]
+        [line, each.label, f"{middle(each):.3f}", number(1000 * middle(each) / each.units), f"{each.memory / MIB:.0f}"]
         for line, found in lines.items()
         for each in found
     ]
@@ -247,6 +247,11 @@ def series(name: str, shown: Series, points: list[Point]) -> str:
     text = f"## {shown.title}\n\n{shown.text}\n\n![{shown.title}](plots/{name}.svg)\n\n"
     text += table(["", shown.axis, "s", f"ms for each of the {shown.unit}", "MiB"], rows, 1)
     return text + (f"\n\n{verdict}" if shown.work else "")
+
+
+def number(value: float) -> str:
+    """Three digits, and all of those before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def middle(point: Point) -> float:
