@@ -83,6 +83,20 @@ SERIES = {
     ),
 }
 
+BARS = (
+    "read-only",
+    "full-none",
+    "full-zstd",
+    "plan",
+    "incremental",
+    "idle",
+    "reads",
+    "restore",
+    "verify",
+    "version",
+)
+"""The parts with bars, in the order of the table."""
+
 HOW = """
 ## How it is measured
 
@@ -161,7 +175,7 @@ def head(results: dict[str, Any]) -> str:
 
 def bars(parts: dict[str, list[Any]]) -> str:
     """The table of the bars."""
-    rows = [row for found in parts.values() for row in found if isinstance(row, Row)]
+    rows = [row for name in BARS for row in parts.get(name, []) if isinstance(row, Row)]
     titles = [
         "work",
         "on",

@@ -85,6 +85,7 @@ def main() -> None:
             results["parts"][name] = measure(name, bench)
             if not options.quick:
                 results["machine"] = machine
+                results["parts"] = {each: results["parts"][each] for each in PARTS if each in results["parts"]}
                 RESULTS.write_text(json.dumps(results, indent=1) + "\n")
         os.chdir("/")
     if not options.quick:
