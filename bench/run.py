@@ -78,6 +78,9 @@ def main() -> None:
         tempfile.TemporaryDirectory(prefix="pybackup-bench-", dir=options.disk) as on_disk,
     ):
         os.chdir(on_disk)
+        # The default configuration, whatever this machine's is.
+        os.environ["PYBACKUP_CONFIG"] = f"{on_disk}/empty.yaml"
+        Path("empty.yaml").write_text("{}\n")
         (Path(in_memory) / "tmpfs").mkdir()
         (Path(on_disk) / "disk").mkdir()
         bench = Bench(Path(in_memory) / "tmpfs", Path(on_disk) / "disk", rounds=options.rounds, quick=options.quick)
