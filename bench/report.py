@@ -101,7 +101,7 @@ HOW = """
 ## How it is measured
 
 Ours and theirs run in turn, so that what else the machine does hits both; a value is the median over the pairs
-(five, 20 for `--version`) of the quotient or the difference within a pair, and the seconds are medians of their
+(their number is in the table) of the quotient or the difference within a pair, and the seconds are medians of their
 own. Before each run all is written back (`sync`), after it its output is removed. Every time is that of whole
 processes, start included, except for the bare loop over zstandard. *Processor* is user and system time of the
 processes, their children and the servers that work for them. *MiB* is the largest resident set of a single process
@@ -204,7 +204,7 @@ def bars(parts: dict[str, list[Any]]) -> str:
 def bar(row: Row) -> list[str]:
     """A row of the bars' table."""
     if row.kind == "missing":
-        return [row.work, "", row.against, "", row.note, "", "", "", "", ""]
+        return [row.work, "", row.against, "", row.note, "", "", "", "", "", ""]
     limit = {
         "ratio": f"≤ {row.limit:.2f} ×",
         "rate": f"≥ {row.limit:.0%} of the rate",
@@ -223,7 +223,18 @@ def bar(row: Row) -> list[str]:
         limit += f", processor ≤ {row.processor_limit:.2f} ×"
         shown += f", processor {row.processor_ratio:.2f} ×"
     peak = f"{row.memory / MIB:.0f}" if row.memory else ""
-    return [row.work, row.place, row.against, limit, shown, "yes" if row.met else "**no**", *times, processor, peak]
+    return [
+        row.work,
+        row.place,
+        row.against,
+        limit,
+        shown,
+        "yes" if row.met else "**no**",
+        *times,
+        processor,
+        peak,
+        str(len(row.ours)),
+    ]
 
 
 def memory(parts: dict[str, list[Any]]) -> str:

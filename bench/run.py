@@ -98,7 +98,7 @@ def main() -> None:
 def measure(name: str, bench: Bench) -> dict[str, Any]:
     """Run one part, and say when, on what and with what result."""
     print(name, flush=True)
-    began, load = time.monotonic(), os.getloadavg()[0]
+    began, load, commit = time.monotonic(), os.getloadavg()[0], describe_commit()
     rows = []
     for row in PARTS[name](bench):
         print(row.text(), flush=True)
@@ -109,8 +109,14 @@ def measure(name: str, bench: Bench) -> dict[str, Any]:
         place.clear(*bench.kept)
     took = round(time.monotonic() - began, 1)
     print(f"  {took} s in all", flush=True)
-    commit = run(["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=10"]).strip()
     return {"date": f"{datetime.now(UTC):%Y-%m-%d %H:%M}Z", "commit": commit, "load": load, "took": took, "rows": rows}
+
+
+def describe_commit() -> str:
+    """The commit that is measured, and "-changed" where the program or the bench differ from it."""
+    git = ["git", "-C", str(HERE.parent)]
+    changed = subprocess.call([*git, "diff", "--quiet", "HEAD", "--", "backup", "bench/*.py"])
+    return run([*git, "rev-parse", "--short=10", "HEAD"]).strip() + ("-changed" if changed else "")
 
 
 def describe_machine(tmpfs: Path, disk: Path) -> dict[str, str]:
