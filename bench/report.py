@@ -187,6 +187,7 @@ def bars(parts: dict[str, list[Any]]) -> str:
         "theirs s",
         "processor s, ours / theirs",
         "MiB",
+        "pairs",
     ]
     lines = [bar(row) for row in rows]
     met = sum(row.met is True for row in rows)
