@@ -9,7 +9,6 @@ import math
 import statistics
 from collections import Counter
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -289,17 +288,20 @@ def steeper(line: str, points: list[Point]) -> list[str]:
     """
     Where a line gets steeper: the price of one more unit of x between two points, held against that of all before.
 
-    A fixed cost of starting therefore hides nothing, and noise below NOTICEABLE counts neither way.
+    A fixed cost of starting therefore hides nothing.  Where nothing noticeable was paid before, time must have grown by
+    a larger factor than x.  A point above a later one is noise: its time counts as the later one's.
     """
-    first, found = points[0], []
-    for before, after in pairwise(points[1:]):
-        rise, past = middle(after) - middle(before), middle(before) - middle(first)
-        price = rise / (after.x - before.x)
-        known = max(past, NOTICEABLE) / (before.x - first.x)
-        if rise > NOTICEABLE and price > known * STEEPER:
+    times = [min(map(middle, points[index:])) for index in range(len(points))]
+    found = []
+    for index in range(1, len(points) - 1):
+        before, after = points[index], points[index + 1]
+        rise, past = times[index + 1] - times[index], times[index] - times[0]
+        price, known = rise / (after.x - before.x), past / (before.x - points[0].x)
+        steep = price > known * STEEPER if past > NOTICEABLE else times[index + 1] / times[index] > after.x / before.x
+        if rise > NOTICEABLE and steep:
             found.append(
-                f"{line}: from {before.label} to {after.label}, {middle(before):.2f} s became {middle(after):.2f} s; "
-                f"one more on the axis costs {1000 * price:.3g} ms, {price / known:.1f} times as much as before"
+                f"{line}: from {before.label} to {after.label}, {times[index]:.2f} s became {times[index + 1]:.2f} s; "
+                f"one more on the axis costs {1000 * price:.3g} ms, and {1000 * known:.3g} ms before"
             )
     return found
 
