@@ -167,7 +167,7 @@ def head(results: dict[str, Any]) -> str:
     load = statistics.median(part["load"] for part in parts)
     return (
         f"# Measurements\n\nMade by `make bench` on {when}, commit {commit}, in "
-        f"{sum(part['took'] for part in parts) / 60:.0f} minutes; when each part ran stands at the end.\n\n"
+        f"{sum(part['took'] for part in parts) / 60:.0f} minutes; when each part ended stands below.\n\n"
         f"{machine}\n- load {load:.1f} when the parts began (the bench's own earlier parts included)"
     )
 
@@ -334,12 +334,12 @@ def plot(name: str, shown: Series, lines: dict[str, list[Point]]) -> None:
 
 
 def runs(results: dict[str, Any]) -> str:
-    """When each part ran."""
+    """When each part ended, and how long it took."""
     rows = [
         [name, part["date"], part["commit"], f"{part['load']:.1f}", f"{part['took']:.0f}"]
         for name, part in results["parts"].items()
     ]
-    return "## The parts\n\n" + table(["part (`--only`)", "began", "commit", "load before", "s"], rows, 3)
+    return "## The parts\n\n" + table(["part (`--only`)", "ended", "commit", "load before", "s"], rows, 3)
 
 
 if __name__ == "__main__":
