@@ -30,6 +30,7 @@ check: setup
 	$(if $(wildcard tests/test_architecture.py),.venv/bin/python -m pytest tests/test_architecture.py)
 
 bench: setup
+	@.venv/bin/python -c 'import matplotlib' 2>/dev/null || .venv/bin/python -m pip install -qq --disable-pip-version-check --editable '.[bench]'
 	.venv/bin/python bench/run.py $(ARGS)
 
 clean:

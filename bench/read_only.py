@@ -1,0 +1,56 @@
+"""
+A full with its output thrown away: plan, read and hash, and store nothing.
+
+    read_only.py URI
+
+Compression is none; each part of the data file that would be is hashed with BLAKE3, as it is when it is stored.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+
+from backup import copier, digests, plan, qcow2
+from backup.qemu.nbd import Export
+
+CLUSTER = 65536
+
+
+class HashedAway:
+    """Hashes parts and forgets them (a `qcow2.PartSink`)."""
+
+    def put(self, number: int, data: bytes | bytearray | memoryview) -> None:  # noqa: ARG002 - the sink's signature
+        """Take part `number`."""
+        digests.digest(data)
+
+
+class Sink:
+    """What the copier writes to (a `copier.Sink`)."""
+
+    def __init__(self, size: int) -> None:
+        self.writer = qcow2.Writer(qcow2.Image(size, CLUSTER, None, zstd=False), HashedAway(), level=None)
+        self.zero = self.writer.zero
+        self.completed_below = self.writer.completed_below
+        self._codecs = threading.local()
+
+    def write(self, first_cluster: int, data: memoryview) -> int:
+        """Take whole clusters; returns how many of them are all zeroes."""
+        if not hasattr(self._codecs, "codec"):
+            self._codecs.codec = qcow2.Codec(CLUSTER, None)
+        return self.writer.write(first_cluster, data, self._codecs.codec)
+
+
+def main() -> None:
+    """Read the export that the first argument names."""
+    settings = copier.Settings()
+    with Export(sys.argv[1]) as export:
+        planned = plan.plan_full(export, CLUSTER)
+        sink = Sink(planned.size)
+        with export.lanes(settings.connections) as lanes:
+            copier.copy(planned, lanes, sink, settings, max_request=export.max_request, progress=lambda _done: None)
+        sink.writer.finish()
+
+
+if __name__ == "__main__":
+    main()
