@@ -73,8 +73,7 @@ class Daemon:
 
     def __init__(self, address: str, process: subprocess.Popen[str]) -> None:
         self.process = process
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.connect(address)
+        self._socket = _connected(address)
         self._lines = self._socket.makefile("r")
         self._lines.readline()  # the greeting
         self.ask("qmp_capabilities")
@@ -115,6 +114,21 @@ class Daemon:
             sys.exit(f"bench: error: blockdev-backup: {found['error']}")
         self.ask("job-dismiss", id="job")
         self.ask("blockdev-del", node_name="target")
+
+
+def _connected(address: str) -> socket.socket:
+    """Connect; the socket has its name a moment before the server listens."""
+    deadline = time.monotonic() + 5
+    while True:
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.connect(address)
+            return connection
+        except ConnectionRefusedError:
+            connection.close()
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.005)
 
 
 @contextmanager

@@ -383,6 +383,14 @@ def find_malformed(entries: U64, image: Image, file_size: int) -> int | None:
     Well-formed: 0; 1; bit 63 and an aligned offset inside the file; in a zstd file, bit 62 and a frame inside the
     file whose sectors are those of less than a cluster; never inside cluster 0.
     """
+    # Most entries of most tables are 0 or 1, and a chain on a large disk has thousands of tables.
+    suspects = np.flatnonzero(entries > np.uint64(READS_AS_ZERO))
+    bad = _malformed(entries[suspects], image, file_size)
+    return int(suspects[np.argmax(bad)]) if bad.any() else None
+
+
+def _malformed(entries: U64, image: Image, file_size: int) -> npt.NDArray[np.bool_]:
+    """Which of L2 entries other than 0 and 1 are not well-formed."""
     codes = kinds(entries)
     offsets, lengths = spans(entries, image.cluster_size)
     stored = codes >= RAW
@@ -395,5 +403,5 @@ def find_malformed(entries: U64, image: Image, file_size: int) -> int | None:
         bad |= (codes == COMPRESSED) & (offsets >> np.uint64(OFFSET_BITS) != 0)
     else:
         bad |= codes == COMPRESSED
-    bad |= (codes == UNALLOCATED) & (entries != 0)
-    return int(np.argmax(bad)) if bad.any() else None
+    bad |= codes == UNALLOCATED
+    return bad

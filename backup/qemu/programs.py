@@ -274,8 +274,29 @@ def served(
 
 def _serve_command(path: Path, image_format: str, bitmaps: Sequence[str], connections: int, address: str) -> list[str]:
     options = [option for name in bitmaps for option in ("-B", name)]
-    shared = f"--shared={connections}"
-    return ["qemu-nbd", "-r", "-f", image_format, *options, "-t", shared, f"--socket={address}", "--", filename(path)]
+    serve = ["qemu-nbd", "-r", *options, "-t", f"--shared={connections}", f"--socket={address}"]
+    entry = _table_bytes(path) if image_format == QCOW2 else None
+    if entry is None:
+        return [*serve, "-f", image_format, "--", filename(path)]
+    name = filename(path).replace(",", ",,")
+    return [*serve, "--image-opts", "--", f"driver={QCOW2},l2-cache-entry-size={entry},file.filename={name}"]
+
+
+def _table_bytes(path: Path) -> int | None:
+    """
+    Bytes of an L2 table of a qcow2 image: one cluster; None where the header makes no sense.
+
+    QEMU reads tables in slices of 4 KiB unless told otherwise (qcow2-cache.txt), which suits a machine's random reads.
+    Who asks about a whole disk waits 16 times for each table: 1.4 s instead of 0.1 s on a disk of 1 TiB with data
+    everywhere.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(24)
+    except OSError:
+        return None  # QEMU says best what is wrong
+    bits = int.from_bytes(head[20:24], "big")
+    return 1 << bits if len(head) == 24 and 9 <= bits <= 21 else None
 
 
 def _dies_with_us() -> list[str]:
@@ -404,6 +425,13 @@ def _run(command: Sequence[str], codes: Sequence[int] = (0,)) -> str:
     return stdout
 
 
+_KEEP_BUFFERS = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(128 << 20)}
+"""
+For glibc's malloc (mallopt(3)): else qemu-nbd gives the buffer of each large read back to the kernel and gets another,
+page by page, for the next; that doubles its processor time.
+"""
+
+
 def _popen(command: Sequence[str], stderr: int | IO[str]) -> subprocess.Popen[str]:
     _log.info("run: %s", shlex.join(command))
     try:
@@ -416,7 +444,7 @@ def _popen(command: Sequence[str], stderr: int | IO[str]) -> subprocess.Popen[st
             errors="replace",
             # A Ctrl-C in the terminal is for us; a qemu-img must not die of it half-way through a write.
             start_new_session=True,
-            env={**os.environ, "LC_ALL": "C"},
+            env={**os.environ, **_KEEP_BUFFERS, "LC_ALL": "C"},
         )
     except OSError as error:
         raise Failed(f"{command[0]} cannot be run: {error.strerror}", hint=_PACKAGE) from None
