@@ -88,6 +88,27 @@ class MachineConfig:
     compression: Compression
 
 
+_LIMITS = 64 * KiB, 1024 * 1024 * MiB
+"""Bytes a second that `limit` may name."""
+
+
+def parse_limit(text: str) -> int:
+    """
+    Read the value of --limit, bytes a second.
+
+    Raises
+    ------
+    UsageError
+        No size, or none that makes sense.
+    """
+    limit, (low, high) = parse_size(text), _LIMITS
+    if not low <= limit <= high:
+        raise UsageError(
+            f"--limit {text} is out of bounds", hint=f"name bytes a second from {show_size(low)} to {show_size(high)}"
+        )
+    return limit
+
+
 @dataclass(frozen=True, slots=True)
 class Config:
     """
@@ -95,7 +116,8 @@ class Config:
 
     `path` is the file they came from, None for the defaults.  At most `requests` are in flight on each of
     `connections`, each of at most `request_size` bytes; how many is found out while copying.  `workers` compress and
-    hash; None means one for each core.  `max_chain` is the number of points after which an incremental becomes a full.
+    hash; None means one for each core.  A source is read at no more than `limit` bytes a second.  `max_chain` is the
+    number of points after which an incremental becomes a full.
     `group_read` lets the group read the repository (0640 and 0750 instead of 0600 and 0700).
     """
 
@@ -110,6 +132,7 @@ class Config:
     requests: int = 16
     request_size: int = 512 * KiB
     workers: int | None = None
+    limit: int | None = None
     group_read: bool = False
     machines: tuple[MachineConfig, ...] = ()
 
@@ -159,7 +182,7 @@ def _compose(path: Path, text: bytes) -> yaml.Node | None:
 def _config(section: _Section, path: Path) -> Config:
     section.allow(
         "repository", "bitmap", "compression", "cluster_size", "max_chain", "check_zeroes", "connections", "requests",
-        "request_size", "workers", "group_read", "machines",
+        "request_size", "workers", "limit", "group_read", "machines",
     )  # fmt: skip
     known = Config()
     bitmap = section.name("bitmap", "bitmap")
@@ -177,6 +200,7 @@ def _config(section: _Section, path: Path) -> Config:
         requests=section.integer("requests", 1, 256) or known.requests,
         request_size=section.size("request_size", max(known.request_size, cluster_size), 64 * KiB, 32 * MiB),
         workers=section.integer("workers", 1, 256),
+        limit=section.size("limit", 0, *_LIMITS) or None if "limit" in section.fields else None,
         group_read=section.boolean("group_read", otherwise=known.group_read),
         machines=tuple(_machine(child, bitmap, compression) for child in section.children("machine", "machines")),
     )

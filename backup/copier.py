@@ -65,7 +65,8 @@ class Settings:
     How much happens at once.
 
     Each of `connections` has at most `requests` reads in flight, each of at most `request_size` bytes; `workers`
-    threads hash, compress and write.  Buffers take no more than `buffer_limit` bytes.
+    threads hash, compress and write.  Buffers take no more than `buffer_limit` bytes.  The source is read at no more
+    than `limit` bytes a second (None: as fast as it can).
     """
 
     connections: int = 4
@@ -73,6 +74,7 @@ class Settings:
     request_size: int = 1 << 19
     workers: int = 2
     buffer_limit: int = 64 << 20
+    limit: int | None = None
 
     def buffers(self, lanes: int, batch: int) -> int:
         """Number of buffers of `batch` bytes: for all reads in flight, and two for each worker."""
@@ -178,6 +180,29 @@ class Depth:
         self._deeper = not self._deeper or self.now == self._least
 
 
+class Pace:
+    """
+    Spreads reads over time so that they stay below a limit.  Used under a lock.
+
+    Parameters
+    ----------
+    limit : int or None
+        Bytes a second; None: no limit.
+    """
+
+    def __init__(self, limit: int | None) -> None:
+        self._limit = limit
+        self._next = 0.0
+
+    def wait(self, length: int, now: float) -> float:
+        """Seconds to wait at the time `now` (seconds) before `length` bytes are read; their time is taken then."""
+        if self._limit is None:
+            return 0.0
+        begin = max(now, self._next)
+        self._next = begin + length / self._limit
+        return begin - now
+
+
 class _Meter:
     """Measures how fast reads arrive and steers a Depth by it.  Used under a lock."""
 
@@ -224,6 +249,7 @@ def copy(
     count = max(1, min(settings.buffers(len(lanes), batch), -(-plan.totals.data // batch)))
     depth = Depth(len(lanes), settings.requests)
     run = _Run(plan, sink, [pages(batch) for _ in range(count)], min(settings.request_size, max_request), depth)
+    run.pace = Pace(settings.limit)
     threads = [threading.Thread(target=run.guard, args=(run.read, lane, number)) for number, lane in enumerate(lanes)]
     workers = [threading.Thread(target=run.guard, args=(run.work,)) for _ in range(settings.workers)]
     try:
@@ -270,6 +296,7 @@ class _Run:
         self._batches: Iterator[Batch] | None = self._cut()
         self._outstanding: dict[int, None] = {}
         self._issued = 0
+        self.pace = Pace(None)
         self._depth = depth
         self._meter = _Meter(depth)
 
@@ -293,7 +320,7 @@ class _Run:
                     batch = self._next(patient=lane.in_flight == 0)
                     if batch is not None:
                         waiting.extend(_requests(batch, self.request_size))
-                if not waiting:
+                if not waiting or not self._in_time(len(waiting[0][1])):
                     break
                 lane.submit(*waiting.popleft())
             if lane.in_flight:
@@ -302,6 +329,12 @@ class _Run:
                 return
             elif not depth:
                 self.stop.wait(_IDLE)
+
+    def _in_time(self, length: int) -> bool:
+        """Wait until a read of `length` bytes keeps the pace; False when the copy is to stop."""
+        with self._lock:
+            seconds = self.pace.wait(length, time.monotonic())
+        return seconds <= 0 or not self.stop.wait(seconds)
 
     def work(self) -> None:
         """Store batches until there are no more."""

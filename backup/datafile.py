@@ -4,7 +4,6 @@ Data files in a machine's folder: written in parts with digests on the way, open
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -18,19 +17,15 @@ from backup.digests import BlockCache, CheckedFile
 from backup.errors import BackupError, Damaged, Failed
 from backup.extents import Offsets
 from backup.manifest import DataFile, DiskEntry
+from backup.output import Output
 from backup.repository import allow
 
-_PAGE = 4096
-"""Bytes; what O_DIRECT writes begins at and ends with multiples of it, on every common file system and disk."""
 _FROM_COPY = "bring the file back from a copy of the repository, or restore another point"
 
 
 class PartFile:
     """
     A file that is written in numbered parts, each hashed as it comes (a `qcow2.PartSink`).
-
-    Parts go past the kernel's page cache where the file system allows it (O_DIRECT, open(2)): a tenth of the processor
-    time, and a host full of running machines keeps its cache for them.
 
     Raises
     ------
@@ -42,12 +37,11 @@ class PartFile:
         self.path = path
         self._digests: dict[int, bytes] = {}
         self._lock = threading.Lock()
-        self._writing = threading.Lock()
         try:
             self._fd = _create(path, mode)
         except OSError as error:
             raise _cannot_write(path, error) from None
-        self._direct = _open_direct(path)
+        self._output = Output(self._fd, path, grows=True)
 
     def put(self, number: int, data: bytes | bytearray | memoryview) -> None:
         """Write part `number` (digests.BLOCK bytes each, the last may be short)."""
@@ -55,25 +49,9 @@ class PartFile:
         with self._lock:
             self._digests[number] = found
         try:
-            # The kernel lets one writer at a time into a file that grows; the others would spin for it.
-            with self._writing:
-                self._write(memoryview(data), number * digests.BLOCK)
+            self._output.write(number * digests.BLOCK, data)
         except OSError as error:
             raise _cannot_write(self.path, error) from None
-
-    def _write(self, view: memoryview, offset: int) -> None:
-        direct = self._direct
-        # Only the file's last part may have an odd length; and not every caller's memory begins on a page.
-        if direct is not None and len(view) % _PAGE == 0:
-            try:
-                written = os.pwrite(direct, view, offset)
-                view, offset = view[written:], offset + written
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-        while view:
-            written = os.pwrite(self._fd, view, offset)
-            view, offset = view[written:], offset + written
 
     def finish(self) -> bytes:
         """Make the file last and return the digests of its blocks, in order."""
@@ -89,17 +67,7 @@ class PartFile:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-        if self._direct is not None:
-            os.close(self._direct)
-            self._direct = None
-
-
-def _open_direct(path: Path) -> int | None:
-    """A second descriptor that writes past the page cache, or None where the file system has no such thing."""
-    try:
-        return os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return None
+        self._output.close()
 
 
 def write_digests(path: Path, content: bytes, mode: int) -> None:

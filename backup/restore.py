@@ -10,7 +10,6 @@ once, however many points the chain has; the target is written at any offset.
 
 from __future__ import annotations
 
-import mmap
 import os
 import queue
 import threading
@@ -31,6 +30,7 @@ from backup.digests import BLOCK
 from backup.errors import BackupError, Damaged, Failed, NotFound, UsageError
 from backup.extents import Offsets, windows
 from backup.manifest import Manifest
+from backup.pages import pages
 from backup.progress import Progress
 from backup.qcow2 import COMPRESSED, Codec
 from backup.repository import MARKER, Machine
@@ -181,11 +181,12 @@ def _chain(machine: Machine, point: str, disk: str) -> Chain:
 
 def _write_out(chain: Chain, files: list[OpenDataFile], target: Target, workers: int, progress: Progress) -> Restored:
     run = _Run(chain, files, target, progress)
-    threads = [threading.Thread(target=run.work) for _ in range(workers)]
+    # One more than there are cores for: while one waits for the disk, the others decode.
+    threads = [threading.Thread(target=run.work) for _ in range(workers + 1)]
     try:
         for thread in threads:
             thread.start()
-        run.feed(workers)
+        run.feed(len(threads))
         for thread in threads:
             while thread.is_alive() and not run.stop.is_set():
                 thread.join(_TICK)
@@ -391,7 +392,7 @@ class _Staging:
         self.written = 0
         self._target = target
         self._cluster_size = cluster_size
-        self._memory = memoryview(mmap.mmap(-1, _STAGED))
+        self._memory = pages(_STAGED)
         self._start = self._length = 0
 
     def room(self, offset: int, length: int) -> memoryview:

@@ -13,7 +13,6 @@ import errno
 import os
 import secrets
 import stat
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Protocol
 
 from backup import qcow2
 from backup.errors import BackupError, Failed, UsageError
+from backup.output import Output, write_all
 from backup.qemu import nbd
 
 RAW, QCOW2 = "raw", "qcow2"
@@ -28,10 +28,6 @@ _NBD_SCHEMES = ("nbd://", "nbds://", "nbd+unix://", "nbds+unix://", "nbd+vsock:/
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_ZERO_RANGE = 0x01, 0x10  # linux/falloc.h
 _ZERO_STEP = 1 << 30
 _ZEROES = bytes(1 << 20)
-_ALIGNED = 4096
-"""Offset and length in bytes that every device takes with O_DIRECT."""
-_DIRECT_LEAST = 1 << 20
-"""Bytes below which a write goes through the cache, as a device's answer takes longer than a copy."""
 
 
 class Target(Protocol):
@@ -102,9 +98,12 @@ def _file(path: Path, size: int, image_format: str, cluster_size: int, *, force:
     part = path.with_name(f".pybackup-{secrets.token_hex(8)}.part")
     with _explained(path):
         fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    direct = _open_direct(part) if image_format == RAW else None
+    output = Output(fd, part, grows=image_format != RAW)
     try:
-        target = RawFile(fd, size, path, direct) if image_format == RAW else Qcow2File(fd, size, cluster_size, path)
+        if image_format == RAW:
+            target: RawFile | Qcow2File = RawFile(fd, output, size, path)
+        else:
+            target = Qcow2File(output, size, cluster_size, path)
         yield target
         with _explained(path):
             target.finish()
@@ -118,19 +117,10 @@ def _file(path: Path, size: int, image_format: str, cluster_size: int, *, force:
             finally:
                 os.close(folder)
     finally:
+        output.close()
         os.close(fd)
-        if direct is not None:
-            os.close(direct)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(part)
-
-
-def _open_direct(path: Path) -> int | None:
-    """Open a file once more, for writing past the page cache; None where the file system has no O_DIRECT."""
-    try:
-        return os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
-    except OSError:
-        return None
 
 
 @contextmanager
@@ -189,19 +179,12 @@ def _is_device(path: Path) -> bool:
 
 
 class RawFile:
-    """
-    A new sparse file: what is not written is a hole.
-
-    Parameters
-    ----------
-    fd, direct : int
-        The file, and the same opened with O_DIRECT where it can be.
-    """
+    """A new sparse file: what is not written is a hole."""
 
     reads_zero = True
 
-    def __init__(self, fd: int, size: int, path: Path, direct: int | None = None) -> None:
-        self._output = _Output(fd, direct)
+    def __init__(self, fd: int, output: Output, size: int, path: Path) -> None:
+        self._output = output
         self._path = path
         with _explained(path):
             os.ftruncate(fd, size)
@@ -218,44 +201,6 @@ class RawFile:
         """Nothing is left to do."""
 
 
-class _Output:
-    """
-    Writes to a file from several threads at the least cost.
-
-    Past the page cache (O_DIRECT) where that can be: it spares the copy, and the host keeps what it had in memory.
-    Through the cache one thread writes at a time, as the kernel locks the file and others would spin.
-    """
-
-    def __init__(self, fd: int, direct: int | None) -> None:
-        self._fd = fd
-        self._direct = direct
-        self._lock = threading.Lock()
-
-    def write(self, offset: int, data: bytes | memoryview) -> None:
-        """Write data (bytes) at offset."""
-        view = memoryview(data)
-        done = self._write_direct(offset, view)
-        if done < len(view):
-            with self._lock:
-                _write_all(self._fd, offset + done, view[done:])
-
-    def _write_direct(self, offset: int, view: memoryview) -> int:
-        """Write as much as goes past the cache; how many bytes that was."""
-        direct = self._direct  # another thread may give it up meanwhile
-        end = len(view) // _ALIGNED * _ALIGNED
-        if direct is None or end < _DIRECT_LEAST or offset % _ALIGNED:
-            return 0
-        done = 0
-        try:
-            while done < end:
-                done += os.pwrite(direct, view[done:end], offset + done)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            self._direct = None  # not here, not of this size, or not from this memory: never again
-        return done
-
-
 class Device:
     """A block device, whose old contents are unknown."""
 
@@ -269,7 +214,7 @@ class Device:
     def write(self, offset: int, data: bytes | memoryview) -> None:
         """Write data (bytes) at offset."""
         with _explained(self._path):
-            _write_all(self._fd, offset, data)
+            write_all(self._fd, offset, data)
 
     def zero(self, offset: int, length: int) -> None:
         """Zero the range by the kernel (blkdev_issue_zeroout, through fallocate), else by writing zeroes."""
@@ -279,7 +224,7 @@ class Device:
                 # The kernel takes whole sectors only; the rest, and old kernels, get written zeroes.
                 if low % 4096 or count % 4096 or not self._fallocate(self._fd, low, count):
                     for at in range(low, low + count, len(_ZEROES)):
-                        _write_all(self._fd, at, _ZEROES[: min(len(_ZEROES), low + count - at)])
+                        write_all(self._fd, at, _ZEROES[: min(len(_ZEROES), low + count - at)])
 
 
 class Qcow2File:
@@ -287,8 +232,8 @@ class Qcow2File:
 
     reads_zero = True
 
-    def __init__(self, fd: int, size: int, cluster_size: int, path: Path) -> None:
-        self._fd = fd
+    def __init__(self, output: Output, size: int, cluster_size: int, path: Path) -> None:
+        self._output = output
         self._path = path
         self._cluster_size = cluster_size
         self._codec = qcow2.Codec(cluster_size, None)
@@ -297,7 +242,7 @@ class Qcow2File:
     def put(self, number: int, data: bytes | bytearray | memoryview) -> None:
         """Write one part of the file (qcow2.PartSink)."""
         with _explained(self._path):
-            _write_all(self._fd, number * qcow2.PART, data)
+            self._output.write(number * qcow2.PART, data)
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
         """Write whole clusters; the disk's last one may be short."""
@@ -315,13 +260,6 @@ class Qcow2File:
     def finish(self) -> None:
         """Write tables and head."""
         self._writer.finish()
-
-
-def _write_all(fd: int, offset: int, data: bytes | bytearray | memoryview) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(fd, view, offset)
-        view, offset = view[written:], offset + written
 
 
 class _Fallocate(Protocol):

@@ -140,6 +140,8 @@ USAGE = [
     ["full", "--image", "x.qcow2", "--nbd", "nbd://localhost"],
     ["full", "--image", "x.qcow2"],
     ["full", "--image", "x.qcow2", "--repo", "r", "--compression", "gzip"],
+    ["full", "--image", "x.qcow2", "--repo", "r", "--limit", "fast"],
+    ["full", "--image", "x.qcow2", "--repo", "r", "--limit", "1"],
     ["full", "--image", "x.qcow2", "--repo", "r", "--machine", "../up"],
     ["full", "--image", "x.qcow2", "--repo", "r", "--disk", "a/b"],
     ["full", "--image", "x.qcow2", "--repo", "r", "--bitmap", "with.dot"],

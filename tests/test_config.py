@@ -206,6 +206,13 @@ def test_a_problem_says_line_key_and_what_was_expected(problems, tmp_path, text,
     assert any(problem.startswith(expected) for problem in found), found
 
 
+def test_a_limit_is_a_size_a_second(read):
+    assert read("limit: 50M\n").limit == 50 << 20
+    assert read("bitmap: b1\n").limit is None
+    with pytest.raises(UsageError, match="line 1: limit: expected a size from 64 KiB to 1 TiB, got '1K'"):
+        read("limit: 1K\n")
+
+
 def test_the_default_request_size_follows_a_large_cluster_size(read):
     assert read("cluster_size: 2M\n").request_size == 2 << 20
 

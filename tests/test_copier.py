@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backup import copier
-from backup.copier import Depth, Settings
+from backup.copier import Depth, Pace, Settings
 from backup.errors import Interrupted, SourceError
 from backup.extents import Offsets
 from backup.plan import plan_full
@@ -232,6 +233,45 @@ def test_a_server_nearby_is_read_through_one_connection():
     chosen = Settings(connections=4, requests=16, request_size=CLUSTER, workers=1)
     copier.copy(plan_of(content), lanes, MemorySink(), chosen, max_request=NO_LIMIT, progress=ignore)
     assert [lane.deepest for lane in lanes] == [8, 0, 0, 0]
+
+
+def test_reads_keep_to_a_limit_and_do_not_make_up_for_a_pause():
+    pace = Pace(1000)
+    assert [pace.wait(500, 10.0) for _ in range(3)] == [0.0, 0.5, 1.0]
+    assert pace.wait(500, 11.5) == 0.0
+    assert pace.wait(500, 60.0) == 0.0
+    assert pace.wait(500, 60.0) == 0.5
+    assert Pace(None).wait(1 << 40, 0.0) == 0.0
+
+
+def test_a_copy_with_a_limit_takes_its_time_and_is_whole():
+    content = b"x" * (64 * CLUSTER)
+    lanes = [FakeLane(content) for _ in range(2)]
+    sink = MemorySink()
+    chosen = Settings(2, 4, CLUSTER, 2, limit=2 * len(content))
+    began = time.monotonic()
+    copier.copy(plan_of(content), lanes, sink, chosen, max_request=NO_LIMIT, progress=ignore)
+    assert time.monotonic() - began >= 0.5 * 63 / 64
+    assert sink.content() == content
+
+
+def test_a_copy_that_waits_for_its_pace_stops_at_once():
+    content = b"x" * (64 * CLUSTER)
+    began = time.monotonic()
+
+    def interrupt(done: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        copier.copy(
+            plan_of(content),
+            [FakeLane(content)],
+            MemorySink(),
+            Settings(1, 4, CLUSTER, 1, limit=CLUSTER // 60),
+            max_request=NO_LIMIT,
+            progress=interrupt,
+        )
+    assert time.monotonic() - began < 5
 
 
 def depths(rate_of: Callable[[int], float], times: int = 200) -> list[int]:

@@ -80,6 +80,9 @@ BitmapName = Annotated[
 CompressionText = Annotated[
     str | None, typer.Option("--compression", metavar="none|zstd[:LEVEL]", help="How clusters are stored.")
 ]
+Limit = Annotated[
+    str | None, typer.Option("--limit", metavar="SIZE", help="Read at most so many bytes a second, such as 50M.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what a run would do; change nothing.")]
 NoFallback = Annotated[bool, typer.Option("--no-fallback", help="Fail with 14 rather than take a full instead.")]
 
@@ -121,6 +124,7 @@ def full(
     repo: Repo = None,
     bitmap: BitmapName = None,
     compression: CompressionText = None,
+    limit: Limit = None,
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
@@ -138,6 +142,7 @@ def full(
         disk=disk,
         bitmap=bitmap,
         compression=compression,
+        limit=limit,
         fallback=True,
         dry_run=dry_run,
     )
@@ -156,6 +161,7 @@ def incremental(
     repo: Repo = None,
     bitmap: BitmapName = None,
     compression: CompressionText = None,
+    limit: Limit = None,
     no_fallback: NoFallback = False,
     dry_run: DryRun = False,
     json: Json = False,
@@ -174,6 +180,7 @@ def incremental(
         disk=disk,
         bitmap=bitmap,
         compression=compression,
+        limit=limit,
         fallback=not no_fallback,
         dry_run=dry_run,
     )

@@ -34,6 +34,7 @@ class Options:
     disk: str | None
     bitmap: str | None
     compression: str | None
+    limit: str | None
     fallback: bool
     dry_run: bool
 
@@ -148,7 +149,13 @@ def _request(
         fallback=options.fallback,
         dry_run=options.dry_run,
         named_by_path=named_by_path,
-        copying=Settings(config.connections, config.requests, config.request_size, workers(config)),
+        copying=Settings(
+            config.connections,
+            config.requests,
+            config.request_size,
+            workers(config),
+            limit=config.limit if options.limit is None else configuration.parse_limit(options.limit),
+        ),
     )
 
 
