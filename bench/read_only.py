@@ -12,6 +12,7 @@ import sys
 import threading
 
 from backup import copier, digests, plan, qcow2
+from backup.extents import Offsets
 from backup.qemu.nbd import Export
 
 CLUSTER = 65536
@@ -28,17 +29,19 @@ class HashedAway:
 class Sink:
     """What the copier writes to (a `copier.Sink`)."""
 
+    batch = qcow2.PART
+
     def __init__(self, size: int) -> None:
         self.writer = qcow2.Writer(qcow2.Image(size, CLUSTER, None, zstd=False), HashedAway(), level=None)
         self.zero = self.writer.zero
         self.completed_below = self.writer.completed_below
         self._codecs = threading.local()
 
-    def write(self, first_cluster: int, data: memoryview) -> int:
-        """Take whole clusters; returns how many of them are all zeroes."""
+    def write(self, clusters: Offsets, data: memoryview) -> int:
+        """Take whole clusters with these numbers; returns how many of them are all zeroes."""
         if not hasattr(self._codecs, "codec"):
             self._codecs.codec = qcow2.Codec(CLUSTER, None)
-        return self.writer.write(first_cluster, data, self._codecs.codec)
+        return self.writer.write_scattered(clusters, data, self._codecs.codec)
 
 
 def main() -> None:
