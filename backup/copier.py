@@ -77,7 +77,7 @@ class Settings:
     limit: int | None = None
 
     def buffers(self, lanes: int, batch: int) -> int:
-        """Number of buffers of `batch` bytes: for all reads in flight, and two for each worker."""
+        """Number of buffers of `batch` bytes: for all reads in flight, and two for each core's worker."""
         wanted = -(-lanes * self.requests * self.request_size // batch) + 2 * self.workers
         return max(2, min(wanted, self.buffer_limit // batch))
 
@@ -251,7 +251,8 @@ def copy(
     run = _Run(plan, sink, [pages(batch) for _ in range(count)], min(settings.request_size, max_request), depth)
     run.pace = Pace(settings.limit)
     threads = [threading.Thread(target=run.guard, args=(run.read, lane, number)) for number, lane in enumerate(lanes)]
-    workers = [threading.Thread(target=run.guard, args=(run.work,)) for _ in range(settings.workers)]
+    # One more than there are cores for: while one waits for the disk, the others compress.
+    workers = [threading.Thread(target=run.guard, args=(run.work,)) for _ in range(settings.workers + 1)]
     try:
         for thread in threads + workers:
             thread.start()

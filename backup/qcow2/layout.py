@@ -349,9 +349,12 @@ def frame_entries(offsets: U64, lengths: U64, cluster_size: int) -> U64:
 def kinds(entries: U64) -> U8:
     """Codes (UNALLOCATED, ZERO, RAW, COMPRESSED) of well-formed L2 entries, same shape."""
     codes = np.zeros(entries.shape, np.uint8)
-    codes[entries == READS_AS_ZERO] = ZERO
-    codes[entries >= COPIED] = RAW
-    codes[(entries >> np.uint64(62)) == 1] = COMPRESSED
+    some = np.flatnonzero(entries)  # few in most tables
+    found = entries.reshape(-1)[some]
+    # By the upper two bits; with neither of them, only 1 is well-formed, and 0 is not among these.
+    named = np.array([ZERO, COMPRESSED, RAW, RAW], np.uint8)[(found >> np.uint64(62)).astype(np.intp)]
+    named[(named == ZERO) & (found != READS_AS_ZERO)] = UNALLOCATED
+    codes.reshape(-1)[some] = named
     return codes
 
 
