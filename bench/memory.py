@@ -58,9 +58,9 @@ def huge(bench: Bench) -> Iterator[Peak]:
                     fail(command, process.returncode, Path("complaints").read_text())
             planned = time.perf_counter() - start
             time.sleep(patience)
-            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)
             used = waited(process)
-        if process.returncode != 130:
+        if process.returncode != 143:
             fail(command, process.returncode, Path("complaints").read_text())
     what = f"incremental of {size / TIB:g} TiB (simulated), {size // CLUSTER // 2:,} dirty runs"
     note = f"planned whole in {planned:.1f} s; interrupted after {patience} s of copying"

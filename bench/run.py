@@ -13,6 +13,7 @@ of room in --disk.
 from __future__ import annotations
 
 import argparse
+import compileall
 import json
 import os
 import shutil
@@ -69,6 +70,8 @@ def main() -> None:
     parser.add_argument("--disk", type=Path, default=Path("/var/tmp"), help="a folder on a disk (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="pairs of a bar (default: %(default)s)")
     options = parser.parse_args()
+    # As after an installation, also where PYTHONDONTWRITEBYTECODE is set: else every start would compile what was edited.
+    compileall.compile_dir(HERE.parent / "backup", quiet=1)
     os.environ["PATH"] = f"{os.environ['PATH']}:/usr/sbin:/sbin"
     machine = describe_machine(options.tmpfs, options.disk)
     print("\n".join(machine.values()), flush=True)
