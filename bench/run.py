@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--disk", type=Path, default=Path("/var/tmp"), help="a folder on a disk (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="pairs of a bar (default: %(default)s)")
     options = parser.parse_args()
-    # As after an installation, also where PYTHONDONTWRITEBYTECODE is set: else every start would compile what was edited.
+    # As after an installation, also where PYTHONDONTWRITEBYTECODE is set; else each start compiles what was edited.
     compileall.compile_dir(HERE.parent / "backup", quiet=1)
     os.environ["PATH"] = f"{os.environ['PATH']}:/usr/sbin:/sbin"
     machine = describe_machine(options.tmpfs, options.disk)
