@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 
 import pytest
 from dissect.hypervisor.disk.qcow2 import QCow2
@@ -31,6 +32,12 @@ from backup.errors import Failed
 from backup.qemu.nbd import Target
 
 
+def listens(path):
+    """Does a server listen there?  The socket's name is there a moment before that; connecting could use it up."""
+    sockets = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
+    return any(words[-1] == path and words[3] == "00010000" for words in sockets)  # __SO_ACCEPTCON
+
+
 @contextmanager
 def server(*command):
     """An NBD server on a socket in the folder; `command` has SOCKET where the path goes."""
@@ -41,7 +48,7 @@ def server(*command):
         process = subprocess.Popen([word.replace("SOCKET", path) for word in command], stderr=subprocess.DEVNULL)
         try:
             deadline = time.monotonic() + 20
-            while not os.path.exists(path) and time.monotonic() < deadline:
+            while not listens(path) and time.monotonic() < deadline:
                 assert process.poll() is None
                 time.sleep(0.01)
             yield f"nbd+unix:///?socket={path}"
