@@ -4,12 +4,13 @@ export PATH := $(PATH):/usr/sbin:/sbin# mke2fs and debugfs, which Debian hides f
 PYTHON_FILES := backup stubs tests $(wildcard bench) tools
 JOBS ?= $(shell nproc)
 
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo test test-guest check bench clean
 
 help:
 	@echo "make setup   what the tests and the demo need: distribution packages (as root), .venv, pybackup in it"
 	@echo "make demo    back up, damage and restore a real file system, with each command shown; under two minutes"
 	@echo "make test    all tests; make test ARGS='-k restore' for some, JOBS=4 for more at once"
+	@echo "make test-guest  back up a real guest: Linux, emulated, which goes on writing; and read files from points; some minutes"
 	@echo "make check   format, lint, types, and the rules of the architecture"
 	@echo "make bench   measure speed and memory against nbdcopy and qemu-img"
 	@echo "make clean   remove what make made"
@@ -23,6 +24,10 @@ demo: setup
 test: setup
 	.venv/bin/python -m pytest -n $(JOBS) $(ARGS)
 
+test-guest:
+	@tools/setup guest
+	.venv/bin/python -m pytest tests/guest $(ARGS)
+
 check: setup
 	.venv/bin/ruff format --check $(PYTHON_FILES)
 	.venv/bin/ruff check $(PYTHON_FILES)
@@ -34,5 +39,5 @@ bench: setup
 	.venv/bin/python bench/run.py $(ARGS)
 
 clean:
-	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache pybackup.egg-info
+	rm -rf .venv .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache pybackup.egg-info
 	find backup stubs tests $(wildcard bench tools) -name __pycache__ -type d -prune -exec rm -rf {} +

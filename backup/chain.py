@@ -1,36 +1,20 @@
 """
-Chains: a disk's points from a full to the newest, proven contiguous, and which of them holds a byte.
+Chains: a disk's points from a full to the newest, proven contiguous.
 
-A child names its parent's id and identity; `build` refuses gaps, swaps and foreign parents.  `Index` answers, for a run
-of clusters, who is the newest holder of each, clipped at every point's size (design.md, "Reading a chain"):
-
-    newest, 4 MiB            |....|....|....|....|
-    parent, shrunk to 2.5    |....|.dd.|..|           beyond 2.5 MiB nothing older shows through
-    full, 4 MiB              |dddd|dddd|dddd|dddd|
-    result                    full  par. cut  zero
+A child names its parent's id and identity; `build` refuses gaps, swaps and foreign parents.  Which point holds a byte
+is backup.index's to say; this module does without numpy, so that a command that only shows chains starts quickly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Protocol
-
-import numpy as np
-import numpy.typing as npt
 
 from backup.errors import BackupError, Damaged, NotFound
-from backup.extents import Mask
 from backup.manifest import DiskEntry, Manifest
 
-NOBODY = -1
-"""Holder of a cluster that no file of the chain holds: it reads as zero."""
-
 _NONE: Mapping[str, BackupError] = MappingProxyType({})
-
-UNALLOCATED, ZERO = 0, 1
-"""What a data file holds for a cluster, where that is no data (backup.qcow2 has the other codes)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +47,10 @@ class Chain:
     def cluster_size(self) -> int:
         """Bytes; the same in all links."""
         return self.links[0].entry.data.cluster_size
+
+    def part(self, start: int, end: int | None = None) -> Chain:
+        """Some neighbouring links, as a chain of their own: what they hold, whatever lies below them."""
+        return Chain(self.disk, self.links[start:end])
 
     @property
     def limits(self) -> tuple[int, ...]:
@@ -150,90 +138,3 @@ def _mismatch(child: Link, parent: str, why: str) -> BackupError:
         f"point {child.point} does not continue point {parent}: {why}",
         hint="a manifest was swapped or is another chain's; bring the right one back from a copy of the repository",
     )
-
-
-class ClusterFile(Protocol):
-    """What the index asks of a data file's reader."""
-
-    def allocated_tables(self) -> Mask:
-        """One flag for each L2 table, of `cluster_size // 8` guest clusters: False where all are unallocated."""
-
-    def entries(self, first: int, count: int) -> npt.NDArray[np.uint64]:
-        """L2 entries of guest clusters."""
-
-    def kinds(self, entries: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint8]:
-        """Codes: 0 unallocated, 1 zero, more: data."""
-
-
-class Index:
-    """
-    Who holds what, over the open files of a chain (newest first).
-
-    A link costs something only where it has L2 tables: most points of a long chain hold little of a large disk.
-    """
-
-    def __init__(self, chain: Chain, files: Sequence[ClusterFile]) -> None:
-        self.chain = chain
-        self._files = files
-        self._limits = chain.limits
-        self._per_table = chain.cluster_size // 8
-        self._tables = [file.allocated_tables() for file in files]
-        self._all_tables = _as_rows(self._tables)
-
-    def resolve(self, first: int, count: int) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.uint64]]:
-        """
-        For each of `count` clusters from `first`: the number of the link that holds its data and the entry there.
-
-        NOBODY where it reads as zero.  Of the link's cluster only the bytes below the link's limit count.
-        """
-        holders = np.full(count, NOBODY, dtype=np.int16)
-        found = np.zeros(count, dtype=np.uint64)
-        open_ = np.ones(count, dtype=np.bool_)
-        for number, (file, limit) in enumerate(zip(self._files, self._limits, strict=True)):
-            visible = min(-(-limit // self.chain.cluster_size) - first, count)
-            if visible <= 0 or not open_[:visible].any():
-                break
-            for low, high in self._held_by(number, first, first + visible):
-                here = slice(low - first, high - first)
-                entries = file.entries(low, high - low)
-                kinds = file.kinds(entries)
-                data = open_[here] & (kinds > ZERO)
-                holders[here][data] = number
-                found[here][data] = entries[data]
-                open_[here] &= kinds == UNALLOCATED
-        return holders, found
-
-    def holds_data(self, first: int, count: int) -> Mask:
-        """For each of `count` clusters from `first`: does the chain hold data there?"""
-        held = np.zeros(count, dtype=np.bool_)
-        open_ = np.ones(count, dtype=np.bool_)
-        tables = slice(first // self._per_table, -(-(first + count) // self._per_table))
-        for number in np.flatnonzero(self._all_tables[:, tables].any(axis=1)).tolist():
-            visible = min(-(-self._limits[number] // self.chain.cluster_size) - first, count)
-            for low, high in self._held_by(number, first, first + max(visible, 0)):
-                here = slice(low - first, high - first)
-                if not open_[here].any():
-                    continue
-                kinds = self._files[number].kinds(self._files[number].entries(low, high - low))
-                held[here] |= open_[here] & (kinds > ZERO)
-                open_[here] &= kinds == UNALLOCATED
-        return held
-
-    def _held_by(self, number: int, first: int, end: int) -> Iterator[tuple[int, int]]:
-        """The ranges of clusters in [first, end) for which a link has L2 tables; neighbouring tables are one range."""
-        per = self._per_table
-        skipped = first // per
-        tables = self._tables[number][skipped : -(-end // per)]
-        if not tables.any():
-            return
-        edges = np.flatnonzero(np.diff(tables, prepend=False, append=False)).reshape(-1, 2) + skipped
-        for low, high in edges.tolist():
-            yield max(first, low * per), min(end, high * per)
-
-
-def _as_rows(masks: Sequence[Mask]) -> Mask:
-    """One row for each mask, the shorter ones filled up with False: links of a chain may differ in size."""
-    rows = np.zeros((len(masks), max((len(mask) for mask in masks), default=0)), dtype=np.bool_)
-    for row, mask in zip(rows, masks, strict=True):
-        row[: len(mask)] = mask
-    return rows

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +20,7 @@ import yaml
 
 from backup.errors import UsageError
 from backup.names import Kind, name_problem
+from backup.retention import MAX_COUNT, RULES, Batch, Duration, Policy
 from backup.units import KiB, MiB, parse_size, show_size
 
 MIN_LEVEL, MAX_LEVEL = -7, 19
@@ -28,7 +29,10 @@ MIN_LEVEL, MAX_LEVEL = -7, 19
 _HINT = "config.example.yaml has every key with a comment; `pybackup check-config` checks again"
 _NBD_SCHEMES = ("nbd", "nbds", "nbd+unix", "nbds+unix", "nbd+vsock", "nbds+vsock")  # NBD's doc/uri.md
 _PLAIN = {"int": "number", "float": "number", "bool": "truth value", "timestamp": "date"}
-_NOT_YET = "running machines (qmp) are not supported yet"
+
+
+OnUnusableBitmap = Literal["rescan", "full", "fail"]
+"""What an incremental becomes where there is a chain, and nothing to continue it from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +69,8 @@ class Compression:
 @dataclass(frozen=True, slots=True)
 class DiskConfig:
     """
-    One disk of a machine: exactly one of `image` (an offline image's absolute path) and `nbd` (a URI) is set.
+    One disk of a machine: exactly one of `image` (an offline image's absolute path), `nbd` (a URI) and `node` (a node,
+    a device or an image of the machine's running QEMU) is set.
 
     `format` is the image's, None when the file says itself.  `bitmap` is the exact name of a bitmap on someone else's
     NBD server; of an image, the machine's family counts.
@@ -74,18 +79,39 @@ class DiskConfig:
     name: str
     image: Path | None = None
     nbd: str | None = None
+    node: str | None = None
     format: Literal["qcow2", "raw"] | None = None
     bitmap: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
+class Retention:
+    """Which points prune keeps, when it rewrites a full, and whether it runs after each successful backup."""
+
+    policy: Policy
+    batch: Batch
+    after_backup: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class MachineConfig:
-    """A machine and its disks; `bitmap` (a family) and `compression` are its own or else the global ones."""
+    """
+    A machine and its disks; `bitmap` (a family), `compression`, `on_unusable_bitmap` and `retention` are its own or
+    else the global ones.
+
+    `qmp` is the socket of a running machine's QEMU, `agent` that of its guest agent; both paths are absolute.
+    """
 
     name: str
     disks: tuple[DiskConfig, ...]
     bitmap: str | None
     compression: Compression
+    on_unusable_bitmap: OnUnusableBitmap = "full"
+    qmp: Path | None = None
+    agent: Path | None = None
+    freeze: Literal["no", "yes", "required"] = "no"
+    scratch: Path | None = None
+    retention: Retention | None = None
 
 
 _LIMITS = 64 * KiB, 1024 * 1024 * MiB
@@ -117,7 +143,7 @@ class Config:
     `path` is the file they came from, None for the defaults.  At most `requests` are in flight on each of
     `connections`, each of at most `request_size` bytes; how many is found out while copying.  `workers` compress and
     hash; None means one for each core.  A source is read at no more than `limit` bytes a second.  `max_chain` is the
-    number of points after which an incremental becomes a full.
+    number of points after which an incremental becomes a full.  An incremental reads `spot_check` clean clusters again.
     `group_read` lets the group read the repository (0640 and 0750 instead of 0600 and 0700).
     """
 
@@ -128,13 +154,22 @@ class Config:
     cluster_size: int = 64 * KiB
     max_chain: int = 100
     check_zeroes: bool = True
+    spot_check: int = 64
+    on_unusable_bitmap: OnUnusableBitmap = "full"
     connections: int = 4
     requests: int = 16
     request_size: int = 512 * KiB
     workers: int | None = None
     limit: int | None = None
+    scratch: Path | None = None
+    scratch_reserve: int = 256 * MiB
     group_read: bool = False
+    retention: Retention | None = None
     machines: tuple[MachineConfig, ...] = ()
+
+    def retention_of(self, machine: str) -> Retention | None:
+        """What is kept of a machine, which need not be one of the configuration's; None: nothing is said."""
+        return next((each.retention for each in self.machines if each.name == machine), self.retention)
 
 
 def default() -> Config:
@@ -181,12 +216,16 @@ def _compose(path: Path, text: bytes) -> yaml.Node | None:
 
 def _config(section: _Section, path: Path) -> Config:
     section.allow(
-        "repository", "bitmap", "compression", "cluster_size", "max_chain", "check_zeroes", "connections", "requests",
-        "request_size", "workers", "limit", "group_read", "machines",
+        "repository", "bitmap", "compression", "cluster_size", "max_chain", "check_zeroes", "spot_check",
+        "on_unusable_bitmap", "connections", "requests", "request_size", "workers", "limit", "scratch",
+        "scratch_reserve", "group_read", "retention", "machines",
     )  # fmt: skip
     known = Config()
     bitmap = section.name("bitmap", "bitmap")
     compression = section.compression(known.compression)
+    unusable = section.unusable(known.on_unusable_bitmap)
+    spot_check = section.integer("spot_check", 0, 1_000_000)
+    retention = _retention(section, None)
     cluster_size = section.size("cluster_size", known.cluster_size, 4 * KiB, 2 * MiB)
     config = Config(
         path=path,
@@ -196,13 +235,21 @@ def _config(section: _Section, path: Path) -> Config:
         cluster_size=cluster_size,
         max_chain=section.integer("max_chain", 1, 10_000) or known.max_chain,
         check_zeroes=section.boolean("check_zeroes", otherwise=known.check_zeroes),
+        spot_check=known.spot_check if spot_check is None else spot_check,
+        on_unusable_bitmap=unusable,
         connections=section.integer("connections", 1, 64) or known.connections,
         requests=section.integer("requests", 1, 256) or known.requests,
         request_size=section.size("request_size", max(known.request_size, cluster_size), 64 * KiB, 32 * MiB),
         workers=section.integer("workers", 1, 256),
         limit=section.size("limit", 0, *_LIMITS) or None if "limit" in section.fields else None,
+        scratch=section.path("scratch"),
+        scratch_reserve=section.size("scratch_reserve", known.scratch_reserve, 0, 1 << 60),
         group_read=section.boolean("group_read", otherwise=known.group_read),
-        machines=tuple(_machine(child, bitmap, compression) for child in section.children("machine", "machines")),
+        retention=retention,
+        machines=tuple(
+            _machine(child, bitmap, compression, unusable, retention)
+            for child in section.children("machine", "machines")
+        ),
     )
     if config.cluster_size & (config.cluster_size - 1):
         section.problem("cluster_size", f"expected a power of two, got {config.cluster_size}")
@@ -212,32 +259,92 @@ def _config(section: _Section, path: Path) -> Config:
     return config
 
 
-def _machine(section: _Section, bitmap: str | None, compression: Compression) -> MachineConfig:
-    section.allow("disks", "bitmap", "compression", not_yet=("qmp",))
-    disks = tuple(_disk(child) for child in section.children("disk", "disks"))
-    if "disks" not in section.fields and "qmp" not in section.fields:
+def _machine(
+    section: _Section,
+    bitmap: str | None,
+    compression: Compression,
+    unusable: OnUnusableBitmap,
+    retention: Retention | None,
+) -> MachineConfig:
+    section.allow(
+        "disks", "bitmap", "compression", "on_unusable_bitmap", "qmp", "agent", "freeze", "scratch", "retention"
+    )
+    running = "qmp" in section.fields
+    children = list(section.children("disk", "disks"))
+    disks = tuple(_disk(child, running=running) for child in children)
+    _require_different(children, disks)
+    if "disks" not in section.fields:
         section.problem(None, "expected `disks`, with a name for each disk")
+    for key in ("agent", "freeze", "scratch"):
+        if key in section.fields and not running:
+            section.problem(key, "only a running machine, with `qmp`, has that")
+    freeze = section.freeze()
+    if freeze != "no" and "agent" not in section.fields:
+        section.problem("freeze", "expected `agent` beside it, the guest agent's socket")
     return MachineConfig(
         name=section.last,
         disks=disks,
         bitmap=section.name("bitmap", "bitmap") or bitmap,
         compression=section.compression(compression),
+        on_unusable_bitmap=section.unusable(unusable),
+        qmp=section.path("qmp"),
+        agent=section.path("agent"),
+        freeze=freeze,
+        scratch=section.path("scratch"),
+        retention=_retention(section, retention),
     )
 
 
-def _disk(section: _Section) -> DiskConfig:
-    section.allow("image", "nbd", "format", "bitmap", not_yet=("node",))
+def _retention(outer: _Section, otherwise: Retention | None) -> Retention | None:
+    """The key `retention`; a machine's takes the place of the global one, whole."""
+    section = outer.inner("retention")
+    if section is None:
+        return otherwise
+    section.allow(*RULES, "within", "batch", "share", "after_backup")
+    known = Batch()
+    counts = {rule: section.integer(rule, 0, MAX_COUNT) or 0 for rule in RULES}
+    policy = Policy(**counts, within=section.duration("within"))
+    share = section.integer("share", 0, 1000)
+    if policy.empty and not any(key in section.fields for key in (*RULES, "within")):
+        section.problem(None, f"expected at least one of {', '.join(RULES)} and within")
+    elif policy.empty:
+        section.problem(None, "expected something to keep, got nothing: every count is 0")
+    return Retention(
+        policy=policy,
+        batch=Batch(section.integer("batch", 1, 10_000) or known.points, known.share if share is None else share),
+        after_backup=section.boolean("after_backup", otherwise=False),
+    )
+
+
+def _require_different(children: Sequence[_Section], disks: Sequence[DiskConfig]) -> None:
+    """Two disks of one node would remove each other's bitmaps."""
+    owners: dict[str, str] = {}
+    for disk, child in zip(disks, children, strict=True):
+        if disk.node is not None and owners.setdefault(disk.node, disk.name) != disk.name:
+            child.problem("node", f"{disk.node} is the node of {owners[disk.node]} already")
+
+
+def _disk(section: _Section, *, running: bool) -> DiskConfig:
+    section.allow("image", "nbd", "node", "format", "bitmap")
     sources = [key for key in ("image", "nbd", "node") if key in section.fields]
-    if len(sources) != 1:
-        section.problem(None, f"expected one of `image` and `nbd`, got {' and '.join(sources) or 'neither'}")
-    if "nbd" in sources and "format" in section.fields:
-        section.problem("format", "only an `image` has a format: an NBD server sends the disk's bytes")
-    if "image" in sources and "bitmap" in section.fields:
-        section.problem("bitmap", "only an `nbd` disk names a bitmap; of an image, the machine's `bitmap` counts")
+    got = " and ".join(sources) or "nothing"
+    if running and sources != ["node"]:
+        section.problem(None, f"expected `node`, as the machine has `qmp`, got {got}")
+    elif not running and "node" in sources:
+        section.problem("node", "only a running machine, with `qmp`, has nodes")
+    elif len(sources) != 1:
+        section.problem(None, f"expected one of `image` and `nbd`, got {got.replace('nothing', 'neither')}")
+    if "image" not in sources and "format" in section.fields:
+        section.problem(
+            "format", "only an `image` has a format: an NBD server sends the disk's bytes, QEMU knows its own"
+        )
+    if "nbd" not in sources and "bitmap" in section.fields:
+        section.problem("bitmap", "only an `nbd` disk names a bitmap; else the machine's `bitmap` counts")
     return DiskConfig(
         name=section.last,
         image=section.image(),
         nbd=section.nbd(),
+        node=section.text("node", "a node's name, a device's id or an image's path"),
         format=section.format(),
         bitmap=section.bitmap_name(),
     )
@@ -305,12 +412,10 @@ class _Section:
         where = ".".join([*self._keys, *([] if key is None else [key])])
         self._problems.add(line or self._lines.get(key or "", self._line), where, what)
 
-    def allow(self, *known: str, not_yet: tuple[str, ...] = ()) -> None:
+    def allow(self, *known: str) -> None:
         """Refuse keys that are not among these."""
         for key in self.fields:
-            if key in not_yet:
-                self.problem(key, _NOT_YET)
-            elif key not in known:
+            if key not in known:
                 close = difflib.get_close_matches(key, known, 1)
                 meant = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(known)}"
                 self.problem(key, f"unknown key; {meant}")
@@ -327,6 +432,25 @@ class _Section:
                 outer.problem(name, f"not a {kind}'s name: {problem}")
             yield _Section(node, outer._lines[name], (*outer._keys, name), self._problems, self._folder)
 
+    def inner(self, key: str) -> _Section | None:
+        """The section of a key that holds keys and values."""
+        if key not in self.fields:
+            return None
+        if not isinstance(self.fields[key], yaml.MappingNode):
+            self.problem(key, f"expected keys and values, got {_describe(self.fields[key])}")
+            return None
+        return _Section(self.fields[key], self._lines[key], (*self._keys, key), self._problems, self._folder)
+
+    def duration(self, key: str) -> Duration | None:
+        """A duration, as 30d."""
+        expected = "a duration, as 30d, 12h, 2w, 6m or 1y"
+        text = self._scalar(key, ("str",), expected)
+        try:
+            return None if text is None else Duration.parse(text)
+        except UsageError:
+            self.problem(key, f"expected {expected}, got {text!r}")
+            return None
+
     def _scalar(self, key: str, types: tuple[str, ...], expected: str) -> str | None:
         """Return a scalar's text as it stands in the file, when its YAML type is one of these."""
         if key not in self.fields:
@@ -336,6 +460,37 @@ class _Section:
             return str(node.value)
         self.problem(key, f"expected {expected}, got {_describe(node)}")
         return None
+
+    def text(self, key: str, expected: str) -> str | None:
+        """Any text."""
+        return self._scalar(key, ("str",), expected)
+
+    def freeze(self) -> Literal["no", "yes", "required"]:
+        """The key `freeze`: a truth value, or `required`."""
+        text = self._scalar("freeze", ("bool", "str"), "true, false or required")
+        if text is None:
+            return "no"
+        if text == "required":
+            return "required"
+        known = yaml.SafeLoader.bool_values.get(text.lower())
+        if known is None:
+            self.problem("freeze", f"expected true, false or required, got {text!r}")
+        return "yes" if known else "no"
+
+    def unusable(self, otherwise: OnUnusableBitmap) -> OnUnusableBitmap:
+        """The key `on_unusable_bitmap`."""
+        match self._scalar("on_unusable_bitmap", ("str",), "rescan, full or fail"):
+            case "rescan":
+                return "rescan"
+            case "full":
+                return "full"
+            case "fail":
+                return "fail"
+            case None:
+                return otherwise
+            case other:
+                self.problem("on_unusable_bitmap", f"expected rescan, full or fail, got {other!r}")
+                return otherwise
 
     def path(self, key: str) -> Path | None:
         """A path; a relative one is relative to the file's folder."""

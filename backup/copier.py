@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -75,6 +75,10 @@ class Settings:
     workers: int = 2
     buffer_limit: int = 64 << 20
     limit: int | None = None
+
+    def within(self, most: int | None) -> Settings:
+        """The same with no more than `most` reads in flight on a connection (None: as many as there are)."""
+        return self if most is None else replace(self, requests=min(self.requests, most))
 
     def buffers(self, lanes: int, batch: int) -> int:
         """Number of buffers of `batch` bytes: for all reads in flight, and two for each core's worker."""
@@ -244,12 +248,7 @@ def copy(
     int
         Bytes of clusters that were read as data and turned out to be all zeroes.
     """
-    batch = settings.batch(plan.totals.data, plan.cluster_size, sink.batch)
-    # No more buffers than there is data for: an idle night needs none.
-    count = max(1, min(settings.buffers(len(lanes), batch), -(-plan.totals.data // batch)))
-    depth = Depth(len(lanes), settings.requests)
-    run = _Run(plan, sink, [pages(batch) for _ in range(count)], min(settings.request_size, max_request), depth)
-    run.pace = Pace(settings.limit)
+    run = _Run(plan, sink, settings, len(lanes), max_request)
     threads = [threading.Thread(target=run.guard, args=(run.read, lane, number)) for number, lane in enumerate(lanes)]
     # One more than there are cores for: while one waits for the disk, the others compress.
     workers = [threading.Thread(target=run.guard, args=(run.work,)) for _ in range(settings.workers + 1)]
@@ -282,24 +281,27 @@ def _await(threads: Sequence[threading.Thread], run: _Run, progress: Callable[[i
 class _Run:
     """What the threads of one copy share."""
 
-    def __init__(self, plan: Plan, sink: Sink, buffers: Sequence[memoryview], request_size: int, depth: Depth) -> None:
+    def __init__(self, plan: Plan, sink: Sink, settings: Settings, lanes: int, max_request: int) -> None:
         self.plan = plan
         self.sink = sink
-        self.request_size = request_size
+        self.request_size = min(settings.request_size, max_request)
         self.stop = threading.Event()
+        self._over = threading.Event()  # no batch is left to begin
         self.error: BaseException | None = None
         self.done = 0
         self.found_zero = 0
         self.ready: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
-        self._batch = len(buffers[0])
-        self._free = _Stack(buffers)
+        self._batch = settings.batch(plan.totals.data, plan.cluster_size, sink.batch)
+        # No more buffers than there is data for: an idle night needs none.
+        count = max(1, min(settings.buffers(lanes, self._batch), -(-plan.totals.data // self._batch)))
+        self._free = _Stack([pages(self._batch) for _ in range(count)])
         self._lock = threading.Lock()
         self._batches: Iterator[Batch] | None = self._cut()
         self._outstanding: dict[int, None] = {}
         self._issued = 0
-        self.pace = Pace(None)
-        self._depth = depth
-        self._meter = _Meter(depth)
+        self._pace = Pace(settings.limit)
+        self._depth = Depth(lanes, settings.requests)
+        self._meter = _Meter(self._depth)
 
     def guard(self, work: Callable[..., None], *args: object) -> None:
         """Run `work`; its first error stops the whole copy."""
@@ -329,12 +331,12 @@ class _Run:
             elif self._batches is None and not waiting:
                 return
             elif not depth:
-                self.stop.wait(_IDLE)
+                self._over.wait(_IDLE)
 
     def _in_time(self, length: int) -> bool:
         """Wait until a read of `length` bytes keeps the pace; False when the copy is to stop."""
         with self._lock:
-            seconds = self.pace.wait(length, time.monotonic())
+            seconds = self._pace.wait(length, time.monotonic())
         return seconds <= 0 or not self.stop.wait(seconds)
 
     def work(self) -> None:
@@ -361,6 +363,7 @@ class _Run:
                 self._issued = batch.pieces[-1].offset + batch.pieces[-1].length
                 return batch
             self._batches = None
+            self._over.set()
         self._free.push(buffer)
         return None
 

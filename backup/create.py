@@ -5,7 +5,7 @@ The order of steps is the promise (design.md, "The bitmap's life"); N is the new
 
 1. add N's bitmap, recording, and only then
 2. fix the point in time: all the machine's images are locked before any byte is read; N's bitmap must be wholly clean
-3. read through the old bitmap, store, fsync, publish N
+3. read through the old bitmap, check some of what it calls clean, store, fsync, publish N
 4. remove the old bitmap and every other one of ours but N's; what cannot be removed is tried again next time
 
 Nothing is ever cleared, so nothing can be cleared too early.  Killed at any instant, the next run tells from the names
@@ -15,20 +15,22 @@ alone what happened.
 from __future__ import annotations
 
 import logging
-import secrets
+import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import backup
-from backup import chain as chains
-from backup import copier, datafile, decide, plan, qcow2
+from backup import content, copier, datafile, decide, plan, qcow2, spotcheck
 from backup.chain import Chain
-from backup.decide import Claim, Decision, Sight
-from backup.errors import BackupError, BitmapUnusable, Damaged, Interrupted, NotFound, SourceError, UsageError
+from backup.consider import DiskRequest, Request, consider
+from backup.content import Content, Rescanned
+from backup.decide import Decision, Sight
+from backup.errors import BackupError, BitmapUnusable, Damaged, Interrupted, NotFound, SourceError
+from backup.exchange import settle
 from backup.manifest import (
     BitmapRecord,
     ByteCounts,
@@ -43,7 +45,8 @@ from backup.plan import Plan
 from backup.progress import Progress
 from backup.qemu.nbd import Export
 from backup.repository import Contents, Machine, Repository
-from backup.sources import Source
+from backup.sample import Reservoir
+from backup.sources.base import Moment, Moved, Opened, Source, Wish
 
 _log = logging.getLogger(__name__)
 
@@ -51,49 +54,14 @@ _SETTLE_TRIES = 5
 """How often a run begins again because a machine started between adding the bitmaps and locking the images."""
 
 
-_NO_CLAIM = Claim(None, None)
-
-
-@dataclass(frozen=True, slots=True)
-class DiskRequest:
-    """One disk to back up.  `claim` is the user's word about a bitmap of someone else's server."""
-
-    name: str
-    source: Source
-    claim: Claim = _NO_CLAIM
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """
-    What to back up and how.
-
-    `family` names the bitmaps to keep (None: none); `level` is zstd's, None for no compression; `cluster_size` in bytes
-    counts for fulls; `named_by_path` says that the machine's name was taken from the image's, not given.
-    """
-
-    machine: str
-    disks: tuple[DiskRequest, ...]
-    wanted: str
-    family: str | None
-    level: int | None = 1
-    cluster_size: int = 64 << 10
-    max_chain: int = 100
-    check_zeroes: bool = True
-    fallback: bool = True
-    dry_run: bool = False
-    named_by_path: bool = False
-    copying: copier.Settings = field(default_factory=copier.Settings)
-
-    @property
-    def compression(self) -> str:
-        """As the configuration and the manifest write it."""
-        return "none" if self.level is None else f"zstd:{self.level}"
-
-
 @dataclass(frozen=True, slots=True)
 class DiskReport:
-    """What was done, or on a dry run would be done, for one disk.  Bytes and seconds."""
+    """
+    What was done, or on a dry run would be done, for one disk.  Bytes and seconds.
+
+    `rescan`: an incremental that was found by comparing everything with the chain.  Its `dirty_bytes` are what differs;
+    of a dry run, which compares nothing, the disk's size.
+    """
 
     name: str
     kind: str
@@ -104,6 +72,7 @@ class DiskReport:
     zero_bytes: int
     stored_bytes: int
     seconds: float
+    rescan: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,9 +108,8 @@ class _Disk:
         return self.request.source
 
     @property
-    def asked(self) -> list[str]:
-        """Bitmaps that must be readable through the export."""
-        return [name for name in (self.decision.read, self.started) if name is not None]
+    def wish(self) -> Wish:
+        return Wish(self.sight, self.decision.read, self.started)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +120,15 @@ class _Job:
     export: Export
     planned: Plan
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A disk whose data file is complete; what its backup was may differ from what it was planned to be."""
+
+    disk: _Disk
+    entry: DiskEntry
+    report: DiskReport
 
 
 def create(open_repository: Callable[[], Repository], request: Request, progress: Progress) -> Report:
@@ -171,12 +148,15 @@ def create(open_repository: Callable[[], Repository], request: Request, progress
     repository = open_repository()
     machine = repository.machine(request.machine)
     if request.dry_run:
-        return _Run(machine, machine.contents(), repository.identity, request, progress).rehearse()
-    with machine.lock():
-        contents = machine.contents()
-        for name in machine.remove_leftovers(contents):
-            _log.info("%s: removed %s, which no manifest names", request.machine, name)
-        return _Run(machine, contents, repository.identity, request, progress).take()
+        with request.host:
+            return _Run(machine, machine.contents(), repository.identity, request, progress).rehearse()
+    with machine.lock(), request.host:
+        contents = settle(machine)
+        run = _Run(machine, contents, repository.identity, request, progress)
+        removed = request.host.recover(repository.ownership(request.machine))
+        if removed:
+            run.notes.append(f"removed what a run that was cut off had left in QEMU: {', '.join(removed)}")
+        return run.take()
 
 
 class _Run:
@@ -197,15 +177,14 @@ class _Run:
         self.notes: list[str] = []
 
     def _new_point(self) -> str:
-        return new_point_id(self.started_at, secrets.token_hex(4))
+        return new_point_id(self.started_at, os.urandom(4).hex())
 
     def rehearse(self) -> Report:
         """Plan as a real run would, and change nothing."""
         disks = self._decided(start_bitmaps=False)
-        with ExitStack() as locks:
-            exports = self._opened(disks, locks)
-            jobs = [self._plan(disk, export) for disk, export in zip(disks, exports, strict=True)]
-        return self._report([job.disk for job in jobs], [_disk_report(job, 0, 0.0) for job in jobs])
+        with self._instant(disks) as moment:
+            jobs = [self._plan(disk, opened, moment) for disk, opened in zip(disks, moment.disks, strict=True)]
+        return self._report([job.disk for job in jobs], [_disk_report(job, 0, 0.0) for job in jobs], moment)
 
     def take(self) -> Report:
         """
@@ -216,43 +195,42 @@ class _Run:
         """
         for _ in range(_SETTLE_TRIES):
             try:
-                report = self._attempt()
+                return self._attempt()
+            except Moved as moved:
+                _log.info("%s: %s; once more", self.request.machine, moved.message)
             except Interrupted as stopped:
                 if self.published is not None:
                     stopped.hint = f"point {self.point} is published; what it replaces is removed by the next run"
                 raise
-            if report is not None:
-                return report
-            _log.info("%s: an image was written to before it was locked; once more", self.request.machine)
             # A copy of the image may hold this try's bitmap, which must not be taken for one of the next try's point.
             self.point = self._new_point()
         raise SourceError(
-            f"the images of machine {self.request.machine} kept being written to while they were locked",
-            hint="back up the machine while it is off",
+            f"the disks of machine {self.request.machine} kept changing between a look at them and their backup",
+            hint="an image must not be written to while it is backed up: back up the machine while it is off",
         )
 
-    def _attempt(self) -> Report | None:
+    def _attempt(self) -> Report:
         disks = self._decided(start_bitmaps=True)
         try:
-            for disk in disks:
-                if disk.started is not None:
-                    disk.source.start_bitmap(disk.started)
-            with ExitStack() as locks:
-                exports = self._opened(disks, locks)
-                settled = [_settled(disk, export) for disk, export in zip(disks, exports, strict=True)]
-                held = [disk for disk in settled if disk is not None]
-                reports = None
-                if len(held) == len(disks):
-                    jobs = [self._plan(disk, export) for disk, export in zip(held, exports, strict=True)]
-                    disks = [job.disk for job in jobs]
-                    reports = self._store_and_publish(jobs)
+            with self._instant(disks) as moment:
+                jobs = [self._plan(disk, opened, moment) for disk, opened in zip(disks, moment.disks, strict=True)]
+                stored = self._store_and_publish(jobs, moment)
         finally:
             if self.published is None:
                 _forget(disks)
-        if reports is None:
-            return None
+        disks = [each.disk for each in stored]
         self._retire(disks)
-        return self._report(disks, reports)
+        return self._report(disks, [each.report for each in stored], moment)
+
+    def _instant(self, disks: Sequence[_Disk]) -> AbstractContextManager[Moment]:
+        return self.request.host.instant(
+            [disk.wish for disk in disks],
+            self.request.copying.connections,
+            point=self.point,
+            # A dry run's names are nobody's: the next run of any repository may remove what a killed one left.
+            short_id="0" * 8 if self.request.dry_run else self._short_id,
+            repository=self.machine.path,
+        )
 
     def _decided(self, *, start_bitmaps: bool) -> list[_Disk]:
         disks = [self._decide(disk, start_bitmaps=start_bitmaps) for disk in self.request.disks]
@@ -263,29 +241,22 @@ class _Run:
     def _require_allowed(self, disk: _Disk) -> None:
         if disk.decision.fallback and not self.request.fallback:
             raise BitmapUnusable(
-                f"disk {disk.name} of machine {self.request.machine} needs a full: {disk.decision.reason}",
-                hint="run it without --no-fallback, or run `pybackup full`",
+                f"disk {disk.name} of machine {self.request.machine} needs a {disk.decision.way}: "
+                f"{disk.decision.reason.removeprefix('rescan: ')}",
+                hint="run it without --no-fallback, or run `pybackup rescan` or `pybackup full`",
             )
 
+    def _instead(self, disk: _Disk, decision: Decision) -> _Disk:
+        """The disk with what its backup becomes where planning or copying showed that it cannot be what it was."""
+        changed = replace(disk, decision=decision)
+        self._require_allowed(changed)
+        return changed
+
     def _decide(self, disk: DiskRequest, *, start_bitmaps: bool) -> _Disk:
-        newest = chains.newest_manifest(self.contents.manifests.values(), disk.name)
-        _check_claim(disk, newest, self.contents)
-        if newest is not None:
-            _check_format(disk, newest)
-        sight = disk.source.look()
-        if self.request.named_by_path:
-            _check_path(disk, sight, self.contents)
+        seen = consider(self.machine, self.contents, self.request, disk, self._short_id)
+        sight, decision = seen.sight, seen.decision
         image = qcow2.Image(sight.size, self.request.cluster_size, None, zstd=self.request.level is not None)
         qcow2.require_writable(image)
-        decision = decide.decide(
-            self.request.wanted,
-            sight,
-            None if newest is None else self._last_chain(newest.point, disk.name),
-            family=self.request.family,
-            short_id=self._short_id,
-            max_chain=self.request.max_chain,
-            claim=disk.claim,
-        )
         starts = start_bitmaps and self.request.family and disk.source.why_no_bitmap(sight) is None
         started = decide.bitmap_name(self.request.family or "", self._short_id, self.point) if starts else None
         return _Disk(disk, sight, decision, started)
@@ -294,24 +265,12 @@ class _Run:
     def _short_id(self) -> str:
         return self.repository[:8]
 
-    def _last_chain(self, point: str, disk: str) -> Chain | BackupError:
-        """The chain of the disk's newest point, its files looked at; or what is wrong with it."""
-        try:
-            chain = chains.build(self.contents.manifests, point, disk, self.contents.damaged)
-            with datafile.peeked(self.machine.path, chain):
-                return chain
-        except BackupError as error:
-            return error
-
-    def _opened(self, disks: Sequence[_Disk], locks: ExitStack) -> list[Export]:
-        lanes = self.request.copying.connections
-        return [locks.enter_context(disk.source.opened(disk.sight, disk.asked, lanes)) for disk in disks]
-
-    def _store_and_publish(self, jobs: Sequence[_Job]) -> list[DiskReport]:
+    def _store_and_publish(self, jobs: Sequence[_Job], moment: Moment) -> list[_Stored]:
         written: list[Path] = []
         try:
-            stored = [self._store(job, written) for job in jobs]
-            self.published = self.machine.publish(self._manifest([entry for entry, _ in stored]))
+            stored = [self._store(job, written, moment) for job in jobs]
+            moment.require_sound()
+            self.published = self.machine.publish(self._manifest([each.entry for each in stored]))
         except BaseException:
             # What a kill leaves here, the next run removes; a failure tidies up at once.  The manifest may have its
             # name already (a signal, just then) and goes first: a point must not lose its files.
@@ -320,9 +279,31 @@ class _Run:
                 for path in (self.machine.path / f"{self.point}.json", *written):
                     path.unlink(missing_ok=True)
             raise
-        return [report for _, report in stored]
+        return stored
 
-    def _store(self, job: _Job, written: list[Path]) -> tuple[DiskEntry, DiskReport]:
+    def _store(self, job: _Job, written: list[Path], moment: Moment) -> _Stored:
+        if not job.disk.decision.rescan:
+            return self._copied(job, written, moment)
+        tried: list[Path] = []
+        try:
+            return self._rescanned(job, tried, moment)
+        except (Damaged, NotFound) as error:  # of the chain, which is verified as it is read
+            for path in tried:
+                path.unlink(missing_ok=True)
+            disk, planned = self._planned(self._instead(job.disk, decide.broken(error)), job.export, moment)
+            return self._copied(replace(job, disk=disk, planned=planned), written, moment)
+        finally:
+            written.extend(tried)
+
+    def _rescanned(self, job: _Job, written: list[Path], moment: Moment) -> _Stored:
+        """Store what differs from the parent, and nothing else."""
+        parent = job.disk.decision.parent
+        assert parent is not None
+        with content.checked(self.machine.path, parent, job.planned.size) as held:
+            return self._copied(job, written, moment, held)
+
+    def _copied(self, job: _Job, written: list[Path], moment: Moment, held: Content | None = None) -> _Stored:
+        """Make the data file; of what is planned, with `held`, only what differs from that."""
         began = time.monotonic()
         disk, planned = job.disk, job.planned
         self.progress.begin(disk.name, planned.totals.data)
@@ -336,47 +317,91 @@ class _Run:
             mode=self.machine.modes.file,
             written=written,
         )
-        _log.info("%s/%s: %s (%s)", self.request.machine, disk.name, disk.decision.kind, disk.decision.reason)
-        with made, job.export.lanes(self.request.copying.connections) as lanes:
+        sink = made if held is None else Rescanned(held, made)
+        _log.info("%s/%s: %s (%s)", self.request.machine, disk.name, disk.decision.way, disk.decision.reason)
+
+        def advance(done: int) -> None:
+            moment.require_kept()
+            self.progress.advance(done)
+
+        copying = self.request.copying.within(job.export.max_in_flight)
+        with made, job.export.lanes(copying.connections) as lanes:
             found_zero = copier.copy(
                 planned,
                 lanes,
-                made,
-                self.request.copying,
+                sink,
+                copying,
                 max_request=job.export.max_request,
-                progress=self.progress.advance,
+                progress=advance,
             )
             data = made.finish(self.request.compression)
-        entry = self._entry(disk, planned, data, found_zero)
-        return entry, _disk_report(job, data.size, time.monotonic() - began)
+        if isinstance(sink, Rescanned):
+            job = _found(job, sink.differing)
+        entry = self._entry(job.disk, job.planned, data, found_zero, moment.consistency)
+        return _Stored(job.disk, entry, _disk_report(job, data.size, time.monotonic() - began))
 
-    def _plan(self, disk: _Disk, export: Export) -> _Job:
+    def _plan(self, disk: _Disk, opened: Opened, moment: Moment) -> _Job:
         began = time.monotonic()
-        parent = disk.decision.parent
-        planned: Plan | Decision | None = None
-        if parent is not None and disk.decision.read is not None:
-            planned = self._plan_incremental(disk.decision.read, export, parent)
-        if isinstance(planned, Decision):
-            disk = replace(disk, decision=planned)
-            self._require_allowed(disk)
-        if not isinstance(planned, Plan):
-            planned = plan.plan_full(export, self.request.cluster_size)
-        return _Job(disk, export, planned, time.monotonic() - began)
+        disk, planned = self._planned(replace(disk, granularity=opened.granularity), opened.export, moment)
+        return _Job(disk, opened.export, planned, time.monotonic() - began)
 
-    def _plan_incremental(self, bitmap: str, export: Export, parent: Chain) -> Plan | Decision:
-        """The plan; or a decision for a full, where planning shows what no name did."""
+    def _planned(self, disk: _Disk, export: Export, moment: Moment) -> tuple[_Disk, Plan]:
+        """
+        The disk's plan.
+
+        Where planning shows what no name did, the disk is given another decision and planned again: an incremental
+        may become a rescan or a full, a rescan a full.
+        """
+        decision = disk.decision
         try:
-            with datafile.peeked(self.machine.path, parent) as index:
-                planned = plan.plan_incremental(
-                    export,
-                    parent.cluster_size,
-                    bitmap,
-                    parent_size=parent.size,
-                    chain=index if self.request.check_zeroes else None,
-                )
+            if decision.parent is None:
+                return disk, plan.plan_full(export, self.request.cluster_size)
+            if decision.read is None:
+                return disk, self._plan_rescan(export, decision.parent)
+            planned, why_not = self._plan_incremental(disk, decision.read, export, decision.parent)
         except (Damaged, NotFound) as error:  # of the chain: a source's errors are others
-            return decide.broken(error)
-        return decide.distrust(bitmap, planned.totals.missed) if planned.totals.missed else planned
+            return self._planned(self._instead(disk, decide.broken(error)), export, moment)
+        if why_not is None:
+            return disk, planned
+        moment.require_sound()  # else it may be the instant that is lost, and no lie
+        instead = decide.instead(why_not, decision.parent, self.request.unusable)
+        return self._planned(self._instead(disk, instead), export, moment)
+
+    def _plan_rescan(self, export: Export, parent: Chain) -> Plan:
+        with content.checked(self.machine.path, parent, export.size) as held:
+            return plan.plan_rescan(export, parent.cluster_size, held.index)
+
+    def _plan_incremental(self, disk: _Disk, bitmap: str, export: Export, parent: Chain) -> tuple[Plan, str | None]:
+        """The plan; and why the bitmap is not to be trusted, where planning or a spot check shows that."""
+        sampler = Reservoir(0 if self.request.dry_run else self.request.spot_check, _draw)
+        with datafile.peeked(self.machine.path, parent) as index:
+            planned = plan.plan_incremental(
+                export,
+                parent.cluster_size,
+                bitmap,
+                parent_size=parent.size,
+                chain=index if self.request.check_zeroes else None,
+                sampler=sampler,
+            )
+        if planned.totals.missed:
+            return planned, decide.why_missed(bitmap, planned.totals.missed)
+        return planned, self._spot_checked(disk, export, parent, sampler)
+
+    def _spot_checked(self, disk: _Disk, export: Export, parent: Chain, sampler: Reservoir) -> str | None:
+        """Why the bitmap is not to be trusted, where one of the sampled clusters shows that."""
+        clusters = sampler.chosen()
+        try:
+            lies = spotcheck.differing(export, clusters, self.machine.path, parent, self.request.copying)
+        except SourceError as error:
+            # A bad sector where nothing changed must not keep what did change from being backed up.
+            self.warnings.append(f"disk {disk.name}: the spot check could not be made: {error.message}")
+            return None
+        _log.info(
+            "%s/%s: %d of %d clean clusters checked", self.request.machine, disk.name, len(clusters), sampler.seen
+        )
+        if not lies.clusters:
+            return None
+        return decide.why_lied(disk.decision.read or "", parent.newest.point, lies.clusters, len(clusters), lies.first)
 
     def _manifest(self, entries: Sequence[DiskEntry]) -> Manifest:
         return Manifest(
@@ -390,7 +415,7 @@ class _Run:
             disks=tuple(entries),
         )
 
-    def _entry(self, disk: _Disk, planned: Plan, data: DataFile, found_zero: int) -> DiskEntry:
+    def _entry(self, disk: _Disk, planned: Plan, data: DataFile, found_zero: int, consistency: str) -> DiskEntry:
         parent = disk.decision.parent
         totals = planned.totals
         return DiskEntry(
@@ -398,7 +423,7 @@ class _Run:
             kind=disk.decision.kind,
             reason=disk.decision.reason,
             size=planned.size,
-            identity=secrets.token_hex(16),
+            identity=os.urandom(16).hex(),
             parent=None if parent is None else Parent(parent.newest.point, parent.newest.entry.identity),
             bitmap=BitmapRecord(disk.decision.read, disk.started, disk.granularity, disk.decision.claimed),
             data=data,
@@ -407,7 +432,7 @@ class _Run:
                 kind=disk.sight.kind,
                 path=disk.sight.path,
                 format=disk.sight.format,
-                consistency="crash",
+                consistency=consistency,
                 qemu=disk.source.qemu_version(),
                 lower=disk.sight.lower,
             ),
@@ -424,11 +449,17 @@ class _Run:
                     except BackupError as error:
                         self.warnings.append(f"disk {disk.name}: bitmap {name} could not be removed: {error.message}")
 
-    def _report(self, disks: Sequence[_Disk], reports: Sequence[DiskReport]) -> Report:
+    def _report(self, disks: Sequence[_Disk], reports: Sequence[DiskReport], moment: Moment) -> Report:
+        self.warnings.extend(moment.warnings)
+        self.notes.extend(moment.notes)
         for disk in disks:
             if disk.decision.fallback:
-                self.warnings.append(f"disk {disk.name}: full instead of incremental: {disk.decision.reason}")
-            self.notes.extend(_note(disk, self.request.family))
+                why = disk.decision.reason.removeprefix("rescan: ")
+                self.warnings.append(f"disk {disk.name}: {disk.decision.way} instead of {self.request.wanted}: {why}")
+            if disk.started is not None and disk.decision.kind == decide.FULL and disk.sight.volatile:
+                then = f"the first backup after a restart of the machine is a {self.request.unusable}"
+                self.warnings.append(f"disk {disk.name}: {disk.sight.volatile}, so that {then}")
+            self.notes.extend(_note(disk, self.request))
         return Report(
             machine=self.request.machine,
             point=None if self.published is None else self.point,
@@ -439,29 +470,17 @@ class _Run:
         )
 
 
-def _note(disk: _Disk, family: str | None) -> list[str]:
+def _note(disk: _Disk, request: Request) -> list[str]:
+    family = request.family
     why_not = disk.source.why_no_bitmap(disk.sight)
     if not disk.source.owns_bitmaps:
         return []
     if family is None:
-        return [f"disk {disk.name}: no bitmap was named, so none is started: the next backup is a full (--bitmap NAME)"]
+        why = f"no bitmap was named, so none is started: the next backup is a {request.unusable} (--bitmap NAME)"
+        return [f"disk {disk.name}: {why}"]
     if why_not is not None:
         return [f"disk {disk.name}: bitmap {family} cannot be started: {why_not}"]
     return []
-
-
-def _settled(disk: _Disk, export: Export) -> _Disk | None:
-    """Under the lock: the disk, if all is as it was when we decided and N's bitmap is wholly clean."""
-    if not disk.source.owns_bitmaps:
-        return disk
-    now = disk.source.look()
-    before = replace(now, bitmaps=tuple(bitmap for bitmap in now.bitmaps if bitmap.name != disk.started))
-    if before != disk.sight:
-        return None
-    bitmap = now.bitmap(disk.started) if disk.started is not None else None
-    if bitmap is None:
-        return disk if disk.started is None else None
-    return None if plan.any_dirty(export, bitmap.name) else replace(disk, granularity=bitmap.granularity)
 
 
 def _forget(disks: Sequence[_Disk]) -> None:
@@ -473,54 +492,16 @@ def _forget(disks: Sequence[_Disk]) -> None:
                     disk.source.remove_bitmap(disk.started)
 
 
-def _check_claim(disk: DiskRequest, newest: Manifest | None, contents: Contents) -> None:
-    since = disk.claim.since
-    if since is None or (newest is not None and newest.point == since):
-        return
-    if newest is None or since not in contents.manifests:
-        newest_point = "it has none at all" if newest is None else f"its newest is {newest.point}"
-        raise NotFound(f"disk {disk.name} has no point {since}: {newest_point}", hint="without --since a full is taken")
-    raise UsageError(
-        f"--since {since} is not the newest point of disk {disk.name}, which is {newest.point}",
-        hint="a chain grows only at its end; without --since a full is taken",
-    )
+def _draw() -> float:
+    """A number from [0, 1) that nobody foresees, as random.SystemRandom draws it, whose module is slow to import."""
+    return (int.from_bytes(os.urandom(7)) >> 3) * 2**-53
 
 
-def _check_format(disk: DiskRequest, newest: Manifest) -> None:
-    """
-    Refuse a raw image that has become a qcow2, and a qcow2 that has lost its header.
-
-    A guest can write a qcow2 header, with any backing file of the host, into its raw disk; so this is asked before QEMU
-    opens the image and the files that its header names.
-    """
-    entry = newest.disk(disk.name)
-    assert entry is not None
-    guessed = disk.source.guessed_format()
-    if entry.source.kind != "image" or guessed is None or guessed == entry.source.format:
-        return
-    if guessed == "raw":
-        raise SourceError(
-            f"the image of disk {disk.name} was a qcow2 at point {newest.point} and has no qcow2 header now",
-            hint="it is damaged, or was converted: then say --image-format raw (`format:` in the configuration)",
-        )
-    raise UsageError(
-        f"the image of disk {disk.name} was raw at point {newest.point} and begins with a qcow2 header now",
-        hint="say --image-format raw, or qcow2 if it was converted (`format:` in the configuration)",
-    )
-
-
-def _check_path(disk: DiskRequest, sight: Sight, contents: Contents) -> None:
-    """A machine's name that was taken from the image's must not bring two machines into one folder."""
-    newest = chains.newest_manifest(contents.manifests.values(), disk.name)
-    newest = newest or chains.newest_manifest(contents.manifests.values())
-    if newest is None:
-        return
-    recorded = [entry.source.path for entry in newest.disks if entry.name == disk.name or not newest.disk(disk.name)]
-    if sight.path not in recorded:
-        raise UsageError(
-            f"machine {newest.machine} was backed up from {recorded[0]}, and this is {sight.path}",
-            hint=f"name the machine: --machine {newest.machine} if it is the same one, another name if it is not",
-        )
+def _found(job: _Job, differing: int) -> _Job:
+    """A rescan with what it found: so many bytes that differ from the parent."""
+    disk = replace(job.disk, decision=job.disk.decision.with_found(differing))
+    planned = replace(job.planned, totals=replace(job.planned.totals, dirty=differing))
+    return replace(job, disk=disk, planned=planned)
 
 
 def _disk_report(job: _Job, stored: int, seconds: float) -> DiskReport:
@@ -534,6 +515,7 @@ def _disk_report(job: _Job, stored: int, seconds: float) -> DiskReport:
         zero_bytes=job.planned.totals.zero,
         stored_bytes=stored,
         seconds=round(job.seconds + seconds, 3),
+        rescan=job.disk.decision.rescan,
     )
 
 

@@ -4,6 +4,7 @@ Data files in a machine's folder: written in parts with digests on the way, open
 
 from __future__ import annotations
 
+import fcntl
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -12,10 +13,11 @@ from pathlib import Path
 from typing import Self
 
 from backup import digests, qcow2
-from backup.chain import Chain, Index
-from backup.digests import BlockCache, CheckedFile
+from backup.chain import Chain
+from backup.digests import CACHED, BlockCache, CheckedFile
 from backup.errors import BackupError, Damaged, Failed
 from backup.extents import Offsets
+from backup.index import Index
 from backup.manifest import DataFile, DiskEntry
 from backup.output import Output
 from backup.repository import allow
@@ -43,9 +45,9 @@ class PartFile:
             raise _cannot_write(path, error) from None
         self._output = Output(self._fd, path, grows=True)
 
-    def put(self, number: int, data: bytes | bytearray | memoryview) -> None:
-        """Write part `number` (digests.BLOCK bytes each, the last may be short)."""
-        found = digests.digest(data)
+    def put(self, number: int, data: bytes | bytearray | memoryview, known: bytes | None = None) -> None:
+        """Write part `number` (digests.BLOCK bytes each, the last may be short); `known` is its digest, if it is."""
+        found = digests.digest(data) if known is None else known
         with self._lock:
             self._digests[number] = found
         try:
@@ -90,7 +92,7 @@ def _create(path: Path, mode: int) -> int:
 def _cannot_write(path: Path, error: OSError) -> BackupError:
     return Failed(
         f"{path} cannot be written: {error.strerror}",
-        hint="check the space and the permissions there; no point was made and earlier points are untouched",
+        hint="check the space and the permissions there; what was published before is untouched",
     )
 
 
@@ -99,13 +101,16 @@ class OpenDataFile:
 
     def __init__(self, folder: Path, entry: DiskEntry, cache: BlockCache) -> None:
         data = entry.data
-        listed = digests.load(folder / data.digests, data.digest, digests.block_count(data.size))
-        self.file = CheckedFile(folder / data.file, data.size, listed, cache)
+        self.file = digests.opened(folder / data.file, data.size, folder / data.digests, data.digest, cache)
         try:
             self.reader = qcow2.Reader(self.file.read_at, data.size, str(self.file.path))
         except BaseException:
             self.close()
             raise
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """Bytes [offset, offset + length), checked."""
+        return self.file.read_at(offset, length)
 
     def close(self) -> None:
         """Close the file."""
@@ -113,7 +118,9 @@ class OpenDataFile:
 
 
 class PeekedDataFile:
-    """A data file opened for its metadata only, unchecked: for planning, where `verify` has the last word."""
+    """
+    A data file opened unchecked: for planning, where `verify` has the last word, and for a look at few of its clusters.
+    """
 
     def __init__(self, folder: Path, entry: DiskEntry) -> None:
         path = folder / entry.data.file
@@ -124,14 +131,15 @@ class PeekedDataFile:
                 raise Damaged(f"{path} has {actual} bytes where its manifest says {entry.data.size}", hint=_FROM_COPY)
             if not (folder / entry.data.digests).is_file():
                 raise Damaged(f"{folder / entry.data.digests} is missing", hint=_FROM_COPY)
-            self.reader = qcow2.Reader(self._read_at, actual, str(path))
+            self.reader = qcow2.Reader(self.read_at, actual, str(path))
             check_head(self.reader, entry, str(path))
         except BaseException:
             self.close()
             raise
         self._path = path
 
-    def _read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int) -> bytes:
+        """Bytes [offset, offset + length), unchecked."""
         try:
             content = os.pread(self._fd, length, offset)
         except OSError as error:
@@ -139,6 +147,14 @@ class PeekedDataFile:
         if len(content) != length:
             raise Damaged(f"a data file ends before byte {offset + length}", hint=_FROM_COPY)
         return content
+
+    def hold(self) -> bool:
+        """Keep `prune` from the file while it is open (`Machine.points_in_use`); False where there are no locks."""
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_SH)
+        except OSError:
+            return False
+        return True
 
     def close(self) -> None:
         """Close the file."""
@@ -148,9 +164,13 @@ class PeekedDataFile:
 
 
 @contextmanager
-def opened(folder: Path, chain: Chain) -> Iterator[list[OpenDataFile]]:
-    """Open all data files of a chain, newest first, and hold their heads against the manifests."""
-    cache = BlockCache()
+def opened(folder: Path, chain: Chain, cached: int = CACHED) -> Iterator[list[OpenDataFile]]:
+    """
+    Open all data files of a chain, newest first, and hold their heads against the manifests.
+
+    At most `cached` checked blocks of all of them together stay in memory.
+    """
+    cache = BlockCache(cached)
     with ExitStack() as stack:
         files = [stack.enter_context(closing(OpenDataFile(folder, link.entry, cache))) for link in chain.links]
         check_heads(chain, [file.reader for file in files])
@@ -158,12 +178,35 @@ def opened(folder: Path, chain: Chain) -> Iterator[list[OpenDataFile]]:
 
 
 @contextmanager
-def peeked(folder: Path, chain: Chain) -> Iterator[Index]:
-    """Open a chain's metadata for planning; existence, sizes and heads are checked, contents are not."""
+def peeked_files(folder: Path, chain: Chain, *, whole: bool = True) -> Iterator[list[PeekedDataFile]]:
+    """
+    Open all data files of a chain, newest first; existence, sizes and heads are checked, contents are not.
+
+    With `whole` off it may be a part of a chain, whose last link is no full.
+    """
     with ExitStack() as stack:
         files = [stack.enter_context(closing(PeekedDataFile(folder, link.entry))) for link in chain.links]
-        check_heads(chain, [file.reader for file in files])
+        if whole:
+            check_heads(chain, [file.reader for file in files])
+        yield files
+
+
+@contextmanager
+def peeked(folder: Path, chain: Chain, *, whole: bool = True) -> Iterator[Index]:
+    """Open a chain's metadata for planning, as `peeked_files`."""
+    with peeked_files(folder, chain, whole=whole) as files:
         yield Index(chain, [file.reader for file in files])
+
+
+@contextmanager
+def held(folder: Path, chain: Chain) -> Iterator[bool]:
+    """
+    Keep `prune` from a chain's files, which are checked as by `peeked`; False where the file system has no locks.
+
+    What is held may have been changed just before: the manifests are to be read again.
+    """
+    with peeked_files(folder, chain) as files:
+        yield all(file.hold() for file in files)
 
 
 class DataFileMaker:
@@ -264,3 +307,17 @@ def check_heads(chain: Chain, readers: Sequence[qcow2.Reader]) -> None:
     parents = [link.entry for link in chain.links[1:]]
     for link, reader, parent in zip(chain.links, readers, [*parents, None], strict=True):
         check_head(reader, link.entry, link.entry.data.file, parent)
+
+
+def check_structure(file: CheckedFile, entry: DiskEntry, parent: DiskEntry | None, *, deep: bool) -> None:
+    """
+    Check a data file's head, tables and refcounts, and with `deep` its frames.
+
+    Raises
+    ------
+    Damaged
+        The first thing that is wrong.
+    """
+    reader = qcow2.Reader(file.read_at, file.size, str(file.path))
+    check_head(reader, entry, entry.data.file, parent)
+    qcow2.check(reader, qcow2.Codec(entry.data.cluster_size, None) if deep else None)

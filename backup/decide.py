@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from backup.chain import Chain
 from backup.errors import BackupError
 from backup.manifest import POINT_PATTERN, DiskEntry, LowerFile
 
-FULL, INCREMENTAL = "full", "incremental"
+FULL, INCREMENTAL, RESCAN = "full", "incremental", "rescan"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,8 @@ class Bitmap:
     granularity: int | None = None
     recording: bool = True
     inconsistent: bool = False
+    busy: bool = False
+    persistent: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,8 @@ class Sight:
     What a source shows of a disk, taken at one moment.
 
     `size` is exact, in bytes.  `no_bitmaps` and `fulls_only` say why it can hold no bitmap, or why no bitmap would see
-    all writes.  `lower` are the files of its backing chain, `lower_bitmaps` the bitmaps in those.
+    all writes; `volatile` why a bitmap lasts no longer than the running QEMU.  `lower` are the files of its backing
+    chain, `lower_bitmaps` the bitmaps in those.
     """
 
     kind: str
@@ -45,6 +48,7 @@ class Sight:
     bitmaps: tuple[Bitmap, ...] = ()
     no_bitmaps: str | None = None
     fulls_only: str | None = None
+    volatile: str | None = None
     lower: tuple[LowerFile, ...] = ()
     lower_bitmaps: tuple[str, ...] = ()
 
@@ -66,8 +70,9 @@ class Decision:
     """
     What one disk's backup will be.
 
-    `fallback` is true where an incremental was wanted, there was a point to continue, and it could not be.
-    `parent` and `read` (the bitmap's exact name) are set for an incremental only.
+    `kind` is FULL or INCREMENTAL.  `fallback` is true where there was a point to continue, and it could not be in the
+    way that was wanted.  `parent` is set for an incremental only, and with it either `read`, the exact name of the
+    bitmap that says what changed, or `rescan`: all is read and compared with the parent.
     """
 
     kind: str
@@ -76,6 +81,18 @@ class Decision:
     parent: Chain | None = None
     read: str | None = None
     claimed: bool = False
+    rescan: bool = False
+
+    @property
+    def way(self) -> str:
+        """FULL, INCREMENTAL or RESCAN."""
+        return RESCAN if self.rescan else self.kind
+
+    def with_found(self, differing: int) -> Decision:
+        """A rescan that found so many bytes that differ from the parent."""
+        assert self.parent is not None
+        found = f"{differing} bytes differ from {self.parent.newest.point}" if differing else "nothing differs"
+        return replace(self, reason=f"{self.reason}; {found}")
 
 
 def bitmap_name(family: str, short_id: str, point: str) -> str:
@@ -98,6 +115,7 @@ def decide(
     short_id: str,
     max_chain: int,
     claim: Claim,
+    unusable: str = FULL,
 ) -> Decision:
     """
     Decide one disk's backup.
@@ -105,25 +123,36 @@ def decide(
     Parameters
     ----------
     wanted : str
-        FULL or INCREMENTAL.
+        FULL, INCREMENTAL or RESCAN.
     last : Chain, BackupError or None
         The chain of the disk's newest point; what is wrong with it; or None where there is no point.
+    unusable : str
+        FULL or RESCAN: what an incremental becomes where the chain is sound and no bitmap continues it.
     """
     if wanted == FULL:
         return Decision(FULL, "asked for")
     if last is None:
-        return Decision(FULL, "first point of this disk" + _and_then(sight))
+        return Decision(FULL, "first point of this disk" + _and_then(sight, unusable))
     if isinstance(last, BackupError):
         return broken(last)
     if len(last.links) >= max_chain:
         return Decision(FULL, f"the chain has {len(last.links)} points and max_chain is {max_chain}")
+    if wanted == RESCAN:
+        return Decision(INCREMENTAL, "rescan: asked for", parent=last, rescan=True)
     if sight.kind == "nbd":
-        return _decide_claim(sight, last, claim)
+        return _decide_claim(sight, last, claim, unusable)
     name = bitmap_name(family or "", short_id, last.newest.point)
     why_not = _why_not(sight, last.newest.entry, name, short_id)
     if why_not is not None:
-        return Decision(FULL, why_not, fallback=True)
+        return instead(why_not, last, unusable)
     return Decision(INCREMENTAL, f"changes since {last.newest.point}", parent=last, read=name)
+
+
+def instead(why: str, last: Chain, unusable: str) -> Decision:
+    """What an incremental becomes that no bitmap can continue: `unusable`, FULL or RESCAN."""
+    if unusable == RESCAN:
+        return Decision(INCREMENTAL, f"rescan: {why}", fallback=True, parent=last, rescan=True)
+    return Decision(FULL, why, fallback=True)
 
 
 def broken(error: BackupError) -> Decision:
@@ -131,30 +160,43 @@ def broken(error: BackupError) -> Decision:
     return Decision(FULL, f"the chain is broken: {error.message}", fallback=True)
 
 
-def distrust(bitmap: str, missed: int) -> Decision:
+def why_missed(bitmap: str, missed: int) -> str:
     """
-    A full, after planning found `missed` bytes that are clean by the bitmap and zero, and were data in the chain.
+    Why a bitmap is not trusted of which planning found `missed` bytes that are clean and zero, and data in the chain.
 
     The bitmap did not see all that happened to the disk (it was shrunk and grown again, say), and what else it did not
     see may look like any other data (traps 4 and 28).
     """
-    why = f"bitmap {bitmap} missed {missed} bytes that were data and read as zeroes now; was the disk shrunk and grown?"
-    return Decision(FULL, why, fallback=True)
+    return (
+        f"bitmap {bitmap} missed {missed} bytes that were data and read as zeroes now; was the disk shrunk and grown?"
+    )
 
 
-def _and_then(sight: Sight) -> str:
+def why_lied(bitmap: str, point: str, differing: int, checked: int, offset: int) -> str:
+    """
+    Why a bitmap is not trusted when a spot check of `checked` clean clusters found `differing` ones, of which the first
+    difference is at byte `offset`: it was cleared, or disabled for a while, or something wrote past QEMU (trap 47).
+    """
+    return (
+        f"bitmap {bitmap} lied: {differing} of {checked} clean clusters that were read again differ from {point}, "
+        f"the first at byte {offset}"
+    )
+
+
+def _and_then(sight: Sight, unusable: str) -> str:
     why = sight.fulls_only or sight.no_bitmaps
-    return f"; every later one is a full as well: {why}" if why else ""
+    later = "a full as well" if unusable == FULL else f"a {unusable}"
+    return f"; every later one is {later}: {why}" if why else ""
 
 
-def _decide_claim(sight: Sight, last: Chain, claim: Claim) -> Decision:
+def _decide_claim(sight: Sight, last: Chain, claim: Claim, unusable: str) -> Decision:
     if claim.bitmap is None:
-        return Decision(FULL, "no bitmap of the NBD server was named", fallback=True)
+        return instead("no bitmap of the NBD server was named", last, unusable)
     if claim.since is None:
         why = f"nothing says which point the server's bitmap {claim.bitmap} starts from (--since POINT)"
-        return Decision(FULL, why, fallback=True)
+        return instead(why, last, unusable)
     if sight.bitmap(claim.bitmap) is None:
-        return Decision(FULL, f"the NBD server has no bitmap {claim.bitmap}", fallback=True)
+        return instead(f"the NBD server has no bitmap {claim.bitmap}", last, unusable)
     why = f"changes since {claim.since}, by the user's word on bitmap {claim.bitmap}"
     return Decision(INCREMENTAL, why, parent=last, read=claim.bitmap, claimed=True)
 
@@ -172,6 +214,10 @@ def _why_not(sight: Sight, parent: DiskEntry, name: str, short_id: str) -> str |
         return f"bitmap {name} is inconsistent: QEMU was killed or crashed while it recorded"
     if not bitmap.recording:
         return f"bitmap {name} is disabled: writes since then were not recorded"
+    if bitmap.busy:
+        return f"bitmap {name} is in use by another operation in QEMU"
+    if not bitmap.persistent and not sight.volatile:
+        return f"bitmap {name} is not persistent, as pybackup makes it: someone else made this one"
     return None
 
 
@@ -185,7 +231,9 @@ def _why_missing(sight: Sight, parent: DiskEntry, name: str, short_id: str) -> s
         return (
             f"bitmap {name} is missing and {others[0]} is there: the image was rolled back, or another bitmap was named"
         )
-    return f"bitmap {name} is missing: it was removed, or the image was replaced, restored or rolled back"
+    if sight.volatile:
+        return f"bitmap {name} is missing: {sight.volatile}, and it was restarted; or someone removed it"
+    return f"bitmap {name} is missing: it was removed, QEMU was killed, or the image was replaced or rolled back"
 
 
 def _lower_changed(before: tuple[LowerFile, ...], now: tuple[LowerFile, ...]) -> str:

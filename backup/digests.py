@@ -105,6 +105,10 @@ _PATIENCE = 2.0
 """Seconds to wait for another thread's block before loading it again, which costs time and nothing else."""
 
 
+CACHED = 16
+"""Blocks that a cache keeps, where nothing else is said."""
+
+
 class BlockCache:
     """
     Checked blocks, the latest few of all the files that share it; each is read once, also when several threads want it.
@@ -113,7 +117,7 @@ class BlockCache:
     same blocks.  `capacity` (blocks) bounds the memory of a chain of any length.
     """
 
-    def __init__(self, capacity: int = 16) -> None:
+    def __init__(self, capacity: int = CACHED) -> None:
         self._capacity = capacity
         self._blocks: OrderedDict[tuple[int, int], bytes] = OrderedDict()
         self._loading: dict[tuple[int, int], threading.Event] = {}
@@ -179,6 +183,10 @@ class CheckedFile:
         """Number of blocks."""
         return block_count(self.size)
 
+    def listed(self, number: int) -> bytes:
+        """The digest that a block must have."""
+        return self._digests[number * LENGTH : (number + 1) * LENGTH]
+
     def check_block(self, number: int) -> bytes:
         """
         Read one block from the disk and hold it against its digest.
@@ -193,7 +201,7 @@ class CheckedFile:
             content = os.pread(self._fd, length, start)
         except OSError as error:
             raise Damaged(f"{self.path} cannot be read at {start}: {error.strerror}", hint=_FROM_COPY) from None
-        if len(content) != length or digest(content) != self._digests[number * LENGTH : (number + 1) * LENGTH]:
+        if len(content) != length or digest(content) != self.listed(number):
             raise Damaged(f"{self.path} is damaged between bytes {start} and {start + length}", hint=_FROM_COPY)
         return content
 
@@ -219,3 +227,15 @@ class CheckedFile:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def opened(path: Path, size: int, listed: Path, expected: str, cache: BlockCache) -> CheckedFile:
+    """
+    Open a data file of `size` bytes and the `.b3` file `listed`, whose digest is `expected` (64 hex digits).
+
+    Raises
+    ------
+    NotFound, Damaged
+        One of them is missing, or not what the manifest names.
+    """
+    return CheckedFile(path, size, load(listed, expected, block_count(size)), cache)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -18,13 +18,17 @@ from backup import digests
 from backup.errors import BackupError, Damaged, Failed
 
 FORMAT = "pybackup manifest"
-VERSION = 1
+VERSION = 2
+"""The highest that this program reads; a manifest says the lowest that can express it (FORMAT.md, "History")."""
+NEW = ".new"
+"""What follows a data file's name while the file that will take its place waits beside it."""
 KINDS = ("full", "incremental")
 NAME_PATTERN = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}"
 POINT_PATTERN = r"[0-9]{8}T[0-9]{6}Z-[0-9a-f]{8}"
 
 _POINT = re.compile(POINT_PATTERN)
-_FILE = re.compile(NAME_PATTERN + r"\." + POINT_PATTERN + r"\.(qcow2|b3)")
+_DATA = re.compile(NAME_PATTERN + r"\." + POINT_PATTERN + r"\.qcow2")
+_DIGESTS = re.compile(NAME_PATTERN + r"\." + POINT_PATTERN + r"\.(?:([1-9][0-9]{0,8})\.)?b3")
 _NAME = re.compile(NAME_PATTERN)
 _RANDOM = re.compile(r"[0-9a-f]{32}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -71,6 +75,20 @@ class DataFile:
 
 
 @dataclass(frozen=True, slots=True)
+class Former:
+    """
+    What a disk's entry said before prune rewrote its data file, for as long as either file may have the name.
+
+    The files differ in their backing file: prune rewrites one only where the parent is another afterwards.
+    """
+
+    kind: str
+    reason: str
+    parent: Parent | None
+    data: DataFile
+
+
+@dataclass(frozen=True, slots=True)
 class ByteCounts:
     """
     Bytes: reported dirty; read as data; recorded as zero unread; of the data, found to be zero; and the stored file.
@@ -95,7 +113,7 @@ class LowerFile:
 
 @dataclass(frozen=True, slots=True)
 class SourceRecord:
-    """How a disk was read: kind ("image" or "nbd"), path or URI, format, consistency, QEMU's version or None."""
+    """How a disk was read: kind ("image", "nbd" or "qmp"), path or URI, format, consistency, QEMU's version or None."""
 
     kind: str
     path: str
@@ -107,7 +125,11 @@ class SourceRecord:
 
 @dataclass(frozen=True, slots=True)
 class DiskEntry:
-    """One disk of a point.  `size` is its exact size in bytes, `identity` stands for its content at that instant."""
+    """
+    One disk of a point.  `size` is its exact size in bytes, `identity` stands for its content at that instant.
+
+    `replaces` is set only while prune exchanges the data file.
+    """
 
     name: str
     kind: str
@@ -119,11 +141,28 @@ class DiskEntry:
     data: DataFile
     bytes: ByteCounts
     source: SourceRecord
+    replaces: Former | None = None
+
+    def restored(self) -> DiskEntry:
+        """The entry as it was before prune rewrote the data file; itself where it did not."""
+        former = self.replaces
+        if former is None:
+            return self
+        counts = replace(self.bytes, stored=former.data.size)
+        return replace(
+            self,
+            kind=former.kind,
+            reason=former.reason,
+            parent=former.parent,
+            data=former.data,
+            bytes=counts,
+            replaces=None,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """One point of a machine."""
+    """One point of a machine; one that is `pinned` is never pruned."""
 
     point: str
     sequence: int
@@ -133,6 +172,21 @@ class Manifest:
     finished: str
     program: str
     disks: tuple[DiskEntry, ...]
+    pinned: bool = False
+
+    @property
+    def version(self) -> int:
+        """
+        The lowest version of the format that can express it.
+
+        An older program would call a file that is exchanged, or a digest file with a number, damaged.
+        """
+        plain = all(disk.replaces is None and generation(disk.data.digests) == 0 for disk in self.disks)
+        return 1 if plain else 2
+
+    def with_disk(self, entry: DiskEntry) -> Manifest:
+        """The same point with another entry for one of its disks."""
+        return replace(self, disks=tuple(entry if disk.name == entry.name else disk for disk in self.disks))
 
     def disk(self, name: str) -> DiskEntry | None:
         """The entry of a disk, or None where the point does not hold it."""
@@ -144,19 +198,49 @@ def new_point_id(now: datetime, random_hex: str) -> str:
     return f"{now.astimezone(UTC):%Y%m%dT%H%M%SZ}-{random_hex}"
 
 
+def moment_of(text: str) -> datetime | None:
+    """Read a time as it stands in a manifest (UTC); None where it is none."""
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return found.astimezone(UTC) if found.tzinfo is not None else None
+
+
+def timestamp(moment: datetime) -> str:
+    """A time as it stands in a manifest: UTC, to the second."""
+    return f"{moment.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
+
+
 def is_point_id(text: str) -> bool:
     """Does the text have the form of a point's id?"""
     return _POINT.fullmatch(text) is not None
 
 
 def is_data_name(text: str) -> bool:
-    """Does the text have the form of a data file's or digest file's name?"""
-    return _FILE.fullmatch(text) is not None
+    """Does the text have the form of a data file's or digest file's name, or of one that waits to take its place?"""
+    return _DATA.fullmatch(text.removesuffix(NEW)) is not None or _DIGESTS.fullmatch(text) is not None
+
+
+def data_name(disk: str, point: str) -> str:
+    """The name of a disk's data file."""
+    return f"{disk}.{point}.qcow2"
+
+
+def digest_name(disk: str, point: str, rewritten: int) -> str:
+    """The name of the digest file of a disk's data file that was rewritten so many times."""
+    return f"{disk}.{point}.{rewritten}.b3" if rewritten else f"{disk}.{point}.b3"
+
+
+def generation(digest_file: str) -> int:
+    """How often prune has rewritten the data file that a digest file of this name is of."""
+    match = _DIGESTS.fullmatch(digest_file)
+    return int(match[1] or 0) if match else 0
 
 
 def encode(manifest: Manifest) -> bytes:
     """The manifest as JSON text, its own digest last."""
-    document = {"format": FORMAT, "version": VERSION, **asdict(manifest), "digest": "0" * 64}
+    document = {"format": FORMAT, "version": manifest.version, **asdict(manifest), "digest": "0" * 64}
     text = json.dumps(document, indent=2, ensure_ascii=True) + "\n"
     head = text.removesuffix(_tail("0" * 64)).encode("ascii")
     return head + _tail(digests.digest(head).hex()).encode("ascii")
@@ -194,7 +278,6 @@ def decode(content: bytes, name: str) -> Manifest:
 
 
 def _tail(digest: str) -> str:
-    # The text before the digest always ends in "]" (disks is the last field before it).
     return f',\n  "digest": "{digest}"\n}}\n'
 
 
@@ -276,28 +359,41 @@ def _manifest(document: dict[str, Any]) -> Manifest:
         finished=fields.take("finished", str),
         program=fields.take("program", str),
         disks=disks,
+        pinned=bool(fields.optional("pinned", bool)),
     )
 
 
 def _disk(fields: _Fields) -> DiskEntry:
-    kind = fields.take("kind", str)
-    parent = None if fields.optional("parent", dict) is None else fields.inner("parent")
-    if kind not in KINDS or (kind == "incremental") != (parent is not None):
-        raise _BadField(f"a disk's kind is {_shown(kind)} and its parent {'missing' if parent is None else 'given'}")
+    kind, parent = _kind(fields)
+    former = None if fields.optional("replaces", dict) is None else _former(fields.inner("replaces"))
     return DiskEntry(
         name=fields.matching("name", _NAME),
         kind=kind,
         reason=fields.take("reason", str),
         size=fields.number("size"),
         identity=fields.matching("identity", _RANDOM),
-        parent=None
-        if parent is None
-        else Parent(parent.matching("point", _POINT), parent.matching("identity", _RANDOM)),
+        parent=parent,
         bitmap=_bitmap(fields.inner("bitmap")),
         data=_data(fields.inner("data")),
         bytes=_counts(fields.inner("bytes")),
         source=_source(fields.inner("source")),
+        replaces=former,
     )
+
+
+def _kind(fields: _Fields) -> tuple[str, Parent | None]:
+    kind = fields.take("kind", str)
+    parent = None if fields.optional("parent", dict) is None else fields.inner("parent")
+    if kind not in KINDS or (kind == "incremental") != (parent is not None):
+        raise _BadField(f"a disk's kind is {_shown(kind)} and its parent {'missing' if parent is None else 'given'}")
+    if parent is None:
+        return kind, None
+    return kind, Parent(parent.matching("point", _POINT), parent.matching("identity", _RANDOM))
+
+
+def _former(fields: _Fields) -> Former:
+    kind, parent = _kind(fields)
+    return Former(kind, fields.take("reason", str), parent, _data(fields.inner("data")))
 
 
 def _bitmap(fields: _Fields) -> BitmapRecord:
@@ -314,9 +410,9 @@ def _data(fields: _Fields) -> DataFile:
     if cluster_size & (cluster_size - 1):
         raise _BadField(f"the cluster size {cluster_size} is no power of two")
     return DataFile(
-        file=fields.matching("file", _FILE),
+        file=fields.matching("file", _DATA),
         size=fields.number("size", low=1),
-        digests=fields.matching("digests", _FILE),
+        digests=fields.matching("digests", _DIGESTS),
         digest=fields.matching("digest", _DIGEST),
         cluster_size=cluster_size,
         compression=fields.take("compression", str),

@@ -13,6 +13,9 @@ The rules (traps 1, 2, 4 and 28):
                   clean and zero, chain holds data -> ZERO (the bitmap missed something,
                     and is not to be trusted at all: see Totals.missed)
                   else -> PARENT: no region, the parent's bytes stand
+    rescan        zero, chain holds data -> ZERO  else, where not zero -> DATA, to be compared before it is stored
+    audit         dirty -> PARENT                 zero, chain holds nothing -> PARENT: equal
+                  else -> DATA, to be compared
 
 Only `zero` may be left unread.  A `hole` that is not `zero` has undefined content by the NBD protocol and is read.
 """
@@ -70,6 +73,13 @@ class BlockStatus(Protocol):
 
     def expect_dirty(self, bitmap: str, start: int, end: int) -> None:
         """Say that `dirty` will be called with the same range soon."""
+
+
+class Sampler(Protocol):
+    """What the planner shows the clusters to that a spot check may look at."""
+
+    def offer(self, base: int, mask: Mask) -> None:
+        """Have the set positions of `mask`, counted from `base`, pass by."""
 
 
 class HeldData(Protocol):
@@ -185,6 +195,7 @@ def plan_incremental(
     *,
     parent_size: int,
     chain: HeldData | None,
+    sampler: Sampler | None = None,
 ) -> Plan:
     """
     Plan an incremental: what is dirty, what grew, and zeroes over data of the chain.
@@ -198,9 +209,12 @@ def plan_incremental(
     chain : HeldData or None
         The parent chain, to check zeroes against (trap 4); None leaves that check out, and asks about allocation only
         where something is dirty.
+    sampler : Sampler or None
+        Is shown the clusters that the bitmap calls clean; with `chain`, those that are not zero: the chain is asked
+        about the others anyway.
     """
     builder = _Builder(source.size, cluster_size)
-    grown = parent_size - parent_size % cluster_size if source.size > parent_size else source.size
+    grown = _grown(source.size, parent_size, cluster_size)
     found = _dirty_windows(source, cluster_size, bitmap, grown, everywhere=chain is not None)
     for window in _one_behind(found):
         touched = window.touched
@@ -208,14 +222,81 @@ def plan_incremental(
         kinds = np.zeros(len(touched), dtype=np.uint8)
         kinds[touched] = DATA
         kinds[touched & zero] = ZERO
+        if sampler is not None:
+            sampler.offer(window.start // cluster_size, ~touched if chain is None else ~(touched | zero))
         if chain is not None:
-            missed = zero & ~touched
-            for low, high in _spans(missed, _NEAR // cluster_size):
-                missed[low:high] &= chain.holds_data(window.start // cluster_size + low, high - low)
+            missed = _held(chain, zero & ~touched, window.start // cluster_size, cluster_size)
             kinds[missed] = ZERO
             builder.missed += builder.bytes(window.start, missed)
         builder.add(window.start, window.dirty, kinds)
     return builder.plan()
+
+
+def plan_rescan(source: BlockStatus, cluster_size: int, chain: HeldData) -> Plan:
+    """
+    Plan to read a whole disk and hold it against the chain: DATA is what may differ, ZERO what does.
+
+    Raises
+    ------
+    SourceError
+        The server fails, or does not say what it must.
+    """
+    builder = _Builder(source.size, cluster_size)
+    for start, end in _one_behind(_asked_allocation(source)):
+        zero = _covered(source.allocation(start, end), extents.ZERO, start, cluster_size, source.size)
+        kinds = np.where(zero, np.uint8(PARENT), np.uint8(DATA))
+        kinds[_held(chain, zero, start // cluster_size, cluster_size)] = ZERO
+        builder.add(start, end - start, kinds)
+    return builder.plan()
+
+
+def plan_audit(
+    source: BlockStatus, cluster_size: int, bitmap: str | None, *, parent_size: int, chain: HeldData
+) -> Plan:
+    """
+    Plan to compare with the chain what the bitmap calls clean, or (no bitmap) everything; only DATA is in it.
+
+    What is zero and not held by the chain is equal without being read.  `parent_size` and `bitmap` as for an
+    incremental; Totals.dirty is what is left out, also for having grown.
+
+    Raises
+    ------
+    SourceError
+        The server fails, or has no such bitmap.
+    """
+    builder = _Builder(source.size, cluster_size)
+    grown = source.size if bitmap is None else _grown(source.size, parent_size, cluster_size)
+    for window in _one_behind(_dirty_windows(source, cluster_size, bitmap, grown, everywhere=True)):
+        zero = _zero_where(source, window, cluster_size)
+        kinds = np.where(window.touched | zero, np.uint8(PARENT), np.uint8(DATA))
+        kinds[_held(chain, zero & ~window.touched, window.start // cluster_size, cluster_size)] = DATA
+        builder.add(window.start, window.dirty, kinds)
+    return builder.plan()
+
+
+def plan_of(clusters: Offsets, size: int, cluster_size: int) -> Plan:
+    """Plan to read these clusters, ascending and inside the disk of `size` bytes, and nothing else."""
+    builder = _Builder(size, cluster_size)
+    step = WINDOW // cluster_size
+    for number in extents.distinct(clusters // step).tolist():
+        first = number * step
+        kinds = np.zeros(min(step, _clusters(size, cluster_size) - first), dtype=np.uint8)
+        kinds[clusters[clusters // step == number] - first] = DATA
+        builder.add(first * cluster_size, 0, kinds)
+    return builder.plan()
+
+
+def _grown(size: int, parent_size: int, cluster_size: int) -> int:
+    """The byte from which on everything is dirty, since the disk grew; `size` where it did not."""
+    return parent_size - parent_size % cluster_size if size > parent_size else size
+
+
+def _held(chain: HeldData, wanted: Mask, first: int, cluster_size: int) -> Mask:
+    """Which of the wanted clusters, counted from `first`, the chain holds data for."""
+    held = wanted.copy()
+    for low, high in _spans(wanted, _NEAR // cluster_size):
+        held[low:high] &= chain.holds_data(first + low, high - low)
+    return held
 
 
 def any_dirty(source: BlockStatus, bitmap: str) -> bool:
@@ -246,17 +327,18 @@ class _Window:
 
 
 def _dirty_windows(
-    source: BlockStatus, cluster_size: int, bitmap: str, grown: int, *, everywhere: bool
+    source: BlockStatus, cluster_size: int, bitmap: str | None, grown: int, *, everywhere: bool
 ) -> Iterator[_Window]:
     """
     Yield every window; each one's allocation and the next one's dirty ranges are asked for by then.
 
-    Allocation matters near what is dirty, or `everywhere`; from `grown` on all is dirty.
+    Allocation matters near what is dirty, or `everywhere`; from `grown` on all is dirty.  Without a bitmap nothing else
+    is.
     """
     windows = list(extents.windows(0, source.size, WINDOW))
     for (start, end), following in zip(windows, [*windows[1:], None], strict=True):
-        status = source.dirty(bitmap, start, end)
-        if following is not None:
+        status = Runs.uniform(start, end, 0) if bitmap is None else source.dirty(bitmap, start, end)
+        if bitmap is not None and following is not None:
             source.expect_dirty(bitmap, *following)
         starts, ends = extents.with_dirty_from(status, grown).having(DIRTY)
         touched = _touched(starts, ends, start, cluster_size, _clusters(end - start, cluster_size))
@@ -327,20 +409,11 @@ def _spans(mask: Mask, near: int) -> Iterator[tuple[int, int]]:
     """Spans of set positions; those between which fewer than `near` are unset are merged."""
     if not mask.any():
         return
-    starts, ends = _edges(mask)
+    starts, ends = extents.edges(mask)
     far = np.flatnonzero(starts[1:] - ends[:-1] >= near)
     lows = np.concatenate([starts[:1], starts[far + 1]]).tolist()
     highs = np.concatenate([ends[far], ends[-1:]]).tolist()
     yield from zip(lows, highs, strict=True)
-
-
-def _edges(mask: Mask) -> tuple[Offsets, Offsets]:
-    """Starts and ends of the runs of set positions."""
-    edges = np.flatnonzero(mask[1:] != mask[:-1]) + 1
-    first = [0] if mask[0] else []
-    last = [len(mask)] if mask[-1] else []
-    both = np.concatenate([np.array(first, dtype=np.int64), edges, np.array(last, dtype=np.int64)])
-    return both[::2], both[1::2]
 
 
 def _touched(starts: Offsets, ends: Offsets, base: int, cluster_size: int, count: int) -> Mask:

@@ -9,6 +9,9 @@ Rules of order (FORMAT.md, "Order of writing"); breaking one of them loses data:
 4. the machine's folder is fsynced again, and the repository's folder when the machine is new.
 
 A data file that no manifest names is a leftover of a run that was cut off; readers never see it.
+
+While prune exchanges a data file, its manifest names both (see `exchange`); readers get the entry of the one that has
+the name.
 """
 
 from __future__ import annotations
@@ -18,17 +21,16 @@ import fcntl
 import json
 import os
 import re
-import secrets
 import socket
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from backup import manifest as manifests
 from backup.errors import BackupError, Damaged, Failed, Locked, NotFound
-from backup.manifest import Manifest
+from backup.manifest import DiskEntry, Manifest
 from backup.names import check_name, name_problem
 
 MARKER = "pybackup.json"
@@ -37,6 +39,8 @@ VERSION = 1
 _TEMPORARY = ".tmp"
 _MAX_MANIFEST = 64 << 20
 _MAX_MARKER = 64 << 10
+_TRIES = 20
+"""How often a folder is read that a prune changes meanwhile."""
 _ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -50,10 +54,15 @@ class Modes:
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """A machine's readable manifests by point id, and what is wrong with the others, by file name."""
+    """
+    A machine's readable manifests by point id, and what is wrong with the others, by file name.
+
+    `exchanged` has the names of all files of exchanges that are not over; none of them is a leftover.
+    """
 
     manifests: Mapping[str, Manifest]
     damaged: Mapping[str, BackupError]
+    exchanged: frozenset[str] = frozenset()
 
 
 class Repository:
@@ -89,21 +98,21 @@ class Repository:
         return cls(path, _identity(content, marker), modes)
 
     @classmethod
-    def open_or_create(cls, path: Path, modes: Modes = Modes()) -> Repository:
+    def open_or_create(cls, path: Path, modes: Modes = Modes(), identity: str | None = None) -> Repository:
         """
-        Open a repository, or make one where the folder is missing or empty.
+        Open a repository, or make one where the folder is missing or empty, with `identity` or a random id.
 
         Raises
         ------
         NotFound
             The folder holds other things and no marker.
         """
-        with _explained(path):
+        with explained(path):
             if not os.path.lexists(path):
                 path.parent.mkdir(mode=modes.folder, parents=True, exist_ok=True)
                 make_folder(path, modes.folder)
             if path.is_dir() and all(_is_nothing(name) for name in os.listdir(path)):
-                document = {"format": FORMAT, "version": VERSION, "id": secrets.token_hex(16)}
+                document = {"format": FORMAT, "version": VERSION, "id": identity or os.urandom(16).hex()}
                 _write_marker(path / MARKER, (json.dumps(document, indent=2) + "\n").encode(), modes.file)
         return cls.open(path, modes)
 
@@ -117,20 +126,61 @@ class Repository:
         NotFound
             The folder holds other things and no marker.
         """
-        with _explained(path):
+        with explained(path):
             if not os.path.lexists(path) or (path.is_dir() and all(_is_nothing(name) for name in os.listdir(path))):
                 return cls(path, "0" * 32, modes)
         return cls.open(path, modes)
 
     def machine_names(self) -> list[str]:
         """Names of the machines' folders, sorted; a folder that can be no machine's (lost+found) is none."""
-        with _explained(self.path):
+        with explained(self.path):
             folders = [entry.name for entry in os.scandir(self.path) if entry.is_dir()]
         return sorted(name for name in folders if name_problem("machine", name) is None)
 
     def machine(self, name: str) -> Machine:
         """The folder of a machine, which need not exist yet."""
         return Machine(self.path / check_name("machine", name), self.modes)
+
+    def ownership(self, machine: str | None) -> Ownership:
+        """What is this repository's in a running QEMU; `machine` is the one whose lock is held, if any is."""
+        return Ownership(self, machine)
+
+
+@dataclass(frozen=True, slots=True)
+class Ownership:
+    """
+    Tells what a running QEMU has of this repository, so that what a run left can be told from what one needs.
+
+    `machine` is the one whose lock is held; None: none is.
+    """
+
+    repository: Repository
+    machine: str | None
+
+    @property
+    def short_id(self) -> str:
+        """Eight hex digits of the repository's id."""
+        return self.repository.identity[:8]
+
+    def has_point(self, point: str) -> bool:
+        """Is it a point of any machine?  A damaged manifest counts."""
+        names = self.repository.machine_names()
+        return any(os.path.lexists(self.repository.path / name / f"{point}.json") for name in names)
+
+    def require_alone(self) -> None:
+        """
+        Make sure that no other machine's run is under way.
+
+        Raises
+        ------
+        Locked
+            One is.
+        """
+        for name in self.repository.machine_names():
+            other = self.repository.machine(name)
+            if name != self.machine and os.path.lexists(other.path / "lock"):
+                with other.lock():
+                    pass
 
 
 class Machine:
@@ -145,29 +195,44 @@ class Machine:
         """Is the folder there?"""
         return os.path.isdir(self.path)
 
-    def contents(self) -> Contents:
+    def contents(self, *, raw: bool = False) -> Contents:
         """
         Read all manifests; empty where the folder does not exist.
+
+        A disk whose data file is being exchanged has the entry of the file that has the name now; with `raw`, as its
+        manifest says.
 
         Raises
         ------
         Failed
             The folder cannot be read.
         """
+        contents = self._read_manifests(raw=raw)
+        for _ in range(_TRIES):
+            # One that vanished was pruned after the folder was listed; what was read before may still build on it.
+            if not any(isinstance(error, NotFound) for error in contents.damaged.values()):
+                break
+            contents = self._read_manifests(raw=raw)
+        return contents
+
+    def _read_manifests(self, *, raw: bool) -> Contents:
         found: dict[str, Manifest] = {}
         damaged: dict[str, BackupError] = {}
+        exchanged: set[str] = set()
         if not self.exists():
             return Contents(found, damaged)
-        with _explained(self.path):
+        with explained(self.path):
             names = sorted(os.listdir(self.path))
         for name in names:
             stem, dot, suffix = name.rpartition(".")
             if dot and suffix == "json" and manifests.is_point_id(stem):
                 try:
-                    found[stem] = read_manifest(self.path / name)
+                    read = read_raw(self.path / name)
+                    found[stem] = read if raw else as_stored(self.path, read)
+                    exchanged.update(_exchanged(read))
                 except BackupError as error:
                     damaged[name] = error
-        return Contents(found, damaged)
+        return Contents(found, damaged, frozenset(exchanged))
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -181,17 +246,30 @@ class Machine:
         Locked
             Another run holds it.
         """
-        with _explained(self.path):
+        with explained(self.path):
             if not self.exists():
                 make_folder(self.path, self.modes.folder)
                 sync_folder(self.path.parent)
             fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, self.modes.file)
         try:
-            with _explained(self.path / "lock"):
+            with explained(self.path / "lock"):
                 _flock(fd, self.name)
             yield
         finally:
             os.close(fd)
+
+    def points_in_use(self) -> set[str]:
+        """
+        The points whose data files somebody needs for longer (`pybackup serve`): they must stay as they are.
+
+        Who needs a chain holds a shared flock on each of its data files, and then reads the manifests again.  Call it
+        under the lock.
+        """
+        if not self.exists():
+            return set()
+        with explained(self.path):
+            names = [name for name in os.listdir(self.path) if manifests.is_data_name(name) and name.endswith(".qcow2")]
+        return {name.rsplit(".", 2)[1] for name in names if _is_held(self.path / name)}
 
     def remove_leftovers(self, contents: Contents) -> list[str]:
         """
@@ -206,8 +284,8 @@ class Machine:
             for point in contents.manifests.values()
             for disk in point.disks
             for name in (disk.data.file, disk.data.digests)
-        }
-        with _explained(self.path):
+        } | contents.exchanged
+        with explained(self.path):
             leftovers = [
                 name
                 for name in sorted(os.listdir(self.path))
@@ -223,9 +301,12 @@ class Machine:
         highest = max((point.sequence for point in contents.manifests.values()), default=0)
         return highest + 1 + len(contents.damaged)
 
-    def publish(self, manifest: Manifest) -> Path:
+    def publish(self, manifest: Manifest, content: bytes | None = None) -> Path:
         """
         Make a point exist; its data files are written and fsynced already.
+
+        `content` are the manifest's bytes where it is a copy of one: they may have fields that this program does not
+        know.
 
         Returns
         -------
@@ -238,11 +319,11 @@ class Machine:
             Nothing was published: the disk is full, for example.
         """
         path = self.path / f"{manifest.point}.json"
-        content = manifests.encode(manifest)
+        content = manifests.encode(manifest) if content is None else content
         # A point that no reader would take (a sequence beyond the largest) must not pass for a backup.
         manifests.decode(content, path.name)
         try:
-            with _explained(self.path):
+            with explained(self.path):
                 sync_folder(self.path)
                 write_whole(path, content, self.modes.file)
                 sync_folder(self.path.parent)
@@ -252,6 +333,38 @@ class Machine:
             raise
         return path
 
+    def rewrite(self, manifest: Manifest) -> None:
+        """
+        Put another manifest in the place of a point's own, at once and to last; call it under the lock.
+
+        Raises
+        ------
+        Failed
+            It cannot be written; the one or the other is there.
+        """
+        path = self.path / f"{manifest.point}.json"
+        content = manifests.encode(manifest)
+        manifests.decode(content, path.name)
+        with explained(self.path):
+            write_whole(path, content, stat.S_IMODE(os.stat(path).st_mode))
+
+    def remove_point(self, manifest: Manifest) -> None:
+        """
+        Remove a point on which no other builds: its manifest first, which ends it, then its files.
+
+        Raises
+        ------
+        Failed
+            Something could not be removed; what is left without a manifest, the next run removes.
+        """
+        with explained(self.path):
+            os.unlink(self.path / f"{manifest.point}.json")
+            sync_folder(self.path)
+            for disk in manifest.disks:
+                for name in (disk.data.file, disk.data.digests):
+                    (self.path / name).unlink(missing_ok=True)
+            sync_folder(self.path)
+
     def withdraw(self, point: str) -> None:
         """Take back a point that was just published, or not yet: its run failed, and its data files go next."""
         with suppress(OSError):
@@ -260,14 +373,59 @@ class Machine:
 
 
 def read_manifest(path: Path) -> Manifest:
+    """Read one manifest, with the entries of the data files that have their names now; otherwise as `read_raw`."""
+    return as_stored(path.parent, read_raw(path))
+
+
+def as_stored(folder: Path, manifest: Manifest) -> Manifest:
+    """A manifest with each disk's entry as the data file that has the name now is."""
+    for disk in manifest.disks:
+        if disk.replaces is not None:
+            stored = replace(disk, replaces=None) if is_exchanged(folder, disk) else disk.restored()
+            manifest = manifest.with_disk(stored)
+    return manifest
+
+
+def is_exchanged(folder: Path, disk: DiskEntry) -> bool:
     """
-    Read one manifest; its name must be its point's id.
+    Has the rewritten data file taken the former one's name?  Its backing file, which is never the former's, tells.
+
+    Of a file that cannot be read it is said by whether the rewritten one still waits; readers find what is wrong.
+    """
+    from backup.qcow2 import read_header  # noqa: PLC0415 - brings numpy, which a list of points need not import
+
+    path = folder / disk.data.file
+    backing = None if disk.parent is None else manifests.data_name(disk.name, disk.parent.point)
+    try:
+        return read_header(path).image.backing == backing
+    except (BackupError, OSError):
+        return not os.path.lexists(folder / (disk.data.file + manifests.NEW))
+
+
+def _exchanged(manifest: Manifest) -> Iterator[str]:
+    """Names of the files of a point that are being exchanged."""
+    for disk in manifest.disks:
+        if disk.replaces is not None:
+            yield disk.data.file
+            yield disk.data.file + manifests.NEW
+            yield disk.data.digests
+            yield disk.replaces.data.digests
+
+
+def read_raw(path: Path) -> Manifest:
+    """
+    Read one manifest as it is; its name must be its point's id.
 
     Raises
     ------
     NotFound, Damaged, Failed
         It is missing, damaged, or of a newer program.
     """
+    return read_manifest_whole(path)[0]
+
+
+def read_manifest_whole(path: Path) -> tuple[Manifest, bytes]:
+    """Read one manifest (see `read_raw`), and its bytes."""
     try:
         content = _read(path, _MAX_MANIFEST)
     except FileNotFoundError:
@@ -290,7 +448,7 @@ def read_manifest(path: Path) -> Manifest:
             f"manifest {path} describes point {found.point}",
             hint=f"a manifest is named for its point; rename it to {found.point}.json if it was renamed by hand",
         )
-    return found
+    return found, content
 
 
 def write_whole(path: Path, content: bytes, mode: int) -> None:
@@ -333,7 +491,7 @@ def _write_temporary(path: Path, content: bytes, mode: int) -> None:
 
 def _write_marker(path: Path, content: bytes, mode: int) -> None:
     """Write the marker, unless another first run was faster: its id is in bitmaps' names already."""
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{_TEMPORARY}")
+    temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}{_TEMPORARY}")
     try:
         _write_temporary(temporary, content, mode)
         try:
@@ -390,6 +548,21 @@ def _identity(content: bytes, marker: Path) -> str:
 _MARKER_HINT = 'bring it back from a copy; every manifest beside it names the id as "repository"'
 
 
+def _is_held(path: Path) -> bool:
+    """Does anybody hold a flock on the file?"""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True  # held; or there is no telling, and then nothing is removed either
+    finally:
+        os.close(fd)
+    return False
+
+
 def _flock(fd: int, machine: str) -> None:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -405,8 +578,8 @@ def _flock(fd: int, machine: str) -> None:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turn an operating system's refusal into two lines."""
+def explained(path: Path) -> Iterator[None]:
+    """Turn an operating system's refusal into two lines.  `path` is named where the error names none."""
     try:
         yield
     except OSError as error:

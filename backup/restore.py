@@ -24,11 +24,12 @@ import numpy as np
 
 from backup import chain as chains
 from backup import datafile
-from backup.chain import NOBODY, Chain, Index
+from backup.chain import Chain
 from backup.datafile import OpenDataFile
 from backup.digests import BLOCK
 from backup.errors import BackupError, Damaged, Failed, NotFound, UsageError
-from backup.extents import Offsets, windows
+from backup.extents import Offsets, edges, windows
+from backup.index import NOBODY, Index
 from backup.manifest import Manifest
 from backup.pages import pages
 from backup.progress import Progress
@@ -43,7 +44,8 @@ passed over few times; 64 GiB of a disk with clusters of 64 KiB.  Whole L2 table
 """
 _STAGED = BLOCK
 """Bytes written at once at most; a multiple of every cluster size."""
-_TRIES = 3
+_TRIES = 50
+"""How often a chain is opened that a prune changes meanwhile; a step of one takes some fsyncs."""
 _TICK = 0.1
 """Seconds between looks at progress and signals."""
 
@@ -159,14 +161,16 @@ def opened_point(machine: Machine, point: str, disk: str) -> Iterator[tuple[Chai
     All files are open before the manifests are read again: what changed meanwhile is tried again, so that damage counts
     only when it repeats.
     """
-    for attempt in range(_TRIES):
+    failed: Chain | None = None
+    for _ in range(_TRIES):
         chain = _chain(machine, point, disk)
         with ExitStack() as stack:
             try:
                 files = stack.enter_context(datafile.opened(machine.path, chain))
             except (Damaged, NotFound):
-                if attempt == _TRIES - 1:
+                if chain == failed:
                     raise
+                failed = chain
                 continue
             if _chain(machine, point, disk) == chain:
                 yield chain, files
@@ -285,8 +289,8 @@ class _Run:
 
     def _write_zeroes(self, empty: np.ndarray[tuple[int], np.dtype[np.bool_]], start: int, end: int) -> None:
         cluster = self.chain.cluster_size
-        edges = np.flatnonzero(np.diff(np.concatenate([[False], empty, [False]]))).reshape(-1, 2)
-        for low, high in edges.tolist():
+        starts, ends = edges(empty)
+        for low, high in zip(starts.tolist(), ends.tolist(), strict=True):
             low_byte, high_byte = start + low * cluster, min(start + high * cluster, end)
             if not self.target.reads_zero:
                 self.target.zero(low_byte, high_byte - low_byte)

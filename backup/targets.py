@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import errno
 import os
-import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,7 +94,7 @@ def refuse_existing(path: Path, *, force: bool) -> None:
 def _file(path: Path, size: int, image_format: str, cluster_size: int, *, force: bool) -> Iterator[Target]:
     refuse_existing(path, force=force)
     path = Path(os.path.realpath(path))
-    part = path.with_name(f".pybackup-{secrets.token_hex(8)}.part")
+    part = path.with_name(f".pybackup-{os.urandom(8).hex()}.part")
     with _explained(path):
         fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     output = Output(fd, part, grows=image_format != RAW)

@@ -1,5 +1,5 @@
 """
-Sizes, rates and durations, parsed and shown.
+Sizes, rates, durations and shares, parsed and shown.
 
 Binary units throughout, as in qemu-img: "64K", "64KiB" and "65536" are the same number of bytes.  Pure; imports only
 backup.errors.
@@ -18,6 +18,9 @@ GiB = 1 << 30
 TiB = 1 << 40
 
 _PREFIXES = "KMGTPE"
+_SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+_DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(s|min|h|d|w)", re.ASCII)
+_SHARE = re.compile(r"([0-9]{1,3}(?:\.[0-9]{1,9})?) ?%", re.ASCII)
 _SIZE = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?) ?(?:([KMGTPE])(?:i?B)?|B)?", re.IGNORECASE | re.ASCII)
 
 
@@ -82,3 +85,44 @@ def show_duration(seconds: float) -> str:
         return f"{whole // 60} min {whole % 60:02d} s"
     minutes = round(whole / 60)
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def parse_duration(text: str) -> float:
+    """
+    Read a duration in seconds: "90s", "45min", "26h", "30d", "2w".
+
+    A lone "m" is refused: it is months to some tools and minutes to others.
+
+    Raises
+    ------
+    UsageError
+        No number, or no unit.
+    """
+    match = _DURATION.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f"{text!r} is not a duration", hint="write a number and s, min, h, d or w: 26h, 30d")
+    number, unit = match.groups()
+    return float(number) * _SECONDS[unit]
+
+
+def parse_share(text: str) -> float:
+    """
+    Read a share of a whole, more than nothing and at most all of it: "5%" is 0.05.
+
+    Raises
+    ------
+    UsageError
+        No number with a percent sign, or out of bounds.
+    """
+    match = _SHARE.fullmatch(text.strip())
+    share = float(match[1]) / 100 if match else 0.0
+    if not 0 < share <= 1:
+        raise UsageError(f"{text!r} is not a share", hint="write more than 0% and at most 100%: 5%")
+    return share
+
+
+def show_age(seconds: float) -> str:
+    """Show how old something is, in its largest unit: "0 min", "59 min", "31 h", "12 d"."""
+    if seconds < 3600:
+        return f"{int(seconds // 60)} min"
+    return f"{int(seconds // 3600)} h" if seconds < 48 * 3600 else f"{int(seconds // 86400)} d"

@@ -4,31 +4,41 @@ Verify: re-read what the repository holds and find every changed byte.
 For each data file: its digest file against the manifest, every block against its digest, the head against the manifest
 and its parent's, the tables and all refcounts; with `deep` also every cluster decompressed.  For each point: its chain,
 down to the full.
+
+What was found is remembered (`memory`), so that a later run can leave out what was read not long ago.
+
+What a file's structure is checked with costs time to import (numpy); the thread that does it imports it, while the
+others hash.
 """
 
 from __future__ import annotations
 
+import functools
+import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from backup import chain as chains
-from backup import qcow2
+from backup import digests
+from backup import memory as memories
 from backup.chain import Chain
-from backup.datafile import OpenDataFile, check_head
-from backup.digests import BlockCache, block_count
-from backup.errors import BackupError, NotFound
-from backup.manifest import DiskEntry, Manifest
+from backup.digests import BlockCache, CheckedFile, block_count
+from backup.errors import BackupError, Damaged, NotFound
+from backup.manifest import DataFile, DiskEntry, Manifest, timestamp
+from backup.memory import Memory, Record
 from backup.repository import Contents, Machine
+from backup.threads import in_threads
 
 _WHOLE_BLOCKS = 4
 """
 A file of up to so many blocks is checked by one thread, which reads each block once; a chain may have a thousand such.
 """
-_TICK = 0.1
-"""Seconds between looks at progress and signals."""
+_TRIES = 20
+"""How often points are looked at again that a prune changes meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +52,51 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
+class Choice:
+    """
+    Which data files are read, and how much of them.
+
+    Attributes
+    ----------
+    since : datetime or None
+        Not those that were found to be sound at this time or later; None: all.
+    share : float
+        Of the others each block with this probability: 1 is all of them.
+    """
+
+    since: datetime | None = None
+    share: float = 1.0
+
+
+ALL = Choice()
+
+
+@dataclass(frozen=True, slots=True)
 class Verified:
-    """What was verified: points, data files, bytes read; and what is wrong."""
+    """
+    What was verified, and what is wrong.
+
+    Attributes
+    ----------
+    points, files, bytes : int
+        Points looked at, data files read, wholly or in part, and bytes read.
+    skipped : int
+        Data files that were left out, being found sound not long ago; only that they are there was looked at.
+    sampled : int
+        Of `files`, those of which not all was read.
+    problems : tuple
+        What is wrong.
+    forgotten : str or None
+        Why it is not remembered; None: it is.
+    """
 
     points: int
     files: int
     bytes: int
+    skipped: int
+    sampled: int
     problems: tuple[Problem, ...]
+    forgotten: str | None
 
 
 def exit_code(problems: Sequence[Problem]) -> int:
@@ -57,11 +105,12 @@ def exit_code(problems: Sequence[Problem]) -> int:
     return next((code for code in (12, 10) if code in codes), next(iter(codes), 0))
 
 
-def stored_bytes(machine: Machine, points: Sequence[str] | None) -> int:
-    """About how many bytes will be read: all data files, or those of the points named and their chains."""
+def stored_bytes(machine: Machine, points: Sequence[str] | None, choice: Choice = ALL, *, deep: bool = False) -> int:
+    """About how many bytes will be read: of all data files, or those of the points named and their chains."""
     contents = machine.contents()
     manifests = contents.manifests
     wanted = [manifests[point] for point in points if point in manifests] if points is not None else manifests.values()
+    memory = {} if choice.since is None else memories.recall(machine)
     sizes = {}
     for manifest, disk, result in _chains(contents, wanted):
         links = (
@@ -69,27 +118,102 @@ def stored_bytes(machine: Machine, points: Sequence[str] | None) -> int:
             if isinstance(result, BackupError)
             else [(link.point, link.entry) for link in result.links]
         )
-        sizes.update({(point, entry.name): entry.data.size for point, entry in links})
-    return sum(sizes.values())
+        due = [link for link in links if is_due(memories.record_of(memory, link[1].data), choice, deep=deep)]
+        sizes.update({(point, entry.name): entry.data.size for point, entry in due})
+    return round(sum(sizes.values()) * choice.share)
+
+
+def is_due(record: Record | None, choice: Choice, *, deep: bool) -> bool:
+    """Is a file to be read of which this is remembered?  What lies in the future was written by a wrong clock."""
+    sound = None if record is None else record.sound_since(deep)
+    if choice.since is None or sound is None:
+        return True
+    return not choice.since <= sound <= datetime.now(UTC) + _CLOCKS
+
+
+_CLOCKS = timedelta(minutes=5)
+"""So much may two hosts' clocks differ."""
+
+
+def draw(blocks: Sequence[int], share: float, chance: Callable[[], float]) -> list[list[int] | None]:
+    """
+    Which blocks of each file are read, each with the probability `share`; None: all of them.  At least one is.
+
+    `chance` gives numbers from 0 to below 1.  Of n damaged blocks one at least is found with 1 - (1 - share) ** n.
+    """
+    drawn = [[number for number in range(count) if chance() < share] for count in blocks]
+    if blocks and not any(drawn):
+        file = int(chance() * len(blocks))
+        drawn[file] = [int(chance() * blocks[file])]
+    return [None if len(some) == count else some for some, count in zip(drawn, blocks, strict=True)]
+
+
+def glance(folder: Path, data: DataFile) -> BackupError | None:
+    """What is wrong with a data file as far as names and lengths tell; None: nothing."""
+    try:
+        size = os.stat(folder / data.file, follow_symlinks=False).st_size
+        os.stat(folder / data.digests, follow_symlinks=False)
+    except OSError as error:
+        return NotFound(f"{error.filename} is missing", hint=_FROM_COPY)
+    if size != data.size:
+        return Damaged(f"{folder / data.file} has {size} bytes where its manifest says {data.size}", hint=_FROM_COPY)
+    return None
+
+
+_FROM_COPY = "bring the file back from a copy of the repository"
 
 
 def verify_machine(
-    machine: Machine, *, deep: bool, workers: int, progress: Callable[[int], None], points: Sequence[str] | None = None
+    machine: Machine,
+    *,
+    deep: bool,
+    workers: int,
+    progress: Callable[[int], None],
+    points: Sequence[str] | None = None,
+    choice: Choice = ALL,
 ) -> Verified:
     """
-    Verify a machine's points and their chains, or only the points named.
+    Verify a machine's points and their chains, or only the points named, and remember what was found.
 
     `progress` is called with the bytes read so far, in this thread.
     """
     contents = machine.contents()
-    problems = [
-        Problem(machine.name, None, None, error) for name, error in contents.damaged.items() if _concerns(name, points)
-    ]
-    problems += [
-        Problem(machine.name, point, None, NotFound("its manifest vanished", hint="see `pybackup list`"))
-        for point in points or ()
-        if point not in contents.manifests and f"{point}.json" not in contents.damaged
-    ]
+    run = functools.partial(_verify, machine, deep=deep, workers=workers, progress=progress)
+    found = again = run(contents, points=points, choice=choice)
+    for _ in range(_TRIES):
+        # What a prune changed meanwhile is looked at again: damage counts only where it repeats.
+        before, contents = contents, machine.contents()
+        if not again.problems or contents.manifests == before.manifests:
+            break
+        doubtful = [point for point in contents.manifests if any(point == each.point for each in again.problems)]
+        again = run(contents, points=doubtful, choice=replace(choice, share=1.0))  # a sample may miss what it met
+    return replace(found, problems=(*_unreadable(machine, contents, points), *again.problems))
+
+
+def _unreadable(machine: Machine, contents: Contents, points: Sequence[str] | None) -> Iterator[Problem]:
+    """Manifests that cannot be read, and points that were asked for and have none."""
+    for name, error in contents.damaged.items():
+        if points is None or name.removesuffix(".json") in points:
+            yield Problem(machine.name, None, None, error)
+    for point in points or ():
+        if point not in contents.manifests and f"{point}.json" not in contents.damaged:
+            vanished = NotFound("its manifest vanished", hint="see `pybackup list`")
+            yield Problem(machine.name, point, None, vanished)
+
+
+def _verify(
+    machine: Machine,
+    contents: Contents,
+    *,
+    deep: bool,
+    workers: int,
+    progress: Callable[[int], None],
+    points: Sequence[str] | None,
+    choice: Choice,
+) -> Verified:
+    """Verify points that have a manifest, and their chains, once, and remember what was found."""
+    began = datetime.now(UTC)
+    problems = []
     wanted = [contents.manifests[point] for point in sorted(contents.manifests) if points is None or point in points]
     # By entry, not by file name: of two entries that name one file, neither may be skipped.
     files: dict[tuple[str, str], tuple[Manifest, DiskEntry, DiskEntry | None]] = {}
@@ -99,19 +223,61 @@ def verify_machine(
             files.setdefault((manifest.point, disk.name), (manifest, disk, None))
         else:
             files.update(_chain_files(contents.manifests, result))
+    memory = memories.recall(machine)
     checks = [_Check(manifest.point, disk, parent) for manifest, disk, parent in files.values()]
-    run = _Run(machine.path, checks, deep=deep, progress=progress)
-    run.run(workers)
+    for check in checks:
+        if not is_due(memories.record_of(memory, check.entry.data), choice, deep=deep):
+            check.skip(glance(machine.path, check.entry.data))
+    due = [check for check in checks if not check.skipped]
+    _sample(due, choice.share)
+    run = _Run(machine.path, due, deep=deep, progress=progress)
+    try:
+        run.run(workers)
+    finally:  # also of a run that was interrupted: the next one need not begin again
+        found = _records(checks, memory, timestamp(began), deep=deep)
+        forgotten = memories.remember(machine, found, _present(contents)) if found else None
     problems += [
         Problem(machine.name, check.point, check.entry.name, check.wrong[min(check.wrong)])
         for check in checks
         if check.wrong
     ]
-    return Verified(len(wanted), len(files), run.done, tuple(problems))
+    read = [check for check in due if check.blocks != []]
+    sampled = sum(check.blocks is not None for check in read)
+    skipped = len(checks) - len(due)
+    return Verified(len(wanted), len(read), run.done, skipped, sampled, tuple(problems), forgotten)
 
 
-def _concerns(name: str, points: Sequence[str] | None) -> bool:
-    return points is None or name.removesuffix(".json") in points
+def _sample(checks: Sequence[_Check], share: float) -> None:
+    if share >= 1:
+        return
+    import random  # noqa: PLC0415 - brings OpenSSL with it
+
+    drawn = draw([block_count(check.entry.data.size) for check in checks], share, random.random)
+    for check, blocks in zip(checks, drawn, strict=True):
+        check.blocks = blocks
+
+
+def _records(checks: Sequence[_Check], memory: Memory, now: str, *, deep: bool) -> dict[str, Record]:
+    """What there is to remember: files that were read whole, and faults; not what only this process could not do."""
+    found: dict[str, Record] = {}
+    for check in checks:
+        data = check.entry.data
+        known = memories.record_of(memory, data)
+        if check.wrong:
+            error = check.wrong[min(check.wrong)]
+            if error.exit_code in {Damaged.exit_code, NotFound.exit_code}:
+                found[data.file] = Record(data.digest, now, None, error.exit_code, error.message)
+        elif check.is_proven and not (data.file in found and found[data.file].code):
+            before = known.deep if known is not None and not known.code else None
+            found[data.file] = Record(data.digest, now, now if deep else before, 0, None)
+    return found
+
+
+def _present(contents: Contents) -> Collection[str] | None:
+    """The data files that there are; None where a damaged manifest may name others."""
+    if contents.damaged:
+        return None
+    return {disk.data.file for point in contents.manifests.values() for disk in point.disks}
 
 
 def _chains(
@@ -140,6 +306,10 @@ class _Check:
 
     Attributes
     ----------
+    blocks : list of int or None
+        The blocks that are read; None: all, and the structure.
+    skipped, done : bool
+        It is not read at all; it was read to its end.
     left : int
         Units that are not done.
     wrong : dict
@@ -149,11 +319,26 @@ class _Check:
     point: str
     entry: DiskEntry
     parent: DiskEntry | None
+    blocks: list[int] | None = None
+    skipped: bool = False
+    done: bool = False
     left: int = 0
     wrong: dict[int, BackupError] = field(default_factory=dict)
 
+    def skip(self, problem: BackupError | None) -> None:
+        """Leave the file out, with what a glance at it showed."""
+        self.skipped = True
+        if problem is not None:
+            self.wrong[0] = problem
 
-_Unit = tuple[_Check, OpenDataFile | None, int]
+    @property
+    def is_proven(self) -> bool:
+        """Was all of it read, and held against its parent, without fault?"""
+        whole = self.blocks is None and (self.parent is not None or self.entry.parent is None)
+        return whole and self.done and not self.wrong
+
+
+_Unit = tuple[_Check, CheckedFile | None, int]
 """A check; of a large file, the open file and the number of one block, or of blocks: the structure."""
 
 
@@ -187,92 +372,79 @@ class _Run:
         self._progress = progress
         self._stop = threading.Event()
         self._lock = threading.Lock()
-        self._error: BaseException | None = None
-        self._open: set[OpenDataFile] = set()
+        self._open: set[CheckedFile] = set()
         self._units = self._each_unit(checks)
         self.done = 0
 
     def run(self, workers: int) -> None:
         """Check them all; the first error that is no file's fault is raised here."""
-        threads = [threading.Thread(target=self._work) for _ in range(workers)]
         try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                while thread.is_alive():
-                    thread.join(_TICK)
-                    self._progress(self.done)
+            in_threads(self._units, lambda unit: self._do(*unit), workers, self._show, self._stop)
         finally:
-            self._stop.set()
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join()
             for file in self._open:
                 file.close()
-        if self._error is not None:
-            raise self._error
+        self._show()
+
+    def _show(self) -> None:
+        self._progress(self.done)
 
     def _each_unit(self, checks: Sequence[_Check]) -> Iterator[_Unit]:
         for check in checks:
             blocks = block_count(check.entry.data.size)
-            if blocks <= _WHOLE_BLOCKS:
+            if check.blocks is None and blocks <= _WHOLE_BLOCKS:
+                check.left = 1
                 yield check, None, 0
                 continue
+            if check.blocks == []:
+                continue
             try:
-                file = OpenDataFile(self._folder, check.entry, _Cache(self._stop))
+                file = self._opened(check.entry)
             except BackupError as error:
                 check.wrong[0] = error
                 continue
             self._open.add(file)
-            check.left = blocks + 1
-            yield check, file, blocks  # first, as it takes longest
-            for number in range(blocks):
+            numbers = range(blocks) if check.blocks is None else check.blocks
+            check.left = len(numbers) + (check.blocks is None)
+            if check.blocks is None:
+                yield check, file, blocks  # first, as it takes longest
+            for number in numbers:
                 yield check, file, number
 
-    def _work(self) -> None:
-        try:
-            while not self._stop.is_set():
-                with self._lock:
-                    unit = next(self._units, None)
-                if unit is None:
-                    return
-                self._do(*unit)
-        except _Stopped:
-            pass
-        except BaseException as error:  # noqa: BLE001 - carried to the calling thread, which raises it
-            with self._lock:
-                self._error = self._error or error
-            self._stop.set()
+    def _opened(self, entry: DiskEntry) -> CheckedFile:
+        data = entry.data
+        cache = _Cache(self._stop)
+        return digests.opened(self._folder / data.file, data.size, self._folder / data.digests, data.digest, cache)
 
-    def _do(self, check: _Check, file: OpenDataFile | None, number: int) -> None:
+    def _do(self, check: _Check, file: CheckedFile | None, number: int) -> None:
         read = 0
         try:
             if file is None:
                 read = self._whole(check)
-            elif number == file.file.blocks:
+            elif number == file.blocks:
                 self._structure(check, file)
             elif not check.wrong:
-                read = len(file.file.check_block(number))
+                read = len(file.check_block(number))
         except BackupError as error:
             with self._lock:
                 check.wrong[number] = error
         with self._lock:
             self.done += read
             check.left -= 1
-            if file is not None and not check.left:
+            check.done = not check.left
+            if file is not None and check.done:
                 self._open.discard(file)
                 file.close()
 
     def _whole(self, check: _Check) -> int:
         """Check a small file; its bytes."""
-        with closing(OpenDataFile(self._folder, check.entry, _Cache(self._stop))) as file:
-            for number in range(file.file.blocks):
-                file.file.block(number)
+        with closing(self._opened(check.entry)) as file:
+            for number in range(file.blocks):
+                file.block(number)
             self._structure(check, file)
-            return file.file.size
+            return file.size
 
-    def _structure(self, check: _Check, file: OpenDataFile) -> None:
+    def _structure(self, check: _Check, file: CheckedFile) -> None:
         """Check a file's head, tables and refcounts, and with `deep` its frames."""
-        check_head(file.reader, check.entry, check.entry.data.file, check.parent)
-        codec = qcow2.Codec(check.entry.data.cluster_size, None) if self._deep else None
-        qcow2.check(file.reader, codec)
+        from backup.datafile import check_structure  # noqa: PLC0415 - see the module's docstring
+
+        check_structure(file, check.entry, check.parent, deep=self._deep)

@@ -4,6 +4,7 @@ The bars: what a user could run instead, and how much of its time we may take.  
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import sys
@@ -17,6 +18,7 @@ from inputs import (
     AS,
     Bench,
     Layout,
+    Place,
     apart,
     data_files,
     empty_parent,
@@ -149,6 +151,7 @@ def incremental(bench: Bench) -> Iterator[Row]:
         image, repository, target = (place.path(name) for name in ("allocated.qcow2", "repository", "target.qcow2"))
         apart(Layout, image, size, bench.pool(), bitmaps={"ours": dirty, "theirs": dirty})
         point = empty_parent(repository, size)
+        unchecked = bench.configured(place, spot_check=0)  # it would see that the parent is none
 
         def clean(repository: Path = repository, point: str = point, target: Path = target) -> None:
             forget_all_but(repository, point)
@@ -166,7 +169,7 @@ def incremental(bench: Bench) -> Iterator[Row]:
                 return Usage(took, daemon.processor - before + made.processor + synced.processor, 0)
 
             for compression in ("none", "zstd:1"):
-                ours = [PYBACKUP, "incremental", "--nbd", uri, *AS, "--bitmap", "ours", "--since", point]
+                ours = [PYBACKUP, *unchecked, "incremental", "--nbd", uri, *AS, "--bitmap", "ours", "--since", point]
                 ours += ["--repo", str(repository), "--compression", compression]
                 work = f"incremental, {compression}, 1 % of {size // GIB} GiB dirty, scattered"
                 row = Row(work, "QEMU's backup job (drive-backup), to qcow2, `sync`", "ratio", 0.7, place.name)
@@ -247,23 +250,56 @@ def count_reads(trace: Path) -> tuple[int, int]:
 def restore(bench: Bench) -> Iterator[Row]:
     """A chain of a full and five incrementals, brought back."""
     for place in bench.places:
-        image, repository, target, copy = bench.image(place), *map(place.path, ("repository", "target", "copy"))
-        night = [PYBACKUP, "incremental", "--image", str(image), "--repo", str(repository), "--bitmap", "b1"]
-        run(night)
-        clusters = int(bench.size // CLUSTER)
-        for number in range(1, 6):
-            starts = range(number * 16, clusters - 16, 256)
-            write_clusters(image, [start + index for start in starts for index in range(4)], bench.pool())
-            run(night)
-        remove(image)  # it is not what it was, and its room is needed
-        manifest = newest_manifest(repository)
-        newest = max(data_files(repository), key=lambda path: manifest.stem in path)
-        ours = [[PYBACKUP, "restore", str(manifest), str(target)]]
+        repository = nights(bench, place)
+        target, copy = place.path("target"), place.path("copy")
+        ours = [[PYBACKUP, "restore", str(newest_manifest(repository)), str(target)]]
+        newest = newest_data_file(repository)
         convert = ["qemu-img", "convert", "-f", "qcow2", "-O", "raw", "-m", "16", "-W", newest, str(copy)]
         against = "`qemu-img convert -m 16 -W -O raw`, `sync FILE`"
         row = Row("restore of a full and 5 incrementals, digests verified", against, "ratio", 0.7, place.name)
         yield pair(row, bench, ours, [convert, ["sync", str(copy)]], clean=cleaner(target, copy))
         place.clear(*bench.kept)
+
+
+def consolidate(bench: Bench) -> Iterator[Row]:
+    """A full and five incrementals made one full, by copying what is compressed as it is."""
+    for place in bench.places:
+        repository = nights(bench, place)
+        pruned, copy = place.path("pruned"), place.path("copy")
+        prune = [PYBACKUP, "prune", "--repo", str(pruned), "--keep-last", "1", "--batch", "1"]
+
+        def ours(repository: Path = repository, pruned: Path = pruned, prune: list[str] = prune) -> Usage:
+            shutil.copytree(repository, pruned)  # a prune can be done once; the copy is not measured
+            os.sync()
+            return timed([prune])
+
+        convert = ["qemu-img", "convert", "-f", "qcow2", "-O", "qcow2", "-c", "-m", "16", "-W"]
+        convert += ["-o", "compression_type=zstd", newest_data_file(repository), str(copy)]
+        sides = [ours, lambda convert=convert, copy=copy: timed([convert, ["sync", str(copy)]])]
+        against = "`qemu-img convert -c -m 16 -W -o compression_type=zstd`, `sync FILE`"
+        row = Row("prune: a full and 5 incrementals as one full, fsynced", against, "ratio", 0.2, place.name)
+        yield completed(row, *in_turn(sides, bench.rounds, cleaner(pruned, copy)))
+        place.clear(*bench.kept)
+
+
+def nights(bench: Bench, place: Place) -> Path:
+    """A repository with a full of the real file system and five incrementals, each of 1/64 of the disk."""
+    image, repository = bench.image(place), place.path("repository")
+    night = [PYBACKUP, "incremental", "--image", str(image), "--repo", str(repository), "--bitmap", "b1"]
+    run(night)
+    clusters = int(bench.size // CLUSTER)
+    for number in range(1, 6):
+        starts = range(number * 16, clusters - 16, 256)
+        write_clusters(image, [start + index for start in starts for index in range(4)], bench.pool())
+        run(night)
+    remove(image)  # it is not what it was, and its room is needed
+    return repository
+
+
+def newest_data_file(repository: Path) -> str:
+    """The data file of the newest point."""
+    newest = newest_manifest(repository)
+    return max(data_files(repository), key=lambda path: newest.stem in path)
 
 
 def verify(bench: Bench) -> Iterator[Row]:

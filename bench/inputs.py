@@ -24,7 +24,7 @@ from typing import Any
 
 import nbd
 from measure import CLUSTER, GIB, MIB, PYBACKUP, run
-from servers import HERE, qemu_nbd
+from servers import qemu_nbd
 
 PER_TABLE = CLUSTER // 8
 """Entries of an L2 table."""
@@ -368,9 +368,7 @@ class Bench:
         return path
 
     def configured(self, place: Place, **keys: object) -> list[str]:
-        """Options for a configuration with these keys; `spot_check` is left out where pybackup does not know it yet."""
-        if "spot_check" not in (HERE.parent / "config.example.yaml").read_text():
-            keys.pop("spot_check", None)
+        """Options for a configuration with these keys."""
         path = place.path("config.yaml")
         path.write_text("".join(f"{name}: {value}\n" for name, value in keys.items()) or "{}\n")
         return ["--config", str(path)]

@@ -155,6 +155,32 @@ class Count:
         return f"  {self.label}: {self.reads:,} reads, {self.bytes / MIB:.1f} MiB"
 
 
+@dataclass(frozen=True)
+class Latency:
+    """
+    How long a guest's writes took in a situation, one value per round: the median, the 99th percentile, the longest.
+
+    Seconds.  Without values `work` says why it could not be measured.
+    """
+
+    work: str
+    place: str
+    median: list[float]
+    nearly_all: list[float]
+    longest: list[float]
+    writes: int
+
+    def text(self) -> str:
+        """A line for the terminal."""
+        return f"  {self.work} [{self.place}]: " + (", ".join(self.shown) if self.writes else "not measured")
+
+    @property
+    def shown(self) -> list[str]:
+        """Milliseconds of the middle round: median, 99th percentile, longest; and the number of writes."""
+        values = (self.median, self.nearly_all, self.longest)
+        return [*(f"{statistics.median(each) * 1000:.2f} ms" for each in values), f"{self.writes:,}"]
+
+
 def timed(commands: Iterable[Sequence[str]], servers: Sequence[int] = (), codes: Sequence[int] = (0,)) -> Usage:
     """
     Run commands, one after the other, their output thrown away.

@@ -67,7 +67,15 @@ def incrementals(
     for name, place in at.items():
         with qemu_nbd("-r", "-f", "qcow2", "-B", name, str(image)) as server:
             for line in ("none", "zstd:1"):
-                command = [PYBACKUP, "incremental", "--nbd", server.uri, *AS, "--bitmap", name, "--since", point]
+                command = [
+                    PYBACKUP,
+                    *bench.configured(bench.tmpfs, spot_check=0),
+                    "incremental",
+                    "--nbd",
+                    server.uri,
+                    *AS,
+                ]
+                command += ["--bitmap", name, "--since", point]
                 command += ["--repo", str(repository), "--compression", line]
                 yield measured(bench, (line, *place), command, lambda: forget_all_but(repository, point))
 

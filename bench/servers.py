@@ -7,13 +7,14 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,20 +69,14 @@ def simulated(size: int) -> Iterator[Server]:
         yield Server(f"nbd+unix:///?socket={quote(address)}", process)
 
 
-class Daemon:
-    """A qemu-storage-daemon with one image open read-only as the node "disk0", spoken to over QMP."""
+class Monitor:
+    """A QMP connection to a QEMU or a storage daemon."""
 
-    def __init__(self, address: str, process: subprocess.Popen[str]) -> None:
-        self.process = process
+    def __init__(self, address: str) -> None:
         self._socket = _connected(address)
         self._lines = self._socket.makefile("r")
         self._lines.readline()  # the greeting
         self.ask("qmp_capabilities")
-
-    @property
-    def processor(self) -> float:
-        """Processor seconds that it has used so far."""
-        return processor_of(self.process.pid)
 
     def ask(self, command: str, **arguments: Any) -> Any:
         """Run a QMP command; what it returned."""
@@ -93,6 +88,24 @@ class Daemon:
                 sys.exit(f"bench: error: {command}: {answer['error']['desc']}")
             if "return" in answer:
                 return answer["return"]
+
+    def close(self) -> None:
+        """Hang up."""
+        self._lines.close()
+        self._socket.close()
+
+
+class Daemon(Monitor):
+    """A qemu-storage-daemon with one image open read-only as the node "disk0", spoken to over QMP."""
+
+    def __init__(self, address: str, process: subprocess.Popen[str]) -> None:
+        super().__init__(address)
+        self.process = process
+
+    @property
+    def processor(self) -> float:
+        """Processor seconds that it has used so far."""
+        return processor_of(self.process.pid)
 
     def serve(self, bitmap: str) -> str:
         """Export disk0 with a bitmap; the URI."""
@@ -142,6 +155,57 @@ def storage_daemon(image: Path) -> Iterator[Daemon]:
         command += ["--monitor", "chardev=monitor"]
         with _running(command, address) as process:
             yield Daemon(address, process)
+
+
+class Machine(Monitor):
+    """A QEMU without processor or guest that has one image open as "disk0"; `disk` is a file that writes to it."""
+
+    def __init__(self, place: Path, process: subprocess.Popen[str]) -> None:
+        super().__init__(f"{place}/socket")
+        self.process, self.qmp, self.disk = process, place / "qmp", place / "disk"
+        self.disk.touch()
+        export = {"type": "fuse", "id": "guest", "node_name": "disk0", "mountpoint": str(self.disk)}
+        self.ask("block-export-add", **export, writable=True)
+
+    def begin_backup(self, target: Path) -> None:
+        """Start QEMU's own full backup into an existing qcow2 file: the block job of drive-backup."""
+        self.ask("blockdev-add", driver="qcow2", node_name="target", file={"driver": "file", "filename": str(target)})
+        self.ask("blockdev-backup", job_id="job", device="disk0", target="target", sync="full", auto_dismiss=False)
+
+    def backup_ended(self) -> bool:
+        """Has that job ended?"""
+        [job] = self.ask("query-jobs")
+        if "error" in job:
+            sys.exit(f"bench: error: blockdev-backup: {job['error']}")
+        return bool(job["status"] == "concluded")
+
+    def forget_backup(self) -> None:
+        """Let go of that job and its target."""
+        self.ask("job-dismiss", id="job")
+        self.ask("blockdev-del", node_name="target")
+
+
+def why_no_machine() -> str:
+    """Why a `machine` cannot run here; empty if it can."""
+    needed = ["qemu-system-x86_64", *(["fusermount3"] if os.geteuid() else [])]
+    lacks = [name for name in needed if not shutil.which(name)]
+    if not os.access("/dev/fuse", os.W_OK):
+        lacks.append("/dev/fuse")
+    return f"this machine lacks {', '.join(lacks)}" if lacks else ""
+
+
+@contextmanager
+def machine(image: Path) -> Iterator[Machine]:
+    """Run a QEMU over an image."""
+    with _socket() as address:
+        place = Path(address).parent
+        command = ["qemu-system-x86_64", "-machine", "none", "-nodefaults", "-display", "none", "-S"]
+        command += ["-blockdev", f"driver=qcow2,node-name=disk0,file.driver=file,file.filename={image}"]
+        command += ["-qmp", f"unix:{place}/qmp,server=on,wait=off", "-qmp", f"unix:{address},server=on,wait=off"]
+        with _running(command, address) as process, closing(Machine(place, process)) as running:
+            yield running
+            running.ask("quit")  # a signal would be complained about
+            process.wait()
 
 
 @contextmanager

@@ -46,6 +46,13 @@ class NullSink:
         self.size += len(data)
 
 
+def decode(codec: Codec, frame: bytes, size: int) -> bytes:
+    """The cluster of `size` bytes in a frame."""
+    cluster = bytearray(size)
+    codec.decode_into(memoryview(frame), memoryview(cluster))
+    return bytes(cluster)
+
+
 def pad(data: bytes, cluster_size: int) -> bytearray:
     """Data and zeroes up to whole clusters."""
     return bytearray(data) + bytes(-len(data) % cluster_size)
@@ -109,7 +116,7 @@ def read_disk(reader: Reader, parent: bytes) -> bytes:
     for index, kind in enumerate(reader.kinds(entries).tolist()):
         found = reader.read(int(offsets[index]), int(lengths[index])) if kind >= 2 else bytes(size)
         if kind == 3:
-            found = codec.decode(found, size)
+            found = decode(codec, found, size)
         if kind:
             disk[index * size : (index + 1) * size] = found
     return bytes(disk[: image.size])

@@ -8,9 +8,10 @@ import pytest
 from forge import entry, manifest, point_id
 from lab import KIB, MIB, Night, call_pybackup, raw_copy, require_identical, run, write
 
-from backup.chain import NOBODY, Chain, Index, Link, build, newest_manifest
+from backup.chain import Chain, Link, build, newest_manifest
 from backup.datafile import DataFileMaker
 from backup.errors import Damaged, NotFound
+from backup.index import NOBODY, Index
 from backup.repository import Repository
 
 C = 64 * KIB
@@ -242,6 +243,27 @@ def test_a_range_that_begins_and_ends_inside_tables_is_whole():
     assert np.flatnonzero(found).tolist() == [0, 1, 191, 192, 300]
 
 
+@pytest.mark.parametrize(("gap", "walks"), [(1, 1), (4, 1), (5, 2)])
+def test_tables_that_lie_near_are_walked_over_at_once(gap, walks):
+    per = C // 8
+    codes = [0] * ((gap + 2) * per)
+    codes[7] = codes[(gap + 1) * per + 7] = 2
+    file = FakeFile(codes)
+    index = Index(Chain("vda", (Link(point_id(1), 1, entry(1, size=len(codes) * C)),)), [file])
+    assert np.flatnonzero(index.holds_data(0, len(codes))).tolist() == [7, (gap + 1) * per + 7]
+    assert file.asked == (len(codes) if walks == 1 else 2 * per)
+
+
+def is_held(links, cluster):
+    """Cluster by cluster: does the first link that says anything, of those that reach so far, say data?"""
+    for number, (_, codes) in enumerate(links):
+        if cluster * C >= min(size for size, _ in links[: number + 1]):
+            return False
+        if codes[cluster]:
+            return codes[cluster] == 2
+    return False
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_whether_data_is_held_is_whether_there_is_a_holder(seed):
     rng = np.random.default_rng(seed)
@@ -256,7 +278,9 @@ def test_whether_data_is_held_is_whether_there_is_a_holder(seed):
     for _ in range(20):
         first = int(rng.integers(0, len(links[0][1])))
         count = int(rng.integers(1, len(links[0][1]) - first + 1))
-        assert index.holds_data(first, count).tolist() == (index.resolve(first, count)[0] != NOBODY).tolist()
+        held = index.holds_data(first, count).tolist()
+        assert held == (index.resolve(first, count)[0] != NOBODY).tolist()
+        assert held == [is_held(links, cluster) for cluster in range(first, first + count)]
 
 
 def test_older_links_are_not_asked_where_newer_ones_say_all():

@@ -13,6 +13,7 @@ import pytest
 from lab import PYBACKUP, Night, bitmaps, call_pybackup, make_image, raw_copy, require_identical, run_pybackup, write
 
 DISK_FIELDS = ["name", "kind", "reason", "size", "dirty_bytes", "data_bytes", "zero_bytes", "stored_bytes", "seconds"]
+DISK_FIELDS += ["rescan"]
 BACKUP_FIELDS = ["machine", "point", "manifest", "warnings", "error", "disks"]
 
 
@@ -462,6 +463,13 @@ def test_one_signal_ends_it_with_the_signals_code_and_two_lines(tmp_path):
         assert done.returncode == code, done.stderr
         assert len(done.stderr.splitlines()) == 2
         assert json.loads(done.stdout)["error"]["code"] == code
+
+
+def test_the_process_ends_without_being_taken_apart_and_all_it_said_is_written():
+    script = "import atexit\nfrom backup.cli import app\natexit.register(print, 'taken apart')\napp.main()"
+    done = subprocess.run([sys.executable, "-c", script, "--help"], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == call_pybackup(["--help"]).stdout
 
 
 def test_help_and_version():

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backup.config import Compression, Config, DiskConfig, MachineConfig, default, load
+from backup.config import Compression, Config, DiskConfig, MachineConfig, Retention, default, load
 from backup.errors import UsageError
+from backup.retention import Batch, Duration, Policy
 
 EXAMPLE = Path(__file__).parent.parent / "config.example.yaml"
 
@@ -60,14 +61,61 @@ def test_the_example_loads_and_means_what_it_says():
             ),
             "b1",
             Compression(1),
+            retention=RETENTION,
         ),
         MachineConfig(
             "db1",
             (DiskConfig("vda", nbd="nbd+unix:///vda?socket=/run/db1.sock", bitmap="b0"),),
             "b2",
             Compression(None),
+            "fail",
+            retention=Retention(Policy(daily=30), Batch()),
+        ),
+        MachineConfig(
+            "mail1",
+            (
+                DiskConfig("vda", node="virtio0"),
+                DiskConfig("vdb", node="/var/lib/libvirt/images/mail1-data.qcow2"),
+            ),
+            "b1",
+            Compression(1),
+            qmp=Path("/run/mail1.qmp"),
+            agent=Path("/run/mail1.qga"),
+            freeze="yes",
+            scratch=Path("/var/tmp"),
+            retention=RETENTION,
         ),
     )
+    assert config.retention == RETENTION
+    assert config.retention_of("web1") == config.retention_of("of no configuration") == RETENTION
+    assert config.retention_of("db1") != RETENTION
+
+
+RETENTION = Retention(
+    Policy(last=7, daily=14, weekly=8, monthly=12, within=Duration(days=7)), Batch(7, 25), after_backup=True
+)
+"""The example's; its `batch` and `share` are the defaults."""
+
+
+def test_retention_is_checked_like_everything_else(problems, read):
+    assert read("retention: {last: 1}").retention == Retention(Policy(last=1), Batch())
+    assert problems("retention: {}") == [
+        "line 1: retention: expected at least one of last, hourly, daily, weekly, monthly, yearly and within"
+    ]
+    assert problems("retention: {last: 0, daily: 0}") == [
+        "line 1: retention: expected something to keep, got nothing: every count is 0"
+    ]
+    text = "retention:\n  last: -1\n  daily: 1\n  within: 30\n  dayly: 1\n  share: a\n  after_backup: 1\n"
+    assert [problem.partition(",")[0] for problem in problems(text)] == [
+        "line 2: retention.last: expected a whole number from 0 to 1000000000",
+        "line 4: retention.within: expected a duration",
+        "line 5: retention.dayly: unknown key; did you mean 'daily'?",
+        "line 6: retention.share: expected a whole number from 0 to 1000",
+        "line 7: retention.after_backup: expected true or false",
+    ]
+    assert problems("retention: 7") == [
+        "line 1: retention: expected keys and values, got the number 7 (for text, put it in quotes)"
+    ]
 
 
 def test_the_example_names_every_key_and_shows_the_defaults():
@@ -75,7 +123,7 @@ def test_the_example_names_every_key_and_shows_the_defaults():
     for field in fields(Config):
         if field.name != "path":
             assert re.search(rf"^(# )?{field.name}:", text, re.MULTILINE), field.name
-        if field.name not in {"path", "repository", "bitmap", "machines"}:
+        if field.name not in {"path", "repository", "bitmap", "retention", "machines"}:
             assert getattr(config, field.name) == getattr(default(), field.name), field.name
 
 
@@ -164,8 +212,28 @@ machines:
         ("machines:\n  a: {disks: {}}\n", "line 2: machines.a.disks: expected at least one disk"),
         ("machines:\n  a: {disks: [vda]}\n", "line 2: machines.a.disks: expected keys and values, got a list"),
         (
-            "machines:\n  a:\n    qmp: /run/qmp.sock\n    disks: {vda: {node: disk0}}\n",
-            "line 3: machines.a.qmp: running machines (qmp) are not supported yet",
+            "machines:\n  a:\n    qmp: /run/qmp.sock\n    disks: {vda: {image: x}}\n",
+            "line 4: machines.a.disks.vda: expected `node`, as the machine has `qmp`, got image",
+        ),
+        (
+            "machines:\n  a: {disks: {vda: {node: disk0}}}\n",
+            "line 2: machines.a.disks.vda.node: only a running machine, with `qmp`, has nodes",
+        ),
+        (
+            "machines:\n  a:\n    scratch: /tmp\n    disks: {vda: {image: x}}\n",
+            "line 3: machines.a.scratch: only a running machine, with `qmp`, has that",
+        ),
+        (
+            "machines:\n  a:\n    qmp: q\n    freeze: perhaps\n    agent: a\n    disks: {vda: {node: x}}\n",
+            "line 4: machines.a.freeze: expected true, false or required, got 'perhaps'",
+        ),
+        (
+            "machines:\n  a:\n    qmp: q\n    freeze: true\n    disks: {vda: {node: x}}\n",
+            "line 4: machines.a.freeze: expected `agent` beside it, the guest agent's socket",
+        ),
+        (
+            "machines:\n  a:\n    qmp: q\n    disks: {vda: {node: x}, vdb: {node: x}}\n",
+            "line 4: machines.a.disks.vdb.node: x is the node of vda already",
         ),
         (
             "machines:\n  a: {disks: {d: {nbd: 'http://x'}}}\n",
@@ -173,7 +241,7 @@ machines:
         ),
         (
             "machines:\n  a: {disks: {d: {image: x, bitmap: b}}}\n",
-            "line 2: machines.a.disks.d.bitmap: only an `nbd` disk names a bitmap; of an image, the machine's",
+            "line 2: machines.a.disks.d.bitmap: only an `nbd` disk names a bitmap; else the machine's",
         ),
         (
             "machines:\n  a: {disks: {d: {nbd: 'nbd://h', format: raw}}}\n",

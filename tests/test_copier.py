@@ -235,6 +235,17 @@ def test_a_server_nearby_is_read_through_one_connection():
     assert [lane.deepest for lane in lanes] == [8, 0, 0, 0]
 
 
+def test_connections_that_were_not_needed_do_not_keep_a_copy_from_its_end(monkeypatch):
+    monkeypatch.setattr(copier, "_IDLE", 30.0)
+    content = b"x" * (64 * CLUSTER)
+    lanes = [Distant(content) for _ in range(4)]
+    began = time.monotonic()
+    chosen = Settings(connections=4, request_size=CLUSTER, workers=1)
+    copier.copy(plan_of(content), lanes, MemorySink(), chosen, max_request=NO_LIMIT, progress=ignore)
+    assert time.monotonic() - began < 10
+    assert not lanes[3].lengths
+
+
 def test_reads_keep_to_a_limit_and_do_not_make_up_for_a_pause():
     pace = Pace(1000)
     assert [pace.wait(500, 10.0) for _ in range(3)] == [0.0, 0.5, 1.0]

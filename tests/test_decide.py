@@ -10,6 +10,7 @@ from backup.chain import Chain, Link
 from backup.decide import (
     FULL,
     INCREMENTAL,
+    RESCAN,
     Bitmap,
     Claim,
     Decision,
@@ -54,7 +55,19 @@ def chain(newest: DiskEntry | None = None, length: int = 1) -> Chain:
 def decided(sight: Sight = SOUND, last: Chain | Damaged | None = None, **changed: object) -> Decision:
     settings = {"family": "b1", "short_id": REPO8, "max_chain": 100, "claim": NO_CLAIM, "wanted": INCREMENTAL}
     settings |= changed
-    return decide(settings.pop("wanted"), sight, last, **settings)
+    wanted = settings.pop("wanted")
+    found = decide(wanted, sight, last, unusable=FULL, **settings)
+    require_a_rescan_in_place_of_a_full(found, decide(wanted, sight, last, unusable=RESCAN, **settings), last)
+    return found
+
+
+def require_a_rescan_in_place_of_a_full(full: Decision, found: Decision, last: Chain | Damaged | None) -> None:
+    """Where a full is taken for want of a bitmap, and the chain is sound, the other word makes it a rescan."""
+    if full.fallback and isinstance(last, Chain):
+        assert found == Decision(INCREMENTAL, f"rescan: {full.reason}", fallback=True, parent=last, rescan=True)
+    else:
+        assert (found.kind, found.fallback, found.rescan) == (full.kind, full.fallback, full.rescan)
+    assert (full.way, found.way) in {(FULL, FULL), (FULL, RESCAN), (INCREMENTAL, INCREMENTAL), (RESCAN, RESCAN)}
 
 
 def require_fallback(found: Decision, *words: str) -> None:
@@ -215,3 +228,22 @@ def test_our_bitmaps_are_those_of_exactly_our_form_and_repository():
 
 def test_an_id_with_signs_of_a_pattern_matches_only_itself():
     assert own_bitmaps([f"b1.abcdefgh.{P}"], "........", keep=None) == []
+
+
+# Rescans
+
+
+@pytest.mark.parametrize("sight", [SOUND, NBD, replace(SOUND, bitmaps=(), no_bitmaps="it is raw", lower=(BASE,))])
+def test_a_rescan_that_was_asked_for_needs_a_sound_chain_and_nothing_else(sight):
+    last = chain()
+    found = decided(sight, last, wanted=RESCAN, family=None)
+    assert found == Decision(INCREMENTAL, "rescan: asked for", parent=last, rescan=True)
+    require_fallback(decided(sight, Damaged("file x is missing", hint=""), wanted=RESCAN), "file x is missing")
+    assert decided(sight, chain(length=3), wanted=RESCAN, max_chain=3).kind == FULL
+    assert decided(sight, None, wanted=RESCAN).reason.startswith("first point")
+
+
+def test_a_rescan_says_what_it_found():
+    found = decided(SOUND, chain(), wanted=RESCAN)
+    assert found.with_found(0).reason == "rescan: asked for; nothing differs"
+    assert found.with_found(65536) == replace(found, reason=f"rescan: asked for; 65536 bytes differ from {P}")

@@ -1,5 +1,6 @@
 """FORMAT.md is the specification: its tables are held against the code."""
 
+import json
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -7,8 +8,18 @@ from pathlib import Path
 import pytest
 
 import backup
-from backup import digests, manifest, qcow2, repository
-from backup.manifest import BitmapRecord, ByteCounts, DataFile, DiskEntry, LowerFile, Manifest, Parent, SourceRecord
+from backup import digests, manifest, memory, qcow2, repository
+from backup.manifest import (
+    BitmapRecord,
+    ByteCounts,
+    DataFile,
+    DiskEntry,
+    Former,
+    LowerFile,
+    Manifest,
+    Parent,
+    SourceRecord,
+)
 
 TEXT = (Path(backup.__file__).parent / "FORMAT.md").read_text()
 
@@ -27,11 +38,13 @@ def documented(title):
     [
         ("An entry of `disks`", DiskEntry),
         ("`parent`", Parent),
+        ("`replaces`", Former),
         ("`bitmap`", BitmapRecord),
         ("`data`", DataFile),
         ("`bytes`", ByteCounts),
         ("`source`", SourceRecord),
         ("An entry of `lower`", LowerFile),
+        ("A record of `files`", memory.Record),
     ],
 )
 def test_fields_of_a_table_are_the_fields_of_the_value_in_order(title, value):
@@ -40,6 +53,14 @@ def test_fields_of_a_table_are_the_fields_of_the_value_in_order(title, value):
 
 def test_fields_of_the_manifest_are_what_is_written():
     assert documented("The manifest") == ["format", "version", *(field.name for field in fields(Manifest)), "digest"]
+
+
+def test_fields_of_the_memory_are_what_is_written():
+    written = json.loads(memory.encode({}))
+    assert documented("What `verify` remembers") == list(written)
+    assert f'"{memory.FORMAT}"' in section("What `verify` remembers")
+    assert f"| {memory.VERSION};" in section("What `verify` remembers")
+    assert f"`MACHINE/{memory.NAME}`" in TEXT
 
 
 def test_names_and_versions_are_the_codes():
@@ -58,4 +79,5 @@ def test_sizes_are_the_codes():
 
 def test_history_ends_with_the_version_that_is_written():
     rows = re.findall(r"^\| (\d+) \|", section("History"), flags=re.MULTILINE)
-    assert int(rows[-1]) == manifest.VERSION == repository.VERSION
+    assert int(rows[-1]) == manifest.VERSION
+    assert repository.VERSION == 1  # the marker's own: nothing of it has changed

@@ -100,8 +100,8 @@ STEPS = [
     Step(PROGRAMS, "add_bitmap", "after"),
     Step(PROGRAMS, "_popen", "after", 3),  # qemu-nbd has just begun
     Step(PROGRAMS, "served", "entered"),
-    Step("backup.create", "_settled", "before"),
-    Step("backup.create", "_settled", "after"),
+    Step("backup.sources.at_rest", "_settled", "before"),
+    Step("backup.sources.at_rest", "_settled", "after"),
     Step("backup.plan", "plan_incremental", "after"),
     Step(DATA, "PartFile.__init__", "after"),
     Step(DATA, "PartFile.put", "before"),
@@ -287,7 +287,7 @@ def test_signals_at_random_moments(night, number):
 
 def test_two_runs_at_once_on_one_machine(night):
     """The second ends at once and names who runs."""
-    step = Step("backup.create", "_settled", "before")
+    step = Step("backup.sources.at_rest", "_settled", "before")
     command = [sys.executable, "-c", DRIVER, step.spec(signal.SIGSTOP), *arguments(night)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as first:
         try:

@@ -15,12 +15,16 @@ from backup.manifest import (
     ByteCounts,
     DataFile,
     DiskEntry,
+    Former,
     LowerFile,
     Manifest,
     Parent,
     SourceRecord,
     decode,
+    digest_name,
     encode,
+    generation,
+    is_data_name,
 )
 
 POINT, OLDER = "20261122T010000Z-1f3a09c1", "20261121T010000Z-00000001"
@@ -113,8 +117,8 @@ def test_other_json_is_damage(content):
 
 
 def test_a_newer_version_is_refused_and_not_called_damaged():
-    with pytest.raises(Failed, match="format version 2"):
-        decode(changed(["version"], 2), "m")
+    with pytest.raises(Failed, match="format version 3"):
+        decode(changed(["version"], 3), "m")
 
 
 def test_a_field_of_a_later_program_is_ignored():
@@ -188,12 +192,10 @@ def missing_fields():
         yield from (["disks", 0, inner, key] for key in DOCUMENT["disks"][0][inner])
 
 
-NULLABLE = {"granularity", "read", "started", "qemu"}
+NULLABLE = {"granularity", "read", "started", "qemu", "replaces", "pinned"}
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in missing_fields() if path[-1] not in NULLABLE or len(path) == 1], ids=str
-)
+@pytest.mark.parametrize("path", [path for path in missing_fields() if path[-1] not in NULLABLE], ids=str)
 def test_a_missing_field_is_damage(path):
     document = json.loads(json.dumps(DOCUMENT))
     *outer, last = path
@@ -203,3 +205,55 @@ def test_a_missing_field_is_damage(path):
     del inner[last]
     with pytest.raises(Damaged):
         decode(signed(document), "m")
+
+
+# What prune adds
+
+DATA = DataFile(f"vda.{POINT}.qcow2", 7, f"vda.{POINT}.1.b3", "1" * 64, 65536, "none")
+FORMER = Former("incremental", "why", Parent(OLDER, "2" * 32), disk().data)
+REWRITTEN = POINT_1.with_disk(disk(kind="full", parent=None, data=DATA))
+EXCHANGING = POINT_1.with_disk(disk(kind="full", parent=None, data=DATA, replaces=FORMER))
+
+
+def test_a_manifest_says_the_lowest_version_that_can_express_it():
+    assert [found.version for found in (POINT_1, replace(POINT_1, pinned=True), REWRITTEN, EXCHANGING)] == [1, 1, 2, 2]
+    for found in (POINT_1, replace(POINT_1, pinned=True), REWRITTEN, EXCHANGING):
+        assert json.loads(encode(found))["version"] == found.version
+        assert decode(encode(found), "m") == found
+
+
+def test_what_an_exchange_replaces_comes_back_whole():
+    former = replace(disk(), reason="why")
+    assert EXCHANGING.disks[0].restored() == replace(former, bytes=replace(former.bytes, stored=former.data.size))
+    assert REWRITTEN.disks[0].restored() == REWRITTEN.disks[0]
+
+
+def test_a_manifest_of_an_older_program_has_no_pin_and_replaces_nothing():
+    document = json.loads(json.dumps(DOCUMENT))
+    del document["pinned"], document["disks"][0]["replaces"]
+    assert decode(signed(document), "m") == POINT_1
+
+
+@pytest.mark.parametrize(
+    "former",
+    [
+        {},
+        [],
+        {**asdict(Former("full", "", None, DATA)), "kind": "incremental"},
+        {**asdict(Former("full", "", None, DATA)), "data": {}},
+        {**asdict(Former("full", "", None, DATA)), "data": {**asdict(DATA), "file": "../x.qcow2"}},
+        {**asdict(Former("full", "", None, DATA)), "data": {**asdict(DATA), "digests": DATA.file}},
+    ],
+    ids=str,
+)
+def test_a_hostile_exchange_is_damage(former):
+    with pytest.raises(Damaged):
+        decode(changed(["disks", 0, "replaces"], former), "m")
+
+
+def test_names_of_digest_files_count_how_often_a_file_was_rewritten():
+    for number in (0, 1, 12):
+        assert generation(digest_name("a.b", POINT, number)) == number
+    assert is_data_name(f"vda.{POINT}.qcow2.new")
+    for text in (f"vda.{POINT}.0.b3", f"vda.{POINT}.b3.new", "vda.new", "x.1.b3"):
+        assert not is_data_name(text)

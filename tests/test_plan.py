@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from backup import plan
 from backup.errors import SourceError
-from backup.plan import DATA, PARENT, ZERO, Plan, plan_full, plan_incremental
+from backup.plan import DATA, PARENT, ZERO, Plan, plan_audit, plan_full, plan_incremental, plan_of, plan_rescan
 from backup.qemu import nbd
 from backup.qemu.nbd import Export
 
@@ -468,3 +468,90 @@ def test_ranges_become_masks_and_masks_spans_however_many_there_are(seed):
 @pytest.mark.parametrize(("dirty", "found"), [([], False), ([(9 * GIB - 1, 9 * GIB)], True), ([(0, 1)], True)])
 def test_any_dirty_range_is_found_wherever_it_is(dirty, found):
     assert plan.any_dirty(_Sparse(9 * GIB, dirty), "b") is found
+
+
+# Rescan, audit, spot check
+
+
+def reads_as_zero(disk: Disk, cluster: int) -> list[bool]:
+    """Which clusters the server says are wholly zero."""
+    return [bool((disk.allocation[at : at + cluster] & 2).all()) for at in range(0, disk.size, cluster)]
+
+
+@settings(max_examples=100)
+@given(_changes(), st.sampled_from([1, 3, 100]))
+def test_a_rescan_reads_what_is_not_zero_and_records_zeroes_over_data(case, window):
+    cluster, parent, _, disk, _ = case
+    held = Chain(parent, cluster)
+    with mock.patch.object(plan, "WINDOW", window * cluster):
+        made = plan_rescan(ModelSource(disk), cluster, held)
+    expected = {}
+    for number, zero in enumerate(reads_as_zero(disk, cluster)):
+        if not zero:
+            expected[number] = DATA
+        elif held.holds_data(number, 1)[0]:
+            expected[number] = ZERO
+    assert kinds_of(made) == expected
+    assert (made.totals.data, made.totals.zero) == naive_totals(expected, cluster, disk.size)
+    assert made.totals.dirty == disk.size
+
+
+@settings(max_examples=100)
+@given(_changes(), st.sampled_from([1, 3, 100]), st.booleans())
+def test_an_audit_compares_all_that_is_clean_and_not_zero_on_both_sides(case, window, asked):
+    cluster, parent, _, disk, _ = case
+    held = Chain(parent, cluster)
+    with mock.patch.object(plan, "WINDOW", window * cluster):
+        made = plan_audit(ModelSource(disk), cluster, "b" if asked else None, parent_size=len(parent), chain=held)
+    dirty = disk.bitmaps["b"].copy() if asked else np.zeros(disk.size, dtype=np.int64)
+    if asked and disk.size > len(parent):
+        dirty[len(parent) // cluster * cluster :] = 1
+    expected = {}
+    for number, zero in enumerate(reads_as_zero(disk, cluster)):
+        clean = not dirty[number * cluster : (number + 1) * cluster].any()
+        if clean and not (zero and not held.holds_data(number, 1)[0]):
+            expected[number] = DATA
+    assert kinds_of(made) == expected
+    assert made.totals.dirty == dirty.sum()
+    assert made.totals.data == naive_totals(expected, cluster, disk.size)[0]
+
+
+class Noting:
+    """A sampler that takes all."""
+
+    def __init__(self) -> None:
+        self.found: set[int] = set()
+
+    def offer(self, base: int, mask: np.ndarray) -> None:
+        offered = {base + at for at in np.flatnonzero(mask).tolist()}
+        assert not offered & self.found
+        self.found |= offered
+
+
+@settings(max_examples=100)
+@given(_changes(), st.sampled_from([1, 3, 100]), st.booleans())
+def test_a_spot_check_may_look_at_what_is_clean_and_not_compared_as_zero(case, window, check):
+    cluster, parent, _, disk, _ = case
+    held = Chain(parent, cluster) if check else None
+    sampler = Noting()
+    with mock.patch.object(plan, "WINDOW", window * cluster):
+        made = plan_incremental(ModelSource(disk), cluster, "b", parent_size=len(parent), chain=held, sampler=sampler)
+        plain = plan_incremental(ModelSource(disk), cluster, "b", parent_size=len(parent), chain=held)
+    assert kinds_of(made) == kinds_of(plain)
+    grown = len(parent) // cluster if disk.size > len(parent) else 1 << 30
+    expected = {
+        number
+        for number, zero in enumerate(reads_as_zero(disk, cluster))
+        if number < grown
+        and not disk.bitmaps["b"][number * cluster : (number + 1) * cluster].any()
+        and not (check and zero)
+    }
+    assert sampler.found == expected
+
+
+@pytest.mark.parametrize("clusters", [[], [0], [7], [0, 1, 2, 5, 6, 7], [3, 4]])
+def test_a_plan_of_clusters_reads_these(clusters):
+    with mock.patch.object(plan, "WINDOW", 3 * CLUSTER):
+        made = plan_of(np.array(clusters, dtype=np.int64), 7 * CLUSTER + 5, CLUSTER)
+    assert kinds_of(made) == dict.fromkeys(clusters, DATA)
+    assert made.totals.data == len(clusters) * CLUSTER - (CLUSTER - 5 if 7 in clusters else 0)

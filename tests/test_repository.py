@@ -325,7 +325,7 @@ def test_a_signal_while_manifests_are_read_is_not_taken_for_a_damaged_one(tmp_pa
     machine = Repository.open_or_create(tmp_path / "repo").machine("web1")
     with machine.lock():
         machine.publish(manifest(1, entry(1)))
-    monkeypatch.setattr(repository, "read_manifest", stopped)
+    monkeypatch.setattr(repository, "read_raw", stopped)
     with pytest.raises(Interrupted):
         machine.contents()
 

@@ -4,6 +4,7 @@ Show what pybackup does, on real input: every command is printed before it runs,
 1. The worked example of QEMU's dirty bitmaps: 512 bytes are written, one bit is set, 64 KiB are copied.
 2. A file system of real files: a full, two nights of changes with deletions and trims.
 3. Each point is restored and compared with a copy of the disk that was kept aside.
+4. The same machine runs: its disk is written to while it is backed up, and the point is the instant of the beginning.
 
 Works without root and without mounting: debugfs changes the files in a raw copy of the disk, and qemu-io plays the
 guest that writes the same changes to the qcow2 image.  All in a temporary folder, which is removed at the end.
@@ -53,6 +54,7 @@ def main() -> None:
             worked_example()
             file_system()
             restores()
+            running()
         finally:
             os.chdir("/")
     title(f"Every point came back bit for bit. ({time.monotonic() - start:.0f} s)")
@@ -148,6 +150,73 @@ def restores() -> None:
     run(f"qemu-img convert -f qcow2 -O raw {data_file} restored.raw")
     run("cmp point3.raw restored.raw")
     run(f"qemu-img compare -f qcow2 -F qcow2 web1.qcow2 {data_file}")
+
+
+def running() -> None:
+    """Back up a disk that is written to meanwhile; the chain of the nights on which it was off goes on."""
+    title("4. A machine that runs: one instant, while the guest writes")
+    command = (
+        "qemu-system-x86_64 -machine q35 -accel tcg -m 32 -nodefaults -display none -monitor stdio "
+        "-qmp unix:qmp,server=on,wait=off -blockdev driver=file,node-name=file0,filename=web1.qcow2 "
+        "-blockdev driver=qcow2,node-name=disk0,file=file0 -device virtio-blk-pci,drive=disk0,id=virtio0"
+    )
+    print(paint("36", f"$ {command} &"), flush=True)
+    machine = subprocess.Popen(
+        shlex.split(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    )
+    try:
+        prompted(machine)
+        Path("pattern.raw").write_bytes(b"\x44" * (4 << 20))
+        run("cp --sparse=always point3.raw instant.raw")
+        run("dd if=pattern.raw of=instant.raw bs=1M seek=100 conv=notrunc status=none")
+        guest_writes(machine, "write -P 0x44 100M 4M")
+        backup = "pybackup incremental --qmp qmp --node virtio0 --machine web1 --repo backups --bitmap b1 --disk web1"
+        say("Slowly, so that the guest has time to overwrite what is being read:")
+        print(paint("36", f"$ {backup} --limit 1M &"), flush=True)
+        with subprocess.Popen(shlex.split(f"{backup} --limit 1M")) as slow:
+            while "pybackup" not in told(machine, "info block-jobs"):
+                check(slow.poll() is None, "the backup to begin")
+                time.sleep(0.05)
+            for number in range(4):
+                guest_writes(machine, f"write -P {number} {100 + number}M 1M")
+            check(slow.wait() == 0, "exit 0 of the backup")
+        Path("restored.raw").unlink()
+        run("pybackup restore web1/latest restored.raw --repo backups")
+        run("cmp instant.raw restored.raw")
+        say("What the guest wrote meanwhile is in the next one:")
+        run(backup)
+        guest_writes(machine, "flush")
+        run("pybackup restore web1/latest restored.raw --repo backups --force")
+    finally:
+        machine.kill()
+        machine.wait()
+    run("qemu-img compare -f qcow2 -F raw web1.qcow2 restored.raw")
+
+
+def guest_writes(machine: subprocess.Popen[str], command: str) -> None:
+    """Have the guest's device do something, by the monitor's qemu-io."""
+    say(f"The guest: {command}")
+    said = told(machine, f'qemu-io -d /machine/peripheral/virtio0/virtio-backend "{command}"')
+    check("rror" not in said and "failed" not in said, f"no error from QEMU: {said}")
+
+
+def told(machine: subprocess.Popen[str], command: str) -> str:
+    """Give QEMU's monitor a command; what it says."""
+    assert machine.stdin is not None
+    machine.stdin.write(f"{command}\n")
+    machine.stdin.flush()
+    return prompted(machine)
+
+
+def prompted(machine: subprocess.Popen[str]) -> str:
+    """Read what QEMU's monitor says up to its prompt."""
+    assert machine.stdout is not None
+    said = ""
+    while not said.endswith("(qemu)"):
+        letter = machine.stdout.read(1)
+        check(letter != "", f"an answer of QEMU's monitor, not its end after {said!r}")
+        said += letter
+    return said
 
 
 def real_files() -> list[str]:

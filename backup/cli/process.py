@@ -1,5 +1,5 @@
 """
-Makes a process that may write files out of whatever cron, ssh or a script left us.
+Makes a process that may write files out of whatever cron, ssh or a script left us, and ends it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import os
 import resource
 import sys
 from contextlib import suppress
+from typing import NoReturn
 
 from backup import interrupts
 
@@ -23,6 +24,17 @@ def prepare() -> None:
         with suppress(OSError, ValueError):  # a chain is opened whole, a file for each point
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     interrupts.catch()
+
+
+def end(code: int) -> NoReturn:
+    """
+    End the process at once, all being written and every thread joined by now.
+
+    Else Python takes apart every module first, 0.02 s with numpy among them, for a kernel that frees all memory anyway.
+    """
+    with suppress(OSError, ValueError):
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def _open_streams() -> None:

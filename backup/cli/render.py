@@ -13,19 +13,26 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from backup.errors import BackupError, Failed, Interrupted, UsageError
-from backup.units import show_duration, show_rate, show_size
+from backup.units import show_age, show_duration, show_rate, show_size
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
+    from backup.audit import Audit, DiskAudit
     from backup.create import DiskReport, Report
+    from backup.guestfiles import Entry, Fetched
     from backup.manifest import Manifest
     from backup.mapping import Extent, MapTotals
+    from backup.prune import Report as PruneReport
+    from backup.replicate import Replicated
+    from backup.serve import Served
+    from backup.status import DiskStatus, Trust
     from backup.verify import Problem
 
 
@@ -132,6 +139,64 @@ def report_object(report: Report) -> dict[str, Any]:
     }
 
 
+def audit_object(found: Audit) -> dict[str, Any]:
+    """A machine's audit as scripts see it."""
+    disks = [
+        {
+            **asdict(disk),
+            "differences": [{"start": start, "length": end - start} for start, end in disk.differences],
+            "verdict": disk.verdict,
+        }
+        for disk in found.disks
+    ]
+    return {"machine": found.machine, "warnings": list(found.warnings), "error": None, "disks": disks}
+
+
+def audit_failure_object(machine: str, problem: BackupError) -> dict[str, Any]:
+    """A machine whose audit failed, as scripts see it."""
+    return {"machine": machine, "warnings": [], "error": error_object(problem), "disks": []}
+
+
+def audit_lines(found: Audit) -> Iterator[str]:
+    """One line per disk, and one for each range that differs."""
+    for disk in found.disks:
+        left_out = f", left out {show_size(disk.dirty_bytes)} that changed since" if disk.bitmap else ""
+        yield (
+            f"{found.machine}/{disk.name}: {_verdict(disk)}: compared with {disk.point}, read "
+            f"{show_size(disk.read_bytes)} of {show_size(disk.size)} in {show_duration(disk.seconds)}{left_out}"
+        )
+        for start, end in disk.differences:
+            yield f"{start:>16}  {end - start:>16}  differs"
+        if not disk.complete:
+            yield f"{'':>34}  and more"
+
+
+def _verdict(disk: DiskAudit) -> str:
+    if disk.differing_bytes:
+        return f"{disk.differing_bytes} bytes differ"
+    return "equal" if disk.size == disk.point_size else f"equal, but {disk.size - disk.point_size:+} bytes long"
+
+
+def audit_problems(found: Audit) -> None:
+    """Two lines for each disk that is not known to be what the chain says."""
+    for disk in found.disks:
+        if disk.verdict == "true":
+            continue
+        place = f"{found.machine}/{disk.name}"
+        if disk.bitmap is not None:
+            _err(
+                f"pybackup: error: {plain(place)}: {disk.differing_bytes} bytes that bitmap {plain(disk.bitmap)} calls "
+                f"clean differ from point {disk.point}: the bitmap lies, or the chain does"
+            )
+            _err("pybackup: hint: `pybackup rescan` stores what differs and starts a new bitmap; keep older points")
+        else:
+            _err(
+                f"pybackup: error: {plain(place)}: {_verdict(disk)}, and whether that changed since point {disk.point} "
+                f"or was missed by it nobody can tell: {plain(disk.why or '')}"
+            )
+            _err("pybackup: hint: `pybackup rescan` stores what differs; an audit after it can tell")
+
+
 def failure_object(machine: str, problem: BackupError) -> dict[str, Any]:
     """A machine whose backup failed, as scripts see it."""
     failed = error_object(problem)
@@ -162,6 +227,7 @@ def point_object(manifest: Manifest, path: Path) -> dict[str, Any]:
         "sequence": manifest.sequence,
         "manifest": str(path),
         "created": manifest.started,
+        "pinned": manifest.pinned,
         "disks": [
             {
                 "name": disk.name,
@@ -201,7 +267,7 @@ def points_table(manifests: Sequence[Manifest]) -> None:
             disk.kind,
             show_size(disk.size),
             show_size(disk.bytes.stored),
-            disk.reason,
+            f"pinned; {disk.reason}" if point.pinned else disk.reason,
         )
         for point in manifests
         for disk in point.disks
@@ -211,13 +277,18 @@ def points_table(manifests: Sequence[Manifest]) -> None:
 
 def manifest_text(manifest: Manifest, path: Path, chains: Mapping[str, Sequence[str] | BackupError]) -> None:
     """A point for people."""
-    line(f"point {manifest.point} of machine {manifest.machine}, sequence {manifest.sequence}")
+    pinned = ", pinned" if manifest.pinned else ""
+    line(f"point {manifest.point} of machine {manifest.machine}, sequence {manifest.sequence}{pinned}")
     line(f"  manifest  {plain(path)}")
     line(f"  taken     {plain(manifest.started)} to {plain(manifest.finished)} by {plain(manifest.program)}")
     for disk in manifest.disks:
         line(f"disk {disk.name}: {disk.kind} ({plain(disk.reason)})")
         line(f"  size      {disk.size} bytes ({show_size(disk.size)})")
-        line(f"  source    {plain(disk.source.kind)} {plain(disk.source.path)} ({plain(disk.source.format)})")
+        source = disk.source
+        line(
+            f"  source    {plain(source.kind)} {plain(source.path)} ({plain(source.format)}, "
+            f"{plain(source.consistency)}-consistent)"
+        )
         line(f"  bitmap    read {plain(disk.bitmap.read or '-')}, started {plain(disk.bitmap.started or '-')}")
         line(
             f"  bytes     dirty {show_size(disk.bytes.dirty)}, data {show_size(disk.bytes.data)}, "
@@ -328,6 +399,45 @@ def progress(*, wanted: bool) -> Iterator[Quiet | OnBar]:
         yield OnBar(bar)
 
 
+def pruned_object(report: PruneReport, *, dry_run: bool) -> dict[str, Any]:
+    """A machine's prune as scripts see it."""
+    return {**asdict(report), "dry_run": dry_run, "error": None}
+
+
+def unpruned_object(machine: str, problem: BackupError, *, dry_run: bool) -> dict[str, Any]:
+    """A machine whose prune failed, as scripts see it."""
+    nothing: dict[str, Any] = {"machine": machine, "points": [], "rewrites": [], "freed_bytes": 0, "warnings": []}
+    return {**nothing, "dry_run": dry_run, "error": error_object(problem)}
+
+
+def prune_table(report: PruneReport) -> None:
+    """What becomes of each point and why, and what is rewritten."""
+    rows = [
+        (report.machine, point.point, point.created, point.action, ", ".join(point.reasons)) for point in report.points
+    ]
+    table(("MACHINE", "POINT", "CREATED", "ACTION", "WHY"), rows)
+    for rewrite in report.rewrites:
+        line(
+            f"rewrite {report.machine}/{rewrite.disk} of {rewrite.point} as {rewrite.kind}, with {len(rewrite.merged)} "
+            f"point{'s' if len(rewrite.merged) > 1 else ''} merged: read {show_size(rewrite.read_bytes)}, "
+            f"{show_size(rewrite.stored_before)} before, {show_size(rewrite.stored_after)} after"
+        )
+
+
+def prune_line(report: PruneReport, *, dry_run: bool) -> str:
+    """One line for a machine."""
+    freed = (
+        f"{show_size(report.freed_bytes)} freed"
+        if report.freed_bytes >= 0
+        else f"{show_size(-report.freed_bytes)} more"
+    )
+    waiting = f", {report.waiting} wait" if report.waiting else ""
+    return (
+        f"{report.machine}: {'would remove' if dry_run else 'removed'} {report.removed} of {len(report.points)} points"
+        f"{waiting}, {len(report.rewrites)} data files rewritten, {freed}"
+    )
+
+
 def restored_line(name: str, target: str, size: int, seconds: float) -> str:
     """One line for a restored disk."""
     return (
@@ -335,9 +445,124 @@ def restored_line(name: str, target: str, size: int, seconds: float) -> str:
     )
 
 
+def served_object(point: Manifest, disk: str, served: Served, writable: bool) -> dict[str, Any]:
+    """What is served, as scripts see it."""
+    from backup.serve import commands
+
+    return {
+        "machine": point.machine,
+        "point": point.point,
+        "disk": disk,
+        "uri": served.uri,
+        "size": served.size,
+        "export_size": served.export_size,
+        "writable": writable,
+        "commands": commands(served.uri, served.address, writable=writable),
+    }
+
+
+def served_lines(point: Manifest, disk: str, served: Served, writable: bool) -> Iterator[str]:
+    """What is served, and how to look inside."""
+    from backup.serve import commands
+
+    how = "for writing (what is written is thrown away)" if writable else "read-only"
+    yield f"serving {point.machine}/{disk} of point {point.point}, {show_size(served.size)}, {how}, until Ctrl-C"
+    if served.export_size != served.size:
+        yield f"the disk has {served.size} bytes; the export has {served.export_size}, the last of which are zeroes"
+    if served.address.socket is None:
+        yield f"anyone who can connect to {plain(served.uri)} can read it: NBD asks for no password"
+    yield plain(served.uri)
+    for command in commands(served.uri, served.address, writable=writable).values():
+        yield f"  {plain(command)}"
+
+
+def files_table(entries: Sequence[Entry]) -> None:
+    """A guest's files, a line for each."""
+    letters = {"directory": "d", "link": "l", "file": "-"}
+    rows = [
+        (
+            f"{letters.get(entry.kind, '?')} {entry.mode:04o}",
+            str(entry.size),
+            entry.modified,
+            entry.name if entry.target is None else f"{entry.name} -> {entry.target}",
+        )
+        for entry in entries
+    ]
+    table(("MODE", "SIZE", "MODIFIED", "NAME"), rows, right=(1,))
+
+
+def fetched_line(path: str, target: Path, fetched: Fetched) -> str:
+    """One line for what was brought back from a guest."""
+    return f"{plain(path)}: {fetched.files} files, {show_size(fetched.bytes)}, to {plain(target)}"
+
+
+def status_object(found: Sequence[DiskStatus], code: int, summary: str, max_age: float | None) -> dict[str, Any]:
+    """The state of the disks as scripts see it."""
+    return {"code": code, "summary": summary, "max_age": max_age, "disks": [asdict(status) for status in found]}
+
+
+def status_table(found: Sequence[DiskStatus], now: datetime) -> None:
+    """The state of the disks, a line for each."""
+    rows = [
+        (
+            status.machine,
+            status.disk or "-",
+            status.point or "-",
+            "-" if status.age_seconds is None else show_age(status.age_seconds),
+            "-" if status.chain_points is None else str(status.chain_points),
+            "-" if status.stored_bytes is None else show_size(status.stored_bytes),
+            "-" if status.logical_bytes is None else show_size(status.logical_bytes),
+            "-" if status.verified is None else _trust_text(status.verified, now),
+            status.next,
+        )
+        for status in found
+    ]
+    columns = ("MACHINE", "DISK", "NEWEST", "AGE", "CHAIN", "STORED", "SIZE", "VERIFIED", "NEXT")
+    table(columns, rows, right=(3, 4, 5, 6))
+
+
+def _trust_text(trust: Trust, now: datetime) -> str:
+    from backup.manifest import moment_of
+
+    if trust.last is None:
+        return "never"
+    last = moment_of(trust.last)
+    ago = "?" if last is None else f"{show_age(max((now - last).total_seconds(), 0))} ago"
+    return f"damaged, {ago}" if trust.code else f"{trust.files} of {trust.of}, {ago}"
+
+
 def verified_text(sums: Mapping[str, int]) -> str:
     """What was verified."""
-    return f"{sums['points']} points, {sums['files']} data files, {show_size(sums['bytes'])}"
+    text = f"{sums['points']} points, {sums['files']} data files, {show_size(sums['bytes'])}"
+    if sums["sampled"]:
+        text += f" (a sample of {sums['sampled']} files)"
+    return text + (f", {sums['skipped']} left out" if sums["skipped"] else "")
+
+
+def replicated_object(machine: str, other: str, done: Replicated) -> dict[str, Any]:
+    """What was copied, as scripts see it."""
+    return {
+        "machine": machine,
+        "repository": other,
+        "copied": list(done.copied),
+        "present": list(done.present),
+        "bytes": done.bytes,
+        "problems": problem_objects(done.problems),
+    }
+
+
+def replicated_line(machine: str, other: str, done: Replicated, seconds: float) -> str:
+    """One line for a machine that was copied."""
+    rate = show_rate(done.bytes, seconds)
+    return (
+        f"{machine}: copied {len(done.copied)} points, {show_size(done.bytes)}, to {plain(other)} "
+        f"in {show_duration(seconds)}, {rate}; {len(done.present)} were there"
+    )
+
+
+def problem_objects(problems: Sequence[Problem]) -> list[dict[str, Any]]:
+    """Problems as scripts see them."""
+    return [{"machine": p.machine, "point": p.point, "disk": p.disk, **error_object(p.error)} for p in problems]
 
 
 def problem(found: Problem) -> None:

@@ -4,39 +4,107 @@ From the configuration and the command line to requests: which machines, which d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from backup import config as configuration
 from backup.cli.settings import workers
 from backup.config import Config, DiskConfig, MachineConfig
+from backup.consider import DiskRequest, Request
 from backup.copier import Settings
-from backup.create import DiskRequest, Request
-from backup.decide import Claim
-from backup.errors import NotFound, UsageError
+from backup.decide import FULL, INCREMENTAL, RESCAN, Claim, Sight
+from backup.errors import NotFound, SourceError, UsageError
 from backup.names import check_name, name_problem
-from backup.sources import ImageSource, NbdSource
+from backup.qemu.nbd import Export
+from backup.sources.at_rest import AtRest, ImageSource, NbdSource
+from backup.sources.base import NO_FREEZE, Freeze, Host, Source, Wish
+
+if TYPE_CHECKING:
+    from backup.sources.running import Running
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The options of `full` and `incremental`, as given; None where they were not."""
+    """The options of `full`, `incremental`, `rescan` and `audit`, as given; None or empty where they were not."""
 
     wanted: str
     machines: tuple[str, ...]
     image: Path | None
     image_format: str | None
     nbd: str | None
+    qmp: Path | None
+    nodes: tuple[str, ...]
+    scratch: Path | None
+    freeze: bool
+    agent: Path | None
     since: str | None
     machine: str | None
-    disk: str | None
+    disks: tuple[str, ...]
     bitmap: str | None
     compression: str | None
     limit: str | None
     fallback: bool
     dry_run: bool
+
+    @classmethod
+    def of(
+        cls,
+        wanted: str,
+        *,
+        machines: Sequence[str] | None,
+        image: str | None,
+        qmp: str | None,
+        node: Sequence[str] | None,
+        scratch: str | None,
+        disk: Sequence[str] | None,
+        since: str | None = None,
+        freeze: bool = False,
+        agent: str | None = None,
+        compression: str | None = None,
+        no_fallback: bool = False,
+        dry_run: bool = False,
+        **others: Any,
+    ) -> Options:
+        """From the command line's parameters, of which each command lacks some."""
+        return cls(
+            wanted=wanted,
+            machines=tuple(machines or ()),
+            image=None if image is None else Path(image),
+            qmp=None if qmp is None else Path(qmp),
+            nodes=tuple(node or ()),
+            scratch=None if scratch is None else Path(scratch),
+            agent=None if agent is None else Path(agent),
+            disks=tuple(disk or ()),
+            since=since,
+            freeze=freeze,
+            compression=compression,
+            fallback=not no_fallback,
+            dry_run=dry_run,
+            **others,
+        )
+
+    @property
+    def sources(self) -> list[str]:
+        """The options among those given that name a source."""
+        given = {"--image": self.image, "--nbd": self.nbd, "--qmp": self.qmp}
+        return [name for name, value in given.items() if value is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one disk is, as the options of `map` say it."""
+
+    image: Path | None
+    image_format: str | None
+    nbd: str | None
+    qmp: Path | None
+    node: str | None
+    scratch: Path | None
 
 
 def make_requests(options: Options, config: Config) -> list[Request]:
@@ -49,31 +117,106 @@ def make_requests(options: Options, config: Config) -> list[Request]:
         The options contradict each other or name no machine of the configuration.
     """
     _check(options)
-    if options.image is not None or options.nbd is not None:
+    if options.qmp is not None:
+        return [_from_qmp(options.qmp, options, config)]
+    if options.sources:
         return [_from_source(options, config)]
     return [_from_config(machine, options, config) for machine in _chosen(options.machines, config)]
 
 
+@contextmanager
+def open_disk(place: Place, bitmap: str | None, config: Config, warn: Callable[[str], None]) -> Iterator[Export]:
+    """
+    Open one disk to be looked at; of a running machine one instant of it, of which nothing is left.
+
+    Raises
+    ------
+    UsageError
+        Not exactly one source is named.
+    SourceError
+        It cannot be opened, or has no such bitmap.
+    """
+    if [place.image, place.nbd, place.qmp].count(None) != 2 or (place.qmp is None) != (place.node is None):
+        raise UsageError("map needs one source", hint="give --image FILE, --nbd URI, or --qmp SOCKET --node NODE")
+    host: AtRest | Running
+    if place.qmp is not None and place.node is not None:
+        host = _running(place.qmp, [place.node], config, scratch=place.scratch or config.scratch)
+        source: Source = host.sources[0]
+    else:
+        resting = NbdSource(place.nbd, bitmap) if place.nbd is not None else _image(place)
+        host, source = AtRest([resting]), resting
+    with host:
+        sight = source.look()
+        if place.nbd is None and bitmap is not None:
+            _require_shown(sight, bitmap, warn)
+        wish = Wish(sight, bitmap, None)
+        with host.instant([wish], 1, point=f"map-{secrets.token_hex(4)}", repository=None, short_id="0" * 8) as moment:
+            yield moment.disks[0].export
+
+
+def _image(place: Place) -> ImageSource:
+    assert place.image is not None
+    return ImageSource(place.image, place.image_format)
+
+
+def _require_shown(sight: Sight, bitmap: str, warn: Callable[[str], None]) -> None:
+    found = sight.bitmap(bitmap)
+    if found is None:
+        below = bitmap in sight.lower_bitmaps
+        where = " (a file below it has; writes to the image itself are not in that)" if below else ""
+        names = ", ".join(shown.name for shown in sight.bitmaps) or "none"
+        raise SourceError(f"{sight.path} has no dirty bitmap {bitmap!r}{where}", hint=f"it has: {names}")
+    if not found.recording:
+        warn(f"bitmap {bitmap} is disabled: writes since then are not in it")
+
+
 def _check(options: Options) -> None:
-    source = options.image is not None or options.nbd is not None
-    if source and options.machines:
+    sources = options.sources
+    if sources and options.machines:
         raise UsageError(
-            f"MACHINE {options.machines[0]} together with a source (--image, --nbd)",
+            f"MACHINE {options.machines[0]} together with a source ({', '.join(sources)})",
             hint="name a machine of the configuration, or a source with --machine NAME",
         )
-    if options.image is not None and options.nbd is not None:
-        raise UsageError("--image together with --nbd", hint="name one source")
+    if len(sources) > 1:
+        raise UsageError(" together with ".join(sources), hint="name one source")
     for name, value in (
         ("--machine", options.machine),
-        ("--disk", options.disk),
+        ("--disk", options.disks),
         ("--image-format", options.image_format),
     ):
-        if value is not None and not source:
-            raise UsageError(f"{name} without a source", hint="it goes with --image FILE or --nbd URI")
+        if value and not sources:
+            raise UsageError(f"{name} without a source", hint="it goes with --image FILE, --nbd URI or --qmp SOCKET")
     if options.since is not None and options.nbd is None:
         raise UsageError("--since without --nbd", hint="pybackup's own bitmaps are named for the point they start from")
     if options.image_format is not None and options.image is None:
-        raise UsageError("--image-format without --image", hint="an NBD server shows no format")
+        raise UsageError("--image-format without --image", hint="an NBD server and a running QEMU know the format")
+    if len(options.disks) > 1 and options.qmp is None:
+        raise UsageError("--disk given twice", hint="only with --qmp there are several disks")
+    _check_qmp(options)
+
+
+def _check_qmp(options: Options) -> None:
+    for name, value in (
+        ("--node", options.nodes),
+        ("--freeze", options.freeze),
+        ("--agent", options.agent),
+        ("--scratch", options.scratch),
+    ):
+        if value and options.qmp is None:
+            raise UsageError(f"{name} without --qmp", hint="it is for a running machine: --qmp SOCKET --node NODE")
+    if options.qmp is None:
+        return
+    if not options.nodes:
+        raise UsageError(
+            "--qmp without --node", hint="name each disk to back up: --node NODE (a node, a device id or an image)"
+        )
+    if options.disks and len(options.disks) != len(options.nodes):
+        raise UsageError(
+            f"--disk given {len(options.disks)} times and --node {len(options.nodes)} times",
+            hint="they pair in their order",
+        )
+    if options.freeze and options.agent is None:
+        raise UsageError("--freeze without --agent", hint="name the guest agent's socket: --agent SOCKET")
 
 
 def _chosen(names: Sequence[str], config: Config) -> Sequence[MachineConfig]:
@@ -81,7 +224,7 @@ def _chosen(names: Sequence[str], config: Config) -> Sequence[MachineConfig]:
         where = f"the configuration {config.path} names no machine" if config.path else "there is no configuration"
         raise UsageError(
             f"nothing to back up: {where}",
-            hint="name a source with --image FILE or --nbd URI, or see config.example.yaml",
+            hint="name a source with --image FILE, --nbd URI or --qmp SOCKET, or see config.example.yaml",
         )
     by_name = {machine.name: machine for machine in config.machines}
     for name in names:
@@ -101,32 +244,93 @@ def _from_source(options: Options, config: Config) -> Request:
         family, claim = None, Claim(options.bitmap, options.since)
     _require_bitmap(options, options.bitmap or family)
     disk = DiskRequest(
-        name=check_name("disk", options.disk or _derived(name, "disk")),
+        name=check_name("disk", options.disks[0] if options.disks else _derived(name, "disk")),
         source=source,
         claim=claim,
     )
     return _request(
-        check_name("machine", machine), (disk,), family, options, config, named_by_path=options.machine is None
+        check_name("machine", machine),
+        AtRest([source]),
+        (disk,),
+        family,
+        options,
+        config,
+        named_by_path=options.machine is None,
     )
+
+
+def _from_qmp(socket: Path, options: Options, config: Config) -> Request:
+    names = [Path(node).stem for node in options.nodes]
+    if options.machine is None and len(names) > 1:
+        raise UsageError("several disks and no machine's name", hint="name it: --machine NAME")
+    family = _family(options, config.bitmap)
+    _require_bitmap(options, family)
+    host = _running(
+        socket,
+        options.nodes,
+        config,
+        scratch=options.scratch or config.scratch,
+        freeze=Freeze(options.agent, wanted=options.freeze),
+    )
+    disks = [check_name("disk", name) for name in options.disks or (_derived(name, "disk") for name in names)]
+    for name in disks:
+        if disks.count(name) > 1:
+            raise UsageError(f"two disks are named {name}", hint="name each with --disk, in the order of --node")
+    return _request(
+        check_name("machine", options.machine or _derived(names[0], "machine")),
+        host,
+        tuple(DiskRequest(name, source) for name, source in zip(disks, host.sources, strict=True)),
+        family,
+        options,
+        config,
+        named_by_path=options.machine is None,
+    )
+
+
+def _running(
+    socket: Path, nodes: Sequence[str], config: Config, *, scratch: Path | None, freeze: Freeze = NO_FREEZE
+) -> Running:
+    from backup.sources.running import Running  # QMP's library costs 0.05 s, which backups of images need not spend
+
+    return Running(socket, nodes, scratch=scratch, reserve=config.scratch_reserve, freeze=freeze)
 
 
 def _from_config(machine: MachineConfig, options: Options, config: Config) -> Request:
     family = _family(options, machine.bitmap)
-    if any(disk.image is not None for disk in machine.disks):
+    if any(disk.nbd is None for disk in machine.disks):
         _require_bitmap(options, family)
-    disks = tuple(_disk(disk) for disk in machine.disks)
     compression = None if options.compression else machine.compression
-    return _request(machine.name, disks, family, options, config, compression=compression)
+    host, disks = _configured(machine, config, freezes=options.wanted != "audit")
+    unusable = machine.on_unusable_bitmap
+    return _request(machine.name, host, disks, family, options, config, compression=compression, unusable=unusable)
 
 
-def _disk(disk: DiskConfig) -> DiskRequest:
-    if disk.image is not None:
-        return DiskRequest(disk.name, ImageSource(disk.image, disk.format))
-    return DiskRequest(disk.name, NbdSource(disk.nbd or "", disk.bitmap), Claim(disk.bitmap, None))
+def _configured(machine: MachineConfig, config: Config, *, freezes: bool) -> tuple[Host, tuple[DiskRequest, ...]]:
+    if machine.qmp is None:
+        resting = [_resting(disk) for disk in machine.disks]
+        claims = [Claim(disk.bitmap, None) for disk in machine.disks]
+        named = zip(machine.disks, resting, claims, strict=True)
+        return AtRest(resting), tuple(DiskRequest(disk.name, source, claim) for disk, source, claim in named)
+    host = _running(
+        machine.qmp,
+        [disk.node or "" for disk in machine.disks],
+        config,
+        scratch=machine.scratch or config.scratch,
+        freeze=Freeze(machine.agent, wanted=machine.freeze != "no", required=machine.freeze == "required")
+        if freezes
+        else NO_FREEZE,
+    )
+    pairs = zip(machine.disks, host.sources, strict=True)
+    return host, tuple(DiskRequest(disk.name, source) for disk, source in pairs)
+
+
+def _resting(disk: DiskConfig) -> ImageSource | NbdSource:
+    return ImageSource(disk.image, disk.format) if disk.image is not None else NbdSource(disk.nbd or "", disk.bitmap)
 
 
 def _request(
     machine: str,
+    host: Host,
     disks: tuple[DiskRequest, ...],
     family: str | None,
     options: Options,
@@ -134,11 +338,14 @@ def _request(
     *,
     named_by_path: bool = False,
     compression: configuration.Compression | None = None,
+    unusable: configuration.OnUnusableBitmap | None = None,
 ) -> Request:
+    unusable = unusable or config.on_unusable_bitmap
     if options.compression is not None:
         compression = configuration.Compression.parse(options.compression)
     return Request(
         machine=machine,
+        host=host,
         disks=disks,
         wanted=options.wanted,
         family=family,
@@ -146,7 +353,9 @@ def _request(
         cluster_size=config.cluster_size,
         max_chain=config.max_chain,
         check_zeroes=config.check_zeroes,
-        fallback=options.fallback,
+        spot_check=config.spot_check,
+        unusable=RESCAN if unusable == "rescan" else FULL,
+        fallback=options.fallback and unusable != "fail",
         dry_run=options.dry_run,
         named_by_path=named_by_path,
         copying=Settings(
@@ -165,7 +374,7 @@ def _family(options: Options, configured: str | None) -> str | None:
 
 
 def _require_bitmap(options: Options, bitmap: str | None) -> None:
-    if options.wanted == "incremental" and not bitmap:
+    if options.wanted == INCREMENTAL and not bitmap:
         raise UsageError(
             "an incremental needs a bitmap's name",
             hint="give --bitmap NAME (any name, b1 for example), or `bitmap:` in the configuration",

@@ -47,6 +47,13 @@ def repository_path(given: Path | None, config: Config) -> Path:
     return path
 
 
+def expected_disks(config: Config, repository: Path) -> dict[str, tuple[str, ...]]:
+    """The machines and disks that a configuration says are in a repository; none where it names another."""
+    if config.repository is not None and config.repository.resolve() != repository.resolve():
+        return {}
+    return {machine.name: tuple(disk.name for disk in machine.disks) for machine in config.machines}
+
+
 def modes(config: Config) -> Modes:
     """Permissions of what is made."""
     return Modes(0o640, 0o750) if config.group_read else Modes()

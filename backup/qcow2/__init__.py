@@ -1,10 +1,10 @@
 """The data file: a plain qcow2 that pybackup writes, reads and checks itself (FORMAT.md, "The data file")."""
 
 from backup.qcow2.check import check
-from backup.qcow2.codec import Codec, frame_length
-from backup.qcow2.layout import COMPRESSED, PART, RAW, UNALLOCATED, ZERO, Image, require_writable
+from backup.qcow2.codec import Codec, frame_length, frame_lengths
+from backup.qcow2.layout import COMPRESSED, PART, RAW, UNALLOCATED, ZERO, Image, require_writable, spans
 from backup.qcow2.parts import PartSink
-from backup.qcow2.reader import Reader
+from backup.qcow2.reader import Reader, read_header
 from backup.qcow2.writer import Writer
 
 __all__ = [
@@ -20,5 +20,8 @@ __all__ = [
     "Writer",
     "check",
     "frame_length",
+    "frame_lengths",
+    "read_header",
     "require_writable",
+    "spans",
 ]

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from backup.errors import Damaged
 from backup.qcow2.codec import Codec
-from backup.qcow2.layout import COMPRESSED, RAW, U16, U64
+from backup.qcow2.layout import COMPRESSED, RAW, READS_AS_ZERO, U16, U64
 from backup.qcow2.reader import Reader
 
 WINDOW = 1 << 24
@@ -107,8 +107,9 @@ def _check_window(reader: Reader, blocks: U64, uses: _Uses) -> None:
     uses.add_whole(blocks[blocks != 0] // size, "a refcount block")
     for index, offset, entries in reader.tables():
         uses.add_whole(np.full(1, offset, np.uint64) // size, f"L2 table {index}")
-        codes = reader.kinds(entries)
-        offsets, lengths = reader.spans(entries)
+        stored = entries[entries > READS_AS_ZERO]  # few in most tables
+        codes = reader.kinds(stored)
+        offsets, lengths = reader.spans(stored)
         uses.add_whole(offsets[codes == RAW] // size, f"a guest cluster of L2 table {index}")
         packed = codes == COMPRESSED
         first = offsets[packed] // size

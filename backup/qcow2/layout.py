@@ -349,7 +349,7 @@ def frame_entries(offsets: U64, lengths: U64, cluster_size: int) -> U64:
 def kinds(entries: U64) -> U8:
     """Codes (UNALLOCATED, ZERO, RAW, COMPRESSED) of well-formed L2 entries, same shape."""
     codes = np.zeros(entries.shape, np.uint8)
-    some = np.flatnonzero(entries)  # few in most tables
+    some = np.flatnonzero(entries != 0)  # few in most tables
     found = entries.reshape(-1)[some]
     # By the upper two bits; with neither of them, only 1 is well-formed, and 0 is not among these.
     named = np.array([ZERO, COMPRESSED, RAW, RAW], np.uint8)[(found >> np.uint64(62)).astype(np.intp)]

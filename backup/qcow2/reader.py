@@ -7,7 +7,9 @@ allocation is larger than the 32 MiB that QEMU allows for an L1 table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +17,27 @@ import numpy.typing as npt
 from backup.errors import Damaged
 from backup.qcow2 import layout
 from backup.qcow2.layout import COPIED, DAMAGED_HINT, HEADER_BYTES, U8, U16, U64, Header, Image
+
+_TOGETHER = 512 << 10
+"""
+Bytes of L2 tables read and checked at a time: most on a large disk hold little, so that numpy's calls cost more than
+their work.
+"""
+
+
+def read_header(path: Path) -> Header:
+    """
+    Read the header of the file at `path`, unchecked by any digest.
+
+    Raises
+    ------
+    Damaged
+        Not a file of the kind that pybackup writes.
+    OSError
+        It cannot be read.
+    """
+    with open(path, "rb", buffering=0) as file:
+        return layout.parse_header(file.read(HEADER_BYTES), os.fstat(file.fileno()).st_size, str(path))
 
 
 class Reader:
@@ -85,15 +108,16 @@ class Reader:
         per = self.image.table_entries
         found = np.zeros(count, np.uint64)
         start, end = first // per, -(-(first + count) // per)
-        for index in (np.flatnonzero(self._l1[start:end]) + start).tolist():
+        for index, table in self._cached_tables((np.flatnonzero(self._l1[start:end]) + start).tolist()):
             low, high = max(first, index * per), min(first + count, (index + 1) * per)
-            found[low - first : high - first] = self._cached_table(index)[low - index * per : high - index * per]
+            found[low - first : high - first] = table[low - index * per : high - index * per]
         return found
 
     def tables(self) -> Iterator[tuple[int, int, U64]]:
         """Yield every L2 table: its number, its host offset in bytes and its entries, ascending; nothing is kept."""
-        for index in np.flatnonzero(self._l1).tolist():
-            yield index, int(self._l1[index]) & ~COPIED, self._read_table(index)
+        for some in self._together(np.flatnonzero(self._l1).tolist()):
+            for index, table in zip(some, self._read_tables(some), strict=True):
+                yield index, int(self._l1[index]) & ~COPIED, table
 
     def refcount_table(self) -> U64:
         """
@@ -144,21 +168,33 @@ class Reader:
         if bad.any():
             raise self.damaged(f"{where}: no cluster inside the file at {int(offsets[bad][0]):#x}")
 
-    def _cached_table(self, index: int) -> U64:
-        latest = self._latest
-        if latest is None or latest[0] != index:
-            latest = self._latest = index, self._read_table(index)
-        return latest[1]
+    def _cached_tables(self, indices: Sequence[int]) -> Iterator[tuple[int, U64]]:
+        """Yield the L2 tables with these numbers, ascending; the latest of all is kept."""
+        if self._latest is not None and self._latest[0] in indices[:1]:
+            yield self._latest
+            indices = indices[1:]
+        for some in self._together(indices):
+            tables = self._read_tables(some)
+            yield from zip(some, tables, strict=True)
+            self._latest = some[-1], tables[-1].copy()  # a view would keep the others
 
-    def _read_table(self, index: int) -> U64:
-        """Read and check the L2 table with this number."""
+    def _together(self, indices: Sequence[int]) -> Iterator[Sequence[int]]:
+        """Cut the numbers of L2 tables into those that are read at a time."""
+        count = max(1, _TOGETHER // self.image.cluster_size)
+        for low in range(0, len(indices), count):
+            yield indices[low : low + count]
+
+    def _read_tables(self, indices: Sequence[int]) -> U64:
+        """Read and check the L2 tables with these numbers, ascending; a row for each."""
         image = self.image
-        offset = int(self._l1[index]) & ~COPIED
-        table = np.frombuffer(self._read(offset, image.cluster_size), ">u8").astype(np.uint64)
-        first = index * image.table_entries
-        bad = layout.find_malformed(table, image, self.file_size)
+        offsets = (self._l1[indices] & ~np.uint64(COPIED)).tolist()
+        content = b"".join([self._read(offset, image.cluster_size) for offset in offsets])
+        tables = np.frombuffer(content, ">u8").astype(np.uint64)
+        bad = layout.find_malformed(tables, image, self.file_size)
         if bad is not None:
-            raise self.damaged(f"guest cluster {first + bad}: not a valid entry ({int(table[bad]):#018x})")
-        if table[max(0, image.clusters - first) :].any():
-            raise self.damaged(f"L2 table {index} maps clusters beyond the disk's {image.clusters}")
-        return table
+            guest = indices[bad // image.table_entries] * image.table_entries + bad % image.table_entries
+            raise self.damaged(f"guest cluster {guest}: not a valid entry ({int(tables[bad]):#018x})")
+        rows = tables.reshape(-1, image.table_entries)
+        if rows[-1][max(0, image.clusters - indices[-1] * image.table_entries) :].any():
+            raise self.damaged(f"L2 table {indices[-1]} maps clusters beyond the disk's {image.clusters}")
+        return rows

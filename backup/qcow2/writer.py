@@ -13,7 +13,7 @@ In memory at any time: the parts that are not whole (about one per thread and tw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from threading import Lock
@@ -144,6 +144,38 @@ class Writer:
         self._store(lambda: self._place(clusters, batch, content))
         return len(clusters) - len(batch.raw) - len(batch.packed)
 
+    def copy_frames(self, clusters: Offsets, lengths: U64, runs: Sequence[U8]) -> None:
+        """
+        Store frames as they are.  Thread safe; copying happens in the calling thread, outside the lock.
+
+        Parameters
+        ----------
+        clusters : array
+            Guest clusters, in the order of the frames.
+        lengths : array
+            Bytes of each frame.
+        runs : list of arrays
+            The frames back to back, in pieces of any size.
+
+        Raises
+        ------
+        ValueError
+            Clusters that were written before, twice, or promised not to come; or an image without zstd.
+        """
+        if len(clusters) and not self.image.zstd:
+            raise ValueError("frames for an image without compression")
+        if len(clusters):
+            self._store(lambda: self._place_copies(clusters, lengths, runs))
+
+    def copy_raw(self, clusters: Offsets, indices: list[int], data: U8) -> None:
+        """
+        Store clusters of `data`, those with these ascending indices, without a look at what they hold.
+
+        Otherwise as `copy_frames`; `clusters` in the order of `indices`.
+        """
+        if len(clusters):
+            self._store(lambda: self._place_raw_copies(clusters, indices, data))
+
     def zero(self, first_cluster: int, count: int) -> None:
         """
         Record that guest clusters read as zeroes.  Thread safe; costs nothing per cluster in whole L2 tables.
@@ -251,6 +283,34 @@ class Writer:
         if entries.any():
             self._set_entries(clusters, entries)
         return jobs
+
+    def _place_copies(self, clusters: Offsets, lengths: U64, runs: Sequence[U8]) -> _Jobs:
+        """Give frames that are stored as they are their host bytes, L2 entries and refcounts."""
+        jobs = _Jobs()
+        packing = self._space.frames(lengths)
+        jobs.holes.append(packing.hole)
+        parts = []
+        for some in (slice(0, packing.split), slice(packing.split, len(lengths))):
+            offsets = packing.offsets[some]
+            if len(offsets):
+                self._refcounts.frames(offsets, lengths[some])
+                parts.append((int(offsets[0]), int(lengths[some].sum())))
+        jobs.fills.extend(_poured(parts, runs))
+        self._set_any_order(clusters, frame_entries(packing.offsets, lengths, self.image.cluster_size))
+        return jobs
+
+    def _place_raw_copies(self, clusters: Offsets, indices: list[int], data: U8) -> _Jobs:
+        jobs = _Jobs()
+        self._set_any_order(clusters, self._place_raw(indices, data, jobs))
+        return jobs
+
+    def _set_any_order(self, clusters: Offsets, entries: U64) -> None:
+        order = np.argsort(clusters)
+        clusters = clusters[order]
+        if (clusters[1:] == clusters[:-1]).any():
+            raise ValueError(f"of clusters {clusters[0]} to {clusters[-1]}, some are written twice")
+        self._require_new(int(clusters[0]), int(clusters[-1]) + 1 - int(clusters[0]))
+        self._set_entries(clusters, entries[order])
 
     def _place_frames(self, frames: list[bytes], jobs: _Jobs) -> U64:
         lengths = np.fromiter(map(len, frames), np.uint64, len(frames))
@@ -381,6 +441,21 @@ def _used(clusters: U8) -> list[int]:
     for index in np.flatnonzero(~used).tolist():
         used[index] = words[index].any()
     return np.flatnonzero(used).tolist()
+
+
+def _poured(places: Sequence[tuple[int, int]], runs: Sequence[U8]) -> Iterator[tuple[int, U8]]:
+    """Pour the bytes of `runs` into places (offset and length, as many bytes in all): what to fill where."""
+    left = list(places)
+    for run in runs:
+        done = 0
+        while done < len(run):
+            offset, room = left[0]
+            take = min(room, len(run) - done)
+            yield offset, run[done : done + take]
+            done += take
+            left[0] = offset + take, room - take
+            if take == room:
+                del left[0]
 
 
 def _runs(indices: list[int]) -> Iterator[tuple[int, int]]:

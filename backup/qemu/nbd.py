@@ -46,6 +46,11 @@ _MAX_REQUEST = 32 << 20
 """Largest read or write of a server that announces no other limit (NBD protocol, "Block sizes")."""
 _MAX_ZERO = 1 << 30
 """Bytes zeroed by one request, well below the 32-bit limit, so that a slow server answers in time."""
+_MODEST_REQUEST, _MODEST_REQUESTS, _MODEST_QUESTION = 64 << 10, 2, 32 << 20
+"""
+What fits into a socket: bytes of a read, reads in flight, and bytes that a block status question is about (8,192
+extents of 8 bytes, where each cluster of 4 KiB is one).
+"""
 _TICK = 100
 """Milliseconds between looks at signals and deadlines."""
 _CONNECT_SECONDS = 30.0
@@ -101,6 +106,20 @@ class _Question:
     found: list[list[int]]
 
 
+@dataclass(frozen=True, slots=True)
+class Dialled:
+    """
+    Connections to an export that are made for us, and ended by the server: we say no goodbye and only let go.
+
+    `dial` returns a connected socket, which is ours then; `name` is the export's.  `modest`: never ask for more than
+    the server can send without anybody reading, in the buffer that a unix socket has (net.core.wmem_default, 208 KiB).
+    """
+
+    name: str
+    dial: Callable[[], int]
+    modest: bool = False
+
+
 class Export:
     """
     One export of an NBD server, opened for block status and for reading.
@@ -113,6 +132,8 @@ class Export:
         Names of the dirty bitmaps that will be asked about.
     size : int, optional
         The disk's exact size where the server rounds it (qemu-nbd rounds a raw image up to 512).  Bytes.
+    dialled : Dialled, optional
+        How connections are made where they are not by the URI, which then only stands in messages.
 
     Raises
     ------
@@ -120,12 +141,15 @@ class Export:
         The server cannot be reached.
     """
 
-    def __init__(self, uri: str, bitmaps: Sequence[str] = (), size: int | None = None) -> None:
+    def __init__(
+        self, uri: str, bitmaps: Sequence[str] = (), size: int | None = None, dialled: Dialled | None = None
+    ) -> None:
         self.uri = uri
+        self._dialled = dialled
         self._nbd = load_binding()
         wanted = [ALLOCATION, *(DIRTY_BITMAP + name for name in bitmaps)]
         self._offered: list[str] | None = [] if bitmaps else None
-        first = connect(self._nbd, uri, wanted, offered=self._offered)
+        first = connect(self._nbd, uri, wanted, offered=self._offered, dialled=dialled)
         self._handles: list[nbd.NBD] = [first]
         self._by_context = {name: first for name in wanted if self._can(first, name)}
         self.multi_conn: bool = self._ask(first.can_multi_conn)
@@ -133,6 +157,12 @@ class Export:
         self._expected: dict[tuple[str, int, int], _Question] = {}
         self._size: int = self._ask(first.get_size) if size is None else size
         self.max_request = self._block_size(first, self._nbd.SIZE_MAXIMUM, _MAX_REQUEST)
+        self.max_in_flight: int | None = None
+        """Reads on one connection at once; None: as many as one likes."""
+        self._max_question: int | None = None
+        if dialled is not None and dialled.modest:
+            self.max_request = min(self.max_request, _MODEST_REQUEST)
+            self.max_in_flight, self._max_question = _MODEST_REQUESTS, _MODEST_QUESTION
         if self.multi_conn and len(self._by_context) > 1:
             self._split_contexts()
 
@@ -200,7 +230,7 @@ class Export:
 
     def close(self) -> None:
         """End the connections; the server sees an orderly disconnect where that is still possible."""
-        for handle in self._handles:
+        for handle in self._handles if self._dialled is None else ():
             _shutdown(self._nbd, handle)
         self._handles.clear()
         self._by_context.clear()
@@ -221,7 +251,7 @@ class Export:
         if not self._takes_more:
             return None
         try:
-            return connect(self._nbd, self.uri, contexts, seconds=_EXTRA_SECONDS)
+            return connect(self._nbd, self.uri, contexts, seconds=_EXTRA_SECONDS, dialled=self._dialled)
         except SourceError:
             self._takes_more = False
             return None
@@ -274,6 +304,8 @@ class Export:
     def _asked(self, context: str, start: int, end: int) -> _Question:
         handle = self._by_context[context]
         found: list[list[int]] = []
+        if self._max_question is not None:
+            end = min(end, start + self._max_question)
 
         def collect(name: str, _offset: int, entries: list[int], _error: object) -> int:
             if name == context:
@@ -562,6 +594,7 @@ def connect(
     *,
     offered: list[str] | None = None,
     seconds: float = _CONNECT_SECONDS,
+    dialled: Dialled | None = None,
 ) -> nbd.NBD:
     """
     Connect one handle and negotiate `contexts`; which of them the server has is the caller's to ask.
@@ -586,7 +619,11 @@ def connect(
         handle.set_uri_allow_local_file(True)
         handle.set_opt_mode(offered is not None)
         _ask_for(handle, contexts if offered is None else [DIRTY_BITMAP])
-        handle.aio_connect_uri(uri)
+        if dialled is None:
+            handle.aio_connect_uri(uri)
+        else:
+            handle.set_export_name(dialled.name)
+            handle.aio_connect_socket(dialled.dial())
         _await_handshake(handle, uri, deadline)
         if offered is not None and handle.aio_is_negotiating():
             _list_contexts(binding, handle, uri, deadline, offered)

@@ -1,5 +1,5 @@
 """
-qemu-img and qemu-nbd: their command lines and their answers.  The only user of `subprocess`.
+qemu-img and qemu-nbd (and guestfish): their command lines and answers.  The only user of `subprocess`.
 
 An image's format is always told to QEMU (`-f`), never guessed by it: a guest that owns a raw disk could write a qcow2
 header into it and have QEMU open any file of the host as its backing file.
@@ -7,25 +7,28 @@ header into it and have QEMU open any file of the host as its backing file.
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
+import signal
 import socket
 import stat
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 from urllib.parse import quote
 
-from backup.errors import BackupError, Failed, SourceError
+from backup.errors import BackupError, Failed, SourceError, UsageError
 from backup.qemu.truncation import may_be_cut_off
 
 _log = logging.getLogger(__name__)
@@ -39,6 +42,8 @@ _LOCK_TRIES, _LOCK_PAUSE = 5, 0.3
 Another program's short look at the image (qemu-img info, a killed run's last qemu-img) must not fail a run: that many
 tries, that many seconds apart.
 """
+_LONGEST_FOLDER = 80
+"""Bytes of a temporary folder's path that leave room for a folder and a socket in it."""
 _T = TypeVar("_T")
 _PACKAGE = "install QEMU's tools: apt-get install qemu-utils (dnf install qemu-img)"
 
@@ -155,14 +160,14 @@ def image_info(path: Path, image_format: str) -> ImageInfo:
     layers = json.loads(_run_on_image(command, path))
     data = _data(layers[0])
     size = os.stat(path).st_size if image_format == RAW and path.is_file() else int(layers[0]["virtual-size"])
-    lower = tuple(_layer(layer["filename"]) for layer in layers[1:])
+    lower = tuple(look_at(layer["filename"]) for layer in layers[1:])
     return ImageInfo(
         path=path,
         format=image_format,
         size=size,
         bitmaps=tuple(_bitmap(found) for found in data.get("bitmaps", ())),
         no_bitmaps=_why_no_bitmaps(image_format, data, size),
-        fulls_only=_why_fulls_only(layers, lower),
+        fulls_only=why_fulls_only([_data(layer) for layer in layers], lower),
         lower=lower,
         lower_bitmaps=tuple(found["name"] for layer in layers[1:] for found in _data(layer).get("bitmaps", ())),
     )
@@ -188,23 +193,28 @@ def _why_no_bitmaps(image_format: str, data: Mapping[str, Any], size: int) -> st
     return None
 
 
-def _why_fulls_only(layers: Sequence[Mapping[str, Any]], lower: Sequence[Layer]) -> str | None:
-    """Why writes may pass unseen by a bitmap of the topmost of `layers` and by the stat of those below."""
-    if "data-file" in _data(layers[0]):
+def why_fulls_only(details: Sequence[Mapping[str, Any]], lower: Sequence[Layer]) -> str | None:
+    """
+    Why writes may pass unseen by a bitmap of the topmost image and by the stat of those below; None when they cannot.
+
+    `details` are the format's own facts of the image and of each file in `lower`, as qemu-img info and QMP tell them.
+    """
+    if "data-file" in details[0]:
         return "its data lies in an external data file, whose writes no bitmap need see"
-    for layer, found in zip(layers[1:], lower, strict=True):
-        if "data-file" in _data(layer):
+    for data, found in zip(details[1:], lower, strict=True):
+        if "data-file" in data:
             return f"the data of its backing file {found.path} lies in an external data file, which may change unseen"
         if not found.inode:
             return f"its backing file {found.path} is no plain local file and cannot be watched for changes"
     return None
 
 
-def _layer(name: str) -> Layer:
+def look_at(name: str) -> Layer:
+    """Stat a file of a backing chain, named as QEMU does."""
     try:
         status = os.stat(name)
     except OSError:
-        return Layer(name, 0, 0, 0)  # not a local file (a network source, json:...): see _why_fulls_only
+        return Layer(name, 0, 0, 0)  # not a local file (a network source, json:...): see why_fulls_only
     if not stat.S_ISREG(status.st_mode):
         return Layer(name, 0, 0, 0)  # a block device's stat does not show writes
     return Layer(os.path.abspath(name), status.st_size, status.st_mtime_ns, status.st_ino)
@@ -255,13 +265,13 @@ def served(
     ImageLocked, SourceError
         The image is in use, cannot be served, or cannot be read (then with what qemu-nbd said of it).
     """
-    folder = tempfile.mkdtemp(prefix="pybackup-")
+    folder = socket_folder()
     address = os.path.join(folder, "nbd")
     command = [*_dies_with_us(), *_serve_command(path, image_format, bitmaps, connections, address)]
     try:
         # A file and no pipe: a server that complains a lot must not block on a pipe that nobody empties.
         with open(os.path.join(folder, "log"), "w+", errors="replace") as complaints:
-            server = _patiently(lambda: _start(command, address, path, complaints, meanwhile))
+            server = _patiently(lambda: _start(command, address, path, complaints, meanwhile=meanwhile))
             try:
                 yield f"nbd+unix:///?socket={quote(address)}"
             except SourceError as error:
@@ -270,6 +280,298 @@ def served(
                 _end(server)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a server of our own listens: a Unix socket (mode 0600), or a TCP port of the host's address `bind`."""
+
+    socket: Path | None
+    bind: str = "127.0.0.1"
+    port: int = 0
+
+    @property
+    def uri(self) -> str:
+        """The NBD URI of what is served there."""
+        if self.socket is not None:
+            return f"nbd+unix:///?socket={quote(os.path.abspath(self.socket))}"
+        host = socket.gethostname() if self.bind in {"0.0.0.0", "::"} else self.bind  # noqa: S104 - compared, not bound
+        return f"nbd://{f'[{host}]' if ':' in host else host}:{self.port}/"
+
+    @property
+    def options(self) -> list[str]:
+        """As qemu-nbd takes it."""
+        if self.socket is not None:
+            return [f"--socket={filename(self.socket)}"]
+        return [f"--bind={self.bind}", f"--port={self.port}"]
+
+    def require_free(self) -> None:
+        """
+        Make sure that nothing has the address: qemu-nbd would remove another program's socket.
+
+        Raises
+        ------
+        UsageError, Failed
+            It is taken, or cannot be one.
+        """
+        if self.socket is not None:
+            if os.path.lexists(self.socket):
+                raise UsageError(f"{self.socket} exists already", hint="name a socket that does not exist")
+            if len(os.fsencode(filename(self.socket))) > _LONGEST_SOCKET:
+                raise UsageError(
+                    f"{self.socket} is too long for a socket",
+                    hint=f"the kernel allows {_LONGEST_SOCKET} bytes; name a shorter path",
+                )
+            return
+        try:
+            family = socket.AF_INET6 if ":" in self.bind else socket.AF_INET
+            with socket.socket(family) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((self.bind, self.port))
+        except OSError as error:
+            raise Failed(
+                f"port {self.port} of {self.bind} cannot be used: {error.strerror or error}",
+                hint="choose another port, or an address of this host",
+            ) from None
+
+
+_LONGEST_SOCKET = 107
+"""Bytes, of unix(7)'s sun_path."""
+
+
+class Lent:
+    """A running server of `lent`."""
+
+    def __init__(self, server: subprocess.Popen[str], path: Path, complaints: IO[str]) -> None:
+        self._server, self._path, self._complaints = server, path, complaints
+
+    def wait(self) -> None:
+        """
+        Wait until the server ends; only a signal to this process ends the wait well.
+
+        Raises
+        ------
+        SourceError
+            It ended.
+        """
+        self._server.wait()
+        raise _why_it_ended(self._server, self._path, self._complaints)
+
+
+@contextmanager
+def lent(path: Path, address: Address, overlay: int | None = None) -> Iterator[Lent]:
+    """
+    Serve a qcow2 image to whoever comes, read-only, or for writing over the nameless image `overlay` (a descriptor).
+
+    The server ends with the block, and dies with this process.
+
+    Raises
+    ------
+    BackupError
+        The address is taken, or the image cannot be served.
+    """
+    address.require_free()
+    serve = [*_dies_with_us(), "qemu-nbd", "--persistent", "--shared=0", "-f", QCOW2, *address.options]
+    if overlay is None:
+        serve += ["--read-only", "--", filename(path)]
+    else:
+        serve += ["--", f"/proc/self/fd/{overlay}"]
+    kept = () if overlay is None else (overlay,)
+    with tempfile.TemporaryFile("w+", errors="replace") as complaints:
+        where = (address.bind, address.port) if address.socket is None else filename(address.socket)
+        server = _start(serve, where, path, complaints, pass_fds=kept)
+        try:
+            yield Lent(server, path, complaints)
+        finally:
+            _end(server)
+            if address.socket is not None:
+                address.socket.unlink(missing_ok=True)
+
+
+@contextmanager
+def throw_away(base: Path) -> Iterator[int]:
+    """
+    Make an overlay on a qcow2 image in a file without a name in the temporary folder ($TMPDIR); its descriptor.
+
+    Raises
+    ------
+    Failed
+        The folder takes no file.
+    """
+    folder = Path(tempfile.gettempdir())
+    try:
+        fd = _nameless(folder)
+    except OSError as error:
+        raise Failed(
+            f"no overlay can be made in {folder}: {error.strerror}", hint="name another folder with TMPDIR=DIR"
+        ) from None
+    try:
+        create = ["qemu-img", "create", "-q", "-f", QCOW2, "-b", filename(base), "-F", QCOW2]
+        _run([*create, f"/proc/self/fd/{fd}"], pass_fds=[fd])
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def private_folder() -> Iterator[Path]:
+    """Make a folder for a socket that only this user can reach; it is removed with what it holds."""
+    folder = socket_folder()
+    try:
+        yield Path(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def socket_folder() -> str:
+    """
+    Make a folder of mode 0700 for a socket.
+
+    A socket's path has at most 107 bytes (unix(7)); where the temporary folder's leaves no room it is made in /tmp.
+    """
+    folder = tempfile.gettempdir()
+    if len(os.fsencode(folder)) > _LONGEST_FOLDER:
+        folder = "/tmp"  # noqa: S108 - what mkdtemp makes in it is ours alone
+    return tempfile.mkdtemp(prefix="pybackup-", dir=folder)
+
+
+class GuestfishError(Failed):
+    """Guestfish refused a command; `text` is what it said."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(f"libguestfs: {text}", hint="libguestfs-test-tool shows whether libguestfs works here")
+        self.text = text
+
+
+class Guestfish:
+    """A guestfish that is asked one command after the other."""
+
+    def __init__(self, process: subprocess.Popen[bytes], complaints: IO[str]) -> None:
+        self._process, self._complaints = process, complaints
+        self._heard = 0
+
+    def ask(self, command: str, *arguments: str) -> bytes:
+        """
+        Run one command; what it printed.
+
+        Raises
+        ------
+        GuestfishError
+            It failed.
+        """
+        mark = f"pybackup-{os.urandom(8).hex()}"
+        line = " ".join([f"-{command}", *map(_quoted, arguments)])  # the dash: an error does not end guestfish
+        if len(line) > _LONGEST_LINE:
+            raise UsageError("the path is too long for guestfish", hint="name a folder above it")
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(f"{line}\necho {mark}\n".encode())
+            self._process.stdin.flush()
+        said = bytearray()
+        end = f"{mark}\n".encode()
+        while not said.endswith(end):
+            chunk = os.read(self._process.stdout.fileno(), 1 << 20)
+            if not chunk:
+                raise GuestfishError(self._complained() or "guestfish ended")
+            said += chunk
+        if "error: " in (text := self._complained()):
+            raise GuestfishError(text.partition("error: ")[2])
+        return bytes(said.removesuffix(end))
+
+    def _complained(self) -> str:
+        self._complaints.seek(self._heard)
+        text = self._complaints.read()
+        self._heard = self._complaints.tell()
+        return _one_line(text) if text.strip() else ""
+
+
+_LONGEST_LINE = 8000
+"""Characters; guestfish reads lines into a buffer of 8192."""
+_HARMLESS = re.compile(rb"[A-Za-z0-9/._-]")
+
+
+def _quoted(text: str) -> str:
+    """An argument as guestfish reads it: every byte that could mean anything to it by its number."""
+    return '"' + "".join(chr(b) if _HARMLESS.match(bytes([b])) else f"\\x{b:02x}" for b in os.fsencode(text)) + '"'
+
+
+@contextmanager
+def guestfish(image: Path) -> Iterator[Guestfish]:
+    """
+    Start guestfish with a qcow2 image, which it does not change; it and its QEMU end with the block.
+
+    Raises
+    ------
+    Failed
+        It is not installed.
+    """
+    if not shutil.which("guestfish"):
+        raise Failed(
+            "guestfish is not installed, and only libguestfs can read a guest's file system without root",
+            hint="apt-get install guestfish (dnf install guestfs-tools); or see pybackup serve",
+        )
+    command = [*_dies_with_us(), "guestfish", "--ro", f"--format={QCOW2}", "-a", filename(image)]
+    with private_folder() as folder, tempfile.TemporaryFile("w+", errors="replace") as complaints:
+        # libguestfs' default is libvirt, where there is one, which may not read what only we may read.
+        backend = os.environ.get("LIBGUESTFS_BACKEND", "direct")
+        environment = {**os.environ, "LC_ALL": "C", "LIBGUESTFS_BACKEND": backend, "LIBGUESTFS_TMPDIR": str(folder)}
+        _log.info("run: %s", shlex.join(command))
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=complaints,
+            start_new_session=True,
+            env=environment,
+        )
+        try:
+            yield Guestfish(process, complaints)
+        finally:
+            # With its QEMU, which has nothing to lose.  A session of its own is a process group of its own.
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                with suppress(OSError):
+                    assert pipe is not None
+                    pipe.close()
+
+
+def create_scratch(folder: Path, size: int) -> int:
+    """
+    Make an empty qcow2 image of `size` bytes in a file without a name, and return its descriptor.
+
+    Whoever has it open uses it; when the last one is gone, so is the file: nothing can be left behind.
+
+    Raises
+    ------
+    Failed
+        The folder takes no file.
+    """
+    try:
+        fd = _nameless(folder)
+    except OSError as error:
+        raise Failed(
+            f"no scratch file can be made in {folder}: {error.strerror}",
+            hint="name another folder with --scratch (`scratch:` in the configuration)",
+        ) from None
+    try:
+        _run(["qemu-img", "create", "-q", "-f", QCOW2, f"/proc/self/fd/{fd}", str(size)], pass_fds=[fd])
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _nameless(folder: Path) -> int:
+    try:
+        return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno not in {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL}:
+            raise
+    fd, name = tempfile.mkstemp(prefix="pybackup-", suffix=".scratch", dir=folder)  # NFS has no nameless files
+    os.unlink(name)
+    return fd
 
 
 def _serve_command(path: Path, image_format: str, bitmaps: Sequence[str], connections: int, address: str) -> list[str]:
@@ -328,10 +630,20 @@ def _as_told(path: Path, error: SourceError, complaints: IO[str]) -> SourceError
     return error
 
 
+_Where = str | tuple[str, int]
+"""A Unix socket's path, or a TCP address and port."""
+
+
 def _start(
-    command: Sequence[str], address: str, path: Path, complaints: IO[str], meanwhile: Callable[[], object]
+    command: Sequence[str],
+    address: _Where,
+    path: Path,
+    complaints: IO[str],
+    *,
+    meanwhile: Callable[[], object] = lambda: None,
+    pass_fds: Sequence[int] = (),
 ) -> subprocess.Popen[str]:
-    server = _popen(command, complaints)
+    server = _popen(command, complaints, pass_fds)
     try:
         meanwhile()
         _await(server, address, path, complaints)
@@ -341,12 +653,11 @@ def _start(
     return server
 
 
-def _await(server: subprocess.Popen[str], address: str, path: Path, complaints: IO[str]) -> None:
+def _await(server: subprocess.Popen[str], address: _Where, path: Path, complaints: IO[str]) -> None:
     deadline = time.monotonic() + _START_SECONDS
     while not _greets(address, deadline):
         if server.poll() is not None:
-            complaints.seek(0)
-            raise _image_error(path, complaints.read(4000) or f"qemu-nbd ended with status {server.returncode}")
+            raise _why_it_ended(server, path, complaints)
         if time.monotonic() > deadline:
             raise SourceError(
                 f"qemu-nbd did not serve {path} within {_START_SECONDS:.0f} s", hint="is the storage hanging?"
@@ -354,13 +665,19 @@ def _await(server: subprocess.Popen[str], address: str, path: Path, complaints: 
         time.sleep(0.001)
 
 
-def _greets(address: str, deadline: float) -> bool:
+def _why_it_ended(server: subprocess.Popen[str], path: Path, complaints: IO[str]) -> BackupError:
+    complaints.seek(0)
+    return _image_error(path, complaints.read(4000) or f"qemu-nbd ended with status {server.returncode}")
+
+
+def _greets(address: _Where, deadline: float) -> bool:
     """
     Does the server send its greeting?
 
     qemu-nbd listens before it opens the image: connecting alone would succeed and then hide why it ended.
     """
-    with socket.socket(socket.AF_UNIX) as probe:
+    family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+    with socket.socket(family) as probe:
         probe.settimeout(max(deadline - time.monotonic(), 0.001))
         try:
             probe.connect(address)
@@ -370,12 +687,9 @@ def _greets(address: str, deadline: float) -> bool:
 
 
 def _end(server: subprocess.Popen[str]) -> None:
-    server.terminate()
-    try:
-        server.wait(timeout=5)
-    except subprocess.TimeoutExpired:
-        server.kill()
-        server.wait()
+    # A read-only server has nothing to tidy up, and one that is asked to end takes its time to.
+    server.kill()
+    server.wait()
 
 
 def filename(path: Path) -> str:
@@ -411,8 +725,8 @@ class _ProgramFailed(Failed):
         self.stderr = stderr
 
 
-def _run(command: Sequence[str], codes: Sequence[int] = (0,)) -> str:
-    process = _popen(command, subprocess.PIPE)
+def _run(command: Sequence[str], codes: Sequence[int] = (0,), pass_fds: Sequence[int] = ()) -> str:
+    process = _popen(command, subprocess.PIPE, pass_fds)
     try:
         stdout, stderr = process.communicate()
     except BaseException:
@@ -432,7 +746,7 @@ page by page, for the next; that doubles its processor time.
 """
 
 
-def _popen(command: Sequence[str], stderr: int | IO[str]) -> subprocess.Popen[str]:
+def _popen(command: Sequence[str], stderr: int | IO[str], pass_fds: Sequence[int] = ()) -> subprocess.Popen[str]:
     _log.info("run: %s", shlex.join(command))
     try:
         return subprocess.Popen(
@@ -442,8 +756,10 @@ def _popen(command: Sequence[str], stderr: int | IO[str]) -> subprocess.Popen[st
             stderr=stderr,
             text=True,
             errors="replace",
+            pass_fds=pass_fds,
             # A Ctrl-C in the terminal is for us; a qemu-img must not die of it half-way through a write.
             start_new_session=True,
+            umask=0o077,  # of a server's socket: who may connect may read everything
             env={**os.environ, **_KEEP_BUFFERS, "LC_ALL": "C"},
         )
     except OSError as error:
@@ -455,7 +771,7 @@ def _image_error(path: Path, stderr: str) -> BackupError:
     if "lock" in text and ("Failed to get" in text or "Is another process using" in text):
         return ImageLocked(
             f"{path} is in use by another program: {text}",
-            hint="if a machine runs on it: use --qmp (to come), or shut it down; else wait for the other program",
+            hint="if a machine runs on it: use --qmp, or shut it down; else wait for the other program",
         )
     return SourceError(f"{path} cannot be used: {text}", hint=f"look at it with: qemu-img info --backing-chain {path}")
 

@@ -1,55 +1,116 @@
 """
-Sources: what a disk can be read from, behind one interface.
-
-An offline image is served by a qemu-nbd of our own, read-only, and its bitmaps are ours to add and remove.  A server
-reached by an NBD URI is someone else's: it is only read.
+Disks at rest: an offline image is served by a qemu-nbd of our own, read-only, and its bitmaps are ours to add and
+remove.  A server reached by an NBD URI is someone else's: it is only read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
+from backup import plan
 from backup.decide import Bitmap, Sight
 from backup.errors import SourceError, UsageError
 from backup.manifest import LowerFile
 from backup.qemu import programs
 from backup.qemu.nbd import Export
+from backup.sources.base import Moved, Opened, Owner, Source, Wish
 
 _STATUS_CONNECTIONS = 4
 """Connections beside the copier's: one to begin with, and one for each context (allocation, two bitmaps)."""
 
 
-class Source(Protocol):
-    """Where one disk is read from."""
-
-    @property
-    def owns_bitmaps(self) -> bool:
-        """Are its bitmaps ours to add and remove?"""
-
-    def guessed_format(self) -> str | None:
-        """The format as its first bytes tell it, where nobody named one; nothing is opened by QEMU for it."""
-
-    def look(self) -> Sight:
-        """What it is at this moment."""
-
-    def why_no_bitmap(self, sight: Sight) -> str | None:
-        """Why no bitmap of ours can be started here; None when one can."""
+class RestingSource(Source, Protocol):
+    """A disk that is opened by itself."""
 
     def start_bitmap(self, name: str) -> None:
         """Add a recording bitmap."""
 
-    def remove_bitmap(self, name: str) -> None:
-        """Remove a bitmap."""
-
-    def qemu_version(self) -> str | None:
-        """The version of the QEMU that reads it, where that is known."""
-
     def opened(self, sight: Sight, bitmaps: Sequence[str], lanes: int) -> AbstractContextManager[Export]:
         """Open it for reading, writers kept out where that is ours to do; `bitmaps` can be asked about."""
+
+
+@dataclass(frozen=True, slots=True)
+class LockedMoment:
+    """Images whose locks are held, and exports whose owner keeps writers out."""
+
+    disks: tuple[Opened, ...]
+    consistency: str = "crash"
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def require_kept(self) -> None:
+        """It is: locks are."""
+
+    def require_sound(self) -> None:
+        """It is: nobody could write meanwhile."""
+
+
+class AtRest:
+    """
+    A host of disks that nobody writes to: each is opened by itself, and the instant is when all are locked.
+
+    Parameters
+    ----------
+    sources : sequence of RestingSource
+        The machine's disks.
+    """
+
+    def __init__(self, sources: Sequence[RestingSource]) -> None:
+        self._sources = tuple(sources)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        return None
+
+    def recover(self, owner: Owner) -> Sequence[str]:
+        """Nothing stays behind but bitmaps, which are retired when the next point is published."""
+        del owner
+        return ()
+
+    @contextmanager
+    def instant(
+        self, wishes: Sequence[Wish], lanes: int, *, point: str, repository: Path | None, short_id: str
+    ) -> Iterator[LockedMoment]:
+        """
+        Start the bitmaps, and only then lock the images.
+
+        Raises
+        ------
+        Moved
+            A machine started, wrote and stopped in between: a new bitmap is not clean, or an image looks another.
+        """
+        del point, repository, short_id
+        for source, wish in zip(self._sources, wishes, strict=True):
+            if wish.start is not None:
+                source.start_bitmap(wish.start)
+        with ExitStack() as locks:
+            opened = []
+            for source, wish in zip(self._sources, wishes, strict=True):
+                asked = [name for name in (wish.read, wish.start) if name is not None]
+                opened.append(locks.enter_context(source.opened(wish.sight, asked, lanes)))
+            yield LockedMoment(tuple(map(_settled, self._sources, wishes, opened)))
+
+
+def _settled(source: RestingSource, wish: Wish, export: Export) -> Opened:
+    """Under the lock: all must be as it was when it was looked at, and the new bitmap wholly clean."""
+    if not source.owns_bitmaps:
+        return Opened(export)
+    now = source.look()
+    before = replace(now, bitmaps=tuple(bitmap for bitmap in now.bitmaps if bitmap.name != wish.start))
+    started = None if wish.start is None else now.bitmap(wish.start)
+    if before != wish.sight or (wish.start is not None and started is None):
+        raise Moved(f"{wish.sight.path} changed before it was locked")
+    if started is None:
+        return Opened(export)
+    if plan.any_dirty(export, started.name):
+        raise Moved(f"{wish.sight.path} was written to before it was locked")
+    return Opened(export, started.granularity)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,184 @@
+"""
+What is asked for, and what becomes of it: a request's disks, each looked at and held against its newest point.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from backup import chain as chains
+from backup import copier, datafile, decide
+from backup.chain import Chain
+from backup.decide import Claim, Decision, Sight
+from backup.errors import BackupError, NotFound, SourceError, UsageError
+from backup.manifest import Manifest
+from backup.repository import Contents, Machine
+from backup.sources.base import Host, Source
+
+_NO_CLAIM = Claim(None, None)
+
+
+@dataclass(frozen=True, slots=True)
+class DiskRequest:
+    """One disk to back up.  `claim` is the user's word about a bitmap of someone else's server."""
+
+    name: str
+    source: Source
+    claim: Claim = _NO_CLAIM
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """
+    What to back up and how.
+
+    `wanted` is decide.FULL, INCREMENTAL or RESCAN; `unusable` (FULL or RESCAN) what an incremental becomes where no
+    bitmap continues a sound chain, unless `fallback` forbids it; `spot_check` the number of clean clusters that an
+    incremental reads again.  `host` holds the disks' sources, in the order of `disks`; `family` names the bitmaps to
+    keep (None: none); `level` is zstd's, None for no compression; `cluster_size` in bytes counts for fulls;
+    `named_by_path` says that the machine's name was taken from the image's, not given.
+    """
+
+    machine: str
+    host: Host
+    disks: tuple[DiskRequest, ...]
+    wanted: str
+    family: str | None
+    level: int | None = 1
+    cluster_size: int = 64 << 10
+    max_chain: int = 100
+    check_zeroes: bool = True
+    spot_check: int = 64
+    unusable: str = decide.FULL
+    fallback: bool = True
+    dry_run: bool = False
+    named_by_path: bool = False
+    copying: copier.Settings = field(default_factory=copier.Settings)
+
+    @property
+    def compression(self) -> str:
+        """As the configuration and the manifest write it."""
+        return "none" if self.level is None else f"zstd:{self.level}"
+
+
+@dataclass(frozen=True, slots=True)
+class Considered:
+    """
+    A disk as it was seen, and what its backup can be.
+
+    `last` is the chain of its newest point, what is wrong with that, or None where it has no point.
+    """
+
+    sight: Sight
+    last: Chain | BackupError | None
+    decision: Decision
+
+
+def consider(machine: Machine, contents: Contents, request: Request, disk: DiskRequest, short_id: str) -> Considered:
+    """
+    Look at a disk and decide what its backup can be; `short_id` is of the repository.
+
+    Raises
+    ------
+    SourceError
+        It cannot be looked at, or is no longer what it was.
+    UsageError, NotFound
+        What was said of it cannot be.
+    """
+    newest = chains.newest_manifest(contents.manifests.values(), disk.name)
+    _check_claim(disk, newest, contents)
+    if newest is not None:
+        _check_format(disk, newest)
+    sight = disk.source.look()
+    if request.named_by_path:
+        _check_path(disk, sight, contents)
+    last = (
+        None if newest is None else _last_chain(machine, contents, newest.point, disk.name, settled=not request.dry_run)
+    )
+    decision = decide.decide(
+        request.wanted,
+        sight,
+        last,
+        family=request.family,
+        short_id=short_id,
+        max_chain=request.max_chain,
+        claim=disk.claim,
+        unusable=request.unusable,
+    )
+    return Considered(sight, last, decision)
+
+
+def _last_chain(machine: Machine, contents: Contents, point: str, disk: str, *, settled: bool) -> Chain | BackupError:
+    """
+    The chain of the disk's newest point, its files looked at; or what is wrong with it.
+
+    A rehearsal holds no lock, so that nothing is `settled`: while a prune changes what it looks at, it looks again.
+    """
+    found = _look_at_chain(machine, contents, point, disk)
+    while isinstance(found, BackupError) and not settled:
+        before, contents = contents, machine.contents()
+        if contents.manifests == before.manifests:
+            break
+        found = _look_at_chain(machine, contents, point, disk)
+    return found
+
+
+def _look_at_chain(machine: Machine, contents: Contents, point: str, disk: str) -> Chain | BackupError:
+    try:
+        chain = chains.build(contents.manifests, point, disk, contents.damaged)
+        with datafile.peeked_files(machine.path, chain):
+            return chain
+    except BackupError as error:
+        return error
+
+
+def _check_claim(disk: DiskRequest, newest: Manifest | None, contents: Contents) -> None:
+    since = disk.claim.since
+    if since is None or (newest is not None and newest.point == since):
+        return
+    if newest is None or since not in contents.manifests:
+        newest_point = "it has none at all" if newest is None else f"its newest is {newest.point}"
+        raise NotFound(
+            f"disk {disk.name} has no point {since}: {newest_point}", hint="without --since everything is read"
+        )
+    raise UsageError(
+        f"--since {since} is not the newest point of disk {disk.name}, which is {newest.point}",
+        hint="a chain grows only at its end; without --since everything is read",
+    )
+
+
+def _check_format(disk: DiskRequest, newest: Manifest) -> None:
+    """
+    Refuse a raw image that has become a qcow2, and a qcow2 that has lost its header.
+
+    A guest can write a qcow2 header, with any backing file of the host, into its raw disk; so this is asked before QEMU
+    opens the image and the files that its header names.
+    """
+    entry = newest.disk(disk.name)
+    assert entry is not None
+    guessed = disk.source.guessed_format()
+    if entry.source.kind == "nbd" or guessed is None or guessed == entry.source.format:
+        return
+    if guessed == "raw":
+        raise SourceError(
+            f"the image of disk {disk.name} was a qcow2 at point {newest.point} and has no qcow2 header now",
+            hint="it is damaged, or was converted: then say --image-format raw (`format:` in the configuration)",
+        )
+    raise UsageError(
+        f"the image of disk {disk.name} was raw at point {newest.point} and begins with a qcow2 header now",
+        hint="say --image-format raw, or qcow2 if it was converted (`format:` in the configuration)",
+    )
+
+
+def _check_path(disk: DiskRequest, sight: Sight, contents: Contents) -> None:
+    """A machine's name that was taken from the image's must not bring two machines into one folder."""
+    newest = chains.newest_manifest(contents.manifests.values(), disk.name)
+    newest = newest or chains.newest_manifest(contents.manifests.values())
+    if newest is None:
+        return
+    recorded = [entry.source.path for entry in newest.disks if entry.name == disk.name or not newest.disk(disk.name)]
+    if sight.path not in recorded:
+        raise UsageError(
+            f"machine {newest.machine} was backed up from {recorded[0]}, and this is {sight.path}",
+            hint=f"name the machine: --machine {newest.machine} if it is the same one, another name if it is not",
+        )

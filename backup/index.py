@@ -1,0 +1,112 @@
+"""
+Who holds what: for a run of clusters, the newest holder of each in a chain, clipped at every point's size (design.md,
+"Reading a chain"):
+
+    newest, 4 MiB            |....|....|....|....|
+    parent, shrunk to 2.5    |....|.dd.|..|           beyond 2.5 MiB nothing older shows through
+    full, 4 MiB              |dddd|dddd|dddd|dddd|
+    result                    full  par. cut  zero
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from backup.chain import Chain
+from backup.extents import Mask, edges
+
+NOBODY = -1
+"""Holder of a cluster that no file of the chain holds: it reads as zero."""
+
+_NEAR_TABLES = 4
+"""So many missing L2 tables between two are passed over with them: that is quicker than one walk for each."""
+
+UNALLOCATED, ZERO = 0, 1
+"""What a data file holds for a cluster, where that is no data (backup.qcow2 has the other codes)."""
+
+
+class ClusterFile(Protocol):
+    """What the index asks of a data file's reader."""
+
+    def allocated_tables(self) -> Mask:
+        """One flag for each L2 table, of `cluster_size // 8` guest clusters: False where all are unallocated."""
+
+    def entries(self, first: int, count: int) -> npt.NDArray[np.uint64]:
+        """L2 entries of guest clusters."""
+
+    def kinds(self, entries: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint8]:
+        """Codes: 0 unallocated, 1 zero, more: data."""
+
+
+class Index:
+    """
+    Who holds what, over the open files of a chain (newest first).
+
+    A link costs something only where it has L2 tables: most points of a long chain hold little of a large disk.
+    """
+
+    def __init__(self, chain: Chain, files: Sequence[ClusterFile]) -> None:
+        self.chain = chain
+        self._files = files
+        self._limits = chain.limits
+        self._per_table = chain.cluster_size // 8
+        self._tables = _as_rows([file.allocated_tables() for file in files])
+
+    def resolve(
+        self, first: int, count: int, *, zeroes: bool = False
+    ) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.uint64]]:
+        """
+        For each of `count` clusters from `first`: the number of the link that holds its data and the entry there.
+
+        NOBODY where it reads as zero; with `zeroes`, a link that holds a zero cluster is its holder as well.  Of the
+        link's cluster only the bytes below the link's limit count.
+        """
+        least = ZERO if zeroes else ZERO + 1
+        holders = np.full(count, NOBODY, dtype=np.int16)
+        found = np.zeros(count, dtype=np.uint64)
+        open_ = np.ones(count, dtype=np.bool_)
+        tables = slice(first // self._per_table, -(-(first + count) // self._per_table))
+        for number in np.flatnonzero(self._tables[:, tables].any(axis=1)).tolist():
+            file = self._files[number]
+            for low, high in self._held_by(number, first, first + count):
+                if not open_[low - first : high - first].any():
+                    continue
+                entries = file.entries(low, high - low)
+                some = np.flatnonzero(entries != 0)  # few in most tables; numpy finds True five times as fast
+                places, entries = some + (low - first), entries[some]
+                kinds = file.kinds(entries)
+                data = open_[places] & (kinds >= least)
+                holders[places[data]] = number
+                found[places[data]] = entries[data]
+                open_[places] &= kinds == UNALLOCATED
+        return holders, found
+
+    def holds_data(self, first: int, count: int) -> Mask:
+        """For each of `count` clusters from `first`: does the chain hold data there?"""
+        held: Mask = self.resolve(first, count)[0] != NOBODY
+        return held
+
+    def _held_by(self, number: int, first: int, end: int) -> Iterator[tuple[int, int]]:
+        """Ranges of clusters in [first, end), below the link's limit, in which it has L2 tables."""
+        per = self._per_table
+        end = min(end, -(-self._limits[number] // self.chain.cluster_size))
+        if end <= first:
+            return
+        skipped = first // per
+        lows, highs = edges(self._tables[number, skipped : -(-end // per)])
+        far = lows[1:] - highs[:-1] > _NEAR_TABLES
+        lows, highs = lows[np.append(True, far)[: len(lows)]], highs[np.append(far, True)[: len(highs)]]
+        for low, high in zip((lows + skipped).tolist(), (highs + skipped).tolist(), strict=True):
+            yield max(first, low * per), min(end, high * per)
+
+
+def _as_rows(masks: Sequence[Mask]) -> Mask:
+    """One row for each mask, the shorter ones filled up with False: links of a chain may differ in size."""
+    rows = np.zeros((len(masks), max((len(mask) for mask in masks), default=0)), dtype=np.bool_)
+    for row, mask in zip(rows, masks, strict=True):
+        row[: len(mask)] = mask
+    return rows

@@ -1,0 +1,164 @@
+"""
+What `verify` remembers of a machine's data files: when each was read whole, and what was found (FORMAT.md).
+
+It lies in the machine's folder, for convenience only.  A memory that is lost, damaged, or of a file that is another by
+now (its digest tells) means no more than that the file is verified again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from backup import digests
+from backup.errors import BackupError
+from backup.manifest import DataFile, moment_of
+from backup.repository import Machine, allow, sync_folder
+
+NAME = "verified"
+FORMAT = "pybackup verified"
+VERSION = 1
+_MAX_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """
+    What was found in a data file when all of it was read last.
+
+    Attributes
+    ----------
+    digest : str
+        The manifest's digest of its digest file; a file that has another one was not verified.
+    checked : str
+        When, UTC.
+    deep : str or None
+        When all its clusters were decompressed as well, without fault.
+    code : int
+        0: it was sound.  Else the error's exit code.
+    problem : str or None
+        The error's message.
+    """
+
+    digest: str
+    checked: str
+    deep: str | None
+    code: int
+    problem: str | None
+
+    def sound_since(self, deep: bool) -> datetime | None:  # noqa: FBT001
+        """When the file was last found to be sound; None where it was not, or not with `deep`."""
+        time = self.deep if deep else self.checked
+        return None if self.code or time is None else moment_of(time)
+
+
+Memory = Mapping[str, Record]
+"""Records by data file's name."""
+
+
+def record_of(memory: Memory, data: DataFile) -> Record | None:
+    """What is remembered of a data file; None where that was another file of the same name."""
+    found = memory.get(data.file)
+    return found if found is not None and found.digest == data.digest else None
+
+
+def recall(machine: Machine) -> Memory:
+    """What is remembered of a machine's data files; nothing where it cannot be read, whatever the reason."""
+    try:
+        fd = digests.open_plain(machine.path / NAME)
+    except BackupError:
+        return {}
+    try:
+        with open(fd, "rb") as file:
+            return decode(file.read(_MAX_BYTES))
+    except OSError:
+        return {}
+
+
+def remember(machine: Machine, found: Memory, present: Collection[str] | None) -> str | None:
+    """
+    Add to what is remembered, and forget files that are not `present` (None: forget none).
+
+    Returns
+    -------
+    str or None
+        Why that was not possible (a read-only repository, a full disk); None: it was.
+    """
+    try:
+        with _alone(machine.path / f"{NAME}.tmp", machine.modes.file) as fd:
+            known = {**recall(machine), **found}
+            content = encode({name: record for name, record in known.items() if present is None or name in present})
+            os.ftruncate(fd, 0)
+            with open(fd, "wb", closefd=False) as file:
+                file.write(content)
+            os.fsync(fd)
+            os.rename(machine.path / f"{NAME}.tmp", machine.path / NAME)
+        sync_folder(machine.path)
+    except OSError as error:
+        return str(error.strerror)
+    return None
+
+
+@contextmanager
+def _alone(path: Path, mode: int) -> Iterator[int]:
+    """
+    Open the file that is about to become the memory, when no other run is writing it.
+
+    Two runs that verify a machine at once write one after the other, and each keeps what the other found.
+    """
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            if _is_still(path, fd):
+                allow(fd, mode)
+                yield fd
+                return
+        finally:
+            os.close(fd)
+
+
+def _is_still(path: Path, fd: int) -> bool:
+    """Does the name still mean this file?  Who had the lock before us has renamed it."""
+    try:
+        return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(fd))
+    except FileNotFoundError:
+        return False
+
+
+def encode(memory: Memory) -> bytes:
+    """The memory as JSON text, with a digest of what it says."""
+    files = {name: asdict(memory[name]) for name in sorted(memory)}
+    document = {"format": FORMAT, "version": VERSION, "files": files, "digest": _digest(files)}
+    return (json.dumps(document, indent=2) + "\n").encode()
+
+
+def decode(content: bytes) -> Memory:
+    """Read what `encode` wrote; nothing where it is anything else."""
+    try:
+        document = json.loads(content)
+        if (document["format"], document["version"]) != (FORMAT, VERSION):
+            return {}
+        if document["digest"] != _digest(document["files"]):
+            return {}
+        return {name: _record(fields) for name, fields in document["files"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return {}
+
+
+def _record(fields: Any) -> Record:
+    known = {name: fields[name] for name in Record.__slots__}
+    if not isinstance(known["checked"], str) or type(known["code"]) is not int:
+        raise TypeError
+    return Record(**known)
+
+
+def _digest(files: object) -> str:
+    return digests.digest(json.dumps(files, sort_keys=True, separators=(",", ":")).encode()).hex()

@@ -1,0 +1,254 @@
+"""
+Copy: a machine's points to another repository, only what is missing there, every block held against its digest.
+
+Points are published whole, in the order of their sequence, so that at every instant the second place holds chains that
+restore.  A copy has the source's id: its manifests are the same bytes.  What is there already is never overwritten.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from backup import chain as chains
+from backup import digests
+from backup.datafile import PartFile, write_digests
+from backup.digests import BlockCache, CheckedFile
+from backup.errors import BackupError, Damaged, Failed, NotFound, UsageError
+from backup.manifest import DataFile, Manifest, encode
+from backup.names import MARKER
+from backup.repository import Machine, Modes, Repository, as_stored, read_manifest_whole
+from backup.threads import in_threads
+from backup.verify import Problem
+
+_TRIES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Replicated:
+    """Ids of the points that were copied and of those that were there; bytes copied; what could not be."""
+
+    copied: tuple[str, ...]
+    present: tuple[str, ...]
+    bytes: int
+    problems: tuple[Problem, ...]
+
+
+def open_second(path: Path, source: Repository, modes: Modes) -> Repository:
+    """
+    Open the repository to copy to; a new or empty folder becomes one, with the source's id.
+
+    Raises
+    ------
+    UsageError
+        It is the source itself, another repository, or lies in one.
+    """
+    place = Path(os.path.realpath(path))
+    if place == Path(os.path.realpath(source.path)):
+        raise UsageError(f"{path} is the repository itself", hint="name another folder")
+    for folder in place.parents:
+        if os.path.lexists(folder / MARKER):
+            raise UsageError(f"{path} lies in the repository {folder}", hint="name a folder outside of it")
+    second = Repository.open_or_create(path, modes, source.identity)
+    if second.identity != source.identity:
+        raise UsageError(
+            f"{path} is another repository (its id is {second.identity[:8]}..., not {source.identity[:8]}...)",
+            hint="copy to a new or empty folder, or to an earlier copy of this repository",
+        )
+    return second
+
+
+def missing(source: Mapping[str, Manifest], second: Mapping[str, Manifest], wanted: Iterable[str]) -> list[Manifest]:
+    """
+    The points that the second place lacks to hold those that are wanted, in the order of their sequence.  Pure.
+
+    Raises
+    ------
+    Damaged
+        A point is there, and is another one.
+    Failed
+        Another point there has the sequence of one that is missing.
+    """
+    sequences = {manifest.sequence: manifest.point for manifest in second.values()}
+    found: dict[str, Manifest] = {}
+    left = [point for point in wanted if point in source]
+    while left:
+        manifest = source[left.pop()]
+        held = second.get(manifest.point)
+        if held is not None:
+            _require_same(manifest, held)
+        elif manifest.sequence in sequences:
+            raise Failed(
+                f"point {manifest.point} cannot be copied: {sequences[manifest.sequence]} has its sequence there",
+                hint="both repositories were backed up to; copy to a new folder instead",
+            )
+        elif manifest.point not in found:
+            found[manifest.point] = manifest
+            parents = [disk.parent.point for disk in manifest.disks if disk.parent is not None]
+            left += [point for point in parents if point in source]
+    return sorted(found.values(), key=lambda manifest: manifest.sequence)
+
+
+def _require_same(ours: Manifest, theirs: Manifest) -> None:
+    """Consolidation changes how a point is stored, and neither its sequence nor what its disks are."""
+
+    def facts(manifest: Manifest) -> tuple[int, dict[str, str]]:
+        return manifest.sequence, {disk.name: disk.identity for disk in manifest.disks}
+
+    if facts(ours) != facts(theirs):
+        raise Damaged(
+            f"point {ours.point} is another one in the second place: its sequence or its disks' identities differ",
+            hint="nothing there was changed; copy to a new folder instead",
+        )
+
+
+def replicate(
+    source: Machine,
+    second: Machine,
+    point: str | None,
+    *,
+    workers: int,
+    begin: Callable[[int], None],
+    advance: Callable[[int], None],
+) -> Replicated:
+    """
+    Copy a machine's points, or one and what it builds on, to another repository's machine, under its lock.
+
+    A point that cannot be read, and those that build on it, become problems; the others are copied all the same.
+
+    Parameters
+    ----------
+    begin, advance : callable
+        Told how many bytes there are to copy, and then how many are.
+
+    Raises
+    ------
+    BackupError
+        The second place is locked, damaged, or cannot be written.
+    """  # fmt: skip
+    with second.lock():
+        held = second.contents()
+        for error in held.damaged.values():
+            raise error  # it may name any file there, and any point
+        second.remove_leftovers(held)
+        contents = source.contents()
+        wanted = list(contents.manifests) if point is None else [point]
+        todo = missing(contents.manifests, held.manifests, wanted)
+        begin(sum(disk.data.size for manifest in todo for disk in manifest.disks))
+        run = _Run(source, second, dict(held.manifests), workers, advance)
+        problems = [Problem(source.name, None, None, error) for error in contents.damaged.values() if point is None]
+        for manifest in todo:
+            try:
+                run.copy(manifest.point)
+            except _Unreadable as error:
+                problems.append(Problem(source.name, manifest.point, None, error.reason))
+        present = tuple(sorted(set(wanted) & set(held.manifests)))
+        return Replicated(tuple(run.copied), present, run.done, tuple(problems))
+
+
+def _read(path: Path) -> tuple[Manifest, bytes]:
+    """A manifest and its bytes; while prune exchanges a data file, as of the file that has the name now."""
+    raw, content = read_manifest_whole(path)
+    stored = as_stored(path.parent, raw)
+    return stored, content if stored == raw else encode(stored)
+
+
+class _Unreadable(Exception):
+    """A point of the source cannot be copied; others may be."""
+
+    def __init__(self, reason: BackupError) -> None:
+        super().__init__(reason.message)
+        self.reason = reason
+
+
+class _Run:
+    """One copy of a machine: what is held in the second place grows with each point."""
+
+    def __init__(
+        self, source: Machine, second: Machine, held: dict[str, Manifest], workers: int, advance: Callable[[int], None]
+    ) -> None:
+        self._source, self._second, self._held = source, second, held
+        self._workers, self._advance = workers, advance
+        self._lock = threading.Lock()
+        self.copied: list[str] = []
+        self.done = 0
+
+    def copy(self, point: str) -> None:
+        """Copy one point whole, or nothing of it."""
+        with ExitStack() as stack:
+            manifest, content, files = self._open(stack, point)
+            self._require_parents(manifest)
+            written: list[Path] = []
+            try:
+                for data, file in files:
+                    self._copy_file(data, file, written)
+                self._second.publish(manifest, content)
+            except BaseException:
+                # A signal may come when the point is published already: then it is whole, and stays.
+                if not os.path.lexists(self._second.path / f"{point}.json"):
+                    for path in written:
+                        with suppress(OSError):
+                            path.unlink()
+                raise
+        self._held[point] = manifest
+        self.copied.append(point)
+
+    def _open(self, stack: ExitStack, point: str) -> tuple[Manifest, bytes, list[tuple[DataFile, CheckedFile]]]:
+        """Open all files of a point; a consolidation may swap them between reading the manifest and opening them."""
+        path = self._source.path / f"{point}.json"
+        for attempt in range(_TRIES):
+            with ExitStack() as opened:
+                try:
+                    manifest, content = _read(path)
+                    files = [(disk.data, opened.enter_context(self._opened(disk.data))) for disk in manifest.disks]
+                    if _read(path)[1] == content:
+                        stack.enter_context(opened.pop_all())
+                        return manifest, content, files
+                except (Damaged, NotFound) as error:
+                    if attempt == _TRIES - 1:
+                        raise _Unreadable(error) from None
+        raise _Unreadable(Failed(f"point {point} changed while it was read", hint="run the command again"))
+
+    def _opened(self, data: DataFile) -> closing[CheckedFile]:
+        folder = self._source.path
+        names = folder / data.file, data.size, folder / data.digests, data.digest
+        return closing(digests.opened(*names, BlockCache(1)))
+
+    def _require_parents(self, manifest: Manifest) -> None:
+        """A point must not come into being where its chain is not."""
+        for disk in manifest.disks:
+            if disk.parent is not None and disk.parent.point not in self._held:
+                raise _Unreadable(
+                    NotFound(
+                        f"it builds on point {disk.parent.point}, which could not be copied either",
+                        hint="see what is wrong with that point: pybackup verify",
+                    )
+                )
+            try:
+                chains.build({**self._held, manifest.point: manifest}, manifest.point, disk.name)
+            except BackupError as error:
+                raise _Unreadable(error) from None
+
+    def _copy_file(self, data: DataFile, source: CheckedFile, written: list[Path]) -> None:
+        folder, mode = self._second.path, self._second.modes.file
+        written.append(folder / data.file)
+        with closing(PartFile(folder / data.file, mode)) as target:
+
+            def move(number: int) -> None:
+                try:
+                    content = source.check_block(number)
+                except Damaged as error:
+                    raise _Unreadable(error) from None
+                target.put(number, content, source.listed(number))
+                with self._lock:
+                    self.done += len(content)
+
+            in_threads(range(1, source.blocks), move, self._workers, lambda: self._advance(self.done))
+            move(0)  # last: a file without its head is nothing
+            listed = target.finish()
+        written.append(folder / data.digests)
+        write_digests(folder / data.digests, listed, mode)

@@ -1,0 +1,402 @@
+"""
+The disks of a running machine: nodes of its QEMU, spoken to through QMP, read at one instant while the guest writes.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Self
+
+from backup import decide
+from backup.decide import Bitmap, Sight
+from backup.errors import BackupError, Interrupted, SourceError, UsageError
+from backup.manifest import LowerFile
+from backup.qemu import fleece, leftovers, programs
+from backup.qemu.agent import Agent, AgentError
+from backup.qemu.blocks import OURS, Blocks, Node
+from backup.qemu.fleece import Instant, Room, Target
+from backup.qemu.monitor import Monitor, Refused
+from backup.sources.base import NO_FREEZE, Freeze, Moved, Opened, Owner, Wish
+
+_THAW_TRIES = 3
+
+
+class Running:
+    """
+    A running machine.
+
+    Parameters
+    ----------
+    socket : Path
+        QEMU's QMP socket.
+    nodes : sequence of str
+        Its disks: a node's name, a device's id or an image each.
+    scratch : Path or None
+        The folder for what the guest overwrites meanwhile; None: the image's own.
+    reserve : int
+        Bytes that must stay free there.
+    """
+
+    def __init__(
+        self,
+        socket: Path,
+        nodes: Sequence[str],
+        *,
+        scratch: Path | None = None,
+        reserve: int = 0,
+        freeze: Freeze = NO_FREEZE,
+    ) -> None:
+        self.socket = socket
+        self.sources = tuple(NodeSource(self, node) for node in nodes)
+        self._scratch = scratch
+        self._reserve = reserve
+        self._freeze = freeze
+        self._monitor: Monitor | None = None
+        self._no_agent: AgentError | None = None
+
+    def __enter__(self) -> Self:
+        self._monitor = Monitor(self.socket)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.monitor.close()
+
+    @property
+    def monitor(self) -> Monitor:
+        """The connection, inside the `with`."""
+        assert self._monitor is not None
+        return self._monitor
+
+    def blocks(self) -> Blocks:
+        """QEMU's block graph of this moment."""
+        return fleece.query_blocks(self.monitor)
+
+    def local(self, name: str) -> str:
+        """A file name of QEMU's as we can use it: its relative names start from its own folder."""
+        folder = self.monitor.working_folder()
+        special = name.startswith("/") or ":" in name.partition("/")[0] or folder is None
+        return name if special else os.path.normpath(f"{folder}/{name}")
+
+    def same_file(self, ours: str, qemus: str) -> bool:
+        """Do a file name of the user's and one of QEMU's mean the same file?"""
+        return ours == qemus or os.path.realpath(ours) == os.path.realpath(self.local(qemus))
+
+    def recover(self, owner: Owner) -> Sequence[str]:
+        """
+        Remove what runs that were cut off left in QEMU: all of this repository's, but bitmaps of its points.
+
+        Raises
+        ------
+        Locked
+            There is something, and a run of another machine of the repository, to which it may belong.
+        """
+        done = self._thaw_leftover()
+        # Dry runs and `map`, which belong to no repository, have zeroes for its id.
+        found = leftovers.find(self.monitor, [f"{OURS}{short}-" for short in (owner.short_id, "0" * 8)])
+        blocks = self.blocks()
+        bitmaps = list(_unpublished(blocks, owner))
+        if not found and not bitmaps:
+            return done
+        owner.require_alone()
+        stopped = leftovers.stopped_guest(blocks, found)
+        done += leftovers.remove(self.monitor, found, own_server=None)
+        if stopped and leftovers.resume(self.monitor):
+            done.append("a stop of the guest: a full scratch folder was the reason")
+        for node, name in bitmaps:
+            try:
+                self.monitor.command("block-dirty-bitmap-remove", {"node": node, "name": name})
+            except Refused:
+                continue  # a file below the disk, which QEMU has open read-only, keeps its bitmaps
+            done.append(f"bitmap {name} of node {node}, which belongs to no point")
+        return done
+
+    def _thaw_leftover(self) -> list[str]:
+        """A run that was killed while the guest was frozen must not leave it so."""
+        if self._freeze.agent is None:
+            return []
+        try:
+            with Agent(self._freeze.agent) as agent:
+                if not agent.frozen():
+                    return []
+                agent.thaw()
+        except AgentError as error:
+            self._no_agent = error  # said when the freeze is due, without another wait
+            return []
+        return ["a freeze of the guest's file systems"]
+
+    @contextmanager
+    def instant(
+        self, wishes: Sequence[Wish], lanes: int, *, point: str, repository: Path | None, short_id: str
+    ) -> Iterator[RunningMoment]:
+        """
+        Freeze one instant of all disks.
+
+        Raises
+        ------
+        Moved
+            A disk changed since it was looked at.
+        """
+        del lanes
+        self._require_different()
+        targets = [self._target(source, wish) for source, wish in zip(self.sources, wishes, strict=True)]
+        freezing = _Freezing(self._freeze, self._no_agent)
+        own = fleece.prefix(short_id, point)
+        moment = RunningMoment(freezing)
+        try:
+            with (
+                ExitStack() as opened,  # left after the instant, whose end is the server's goodbye
+                fleece.frozen_instant(self.monitor, own, targets, Room(self._reserve, repository), freezing) as instant,
+            ):
+                moment.instant = instant
+                granularities = [_settled(*pair) for pair in zip(self.sources, wishes, strict=True)]
+                for number, granularity in enumerate(granularities):
+                    export = instant.open(number)
+                    opened.callback(export.close)
+                    moment.disks.append(Opened(export, granularity))
+                yield moment
+        except fleece.SizeChanged as error:
+            raise Moved(error.message) from None
+        except (BackupError, Interrupted) as error:
+            if freezing.stuck is not None:
+                error.hint = f"{error.hint}; {freezing.stuck}"
+            raise
+
+    def _require_different(self) -> None:
+        owners: dict[str, str] = {}
+        for source in self.sources:
+            other = owners.setdefault(source.node.name, source.text)
+            if other != source.text:
+                raise UsageError(
+                    f"{other} and {source.text} are the same disk, node {source.node.name}", hint="name each disk once"
+                )
+
+    def _target(self, source: NodeSource, wish: Wish) -> Target:
+        node = source.node
+        bitmap = next((found for found in node.bitmaps if found.name == wish.read), None)
+        return Target(
+            node=node.name,
+            size=node.size,
+            read=wish.read,
+            start=wish.start,
+            persistent=wish.sight.volatile is None,
+            scratch=self._scratch or self._folder_of(wish.sight.path),
+            writes=node.stored if bitmap is None else bitmap.dirty,
+        )
+
+    def _folder_of(self, image: str) -> Path:
+        folder = os.path.dirname(image)
+        if not image.startswith("/") or not os.path.isdir(folder):
+            raise SourceError(
+                f"no scratch folder is named, and {image} is no local file whose folder could serve",
+                hint="name one with --scratch (`scratch:` in the configuration)",
+            )
+        return Path(folder)
+
+
+class NodeSource:
+    """A disk of a running machine; `text` is a node's name, a device's id, or the image."""
+
+    def __init__(self, host: Running, text: str) -> None:
+        self._host = host
+        self.text = text
+        self._node: Node | None = None
+
+    @property
+    def node(self) -> Node:
+        """The node that the guest wrote to at the last look."""
+        assert self._node is not None
+        return self._node
+
+    @property
+    def owns_bitmaps(self) -> bool:
+        """Yes."""
+        return True
+
+    def guessed_format(self) -> str | None:
+        """None: QEMU has the image open already, in the format that it was told."""
+        return None
+
+    def look(self) -> Sight:
+        """Ask QEMU."""
+        blocks = self._host.blocks()
+        self._node = node = blocks.resolve(self.text, self._host.same_file)
+        chain = blocks.chain(node.name)
+        files = [self._host.local(blocks.storage(link.name).file) for link in chain]
+        lower = [programs.look_at(file) for file in files[1:]]
+        return Sight(
+            kind="qmp",
+            path=files[0],
+            format=node.driver if node.driver == programs.QCOW2 else programs.RAW,
+            size=node.size,
+            bitmaps=tuple(_bitmaps(node)),
+            fulls_only=programs.why_fulls_only([link.details for link in chain], lower),
+            volatile=_why_volatile(node),
+            lower=tuple(LowerFile(layer.path, layer.size, layer.mtime_ns, layer.inode) for layer in lower),
+            lower_bitmaps=tuple(bitmap.name for link in chain[1:] for bitmap in link.bitmaps),
+        )
+
+    def why_no_bitmap(self, sight: Sight) -> str | None:
+        """An image with an external data file gets none."""
+        return sight.fulls_only
+
+    def remove_bitmap(self, name: str) -> None:
+        """Remove a bitmap; QEMU writes that to the image at once."""
+        self._host.monitor.command("block-dirty-bitmap-remove", {"node": self.node.name, "name": name})
+
+    def qemu_version(self) -> str | None:
+        """The running QEMU's."""
+        return self._host.monitor.version
+
+
+@dataclass(slots=True)
+class RunningMoment:
+    """An instant that QEMU keeps for us."""
+
+    _freezing: _Freezing
+    disks: list[Opened] = field(default_factory=list)
+    instant: Instant | None = None
+
+    @property
+    def consistency(self) -> str:
+        """`filesystem` if the guest was frozen, else `crash`."""
+        return self._freezing.consistency
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        """Of the freeze, and of what could not be removed in the end."""
+        troubles = [] if self.instant is None else self.instant.troubles
+        stuck = [] if self._freezing.stuck is None else [self._freezing.stuck]
+        return [*self._freezing.warnings, *stuck, *troubles]
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """How long the guest was frozen."""
+        if self.consistency != "filesystem" or self._freezing.seconds is None:
+            return []
+        return [f"the guest's file systems were frozen for {self._freezing.seconds:.2f} s"]
+
+    def require_kept(self) -> None:
+        """Make sure that nothing is known that ended the instant."""
+        assert self.instant is not None
+        self.instant.require_kept()
+
+    def require_sound(self) -> None:
+        """Make sure that no job of ours ended meanwhile."""
+        assert self.instant is not None
+        self.instant.require_sound()
+
+
+class _Freezing:
+    """
+    For the transaction the guest flushes and freezes its file systems, and thaws them, whatever happens.
+
+    `no_agent`: why the agent could not be asked at the start of the run.
+    """
+
+    def __init__(self, freeze: Freeze, no_agent: AgentError | None) -> None:
+        self._freeze = freeze
+        self._no_agent = no_agent
+        self._asked: float | None = None
+        self.consistency = "crash"
+        self.warnings: list[str] = []
+        self.seconds: float | None = None
+        self.stuck: str | None = None
+        """That the guest may be frozen, and what to do."""
+
+    def begin(self) -> None:
+        """Freeze; a failure is a warning, or an error where a freeze is required."""
+        if not self._freeze.wanted:
+            return
+        assert self._freeze.agent is not None
+        try:
+            if self._no_agent is not None:
+                raise self._no_agent
+            with Agent(self._freeze.agent) as agent:
+                if agent.frozen():
+                    agent.thaw()
+                self._asked = time.monotonic()
+                agent.freeze()
+        except AgentError as error:
+            self.end()  # whether it is frozen is not known
+            if self._freeze.required:
+                raise SourceError(
+                    f"the guest's file systems cannot be frozen: {error.message}",
+                    hint=f"{error.hint}; with `freeze: true` a backup is taken all the same",
+                ) from None
+            self.warnings.append(f"the guest was not frozen, the backup is crash-consistent: {error.message}")
+        else:
+            self.consistency = "filesystem"
+
+    def end(self) -> None:
+        """Thaw, if a freeze was asked for."""
+        try:
+            self._end()
+        except Interrupted:
+            self._end()  # there is no second signal: see interrupts.py
+            raise
+
+    def _end(self) -> None:
+        if self._asked is None:
+            return
+        problems = [self._thaw()]
+        while problems[-1] is not None and len(problems) < _THAW_TRIES:
+            problems.append(self._thaw())
+        if problems[-1] is not None:
+            self.stuck = (
+                f"the guest's file systems may still be frozen: {problems[-1]}; thaw them by the agent "
+                "(guest-fsfreeze-thaw, virsh domfsthaw)"
+            )
+        self.seconds, self._asked = time.monotonic() - self._asked, None
+
+    def _thaw(self) -> str | None:
+        """Try once; what went wrong."""
+        assert self._freeze.agent is not None
+        agent = Agent(self._freeze.agent)
+        try:
+            with agent:
+                if agent.frozen():
+                    agent.thaw()
+        except AgentError as error:
+            return error.message
+        finally:
+            agent.close()  # a signal may come before `with` holds it, and then the next try would find it busy
+        return None
+
+
+def _bitmaps(node: Node) -> Iterator[Bitmap]:
+    for found in node.bitmaps:
+        yield Bitmap(found.name, found.granularity, found.recording, found.inconsistent, found.busy, found.persistent)
+
+
+def _why_volatile(node: Node) -> str | None:
+    if node.driver != programs.QCOW2:
+        return f"QEMU keeps no bitmap in a {node.driver} image when it ends"
+    if node.details.get("compat") == "0.10":
+        return "QEMU keeps no bitmap in a qcow2 image of version 2 when it ends"
+    return None
+
+
+def _unpublished(blocks: Blocks, owner: Owner) -> Iterator[tuple[str, str]]:
+    """Node and name of bitmaps of this repository that belong to no point."""
+    for node in blocks.nodes.values():
+        if node.name.startswith(OURS):
+            continue  # a copy, which goes with its overlay
+        for name in decide.own_bitmaps((bitmap.name for bitmap in node.bitmaps), owner.short_id, keep=None):
+            if not owner.has_point(name.rpartition(".")[2]):
+                yield node.name, name
+
+
+def _settled(source: NodeSource, wish: Wish) -> int | None:
+    """After the transaction all must be as it was when it was looked at; the granularity of the bitmap that began."""
+    looked_at = source.node.name
+    now = source.look()
+    before = replace(now, bitmaps=tuple(bitmap for bitmap in now.bitmaps if bitmap.name != wish.start))
+    if source.node.name != looked_at or before != wish.sight:
+        raise Moved(f"disk {source.text} changed before its instant was frozen")
+    started = None if wish.start is None else now.bitmap(wish.start)
+    return None if started is None else started.granularity

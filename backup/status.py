@@ -1,0 +1,217 @@
+"""
+Status: for each disk its newest point, how old that is, whether its chain is there, and what to do next.
+
+Nothing is read but manifests, the sizes of files, and what `verify` remembers: it may run every minute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from backup import chain as chains
+from backup.chain import Chain
+from backup.errors import BackupError, NotFound
+from backup.manifest import Manifest, moment_of
+from backup.memory import Memory, recall, record_of
+from backup.repository import Contents, Machine
+from backup.units import show_age
+from backup.verify import glance
+
+TOLERANCE = 300.0
+"""Seconds that a point may lie in the future: two hosts' clocks differ.  Beyond that nothing is known of its age."""
+OLD = 1
+"""Exit code where something is too old, as Nagios and its kind know a warning."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """
+    What is remembered of a chain's data files.
+
+    `last` is the newest time at which one was verified, UTC; `files` so many `of` all were found to be sound since they
+    were written; `code` and `problem` tell of the first that was not.
+    """
+
+    last: str | None
+    files: int
+    of: int
+    code: int
+    problem: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class DiskStatus:
+    """
+    One disk's state; `disk` is None for what concerns its machine as a whole.
+
+    Ages in seconds, sizes in bytes; None where there is no point, no time, or no chain.  `code` is 0, 1 (too old), or
+    the exit code of what is wrong; `next` says what to do.
+    """
+
+    machine: str
+    disk: str | None
+    point: str | None
+    finished: str | None
+    age_seconds: float | None
+    chain_points: int | None
+    stored_bytes: int | None
+    logical_bytes: int | None
+    verified: Trust | None
+    code: int
+    next: str
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The time that it is, and the greatest age in seconds that is no fault (None: any)."""
+
+    now: datetime
+    max_age: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """A machine's manifests, what `verify` remembers of it, and a look at the files of a chain: what is wrong there."""
+
+    contents: Contents
+    memory: Memory
+    files_problem: Callable[[Chain], BackupError | None]
+
+
+def exit_code(found: Collection[DiskStatus]) -> int:
+    """The worst: damaged (12) before missing (10) before too old (1); 10 where there is nothing at all."""
+    codes = {status.code for status in found}
+    if not codes:
+        return NotFound.exit_code
+    return next((code for code in (12, 10) if code in codes), max(codes))
+
+
+def look(machine: Machine, expected: Collection[str] | None, limits: Limits) -> list[DiskStatus]:
+    """
+    The state of a machine's disks.
+
+    Parameters
+    ----------
+    expected : collection of str or None
+        The disks that the configuration names: one without a point is at fault, and another one, which is backed up no
+        longer, is never too old.  None: those that have points.
+    """
+    evidence = Evidence(machine.contents(), recall(machine), lambda chain: files_problem(machine.path, chain))
+    return assess(machine.name, evidence, expected, limits)
+
+
+def assess(machine: str, evidence: Evidence, expected: Collection[str] | None, limits: Limits) -> list[DiskStatus]:
+    """As `look`, without a file."""
+    contents = evidence.contents
+    found = [_without_point(machine, None, error.exit_code, _fault(error)) for error in contents.damaged.values()]
+    newest = newest_by_disk(contents.manifests)
+    for disk in sorted({*newest, *(expected or ())}):
+        point = newest.get(disk)
+        if point is None:
+            found.append(_without_point(machine, disk, OLD, "no point yet: run pybackup incremental"))
+        else:
+            ages = limits if expected is None or disk in expected else Limits(limits.now, None)
+            found.append(_disk_status(point, disk, evidence, ages))
+    return found or [_without_point(machine, None, OLD, "no point yet: run pybackup incremental")]
+
+
+def newest_by_disk(manifests: Mapping[str, Manifest]) -> dict[str, Manifest]:
+    """The newest point of each disk that has one."""
+    found: dict[str, Manifest] = {}
+    for manifest in sorted(manifests.values(), key=lambda each: each.sequence):
+        found.update({disk.name: manifest for disk in manifest.disks})
+    return found
+
+
+def files_problem(folder: Path, chain: Chain) -> BackupError | None:
+    """What is wrong with a chain's files as far as their names and lengths tell; None: nothing."""
+    found = (glance(folder, link.entry.data) for link in chain.links)
+    return next((problem for problem in found if problem is not None), None)
+
+
+def trust_in(chain: Chain, memory: Memory) -> Trust:
+    """What is remembered of a chain's data files."""
+    records = [found for link in chain.links if (found := record_of(memory, link.entry.data)) is not None]
+    wrong = next((record for record in records if record.code), None)
+    return Trust(
+        last=max((record.checked for record in records), default=None),
+        files=sum(not record.code for record in records),
+        of=len(chain.links),
+        code=0 if wrong is None else wrong.code,
+        problem=None if wrong is None else wrong.problem,
+    )
+
+
+def _disk_status(point: Manifest, disk: str, evidence: Evidence, limits: Limits) -> DiskStatus:
+    entry = point.disk(disk)
+    assert entry is not None
+    finished = moment_of(point.finished)
+    age = None if finished is None else (limits.now - finished).total_seconds()
+    chain: Chain | None = None
+    try:
+        chain = chains.build(evidence.contents.manifests, point.point, disk, evidence.contents.damaged)
+        wrong = evidence.files_problem(chain)
+    except BackupError as error:
+        wrong = error
+    trust = None if chain is None else trust_in(chain, evidence.memory)
+    code, advice = _verdict(point.machine, wrong, trust, age, limits)
+    return DiskStatus(
+        machine=point.machine,
+        disk=disk,
+        point=point.point,
+        finished=point.finished,
+        age_seconds=None if age is None else max(age, 0.0),
+        chain_points=None if chain is None else len(chain.links),
+        stored_bytes=None if chain is None else sum(link.entry.data.size for link in chain.links),
+        logical_bytes=entry.size,
+        verified=trust,
+        code=code,
+        next=advice,
+    )
+
+
+def _verdict(
+    machine: str, wrong: BackupError | None, trust: Trust | None, age: float | None, limits: Limits
+) -> tuple[int, str]:
+    """The exit code and what to do: what is broken comes before what is old."""
+    if wrong is not None:
+        return wrong.exit_code, _fault(wrong)
+    assert trust is not None
+    if trust.code:
+        return trust.code, f"damaged: {trust.problem}"
+    if limits.max_age is not None:
+        if age is None or age < -TOLERANCE:
+            return OLD, "its time is in the future or none: check the clock, then run pybackup incremental"
+        if age > limits.max_age:
+            return OLD, f"too old (limit {show_age(limits.max_age)}): run pybackup incremental"
+    return 0, f"never verified: run pybackup verify {machine}" if trust.last is None else "nothing"
+
+
+def _fault(error: BackupError) -> str:
+    return f"{'missing' if isinstance(error, NotFound) else 'damaged'}: {error.message}"
+
+
+def _without_point(machine: str, disk: str | None, code: int, advice: str) -> DiskStatus:
+    return DiskStatus(machine, disk, None, None, None, None, None, None, None, code, advice)
+
+
+def summary(found: Collection[DiskStatus]) -> str:
+    """One line that a monitoring system shows."""
+    wrong = [status for status in found if status.code]
+    machines = len({status.machine for status in found})
+    if not wrong:
+        oldest = max((status.age_seconds or 0.0 for status in found), default=0.0)
+        return f"OK: {len(found)} disks of {machines} machines, none older than {show_age(oldest)}"
+    word = "WARNING" if exit_code(found) == OLD else "CRITICAL"
+    shown = "; ".join(_shortly(wrong))
+    return f"{word}: {len(wrong)} of {len(found)} disks: {shown}"
+
+
+def _shortly(wrong: Collection[DiskStatus], most: int = 3) -> Iterator[str]:
+    for status in sorted(wrong, key=lambda each: -each.code)[:most]:
+        yield f"{status.machine}{'/' if status.disk else ''}{status.disk or ''}: {status.next}"
+    if len(wrong) > most:
+        yield f"and {len(wrong) - most} more"

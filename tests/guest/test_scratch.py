@@ -1,0 +1,90 @@
+"""
+A scratch folder that fills up while a real guest writes: QEMU stops the guest, and it must not stay so.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from guest import NAMES, Guest, make_disks, started
+from initrd import Unavailable, make_system
+from lab import PYBACKUP, run, run_pybackup
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory):
+    try:
+        return make_system(tmp_path_factory.mktemp("system"))
+    except Unavailable as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.fixture
+def guest(system, tmp_path) -> Iterator[Guest]:
+    with started(system, "write", *make_disks(tmp_path, ballast=system.kernel)) as guest:
+        guest.wait_for(numbers=20, generations=1)
+        yield guest
+        guest.end()
+
+
+@contextmanager
+def small(folder: Path) -> Iterator[Path]:
+    """A file system for much less than the guest overwrites in a while."""
+    folder.mkdir()
+    if (
+        os.geteuid()
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", folder], check=False).returncode
+    ):
+        pytest.skip("a tmpfs can't be mounted here")
+    try:
+        yield folder
+    finally:
+        run("umount", "--lazy", folder)
+
+
+def command(guest: Guest, folder: Path, scratch: Path) -> list[str | Path]:
+    """A slow backup, without a reserve that would end it before QEMU stops the guest."""
+    config = folder / "config.yaml"
+    config.write_text("scratch_reserve: 0\n")
+    nodes = [word for name in NAMES for word in ("--node", f"node-{name}", "--disk", name)]
+    names = ["--machine", "web1", "--bitmap", "b1", "--repo", folder / "repo", "--scratch", scratch, "--limit", "1M"]
+    return ["--config", config, "full", "--qmp", guest.qmp, *nodes, *names]
+
+
+def require_going_on(guest: Guest) -> None:
+    assert guest.monitor("query-status")["status"] == "running"
+    assert not guest.monitor("query-jobs")
+    guest.wait_for(numbers=20, generations=1)
+
+
+def stops(guest: Guest) -> list[str]:
+    """Why QEMU stopped the guest, and that it did."""
+    guest.monitor("query-status")  # takes in what came before
+    return [event["event"] for event in guest.monitor.events if event["event"] in {"BLOCK_IO_ERROR", "STOP", "RESUME"}]
+
+
+def test_a_backup_that_fills_its_scratch_folder_ends_and_lets_the_guest_go_on(guest, tmp_path):
+    with small(tmp_path / "scratch") as scratch:
+        done = run_pybackup(command(guest, tmp_path, scratch))
+    assert done.rc == 13, done
+    assert "ran out of space" in done.stderr
+    assert stops(guest)[-3:] == ["BLOCK_IO_ERROR", "STOP", "RESUME"]
+    require_going_on(guest)
+    assert not list(tmp_path.glob("repo/*/*.qcow2"))
+
+
+def test_a_guest_that_a_killed_backups_scratch_folder_stopped_goes_on_with_the_next_run(guest, tmp_path):
+    with small(tmp_path / "scratch") as scratch:
+        with subprocess.Popen([PYBACKUP, *command(guest, tmp_path, scratch)]) as process:
+            guest.wait_until(lambda guest: guest.monitor("query-block-exports"), "export that the run reads from")
+            process.kill()
+        guest.wait_until(lambda guest: guest.monitor("query-status")["status"] == "io-error", "stop of the guest")
+        done = run_pybackup(["clean", "--qmp", guest.qmp, "--repo", tmp_path / "repo"])
+    assert done.rc == 0, done
+    assert "a stop of the guest" in done.stdout
+    require_going_on(guest)

@@ -1,0 +1,124 @@
+"""Which node of a running QEMU is a disk: by any of its names, below filters, above what it was once."""
+
+import pytest
+
+from backup.errors import SourceError
+from backup.qemu.blocks import Blocks
+
+
+def named(name, driver="qcow2", file=None, **image):
+    return {
+        "node-name": name,
+        "drv": driver,
+        "file": file or f"/images/{name}",
+        "image": {"virtual-size": 1 << 20, "actual-size": 4096, **image},
+    }
+
+
+def device(node, *, qdev="", name="", status="ok"):
+    return {"device": name, "qdev": qdev, "io-status": status, "inserted": {"node-name": node}}
+
+
+def blocks(nodes, edges, devices=()):
+    """Edges are "parent child name"; a block backend stands above each device's node, as in QEMU's graph."""
+    numbers = {node["node-name"]: number for number, node in enumerate(nodes)}
+    graph_nodes = [{"id": number, "name": name, "type": "block-driver"} for name, number in numbers.items()]
+    graph_edges = [
+        {"parent": numbers[parent], "child": numbers[child], "name": kind}
+        for parent, child, kind in (edge.split() for edge in edges)
+    ]
+    for number, found in enumerate(devices, len(nodes)):
+        graph_nodes.append({"id": number, "name": found["qdev"], "type": "block-backend"})
+        graph_edges.append({"parent": number, "child": numbers[found["inserted"]["node-name"]], "name": "root"})
+    return Blocks.of(nodes, devices, {"nodes": graph_nodes, "edges": graph_edges})
+
+
+def resolved(found, text):
+    return found.resolve(text, lambda ours, qemus: ours == qemus).name
+
+
+@pytest.fixture
+def throttled():
+    """A disk with a base, below a throttle filter, as a guest's virtio disk."""
+    nodes = [
+        named("throttle0", "throttle", "json:{}"),
+        named("disk0", file="/images/top.qcow2"),
+        named("file0", "file", "/images/top.qcow2"),
+        named("base0", file="/images/base.qcow2"),
+        named("file1", "file", "/images/base.qcow2"),
+    ]
+    edges = ["throttle0 disk0 file", "disk0 file0 file", "disk0 base0 backing", "base0 file1 file"]
+    return blocks(nodes, edges, [device("throttle0", qdev="/machine/peripheral/vd0/virtio-backend")])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["disk0", "throttle0", "file0", "vd0", "/machine/peripheral/vd0/virtio-backend", "/images/top.qcow2", "base0"],
+)
+def test_a_disk_is_the_format_node_that_the_guest_writes_to_whatever_names_it(throttled, text):
+    assert resolved(throttled, text) == "disk0"
+
+
+def test_the_chain_goes_down_the_backing_files(throttled):
+    assert [node.name for node in throttled.chain("disk0")] == ["disk0", "base0"]
+    assert throttled.storage("disk0").name == "file0"
+
+
+def test_after_a_snapshot_the_old_node_means_the_overlay_above_it():
+    nodes = [named("snap1"), named("disk0")]
+    found = blocks(nodes, ["snap1 disk0 backing"], [device("snap1", name="drive0")])
+    assert resolved(found, "disk0") == "snap1"
+    assert resolved(found, "drive0") == "snap1"
+
+
+def test_a_filter_of_a_mirror_is_passed_and_its_target_is_another_disk():
+    nodes = [named("top", "mirror_top"), named("disk0"), named("copy0")]
+    found = blocks(nodes, ["top disk0 backing", "top copy0 target"], [device("top", qdev="/machine/peripheral/vd0")])
+    assert resolved(found, "vd0") == "disk0"
+    assert resolved(found, "copy0") == "copy0"
+
+
+def test_an_overlay_of_ours_is_no_disk_of_the_guest():
+    nodes = [
+        named("pybackup-1-2-c0", "copy-before-write"),
+        named("pybackup-1-2-f0"),
+        named("disk0"),
+    ]
+    edges = ["pybackup-1-2-c0 disk0 file", "pybackup-1-2-c0 pybackup-1-2-f0 target", "pybackup-1-2-f0 disk0 backing"]
+    assert resolved(blocks(nodes, edges), "disk0") == "disk0"  # also with no device: an export alone
+    found = blocks(nodes, edges, [device("pybackup-1-2-c0", qdev="/machine/peripheral/vd0", status="nospace")])
+    assert resolved(found, "vd0") == "disk0"
+    assert [above.io_status for above in found.devices_above("pybackup-1-2-c0")] == ["nospace"]
+
+
+def test_another_programs_overlay_on_a_guests_disk_does_not_hide_the_disk():
+    nodes = [named("libvirt-backup"), named("disk0")]
+    found = blocks(nodes, ["libvirt-backup disk0 backing"], [device("disk0", qdev="/machine/peripheral/vd0")])
+    assert resolved(found, "disk0") == "disk0"
+
+
+def test_a_base_of_two_disks_is_refused_with_both_names():
+    nodes = [named("a"), named("b"), named("base")]
+    devices = [device("a", qdev="/machine/peripheral/x"), device("b", qdev="/machine/peripheral/y")]
+    found = blocks(nodes, ["a base backing", "b base backing"], devices)
+    with pytest.raises(SourceError, match="several disks: a, b"):
+        resolved(found, "base")
+
+
+def test_what_is_not_there_is_refused_with_what_is(throttled):
+    with pytest.raises(SourceError, match="no node, device or image 'vd1'") as caught:
+        resolved(throttled, "vd1")
+    assert "vd0" in caught.value.hint
+    assert "disk0" in caught.value.hint
+
+
+def test_a_raw_file_without_a_format_node_is_a_disk_too():
+    found = blocks([named("raw0", "file", "/images/x.raw")], [], [device("raw0", name="drive0")])
+    assert resolved(found, "/images/x.raw") == "raw0"
+
+
+def test_bitmaps_without_a_name_are_qemus_own():
+    bitmap = {"granularity": 65536, "count": 0, "recording": True, "persistent": True, "busy": False}
+    nodes = [named("disk0") | {"dirty-bitmaps": [bitmap, bitmap | {"name": "b1", "inconsistent": True}]}]
+    [found] = blocks(nodes, []).nodes["disk0"].bitmaps
+    assert (found.name, found.inconsistent) == ("b1", True)

@@ -1,0 +1,501 @@
+"""
+What can go wrong around a backup of a running machine ends in an error, no point, and a machine that goes on.
+
+A connection that breaks, a QEMU that dies, a socket that another program has, a scratch folder without space.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Self
+
+import pytest
+from lab import MIB, call_pybackup
+from live import (
+    Machine,
+    Nights,
+    Qmp,
+    Step,
+    below_the_guest,
+    kinds,
+    private_tmp,
+    remove_empty_folders,
+    stopped_at,
+    wait_until,
+)
+
+COPYING = Step("PartFile.put", "after", module="backup.datafile")
+EXPORTED = Step("block-export-add", "after", 2)
+MOMENTS = [
+    Step("add-fd", "after", 2),
+    Step("transaction", "before"),
+    Step("transaction", "after"),
+    EXPORTED,
+    COPYING,
+]
+LOOKED = Step("blockdev-add", "before")
+"""The run knows the disks and has changed nothing."""
+READ = Step("Machine.publish", "before", module="backup.repository")
+"""All is read, and known to be sound."""
+
+
+@pytest.fixture
+def nights(tmp_path: Path):
+    with Machine.of(tmp_path, "a", "b") as machine, private_tmp(machine.place):
+        machine.start()
+        machine.write("a", 0, 200_000, 0x11)
+        machine.write("b", MIB, 300_000, 0x12)
+        found = Nights.of(machine)
+        found.full()
+        machine.write("a", 2 * MIB, 700_000, 0x21)
+        machine.write("b", 100_000, 1000, 0x22)
+        yield found
+
+
+def ended(run: subprocess.Popen[str]) -> int:
+    """Let a run go on from where it stands still; how it ends."""
+    run.send_signal(signal.SIGCONT)
+    return run.wait(60)
+
+
+# The connection is cut
+
+
+class Cable:
+    """A socket that leads to a machine's QMP, descriptors included, until it is cut."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._to = machine.qmp
+        self.path = machine.place / "cable"
+        self._ends: list[socket.socket] = []
+        self._pumps: list[threading.Thread] = []
+
+    def __enter__(self) -> Self:
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(self.path))
+        self._listener.listen(4)
+        self._accepting = threading.Thread(target=self._accept)
+        self._accepting.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._accepting.join(20)
+        self._listener.close()
+        self.cut()
+
+    def cut(self, *, for_good: bool = False) -> None:
+        """End all connections; `for_good`: nobody listens any more either."""
+        if for_good:
+            self._listener.shutdown(socket.SHUT_RDWR)
+        for end in self._ends:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        for pump in self._pumps:
+            pump.join(20)
+            assert not pump.is_alive()
+        for end in self._ends:
+            end.close()
+        self._ends, self._pumps = [], []
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.socket(socket.AF_UNIX)
+                far.connect(str(self._to))
+                self._ends += [near, far]
+                for one, other in ((near, far), (far, near)):
+                    pump = threading.Thread(target=_pump, args=(one, other))
+                    self._pumps.append(pump)
+                    pump.start()
+
+
+def _pump(source: socket.socket, sink: socket.socket) -> None:
+    with suppress(OSError):
+        while True:
+            data, fds, _, _ = socket.recv_fds(source, 65536, 8)
+            if not data:
+                break
+            socket.send_fds(sink, [data], fds)
+            for fd in fds:
+                os.close(fd)
+    for end in (source, sink):
+        with suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)
+
+
+def through(cable: Cable, nights: Nights) -> list[str | Path]:
+    """An incremental's arguments, with the cable for the machine's socket."""
+    given = nights.arguments("incremental", "--no-fallback")
+    return [cable.path if word == nights.machine.qmp else word for word in given]
+
+
+@pytest.mark.parametrize("step", MOMENTS[::2], ids=str)
+def test_a_connection_that_is_cut_is_an_error_and_the_next_run_makes_up_for_it(nights, step):
+    points = nights.points()
+    with Cable(nights.machine) as cable, stopped_at(step, through(cable, nights)) as run:
+        cable.cut(for_good=True)
+        nights.machine.write("a", MIB, 1000, 0x31)
+        assert ended(run) == 13
+    assert nights.points() == points
+    nights.require_making_up("--no-fallback")
+    nights.require_own_bitmap_alone()
+
+
+@pytest.mark.parametrize("step", MOMENTS, ids=str)
+def test_after_a_cut_nothing_is_left_when_the_machine_can_be_reached_again(nights, step):
+    """A guest must not stand under a job of ours until the next night."""
+    points = nights.points()
+    with Cable(nights.machine) as cable, stopped_at(step, through(cable, nights)) as run:
+        cable.cut()
+        nights.machine.write("a", MIB, 1000, 0x31)
+        assert ended(run) == 13
+    assert nights.points() == points
+    nights.require_nothing_left()
+    nights.require_making_up("--no-fallback")
+    nights.require_own_bitmap_alone()
+
+
+def test_a_connection_that_is_cut_when_all_is_read_is_a_point_with_a_warning(nights):
+    held = nights.machine.held()
+    with Cable(nights.machine) as cable, stopped_at(READ, through(cable, nights)) as run:
+        cable.cut(for_good=True)
+        nights.machine.write("a", MIB, 1000, 0x31)
+        assert ended(run) == 3
+    nights.references[nights.newest["point"]] = held
+    nights.require_restored()
+    nights.require_making_up("--no-fallback")
+    nights.require_own_bitmap_alone()
+
+
+# QEMU ends
+
+
+@pytest.mark.parametrize("step", MOMENTS, ids=str)
+def test_a_qemu_that_is_killed_is_an_error_and_the_next_run_a_full(nights, step):
+    points = nights.points()
+    with stopped_at(step, nights.arguments("incremental")) as run:
+        nights.machine.write("a", MIB, 1000, 0x31)
+        nights.machine.kill()
+        assert ended(run) == 13
+    assert nights.points() == points
+    nights.require_nothing_left()
+    nights.machine.start()
+    nights.require_fulls("is missing")
+    nights.require_restored()
+
+
+def test_a_qemu_that_is_killed_when_all_is_read_leaves_a_point(nights):
+    held = nights.machine.held()
+    with stopped_at(READ, nights.arguments("incremental")) as run:
+        nights.machine.write("a", MIB, 1000, 0x31)
+        nights.machine.kill()
+        assert ended(run) == 3
+    nights.references[nights.newest["point"]] = held
+    nights.require_sound()
+    nights.machine.start()
+    nights.require_fallback("is missing")
+
+
+def test_a_machine_that_is_shut_down_during_a_backup_keeps_its_bitmaps(nights):
+    points = nights.points()
+    with stopped_at(COPYING, nights.arguments("incremental")) as run:
+        nights.machine.write("a", MIB, 1000, 0x31)
+        nights.machine.quit()
+        assert ended(run) == 13
+    assert nights.points() == points
+    nights.require_nothing_left()
+    nights.machine.start()
+    nights.require_making_up("--no-fallback")
+    nights.require_own_bitmap_alone()
+
+
+def test_a_job_that_somebody_cancels_makes_no_point(nights):
+    """What is read from then on is what the disk holds now."""
+    points = nights.points()
+    with stopped_at(COPYING, nights.arguments("incremental")) as run:
+        for job in nights.machine.monitor("query-jobs"):
+            nights.machine.monitor("job-cancel", id=job["id"])
+        wait_until(lambda: not nights.machine.monitor("query-jobs"), "end of the jobs")
+        nights.machine.write("a", 2 * MIB, 700_000, 0x31)
+        assert ended(run) == 13
+    assert nights.points() == points
+    nights.require_nothing_left()
+    nights.require_making_up("--no-fallback")
+    nights.require_own_bitmap_alone()
+
+
+# The socket
+
+
+def test_a_socket_that_another_program_has_is_an_error_within_seconds(nights):
+    other = Qmp(nights.machine.qmp)
+    began = time.monotonic()
+    done = nights.backup("incremental")
+    assert time.monotonic() - began < 20
+    other.close()
+    assert done.rc == 13, done
+    assert str(nights.machine.qmp) in done.machine["error"]["message"]
+    assert "second" in done.machine["error"]["hint"]
+    nights.require_incremental("--no-fallback")
+
+
+def test_no_socket_no_listener_and_no_qmp_are_errors(nights):
+    place = nights.machine.place
+    (place / "file").touch()
+    deaf = socket.socket(socket.AF_UNIX)
+    deaf.bind(str(place / "deaf"))
+    for name, why in (("none", "No such file"), ("file", "refused"), ("deaf", "refused")):
+        given = [place / name if word == nights.machine.qmp else word for word in nights.arguments("full")]
+        done = call_pybackup(given)
+        assert done.rc == 13, done
+        assert why in done.stderr
+        assert len(done.stderr.splitlines()) == 2
+    deaf.close()
+    with babbling(place / "babbler") as address:
+        given = [address if word == nights.machine.qmp else word for word in nights.arguments("full")]
+        done = call_pybackup(given)
+    assert done.rc == 13, done
+    assert len(done.stderr.splitlines()) == 2, done
+
+
+@contextmanager
+def babbling(address: Path) -> Iterator[Path]:
+    """A server of another protocol."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(address))
+        listener.listen(1)
+
+        def serve() -> None:
+            with suppress(OSError):
+                while True:
+                    client, _ = listener.accept()
+                    with client:
+                        client.sendall(b"220 mail.example ESMTP\r\n")
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield address
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join(20)
+
+
+@pytest.mark.parametrize("node", ["nope", "a.qcow2", ""])
+def test_a_node_that_the_machine_does_not_have(nights, node):
+    done = nights.backup_of("full", "--node", node, "--disk", "a")
+    assert done.rc in {2, 13}, done
+    assert "a" in done.machine["error"]["hint"]
+    nights.require_incremental("--no-fallback")
+
+
+def test_one_disk_named_twice(nights):
+    done = nights.backup_of("full", "--node", "a", "--disk", "x", "--node", "dev-a", "--disk", "y")
+    assert done.rc == 2, done
+    nights.require_incremental("--no-fallback")
+
+
+def test_a_disk_that_is_unplugged_between_two_nights_is_an_error_that_names_it(nights):
+    nights.machine.unplug("b")
+    done = nights.backup("incremental")
+    assert done.rc == 13, done
+    assert "'b'" in done.machine["error"]["message"]
+    done = nights.backup_of("incremental", "--node", "a", "--disk", "a")
+    assert (done.rc, kinds(done)) == (0, {"incremental"}), done
+    nights.require_sound()
+
+
+# The disk is resized under the run
+
+
+def test_a_disk_that_is_resized_while_the_run_looks_at_it(nights):
+    """The overlay has the old size, QEMU refuses the transaction for both disks, and the run looks again."""
+    with stopped_at(LOOKED, nights.arguments("incremental")) as run:
+        nights.machine.resize("b", 5 * MIB)
+        nights.machine.write("b", 5 * MIB - 512, 512, 0x41)
+        assert ended(run) == 0
+    [new] = nights.points() - set(nights.references)
+    nights.references[new] = nights.machine.held()
+    nights.require_sound()
+    nights.require_own_bitmap_alone()
+    nights.require_incremental("--no-fallback")
+
+
+def test_a_bitmap_that_is_disabled_while_the_run_looks_at_it(nights):
+    """QEMU takes it into the transaction without a word; what the guest wrote since is not in it."""
+    with stopped_at(LOOKED, nights.arguments("incremental")) as run:
+        nights.machine.monitor("block-dirty-bitmap-disable", node="a", name=nights.own_bitmap)
+        nights.machine.write("a", MIB, 1000, 0x42)
+        assert ended(run) == 3
+    require_fallback_point(nights, "is disabled")
+
+
+def test_an_external_snapshot_that_is_taken_while_the_run_looks_at_the_disk(nights):
+    """The guest writes to another node than the one that the run has chosen."""
+    with stopped_at(LOOKED, nights.arguments("incremental")) as run:
+        below_the_guest(nights.machine, "a")
+        nights.machine.write("a", MIB, 1000, 0x42)
+        assert ended(run) == 3
+    require_fallback_point(nights, "backing")
+
+
+def require_fallback_point(nights: Nights, reason: str) -> None:
+    """The new point is a full of disk "a" for the reason, and an incremental of "b"."""
+    [new] = nights.points() - set(nights.references)
+    nights.references[new] = nights.machine.held()
+    first, second = nights.newest["disks"]
+    assert (first["kind"], second["kind"]) == ("full", "incremental")
+    assert reason in first["reason"]
+    nights.require_sound()
+    nights.machine.write("a", MIB, 2000, 0x43)
+    nights.require_making_up("--no-fallback")  # a bitmap of the first try may lie on the node that is lower now
+    nights.require_incremental("--no-fallback")
+    nights.require_own_bitmap_alone()
+
+
+def test_a_bitmap_that_is_removed_while_the_run_looks_at_it(nights):
+    with stopped_at(Step("transaction", "before"), nights.arguments("incremental", "--no-fallback")) as run:
+        nights.machine.monitor("block-dirty-bitmap-remove", node="b", name=nights.own_bitmap)
+        assert ended(run) in {13, 14}
+    nights.require_nothing_left()
+    nights.require_fallback("is missing", only=["b"])
+
+
+# No space for what the guest overwrites
+
+
+@pytest.fixture
+def scratch(nights: Nights) -> Iterator[Path]:
+    """A scratch folder on a file system of 4 MiB, of which a run leaves 2 free."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may mount")
+    place = nights.machine.place / "scratch"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place]
+    mounted = subprocess.run(command, check=False, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no mount here: {mounted.stderr}")
+    try:
+        yield place
+    finally:
+        nights.machine.__exit__()
+        subprocess.run(["umount", place], check=True)
+
+
+def test_a_scratch_folder_with_less_space_than_must_stay_free_is_refused_before_anything_is_done(nights, scratch):
+    done = nights.backup("incremental", "--scratch", scratch)
+    assert done.rc in {1, 13}, done
+    assert str(scratch) in done.machine["error"]["message"]
+    assert done.machine["error"]["hint"]
+    nights.require_nothing_left()
+    nights.require_incremental("--no-fallback")
+
+
+def with_reserve(nights: Nights, scratch: Path, *options: str) -> list[str | Path]:
+    config = nights.machine.folder / "c.yaml"
+    config.write_text("scratch_reserve: 2M\n")
+    return ["--config", config, *nights.arguments("incremental", "--scratch", scratch, *options)]
+
+
+def test_a_scratch_folder_that_fills_up_ends_the_backup_and_the_guest_goes_on(nights, scratch):
+    machine, points = nights.machine, nights.points()
+    machine.write("a", 0, 4 * MIB, 0x51)
+    # Slow enough that the guest overwrites most of the disk meanwhile.
+    with stopped_at(EXPORTED, with_reserve(nights, scratch, "--limit", "256K")) as run:
+        run.send_signal(signal.SIGCONT)
+        began = time.monotonic()
+        for step in range(44):
+            machine.write("a", step * 64 * 1024, 4096, 0x52)
+        assert ended(run) == 13
+        assert time.monotonic() - began < 10, "it did not read on to the end"
+    assert nights.points() == points
+    nights.require_nothing_left()
+    assert not list(scratch.iterdir())
+    machine.write("a", 0, 4 * MIB, 0x53)
+    nights.require_making_up("--no-fallback")
+    nights.require_own_bitmap_alone()
+
+
+def test_a_guests_write_that_fails_for_a_full_scratch_folder_is_in_no_point(nights, scratch):
+    """The run stands still and cannot end the job in time."""
+    machine = nights.machine
+    machine.write("a", 0, 4 * MIB, 0x51)
+    held = machine.held()
+    with stopped_at(COPYING, with_reserve(nights, scratch)) as run:
+        with pytest.raises(OSError, match="No space left"):
+            overwrite(machine)
+        rc = ended(run)
+    # Its reading may be over before it looks at the folder: then what it read is the instant all the same.
+    assert rc in {0, 13}
+    nights.references.update(dict.fromkeys(nights.points() - set(nights.references), held))
+    nights.require_sound()
+    machine.write("a", 0, 4 * MIB, 0x53)
+    nights.require_making_up("--no-fallback")
+    machine.quit()
+
+
+def overwrite(machine: Machine) -> None:
+    """Write to each cluster of both disks."""
+    for step in range(64):
+        for name in machine.disks:
+            machine.write(name, step * 64 * 1024, 4096, 0x52)
+
+
+# Cleaning
+
+
+def clean(nights: Nights):
+    return call_pybackup(["clean", "--qmp", nights.machine.qmp, "--repo", nights.repository])
+
+
+def test_clean_removes_what_a_killed_run_left_and_keeps_what_continues_the_chain(nights):
+    machine, name = nights.machine, nights.own_bitmap
+    with stopped_at(COPYING, nights.arguments("incremental")) as run:
+        machine.write("a", MIB, 1000, 0x31)
+        run.kill()
+        run.wait(30)
+    assert len(machine.leftovers()) > 5
+    for _ in range(2):
+        nights.require_cleaned()
+        assert list(machine.bitmaps("a")) == [name]
+    nights.require_incremental("--no-fallback")
+
+
+def test_clean_leaves_a_run_alone(nights):
+    with stopped_at(COPYING, nights.arguments("incremental")) as run:
+        done = clean(nights)
+        assert done.rc in {11, 13}, done  # the run holds the machine and the socket
+        assert ended(run) == 0
+    nights.references.update(dict.fromkeys(nights.points() - set(nights.references), nights.machine.held()))
+    nights.require_sound()
+
+
+def test_clean_leaves_another_repositorys_leftovers_and_a_foreign_nbd_server_alone(nights):
+    machine = nights.machine
+    other = Nights(machine, machine.folder / "other.tmp")
+    other.full()
+    with stopped_at(COPYING, other.arguments("incremental")) as run:
+        run.kill()
+        run.wait(30)
+    before, bitmaps = machine.leftovers(), machine.bitmaps("a")
+    assert clean(nights).rc == 0
+    assert machine.leftovers() == before
+    assert machine.bitmaps("a") == bitmaps
+    assert clean(other).rc == 0
+    remove_empty_folders()
+    nights.require_nothing_left()
+    address = machine.place / "foreign"
+    machine.monitor("nbd-server-start", addr={"type": "unix", "data": {"path": str(address)}})
+    assert clean(nights).rc == 0
+    assert ["already running" in text for text in machine.leftovers()] == [True]
+    assert not list(Path(tempfile.gettempdir()).glob("pybackup-*"))

@@ -1,0 +1,238 @@
+"""Status says of each disk how old its newest point is and what to do next, in words and by its exit code."""
+
+import json
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from forge import entry, manifest, replaced, rewrite
+from lab import Night, call_pybackup, run_pybackup, write
+
+from backup import memory, status
+from backup.errors import Damaged
+from backup.memory import Record
+from backup.repository import Contents
+
+NOW = datetime(2026, 11, 23, 12, 0, 0, tzinfo=UTC)
+FIELDS = [
+    "machine", "disk", "point", "finished", "age_seconds", "chain_points", "stored_bytes", "logical_bytes",
+    "verified", "code", "next",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def night(tmp_path_factory):
+    """A full and an incremental."""
+    night = Night.of(tmp_path_factory.mktemp("status"))
+    night.full()
+    write(night.image, "write -P 3 2M 10k")
+    assert night.incremental().rc == 0
+    return night
+
+
+def ask(night, *options):
+    return call_pybackup(["status", "--repo", night.repository, "--json", *options])
+
+
+def newest_path(night):
+    return night.repository / "disk" / f"{night.newest['point']}.json"
+
+
+def aged(path, **ago):
+    """A manifest whose point was finished so long ago."""
+    before = path.read_bytes()
+    finished = datetime.now(UTC) - timedelta(**ago)
+    rewrite(path, lambda document: document.update(finished=f"{finished:%Y-%m-%dT%H:%M:%SZ}"))
+    after = path.read_bytes()
+    path.write_bytes(before)
+    return replaced(path, after)
+
+
+def test_a_fresh_disk_is_well(night):
+    done = ask(night, "--max-age", "1h")
+    assert (done.rc, done.stderr) == (0, "")
+    assert list(done.document) == ["code", "summary", "max_age", "disks"]
+    assert (done.document["code"], done.document["max_age"]) == (0, 3600)
+    [disk] = done.document["disks"]
+    assert list(disk) == FIELDS
+    stored = sum(path.stat().st_size for path in (night.repository / "disk").glob("*.qcow2"))
+    assert (disk["machine"], disk["disk"], disk["point"]) == ("disk", "disk", night.newest["point"])
+    assert (disk["chain_points"], disk["stored_bytes"], disk["logical_bytes"]) == (2, stored, 4 << 20)
+    assert disk["finished"] == night.newest["finished"]
+    assert 0 <= disk["age_seconds"] < 3600
+    assert disk["verified"] == {"last": None, "files": 0, "of": 2, "code": 0, "problem": None}
+    assert disk["next"] == "never verified: run pybackup verify disk"
+
+
+def test_the_first_line_says_it_all_and_a_table_follows(night):
+    done = run_pybackup(["status", "--repo", night.repository])
+    assert (done.rc, done.stderr) == (0, "")
+    first, head, row = done.stdout.splitlines()
+    assert first.startswith("OK: 1 disks of 1 machines")
+    assert head.split() == ["MACHINE", "DISK", "NEWEST", "AGE", "CHAIN", "STORED", "SIZE", "VERIFIED", "NEXT"]
+    assert row.split()[:3] == ["disk", "disk", night.newest["point"]]
+
+
+def test_too_old_is_exit_1(night):
+    with aged(newest_path(night), hours=27):
+        done = ask(night, "--max-age", "26h")
+        assert done.rc == done.document["code"] == 1
+        [disk] = done.document["disks"]
+        assert disk["next"] == "too old (limit 26 h): run pybackup incremental"
+        assert 27 * 3600 <= disk["age_seconds"] < 27.1 * 3600
+        assert ask(night, "--max-age", "28h").rc == 0
+        assert ask(night).rc == 0
+        said = run_pybackup(["--quiet", "status", "--repo", night.repository, "--max-age", "26h"])
+        assert (said.rc, said.stdout) == (1, "")
+        assert "WARNING: 1 of 1 disks: disk/disk: too old" in said.stderr
+
+
+def test_a_point_from_the_future_has_no_age(night):
+    with aged(newest_path(night), minutes=-4):
+        assert ask(night, "--max-age", "26h").document["disks"][0]["age_seconds"] == 0
+        assert ask(night, "--max-age", "26h").rc == 0
+    with aged(newest_path(night), minutes=-6):
+        done = ask(night, "--max-age", "26h")
+        assert done.rc == 1
+        assert "check the clock" in done.document["disks"][0]["next"]
+        assert ask(night).rc == 0
+
+
+def test_newest_is_the_highest_sequence_and_not_the_latest_time(night):
+    full = next(path for path in (night.repository / "disk").glob("*.json") if path != newest_path(night))
+    with aged(newest_path(night), days=3), aged(full, days=0):
+        assert ask(night, "--max-age", "26h").rc == 1
+
+
+def test_a_damaged_manifest_is_exit_12_and_the_rest_is_shown(night):
+    path = newest_path(night)
+    with replaced(path, path.read_bytes()[:-2]):
+        done = ask(night, "--max-age", "26h")
+        assert done.rc == 12
+        whole, disk = done.document["disks"]
+        assert (whole["disk"], whole["code"]) == (None, 12)
+        assert path.name in whole["next"]
+        assert whole["next"].startswith("damaged: ")
+        assert (disk["code"], disk["chain_points"]) == (0, 1)
+        assert done.document["summary"].startswith("CRITICAL: 1 of 2 ")
+
+
+def test_a_missing_or_short_file_of_the_chain_is_seen_without_reading_it(night, tmp_path):
+    for kind in ("file", "digests"):
+        path = night.repository / "disk" / night.newest["disks"][0]["data"][kind]
+        path.rename(tmp_path / "away")
+        assert (ask(night).rc, ask(night).document["disks"][0]["next"]) == (10, f"missing: {path} is missing")
+        (tmp_path / "away").rename(path)
+    path = night.repository / "disk" / night.newest["disks"][0]["data"]["file"]
+    with replaced(path, path.read_bytes()[:-1]):
+        assert ask(night).rc == 12
+
+
+def test_where_nothing_is_there(night, tmp_path):
+    assert ask(night, "nobody").rc == 10
+    assert ask(Night(night.image, tmp_path / "none")).rc == 10
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "pybackup.json").write_bytes((night.repository / "pybackup.json").read_bytes())
+    assert ask(Night(night.image, empty)).rc == 10
+
+
+def test_the_configurations_machines_and_disks_are_expected(night, tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        f"repository: {night.repository}\nmachines:\n"
+        "  disk: {disks: {disk: {image: a}, second: {image: b}}}\n  other: {disks: {vda: {image: c}}}\n"
+    )
+    done = call_pybackup(["--config", config, "status", "--json"])
+    assert done.rc == 1
+    found = {(each["machine"], each["disk"]): each["next"] for each in done.document["disks"]}
+    assert found["disk", "disk"].startswith("never verified")
+    assert found["disk", "second"] == found["other", "vda"] == "no point yet: run pybackup incremental"
+    assert call_pybackup(["--config", config, "status", "other"]).rc == 1
+    # Of another repository the configuration says nothing.
+    config.write_text(config.read_text().replace(str(night.repository), "elsewhere"))
+    assert call_pybackup(["--config", config, "status", "--repo", night.repository]).rc == 0
+
+
+def test_a_disk_that_the_configuration_names_no_more_is_never_too_old(night, tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text(f"repository: {night.repository}\nmachines: {{disk: {{disks: {{new: {{image: a}}}}}}}}\n")
+    with aged(newest_path(night), days=40):
+        found = call_pybackup(["--config", config, "status", "--max-age", "26h", "--json"]).document["disks"]
+    assert [(each["disk"], each["code"]) for each in found] == [("disk", 0), ("new", 1)]
+
+
+def test_a_machine_whose_first_backup_failed_has_no_point(night):
+    (night.repository / "fresh").mkdir()
+    try:
+        done = ask(night)
+        assert done.rc == 1
+        assert done.document["disks"][1]["next"].startswith("no point yet")
+    finally:
+        (night.repository / "fresh").rmdir()
+
+
+@pytest.mark.parametrize("text", ["26", "26m", "h", "-1h", "1 month", ""])
+def test_an_age_has_a_number_and_a_unit(night, text):
+    assert ask(night, f"--max-age={text}").rc == 2
+
+
+# The decision, without files
+
+
+def assess(contents, remembered=None, max_age=3600.0, problem=None):
+    limits = status.Limits(NOW, max_age)
+    evidence = status.Evidence(contents, remembered or {}, lambda chain: problem)
+    return status.assess("m", evidence, None, limits)
+
+
+def two_points():
+    full, newer = manifest(1, entry(1)), manifest(2, entry(2, 1))
+    return Contents({each.point: each for each in (full, newer)}, {})
+
+
+def record(code=0, problem=None, digest="0" * 64, checked="2026-11-20T00:00:00Z"):
+    return Record(digest, checked, None, code, problem)
+
+
+def test_what_is_broken_comes_before_what_is_old():
+    [old] = assess(two_points())
+    assert (old.code, old.next[:11]) == (1, "its time is")  # a forged manifest has none
+    [broken] = assess(two_points(), problem=Damaged("x", hint="y"))
+    assert (broken.code, broken.next) == (12, "damaged: x")
+
+
+def test_damage_that_verify_found_is_remembered_until_the_file_is_another():
+    name = entry(1).data.file
+    [found] = assess(two_points(), {name: record(12, "bits")}, max_age=None)
+    assert (found.code, found.next, found.verified.problem) == (12, "damaged: bits", "bits")
+    [found] = assess(two_points(), {name: record(12, "bits", digest="1" * 64)}, max_age=None)
+    assert (found.code, found.verified.last) == (0, None)
+
+
+def test_a_chain_is_as_verified_as_its_files():
+    older, newer = (entry(number).data.file for number in (1, 2))
+    [part] = assess(two_points(), {older: record()}, max_age=None)
+    assert (part.verified.files, part.verified.of, part.next) == (1, 2, "nothing")
+    [whole] = assess(two_points(), {older: record(), newer: record(checked="2026-11-21T00:00:00Z")}, max_age=None)
+    assert (whole.verified.files, whole.verified.last) == (2, "2026-11-21T00:00:00Z")
+
+
+def test_a_memory_that_was_changed_or_is_of_another_version_is_none():
+    known = {"a.qcow2": record(), "b.qcow2": record(12, "it\nis")}
+    content = memory.encode(known)
+    assert memory.decode(content) == known
+    for at in range(len(content)):
+        changed = content[:at] + bytes([content[at] ^ 2]) + content[at + 1 :]
+        assert memory.decode(changed) in ({}, known), at  # white space is no content
+    newer = json.loads(content) | {"version": 2}
+    for other in (
+        json.dumps(newer).encode(),
+        b"",
+        b"[]",
+        b"{}",
+        b"null",
+        b'{"format": 1}',
+        content[:-3],
+        b"[" * 100_000,
+    ):
+        assert memory.decode(other) == {}
