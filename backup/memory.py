@@ -118,8 +118,12 @@ def _alone(path: Path, mode: int) -> Iterator[int]:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             if _is_still(path, fd):
-                allow(fd, mode)
-                yield fd
+                try:
+                    allow(fd, mode)
+                    yield fd
+                except BaseException:
+                    path.unlink(missing_ok=True)  # under the lock still: a full disk keeps no half of it
+                    raise
                 return
         finally:
             os.close(fd)

@@ -10,6 +10,7 @@ killed at some moment.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -21,15 +22,16 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from functools import cache
 from pathlib import Path
+from typing import IO
 
 import typer.main
-from lab import run
+from lab import bitmaps, run
 
 import backup.audit
 import backup.consolidate
@@ -63,6 +65,7 @@ class Ended:
     stdout: str
     stderr: str
     struck: bool = False
+    calls: Mapping[str, int] = field(default_factory=dict)
 
     def require(self, *codes: int) -> Ended:
         assert self.rc in codes, f"{' '.join(self.args)}: exit {self.rc}\n{self.stdout}{self.stderr}"
@@ -76,22 +79,20 @@ class Ended:
 @dataclass(frozen=True, slots=True)
 class Strike:
     """
-    What strace does to the nth call of one kind in a process: `effect` is strace's (signal=SIGKILL, error=ENOSPC).
+    What strace does to the nth call of one kind in a thread: `effect` is strace's (signal=SIGKILL, error=ENOSPC).
     """
 
     call: str
     nth: int
     effect: str = "signal=SIGKILL"
     lasting: bool = False
-    path: Path | None = None
 
     def __str__(self) -> str:
         return f"{self.effect} at {self.call} {self.nth}{'+' if self.lasting else ''}"
 
     def options(self) -> list[str]:
-        found = ["-e", f"trace={self.call}", "-e", f"inject={self.call}:{self.effect}:when={self.nth}"]
-        found[-1] += "+" if self.lasting else ""
-        return found if self.path is None else [*found, "-P", str(self.path)]
+        when = f"{self.nth}{'+' if self.lasting else ''}"
+        return ["-e", f"trace={self.call}", "-e", f"inject={self.call}:{self.effect}:when={when}"]
 
 
 def spawn(args: Sequence[str], output: tuple[int, int], *, stopped: bool, clock: datetime | None) -> int:
@@ -138,11 +139,14 @@ def traced(pid: int, strike: Strike, log: Path) -> Iterator[None]:
     """strace holds a stopped process and lets it go on."""
     command = ["strace", "-f", "-o", str(log), *strike.options(), "-p", str(pid)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as tracer:
-        said = tracer.stderr.readline()
-        assert "attached" in said, said
-        os.kill(pid, signal.SIGCONT)
-        yield
-        tracer.communicate(timeout=60)
+        try:
+            said = tracer.stderr.readline()
+            assert "attached" in said, said
+            os.kill(pid, signal.SIGCONT)
+            yield
+            tracer.communicate(timeout=20)
+        finally:
+            tracer.kill()
 
 
 def command(
@@ -151,41 +155,111 @@ def command(
     clock: datetime | None = None,
     strike: Strike | None = None,
     kill_after: float | None = None,
+    while_stopped: Callable[[], object] | None = None,
 ) -> Ended:
-    """Run a command to its end, or until it is struck."""
+    """Run a command to its end, or until it is struck; `while_stopped` where what strikes is SIGSTOP."""
     words = tuple(str(arg) for arg in args)
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, tempfile.NamedTemporaryFile() as log:
         pid = spawn(words, (out.fileno(), err.fileno()), stopped=strike is not None, clock=clock)
-        if strike is not None:
-            os.waitpid(pid, os.WUNTRACED)
-            with traced(pid, strike, Path(log.name)):
-                status = _ended(pid)
-        elif kill_after is not None:
-            time.sleep(kill_after)
-            os.kill(pid, signal.SIGKILL)
-            status = _ended(pid)
-        else:
-            status = _ended(pid)
+        try:
+            if strike is not None:
+                os.waitpid(pid, os.WUNTRACED)  # it waits for strace
+                with traced(pid, strike, Path(log.name)):
+                    status = _ended(pid, while_stopped)
+            else:
+                status = _ended(pid, kill_after=kill_after)
+        except BaseException:
+            with suppress(ProcessLookupError, ChildProcessError):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            raise
         out.seek(0)
         err.seek(0)
         seen = log.read()
         struck = b"INJECTED" in seen or b"killed by SIGKILL" in seen or b"--- SIGTERM" in seen or status < 0
-        ended = Ended(words, status, out.read().decode(), err.read().decode(), struck)
+        calls = call_counts(seen.decode(errors="replace"))
+        ended = Ended(words, status, out.read().decode(), err.read().decode(), struck, calls)
     assert "Traceback" not in ended.stderr, ended
     assert ended.rc != 99, ended
     return ended
 
 
-def _ended(pid: int, limit: float = 100) -> int:
+@contextmanager
+def started(args: Sequence[str]) -> Iterator[IO[str]]:
+    """A command that goes on until the block ends; what it says."""
+    reading, writing = os.pipe()
+    pid = spawn(args, (writing, writing), stopped=False, clock=None)
+    os.close(writing)
+    try:
+        with open(reading, encoding="utf-8") as said:
+            yield said
+    finally:
+        os.kill(pid, signal.SIGTERM)
+        _ended(pid)
+
+
+@contextmanager
+def apart(body: Callable[[], None]) -> Iterator[None]:
+    """Call `body` in a process of its own, which ends within the block or soon after it; its failure is ours."""
+    with tempfile.TemporaryFile("w+") as said:
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                os.setsid()
+                body()
+                code = 0
+            except BaseException:  # noqa: BLE001 - told to the parent
+                traceback.print_exc(file=said)
+                said.flush()
+            finally:
+                os._exit(code)
+        try:
+            yield
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        except BaseException:
+            os.killpg(child, signal.SIGKILL)
+            raise
+        said.seek(0)
+        assert status == 0, said.read()
+
+
+def alone(mounted: Path, body: Callable[[], None], size: str = "40M") -> None:
+    """Call `body` in a process and a name space of its own, where a small file system is mounted."""
+
+    def mount_first() -> None:
+        _mount(mounted, size)
+        body()
+
+    with apart(mount_first):
+        pass
+
+
+def _mount(folder: Path, size: str) -> None:
+    """Mount a small file system that only this process and its children see."""
+    new_name_space = 0x20000
+    if ctypes.CDLL(None, use_errno=True).unshare(new_name_space):
+        raise OSError(ctypes.get_errno(), "unshare")
+    run("mount", "--make-rprivate", "/")
+    run("mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder)
+
+
+def _ended(
+    pid: int, while_stopped: Callable[[], object] | None = None, kill_after: float | None = None, limit: float = 60
+) -> int:
     """Wait for a process; its exit code, or minus the signal that ended it."""
-    until = time.monotonic() + limit
-    while time.monotonic() < until:
-        found, status = os.waitpid(pid, os.WNOHANG)
-        if found:
+    began = time.monotonic()
+    while (lasted := time.monotonic() - began) < limit:
+        found, status = os.waitpid(pid, os.WNOHANG | os.WUNTRACED)
+        if found and os.WIFSTOPPED(status):
+            if while_stopped is not None:
+                while_stopped()
+            os.kill(pid, signal.SIGCONT)
+        elif found:
             return os.waitstatus_to_exitcode(status)
+        if kill_after is not None and lasted > kill_after:
+            os.kill(pid, signal.SIGKILL)
         time.sleep(0.002)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
     raise AssertionError("a command hangs")
 
 
@@ -270,6 +344,11 @@ class Image:
         said = run("qemu-io", "-d", "unmap", "-f", self.format, *words, self.path)
         assert "failed" not in said, said
 
+    @property
+    def resizable(self) -> bool:
+        """A bitmap that was just being written when its program was killed forbids it (until the next backup)."""
+        return self.format == "raw" or all("in-use" not in flags for flags in bitmaps(self.path).values())
+
     def resize(self, size: int) -> None:
         """Change the size, as the machine's owner."""
         run("qemu-img", "resize", "-q", "-f", self.format, "--shrink", self.path, str(size))
@@ -293,7 +372,9 @@ class Story:
     compression: str = "zstd:1"
 
     @classmethod
-    def of(cls, folder: Path, seed: object, *, disks: int | None = None, cluster: str | None = None) -> Story:
+    def of(
+        cls, folder: Path, seed: object, *, disks: int | None = None, cluster: str | None = None, place: str = "repo"
+    ) -> Story:
         rng = random.Random(f"story {seed}")
         (folder / "known").mkdir(parents=True)
         images = {}
@@ -303,7 +384,7 @@ class Story:
             options = ["-o", f"cluster_size={rng.choice([4, 64, 64, 128])}K"] if kind == "qcow2" else []
             run("qemu-img", "create", "-q", "-f", kind, *options, folder / f"{name}.img", str(size))
             images[name] = Image(folder / f"{name}.img", kind, size)
-        story = cls(folder, rng, images, compression=rng.choice(["zstd:1", "zstd:1", "none", "zstd:-3"]))
+        story = cls(folder, rng, images, place=place, compression=rng.choice(["zstd:1", "zstd:1", "none", "zstd:-3"]))
         story._configure(cluster or rng.choice(["4K", "16K", "64K", "64K"]), rng.choice([3, 5, 100, 100]))
         return story
 
@@ -313,7 +394,7 @@ class Story:
             for name, image in self.images.items()
         )
         self.config.write_text(
-            f"repository: repo\nbitmap: b1\ncluster_size: {cluster}\nmax_chain: {max_chain}\n"
+            f"repository: {self.place}\nbitmap: b1\ncluster_size: {cluster}\nmax_chain: {max_chain}\n"
             f"compression: {self.compression}\nworkers: 2\nmachines:\n  m:\n    disks:\n{disks}"
         )
         self.told.append(f"cluster {cluster}, max_chain {max_chain}, {self.compression}")
@@ -334,10 +415,17 @@ class Story:
     def machine(self) -> Path:
         return self.repository / "m"
 
-    def run(self, *args: str | Path, strike: Strike | None = None, kill_after: float | None = None) -> Ended:
+    def run(
+        self,
+        *args: str | Path,
+        strike: Strike | None = None,
+        kill_after: float | None = None,
+        while_stopped: Callable[[], object] | None = None,
+    ) -> Ended:
         """Run a command of the machine's, now."""
         words = ["--config", self.config, *args]
-        ended = command(words, clock=self.now, strike=strike, kill_after=kill_after)
+        how = {"strike": strike, "kill_after": kill_after, "while_stopped": while_stopped}
+        ended = command(words, clock=self.now, **how)
         self.told.append(f"{' '.join(map(str, args))}: {strike or ''} {ended.rc}")
         return ended
 
@@ -347,10 +435,19 @@ class Story:
         folder.mkdir(parents=True)
         for path in (self.config, *(image.path for image in self.images.values())):
             shutil.copy(path, folder)
-        shutil.copytree(self.repository, folder / "repo")
+        if self.repository.exists():
+            shutil.copytree(self.repository, folder / self.place)
         (folder / "known").symlink_to((self.folder / "known").resolve())
         images = {name: replace(image, path=folder / image.path.name) for name, image in self.images.items()}
-        return replace(self, folder=folder, images=images, known=dict(self.known), told=list(self.told))
+        known, ever = dict(self.known), dict(self.ever)
+        return replace(self, folder=folder, images=images, known=known, ever=ever, told=list(self.told))
+
+    def moved_to(self, repository: Path) -> Story:
+        """With its repository elsewhere."""
+        shutil.move(self.repository, repository)
+        text = self.config.read_text()
+        self.config.write_text(text.replace(f"repository: {self.place}\n", f"repository: {repository}\n"))
+        return replace(self, place=str(repository))
 
     # What guests and owners do
 
@@ -358,7 +455,7 @@ class Story:
         """A day of the machine's life: writes, zeroes, discards, and now and then another size."""
         rng = self.rng
         for image in self.images.values():
-            if rng.random() < 0.15:
+            if rng.random() < 0.15 and image.resizable:
                 size = min(max(100 * KIB, image.size + rng.randint(-1200, 1200) * rng.choice([512, 1024])), 3000 * KIB)
                 image.resize(size)
             if rng.random() < 0.9:
@@ -373,15 +470,13 @@ class Story:
 
     # Backups
 
-    def back_up(
-        self, wanted: str, disks: Sequence[str] = (), *, strike: Strike | None = None, kill_after: float | None = None
-    ) -> Ended:
+    def back_up(self, wanted: str, disks: Sequence[str] = (), **how: object) -> Ended:
         """Take a point of all disks, or of these; afterwards it is known, if it came into being."""
         self.now += timedelta(minutes=self.rng.choice([7, 55, 60 * 9, 60 * 25, 60 * 24 * 6]))
         chosen = list(disks) or list(self.images)
         for name in chosen:
             self.images[name].copy_to(self.folder / "known" / f"next.{name}.raw")
-        ended = self.run(wanted, *self._words(disks), strike=strike, kill_after=kill_after)
+        ended = self.run(wanted, *self._words(disks), **how)
         self.require_nobody()
         new = self.listed() - set(self.known)
         assert len(new) <= 1, new
@@ -407,8 +502,8 @@ class Story:
             words += ["--image", image.path, "--disk", name, "--image-format", image.format]
         return words
 
-    def prune(self, *options: str, strike: Strike | None = None, kill_after: float | None = None) -> Ended:
-        return self.run("prune", "m", "--json", *options, strike=strike, kill_after=kill_after)
+    def prune(self, *options: str, **how: object) -> Ended:
+        return self.run("prune", "m", "--json", *options, **how)
 
     def forget(self, stay: set[str]) -> None:
         """Points that are gone are gone."""
@@ -427,6 +522,24 @@ class Story:
 
     def manifest(self, point: str) -> dict:
         return json.loads((self.machine / f"{point}.json").read_bytes())
+
+    def state(self) -> tuple[object, ...]:
+        """What a run that was cut off left: the manifests' bytes, and the files' names and what they build on."""
+        found: list[object] = []
+        for name in sorted(names(self.machine) - {"lock", "verified"}):
+            path = self.machine / name
+            content = path.read_bytes() if name.endswith(".json") else path.read_bytes()[:256]
+            found.append((name, hashlib.sha256(content).hexdigest(), name.endswith(".new") and path.stat().st_size))
+        return tuple(found)
+
+    def awaited(self, point: str, disk: str) -> Path:
+        """What a point holds; its file gets its name right after the point, when the backup's process has ended."""
+        path = self.folder / "known" / f"{point}.{disk}.raw"
+        until = time.monotonic() + 30
+        while not path.exists():
+            assert time.monotonic() < until, path
+            time.sleep(0.01)
+        return path
 
     def require_nobody(self) -> None:
         """No program that a killed run started has an image any more."""
@@ -527,7 +640,6 @@ def _chain_of(folder: Path, name: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-@cache
 def call_counts(log: str) -> Mapping[str, int]:
     """Of each system call, how many one thread made at most; `log` is strace's."""
     counts: dict[tuple[str, str], int] = {}

@@ -10,9 +10,16 @@ from __future__ import annotations
 
 import os
 import random
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 
 import pytest
-from stories import CALLS, Strike, Story, may_trace, must_stay, names
+from lab import run
+from stories import CALLS, Ended, Story, Strike, alone, apart, may_trace, must_stay, names, require_converted, started
 
 FIRST, END = (int(number) for number in os.environ.get("STORIES", "0:4").split(":"))
 EVERY, FROM = (int(number) for number in os.environ.get("STRIKES", "12:0").split(":"))
@@ -20,14 +27,18 @@ EVERY, FROM = (int(number) for number in os.environ.get("STRIKES", "12:0").split
 traceable = pytest.mark.skipif(may_trace() is not None, reason=str(may_trace()))
 
 
-def any_strike(rng: random.Random) -> dict[str, object]:
-    """A kill at some moment or at some step, or a refusal."""
+def any_strike(rng: random.Random, *, qemu: bool = False) -> dict[str, object]:
+    """
+    A kill at some moment or at some step, or a refusal; of a command that has QEMU's programs work for it, theirs too.
+    """
     if may_trace() is not None or rng.random() < 0.4:
         return {"kill_after": rng.uniform(0.01, 1.0) ** 2}
     call = rng.choice(CALLS)
     effect = rng.choice(["signal=SIGKILL", "signal=SIGKILL", "error=ENOSPC", "error=EIO", "signal=SIGTERM"])
     if effect.startswith("error") and call == "openat":
         call = "fsync"  # what cannot be opened at all is another story
+    if effect.startswith("error") and qemu and call == "write":
+        call = "pwrite64"  # QEMU's threads wake each other with write, and wait for ever for one that failed
     most = {"openat": 300, "write": 40, "fsync": 30, "pwrite64": 30}.get(call, 8)
     return {"strike": Strike(call, rng.randint(1, most), effect, lasting=rng.random() < 0.3)}
 
@@ -48,7 +59,7 @@ def back_up(story: Story) -> None:
     if any(story.images[name].regrown for name in disks or story.images):
         wanted = rng.choice(["rescan", "full"])  # as README says: no bitmap sees all of that
     if rng.random() < 0.3:
-        ended = story.back_up(wanted, disks, **any_strike(rng))
+        ended = story.back_up(wanted, disks, **any_strike(rng, qemu=True))
         assert ended.rc < 0 or ended.struck or ended.rc in {0, 3}, ended
         story.require_whole()
     else:
@@ -136,6 +147,373 @@ def test_a_machines_life(tmp_path, seed):
             story.back_up("full").require(0)
         story.require_whole(deep=True)
         end(story)
-    except BaseException:
-        print("\n".join(story.told))
+    except BaseException as error:
+        error.add_note("\n".join(story.told))
         raise
+
+
+# Struck at every step
+
+SCENE_PRUNE = ("--keep-last", "2", "--batch", "1")
+
+
+def make_scene(folder: Path, seed: object) -> Story:
+    """
+    Two disks; points of one and of both; one that is shorter than what is before and after it, one pinned, and a chain
+    that ended.  After a prune two fronts and a middle are rewritten.
+    """
+    story = Story.of(folder, f"scene {seed}", disks=2, cluster="4K")
+    size = story.images["vda"].size
+    story.live()
+    story.back_up("full").require(0)
+    for image in story.images.values():
+        image.play(f"write -P 7 0 {image.size // 1024}k")
+    story.back_up("full").require(0)
+    story.images["vda"].resize(size // 2 // 512 * 512)
+    story.back_up("incremental").require(0)
+    story.images["vda"].resize(size)
+    story.images["vda"].shrunk = story.images["vda"].regrown = False  # it was backed up between
+    story.back_up("incremental", ["vda"]).require(0)
+    story.live()
+    before = set(story.known)
+    story.back_up("incremental").require(0)
+    [point] = set(story.known) - before
+    story.run("pin", f"m/{point}").require(0)
+    story.known[point] = story.known[point].pinned_as(True)
+    for disks in ([], ["vda"], []):
+        story.live()
+        wanted = "rescan" if any(image.regrown for image in story.images.values()) else "incremental"
+        story.back_up(wanted, disks).require(0)
+    story.live()
+    story.require_whole()
+    return story
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory) -> Story:
+    return make_scene(tmp_path_factory.mktemp("scene") / "here", os.environ.get("SCENE", "0"))
+
+
+KILLS = [(call, "signal=SIGKILL", False) for call in CALLS]
+REFUSALS = [
+    (call, f"error={error}", lasting)
+    for call, error in [("pwrite64", "ENOSPC"), ("write", "ENOSPC"), ("fsync", "EIO"), ("rename", "EIO")]
+    for lasting in (False, True)
+]
+REFUSALS += [("unlink", "error=EIO", False), ("openat", "error=EIO", False)]
+
+
+def steps(most: int, *, rare: bool) -> list[int]:
+    """Which of a run's steps are struck: all of those that are rare, else every EVERYth."""
+    every = max(1, EVERY // 4) if rare else EVERY
+    return list(range(1 + FROM % every, most + 1, every))
+
+
+def ids(value: object) -> str | None:
+    return None if not isinstance(value, tuple) else f"{value[0]}-{value[1]}{'-lasting' if value[2] else ''}"
+
+
+@traceable
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("kind", KILLS + REFUSALS, ids=ids)
+def test_a_prune_that_is_struck_at_any_step_leaves_every_point_whole_and_the_next_goes_on(scene, tmp_path, kind):
+    call, effect, lasting = kind
+    stay = must_stay(list(scene.known.values()), {"last": 2})
+    counted = scene.copied(tmp_path / "whole").prune(*SCENE_PRUNE, strike=Strike(call, 65535)).require(0)
+    states = set()
+    for nth in steps(counted.calls.get(call, 0), rare=call in {"rename", "unlink"}):
+        story = scene.copied(tmp_path / "struck")
+        ended = story.prune(*SCENE_PRUNE, strike=Strike(call, nth, effect, lasting))
+        assert ended.struck
+        assert (ended.rc == -9) == (effect == "signal=SIGKILL")
+        require_plain(ended)
+        if (state := story.state()) in states:
+            continue
+        states.add(state)
+        found = story.require_whole()
+        assert stay <= found, f"{nth}: what the policy keeps is gone"
+        goes_on(story, stay, backup_first=nth % 3 == 0)
+
+
+def require_plain(ended: Ended) -> None:
+    """A command that could not do what it should says so in two lines, and never that something is damaged."""
+    if ended.rc > 0:
+        assert ended.rc in {1, 3}, ended
+        assert all(line.startswith("pybackup: ") for line in ended.stderr.splitlines()), ended
+
+
+def goes_on(story: Story, stay: set[str], *, backup_first: bool) -> None:
+    """After a prune that was cut off: a backup continues the chain, and the next prune ends what was begun."""
+    if backup_first:
+        done = story.back_up("incremental").require(0)
+        assert "incremental" in done.stdout
+        story.require_tidy()
+        story.forget(story.require_whole())
+        stay = must_stay(list(story.known.values()), {"last": 2})
+    story.prune(*SCENE_PRUNE).require(0)
+    story.require_tidy()
+    assert story.require_whole() == stay
+
+
+@traceable
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("call", CALLS)
+def test_a_backup_that_is_killed_at_any_step_after_a_prune_that_was_too(scene, tmp_path, call):
+    """The backup begins by settling what the prune left; the one after it continues the chain."""
+    cut = scene.copied(tmp_path / "cut")
+    cut.prune(*SCENE_PRUNE, strike=Strike("rename", 2)).require(-9)  # the file that waits is listed and did not move
+    assert any(name.endswith(".new") for name in names(cut.machine))
+    counted = cut.copied(tmp_path / "whole").back_up("incremental", strike=Strike(call, 65535)).require(0)
+    for nth in steps(counted.calls.get(call, 0), rare=call in {"rename", "unlink"}):
+        story = cut.copied(tmp_path / "struck")
+        ended = story.back_up("incremental", strike=Strike(call, nth))
+        assert ended.struck
+        story.require_whole()
+        if ended.rc in {0, -9}:  # else strace killed a program of QEMU's, which may have been writing the bitmap
+            assert "incremental" in story.back_up("incremental").require(0).stdout
+        else:
+            story.back_up("incremental").require(0, 3)
+        story.require_whole()
+        story.require_tidy()
+
+
+# A folder in which a prune was cut off
+
+
+@pytest.fixture(scope="module")
+def cut_scenes(scene, tmp_path_factory) -> list[Story]:
+    """The scene as prunes leave it that are killed right before each of their renames, and amid their removals."""
+    folder = tmp_path_factory.mktemp("cut")
+    found, states = [], set()
+    for call in ("rename", "unlink"):
+        counted = scene.copied(folder / "whole").prune(*SCENE_PRUNE, strike=Strike(call, 65535)).require(0)
+        for nth in range(1, counted.calls[call] + 1):
+            story = scene.copied(folder / f"{call}{nth}")
+            story.prune(*SCENE_PRUNE, strike=Strike(call, nth)).require(-9)
+            if (state := story.state()) not in states:
+                states.add(state)
+                found.append(story)
+    assert any('"replaces": {' in path.read_text() for story in found for path in story.machine.glob("*.json"))
+    return found
+
+
+@traceable
+@pytest.mark.timeout(600)
+def test_every_reader_works_where_a_prune_was_cut_off(cut_scenes, tmp_path):
+    for story in cut_scenes[FROM % 4 :: max(1, EVERY // 4)]:
+        before = story.state()
+        listed = story.require_whole(deep=True)
+        newest = max(listed, key=lambda point: story.known[point].sequence)
+        for words in (
+            ["list", "m"],
+            ["show", f"m/{newest}"],
+            ["status", "m"],
+            ["prune", "m", *SCENE_PRUNE, "--dry-run"],
+        ):
+            story.run(*words).require(0)
+        for words in (["audit", "m"], ["incremental", "m", "--dry-run"], ["rescan", "m", "--dry-run"]):
+            story.run(*words).require(0)
+        for disk in story.images:
+            require_served(story, newest, disk)
+        second = story.at("second")
+        story.run("copy", "m", second.repository).require(0)
+        assert second.require_whole() == listed
+        second.require_tidy()
+        shutil.rmtree(second.repository)
+        assert story.state() == before, "a reader wrote"
+        done = story.back_up("rescan").require(0)
+        assert "rescan" in done.stdout
+        story.require_tidy()
+        story.require_whole()
+
+
+def require_served(story: Story, point: str, disk: str) -> None:
+    """What qemu-nbd serves is what the point holds."""
+    with started(["serve", f"m/{point}", "--disk", disk, "--repo", str(story.repository)]) as server:
+        uri = next(word for line in server for word in line.split() if word.startswith("nbd+unix:"))
+        run("qemu-img", "convert", "-f", "raw", "-O", "raw", uri, story.folder / "served.raw")
+    expected = (story.folder / "known" / f"{point}.{disk}.raw").read_bytes()
+    assert (story.folder / "served.raw").read_bytes()[: len(expected)] == expected
+
+
+# A full disk
+
+
+@pytest.fixture
+def small(tmp_path) -> Path:
+    """Where a small file system is mounted, in a name space of its own (`alone`)."""
+    if os.geteuid() != 0:
+        pytest.skip("to mount a small file system takes root")
+    folder = tmp_path / "small"
+    folder.mkdir()
+    return folder
+
+
+@contextmanager
+def filled(folder: Path, *, left: int = 0) -> Iterator[None]:
+    """The file system is full but for so many bytes."""
+    filler = folder / "filler"
+    try:
+        with filler.open("wb", buffering=0) as file, suppress(OSError):
+            while file.write(bytes(4096)):
+                pass
+        os.truncate(filler, max(0, filler.stat().st_size - left))
+        yield
+    finally:
+        filler.unlink(missing_ok=True)
+
+
+@traceable
+@pytest.mark.timeout(1800)
+def test_a_file_system_that_is_full_at_any_step_of_a_prune(scene, tmp_path, small):
+    alone(small, lambda: fill_during_prunes(scene, tmp_path, small))
+
+
+def fill_during_prunes(scene: Story, folder: Path, small: Path) -> None:
+    stay = must_stay(list(scene.known.values()), {"last": 2})
+    whole = scene.copied(folder / "whole")
+    calls = {call: whole.copied(folder / "counted").prune(*SCENE_PRUNE, strike=Strike(call, 65535)) for call in CALLS}
+    for call in CALLS:
+        for nth in steps(calls[call].calls.get(call, 0), rare=call in {"rename", "unlink"}):
+            for path in small.iterdir():
+                shutil.rmtree(path)
+            story = scene.copied(folder / "struck").moved_to(small / "repo")
+            with ExitStack() as until:
+                strike = Strike(call, nth, "signal=SIGSTOP")
+                ended = story.prune(
+                    *SCENE_PRUNE, strike=strike, while_stopped=lambda: until.enter_context(filled(small))
+                )
+                assert ended.rc in {0, 1}, ended
+                assert ended.rc == 0 or "No space left" in ended.stderr or "are free" in ended.stderr, ended
+                require_plain(ended)
+                found = story.require_whole()
+                assert stay <= found
+                again = story.prune(*SCENE_PRUNE)
+                require_plain(again)
+                assert stay <= story.require_whole()
+                require_plain(story.back_up("incremental"))
+                assert stay <= story.require_whole()
+            goes_on(story, stay, backup_first=nth % 2 == 0)
+
+
+@pytest.mark.timeout(600)
+def test_backups_and_prunes_on_a_file_system_with_little_room(scene, tmp_path, small):
+    alone(small, lambda: live_in_little_room(scene, tmp_path, small))
+
+
+def live_in_little_room(scene: Story, folder: Path, small: Path) -> None:
+    """Whatever fails for want of room, nothing is lost; with room again everything goes on."""
+    story = scene.copied(folder / "here").moved_to(small / "repo")
+    for number in range(6):
+        story.live()
+        wanted = "rescan" if any(image.regrown for image in story.images.values()) else "incremental"
+        with filled(small, left=story.rng.choice([0, 8, 40, 200, 600, 2000]) * 1024):
+            require_plain(story.back_up(wanted))
+            require_plain(story.prune("--keep-last", "4", "--batch", "1"))
+            story.forget(story.require_whole())
+        assert wanted in story.back_up(wanted).require(0).stdout
+        if number % 2:
+            stay = must_stay(list(story.known.values()), {"last": 3})
+            story.prune("--keep-last", "3", "--batch", "1").require(0)
+            assert story.require_whole() == stay
+            story.forget(stay)
+        story.require_tidy()
+
+
+# Readers while points come and go
+
+SECONDS = float(os.environ.get("STORY_SECONDS", "5"))
+
+
+def may_be_gone(story: Story, point: str, ended: Ended) -> None:
+    """A command about a point may fail only where that point is gone, and then says so."""
+    if ended.rc:
+        ended.require(10)
+        assert not (story.machine / f"{point}.json").exists(), ended
+
+
+def read_restore(story: Story, rng: random.Random, own: Path) -> None:
+    point = rng.choice(sorted(story.listed()))
+    target = own / "restored.raw"
+    ended = story.run("restore", f"m/{point}", target, "--disk", "vda", "--force")
+    may_be_gone(story, point, ended)
+    if ended.rc == 0:
+        expected = story.awaited(point, "vda")
+        assert target.read_bytes() == expected.read_bytes(), f"{point} restores to something else"
+
+
+def read_verify(story: Story, rng: random.Random, own: Path) -> None:
+    if rng.random() < 0.5:
+        story.run("verify", "m", *rng.choice([[], ["--deep"]])).require(0)
+    else:
+        point = rng.choice(sorted(story.listed()))
+        may_be_gone(story, point, story.run("verify", f"m/{point}"))
+
+
+def read_overview(story: Story, rng: random.Random, own: Path) -> None:
+    words = rng.choice([["list", "m"], ["status", "m"], ["status", "m"], ["show", "m/latest"]])
+    story.run(*words).require(0)
+
+
+def read_plans(story: Story, rng: random.Random, own: Path) -> None:
+    ended = story.run("prune", "m", *SCENE_PRUNE, "--dry-run", "--json").require(0)
+    assert ended.document[0]["error"] is None
+
+
+def read_copy(story: Story, rng: random.Random, own: Path) -> None:
+    """A copy may lack points that went meanwhile, and names them; what it has is whole."""
+    second = story.at(str(own / "second"))
+    ended = story.run("copy", "m", second.repository)
+    gone = [line for line in ended.stderr.splitlines() if line.startswith("pybackup: error")]
+    assert ended.rc in {0, 10}, ended
+    for line in gone:
+        named = re.search(r"m/(\S+?):", line)
+        assert named is not None, line
+        assert not (story.machine / f"{named[1]}.json").exists(), ended
+    for point in second.listed():
+        for disk in ("vda",):
+            require_converted(second.machine, f"{disk}.{point}.qcow2", story.awaited(point, disk))
+    shutil.rmtree(second.repository)
+
+
+READERS = [read_restore, read_verify, read_overview, read_plans, read_copy]
+
+
+@pytest.mark.timeout(600 + SECONDS)
+def test_readers_see_whole_points_while_backups_and_prunes_go_on(tmp_path):
+    """Readers in processes of their own, in loops, while points are taken and removed; none sees anything wrong."""
+    story = Story.of(tmp_path / "here", os.environ.get("SCENE", "readers"), disks=1, cluster="4K")
+    for _ in range(3):
+        story.live()
+        story.back_up("full" if story.images["vda"].regrown else "incremental").require(0, 3)
+    until = time.monotonic() + SECONDS
+    with ExitStack() as readers:
+        looked = [readers.enter_context(looping(story, reader, tmp_path, until)) for reader in READERS]
+        rounds = 0
+        while time.monotonic() < until:
+            story.live()
+            story.back_up("rescan" if story.images["vda"].regrown else "incremental").require(0, 3)
+            rounds += 1
+            if rounds % 2 == 0:
+                story.prune("--keep-last", str(story.rng.randint(1, 3)), "--batch", "1").require(0)
+                story.forget(story.listed())
+    assert all(count.stat().st_size for count in looked), "a reader never came to its end"
+    story.require_whole()
+    story.require_tidy()
+
+
+@contextmanager
+def looping(story: Story, reader: Callable[..., None], folder: Path, until: float) -> Iterator[Path]:
+    """Read again and again in a process; its failure is ours.  The file grows with each time."""
+    own = folder / reader.__name__
+    own.mkdir()
+    with apart(lambda: read_until(story, reader, own, until)):
+        yield own / "times"
+
+
+def read_until(story: Story, reader: Callable[..., None], own: Path, until: float) -> None:
+    rng = random.Random(reader.__name__)
+    with (own / "times").open("ab", buffering=0) as times:
+        while time.monotonic() < until:
+            reader(story, rng, own)
+            times.write(b".")
