@@ -99,8 +99,14 @@ def look(machine: Machine, expected: Collection[str] | None, limits: Limits) -> 
         The disks that the configuration names: one without a point is at fault, and another one, which is backed up no
         longer, is never too old.  None: those that have points.
     """
-    evidence = Evidence(machine.contents(), recall(machine), lambda chain: files_problem(machine.path, chain))
-    return assess(machine.name, evidence, expected, limits)
+    contents = machine.contents()
+    while True:
+        evidence = Evidence(contents, recall(machine), lambda chain: files_problem(machine.path, chain))
+        found = assess(machine.name, evidence, expected, limits)
+        # What a prune changed after its manifest was read is looked at again: damage counts only where it repeats.
+        before, contents = contents, machine.contents()
+        if all(each.code in {0, OLD} for each in found) or contents.manifests == before.manifests:
+            return found
 
 
 def assess(machine: str, evidence: Evidence, expected: Collection[str] | None, limits: Limits) -> list[DiskStatus]:

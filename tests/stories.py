@@ -86,6 +86,8 @@ class Strike:
     nth: int
     effect: str = "signal=SIGKILL"
     lasting: bool = False
+    alone: bool = False
+    """Whether only the process's first thread is struck, and no program that it starts."""
 
     def __str__(self) -> str:
         return f"{self.effect} at {self.call} {self.nth}{'+' if self.lasting else ''}"
@@ -137,7 +139,7 @@ class _Clock(datetime):
 @contextmanager
 def traced(pid: int, strike: Strike, log: Path) -> Iterator[None]:
     """strace holds a stopped process and lets it go on."""
-    command = ["strace", "-f", "-o", str(log), *strike.options(), "-p", str(pid)]
+    command = ["strace", *([] if strike.alone else ["-f"]), "-o", str(log), *strike.options(), "-p", str(pid)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as tracer:
         try:
             said = tracer.stderr.readline()
@@ -356,6 +358,11 @@ class Image:
         self.shrunk |= size < self.size
         self.size = size
 
+    def grow_back(self, size: int) -> None:
+        """Get longer again, after a backup has seen the shorter disk."""
+        self.shrunk = False
+        self.resize(size)
+
 
 @dataclass
 class Story:
@@ -385,7 +392,7 @@ class Story:
             run("qemu-img", "create", "-q", "-f", kind, *options, folder / f"{name}.img", str(size))
             images[name] = Image(folder / f"{name}.img", kind, size)
         story = cls(folder, rng, images, place=place, compression=rng.choice(["zstd:1", "zstd:1", "none", "zstd:-3"]))
-        story._configure(cluster or rng.choice(["4K", "16K", "64K", "64K"]), rng.choice([3, 5, 100, 100]))
+        story._configure(cluster or rng.choice(["4K", "16K", "64K", "64K"]), 100 if disks else rng.choice([3, 5, 100]))
         return story
 
     def _configure(self, cluster: str, max_chain: int) -> None:
@@ -491,6 +498,11 @@ class Story:
                 os.rename(self.folder / "known" / f"next.{name}.raw", self.folder / "known" / f"{point}.{name}.raw")
                 self.images[name].shrunk = self.images[name].regrown = False
         return ended
+
+    def take(self, disks: Sequence[str] = (), **how: object) -> Ended:
+        """An incremental; a rescan where no bitmap could see what happened."""
+        lies = any(self.images[name].regrown for name in disks or self.images)
+        return self.back_up("rescan" if lies else "incremental", disks, **how)
 
     def _words(self, disks: Sequence[str]) -> list[str | Path]:
         """A machine of which only some disks are backed up is named by its images."""
@@ -643,7 +655,7 @@ def _chain_of(folder: Path, name: str) -> tuple[str, ...]:
 def call_counts(log: str) -> Mapping[str, int]:
     """Of each system call, how many one thread made at most; `log` is strace's."""
     counts: dict[tuple[str, str], int] = {}
-    for match in re.finditer(r"^(\d+) +(\w+)\(", log, re.MULTILINE):
+    for match in re.finditer(r"^(\d*) *(\w+)\(", log, re.MULTILINE):
         counts[match[1], match[2]] = counts.get((match[1], match[2]), 0) + 1
     most: dict[str, int] = {}
     for (_, call), number in counts.items():

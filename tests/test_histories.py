@@ -15,11 +15,25 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 from lab import run
-from stories import CALLS, Ended, Story, Strike, alone, apart, may_trace, must_stay, names, require_converted, started
+from stories import (
+    CALLS,
+    Ended,
+    Story,
+    Strike,
+    alone,
+    apart,
+    may_trace,
+    must_stay,
+    names,
+    require_converted,
+    same,
+    started,
+)
 
 FIRST, END = (int(number) for number in os.environ.get("STORIES", "0:4").split(":"))
 EVERY, FROM = (int(number) for number in os.environ.get("STRIKES", "40:0").split(":"))
@@ -159,31 +173,36 @@ SCENE_PRUNE = ("--keep-last", "2", "--batch", "1")
 
 def make_scene(folder: Path, seed: object) -> Story:
     """
-    Two disks; points of one and of both; one that is shorter than what is before and after it, one pinned, and a chain
-    that ended.  After a prune two fronts and a middle are rewritten.
+    Two disks; points of one and of both; a chain that ended; and one pinned point between two that are shorter than
+    what is before and after them.  A prune rewrites fronts and middles, and hides a tail that the pinned point has.
     """
     story = Story.of(folder, f"scene {seed}", disks=2, cluster="4K")
-    size = story.images["vda"].size
+    image = story.images["vda"]
+    size = image.size
     story.live()
     story.back_up("full").require(0)
-    for image in story.images.values():
-        image.play(f"write -P 7 0 {image.size // 1024}k")
+    for each in story.images.values():
+        each.play(f"write -P 7 0 {each.size // 1024}k")
     story.back_up("full").require(0)
-    story.images["vda"].resize(size // 2 // 512 * 512)
+    image.resize(size // 2 // 512 * 512)
     story.back_up("incremental").require(0)
-    story.images["vda"].resize(size)
-    story.images["vda"].shrunk = story.images["vda"].regrown = False  # it was backed up between
+    image.grow_back(size)
     story.back_up("incremental", ["vda"]).require(0)
     story.live()
+    image.play(f"write -P 8 0 {image.size // 1024}k")
     before = set(story.known)
-    story.back_up("incremental").require(0)
+    story.take().require(0)
     [point] = set(story.known) - before
     story.run("pin", f"m/{point}").require(0)
     story.known[point] = story.known[point].pinned_as(True)
-    for disks in ([], ["vda"], []):
+    size = image.size
+    image.resize(size // 4 * 3 // 4096 * 4096 - 1536)
+    story.back_up("incremental").require(0)
+    image.grow_back(size)
+    story.back_up("incremental", ["vda"]).require(0)
+    for _ in range(2):
         story.live()
-        wanted = "rescan" if any(image.regrown for image in story.images.values()) else "incremental"
-        story.back_up(wanted, disks).require(0)
+        story.take().require(0)
     story.live()
     story.require_whole()
     return story
@@ -205,7 +224,7 @@ REFUSALS += [("unlink", "error=EIO", False), ("openat", "error=EIO", False)]
 
 def steps(most: int, *, rare: bool) -> list[int]:
     """Which of a run's steps are struck: all of those that are rare, else every EVERYth."""
-    every = max(1, EVERY // 4) if rare else EVERY
+    every = max(1, EVERY // 16) if rare else EVERY
     return list(range(1 + FROM % every, most + 1, every))
 
 
@@ -477,7 +496,22 @@ def read_copy(story: Story, rng: random.Random, own: Path) -> None:
     shutil.rmtree(second.repository)
 
 
-READERS = [read_restore, read_verify, read_overview, read_plans, read_copy]
+def read_served(story: Story, rng: random.Random, own: Path) -> None:
+    """While a point is served it stays, or its files do; one that goes just then is refused."""
+    point = rng.choice(sorted(story.listed()))
+    expected = story.awaited(point, "vda").read_bytes()
+    with started(["serve", f"m/{point}", "--disk", "vda", "--repo", str(story.repository)]) as server:
+        said = [next(server, ""), next(server, "")]
+        if "nbd+unix:" in said[1]:
+            run("qemu-img", "convert", "-f", "raw", "-O", "raw", said[1].strip(), own / "served.raw")
+            assert (own / "served.raw").read_bytes()[: len(expected)] == expected, (
+                f"{point} is served as something else"
+            )
+        else:
+            assert not (story.machine / f"{point}.json").exists(), said
+
+
+READERS = [read_restore, read_verify, read_overview, read_plans, read_copy, read_served]
 
 
 @pytest.mark.timeout(600 + SECONDS)
@@ -518,3 +552,71 @@ def read_until(story: Story, reader: Callable[..., None], own: Path, until: floa
         while time.monotonic() < until:
             reader(story, rng, own)
             times.write(b".")
+
+
+# A reader that a prune overtakes
+
+
+def overtaken_readers(story: Story) -> dict[str, list[str]]:
+    """Commands that take no lock, or another machine's; `{}` of a point that stays and builds on ones that go."""
+    points = sorted(story.known.values(), key=lambda point: point.sequence)
+    pinned = next(point.point for point in points if point.pinned)
+    restore = ["restore", f"m/{points[-1].point}", str(story.folder / "overtaken.raw"), "--disk", "vda", "--force"]
+    return {
+        "restore": restore,
+        "restore of the pinned": ["restore", f"m/{pinned}", *restore[2:]],
+        "verify": ["verify", "m"],
+        "verify of one": ["verify", f"m/{points[-1].point}"],
+        "list": ["list", "m"],
+        "show": ["show", f"m/{points[-1].point}"],
+        "status": ["status", "m"],
+        "prune": ["prune", "m", *SCENE_PRUNE, "--dry-run"],
+        "incremental": ["incremental", "m", "--dry-run"],
+        "rescan": ["rescan", "m", "--dry-run"],
+        "copy": ["copy", "m", str(story.folder / "second")],
+        "copy of one": ["copy", f"m/{points[-1].point}", str(story.folder / "second")],
+    }
+
+
+OVERTAKEN = [
+    "restore", "restore of the pinned", "verify", "verify of one", "list", "show", "status", "prune", "incremental",
+    "rescan", "copy", "copy of one",
+]  # fmt: skip
+
+
+@traceable
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("reader", OVERTAKEN)
+def test_a_reader_that_is_overtaken_by_a_prune_at_any_open_sees_whole_points(scene, tmp_path, reader):
+    """It is stopped before its nth open, a prune runs, to its end or until it is killed, and it goes on."""
+    counted = scene.copied(tmp_path / "whole")
+    calls = counted.run(*overtaken_readers(counted)[reader], strike=Strike("openat", 65535, alone=True)).calls
+    for nth in steps(calls["openat"], rare=False):
+        story = scene.copied(tmp_path / "here")
+        kill = Strike("rename", nth % 7, "signal=SIGKILL") if nth % 2 else None
+        prune = partial(story.prune, *SCENE_PRUNE, strike=kill if nth % 7 else None)
+        words = overtaken_readers(story)[reader]
+        ended = story.run(*words, strike=Strike("openat", nth, "signal=SIGSTOP", alone=True), while_stopped=prune)
+        require_overtaken_well(story, reader, ended)
+
+
+def require_overtaken_well(story: Story, reader: str, ended: Ended) -> None:
+    """What it says is true of the folder at some time, and what it made is whole."""
+    if reader == "copy":  # of all points: it names those that went before it came to them
+        ended.require(0, 10)
+        for point in re.findall(r"error: m/(\S+?):", ended.stderr):
+            assert not (story.machine / f"{point}.json").exists(), ended
+    else:
+        ended.require(0)
+    if reader.startswith("restore"):
+        point = ended.args[3].removeprefix("m/")
+        assert same(story.folder / "overtaken.raw", story.folder / "known" / f"{point}.vda.raw")
+    if reader.startswith("copy"):
+        second = story.at("second")
+        second.known = dict(story.ever)
+        second.require_whole()
+    if reader == "incremental":
+        assert "incremental" in ended.stdout
+        assert "full" not in ended.stdout
+    if reader == "rescan":
+        assert "full" not in ended.stdout
