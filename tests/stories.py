@@ -587,6 +587,10 @@ class Story:
         )
         assert same(target, expected), f"pybackup restores {point} {disk} to something else"
 
+    def stored(self) -> int:
+        """Bytes of the data files that there are."""
+        return sum(path.stat().st_size for path in self.machine.glob("*.qcow2"))
+
     def require_tidy(self) -> None:
         """No file lies about that no manifest names; each has the length that its manifest says, and no exchange."""
         named = {"lock", "verified"}

@@ -13,13 +13,13 @@ import random
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
-from lab import run
+from lab import call_pybackup, run
 from stories import (
     CALLS,
     Ended,
@@ -34,6 +34,8 @@ from stories import (
     same,
     started,
 )
+
+from backup.repository import Machine
 
 FIRST, END = (int(number) for number in os.environ.get("STORIES", "0:4").split(":"))
 EVERY, FROM = (int(number) for number in os.environ.get("STRIKES", "40:0").split(":"))
@@ -94,7 +96,15 @@ def prune(story: Story) -> None:
         found = story.require_whole()
         assert stay <= found, "what the policy keeps is gone"
         story.forget(found)
+        story.prune("--keep-last", "1000").require(0)  # settles what was cut off, and removes nothing
+        assert story.listed() == found
+    [plan] = story.prune(*options, "--dry-run").require(0).document
+    before = story.stored()
     [report] = story.prune(*options).require(0).document
+    assert report["points"] == plan["points"]
+    assert report["freed_bytes"] == before - story.stored()
+    for planned, done in zip(plan["rewrites"], report["rewrites"], strict=True):
+        assert done["stored_after"] <= planned["stored_after"], "a rewrite takes more room than was said"
     waiting = {point["point"] for point in report["points"] if point["action"] == "wait"}
     assert not waiting or batch > 1
     assert story.listed() == stay | waiting
@@ -213,8 +223,9 @@ def scene(tmp_path_factory) -> Story:
     return make_scene(tmp_path_factory.mktemp("scene") / "here", os.environ.get("SCENE", "0"))
 
 
-KILLS = [(call, "signal=SIGKILL", False) for call in CALLS]
-REFUSALS = [
+Kind = tuple[str, str, bool]
+KILLS: list[Kind] = [(call, "signal=SIGKILL", False) for call in CALLS]
+REFUSALS: list[Kind] = [
     (call, f"error={error}", lasting)
     for call, error in [("pwrite64", "ENOSPC"), ("write", "ENOSPC"), ("fsync", "EIO"), ("rename", "EIO")]
     for lasting in (False, True)
@@ -222,36 +233,40 @@ REFUSALS = [
 REFUSALS += [("unlink", "error=EIO", False), ("openat", "error=EIO", False)]
 
 
-def steps(most: int, *, rare: bool) -> list[int]:
-    """Which of a run's steps are struck: all of those that are rare, else every EVERYth."""
-    every = max(1, EVERY // 16) if rare else EVERY
-    return list(range(1 + FROM % every, most + 1, every))
+def steps(counts: Mapping[str, int], kinds: Sequence[Kind], every: int) -> list[Strike]:
+    """Every so manieth of a run's steps; of those that change names, by which all turns, ten times as many."""
+    found = [Strike(call, nth, how, lasting) for call, how, lasting in kinds for nth in range(1, counts[call] + 1)]
+    names = [strike for strike in found if strike.call in {"rename", "unlink"}]
+    rest = [strike for strike in found if strike not in names]
+    often = max(1, every // 10)
+    return [*names[FROM % often :: often], *rest[FROM % every :: every]]
 
 
-def ids(value: object) -> str | None:
-    return None if not isinstance(value, tuple) else f"{value[0]}-{value[1]}{'-lasting' if value[2] else ''}"
+def counted(story: Story, *words: str) -> Mapping[str, int]:
+    """How often a command makes each of the calls."""
+    calls = story.run(*words, strike=Strike(",".join(CALLS), 65535)).require(0).calls
+    return {call: calls.get(call, 0) for call in CALLS}
 
 
 @traceable
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("kind", KILLS + REFUSALS, ids=ids)
-def test_a_prune_that_is_struck_at_any_step_leaves_every_point_whole_and_the_next_goes_on(scene, tmp_path, kind):
-    call, effect, lasting = kind
+def test_a_prune_that_is_struck_at_any_step_leaves_every_point_whole_and_the_next_goes_on(scene, tmp_path):
     stay = must_stay(list(scene.known.values()), {"last": 2})
-    counted = scene.copied(tmp_path / "whole").prune(*SCENE_PRUNE, strike=Strike(call, 65535)).require(0)
+    counts = counted(scene.copied(tmp_path / "whole"), "prune", "m", *SCENE_PRUNE)
+    assert min(counts[call] for call in CALLS if call != "ftruncate") > 3
     states = set()
-    for nth in steps(counted.calls.get(call, 0), rare=call in {"rename", "unlink"}):
+    for number, strike in enumerate(steps(counts, KILLS + REFUSALS, EVERY)):
         story = scene.copied(tmp_path / "struck")
-        ended = story.prune(*SCENE_PRUNE, strike=Strike(call, nth, effect, lasting))
+        ended = story.prune(*SCENE_PRUNE, strike=strike)
         assert ended.struck
-        assert (ended.rc == -9) == (effect == "signal=SIGKILL")
-        require_plain(ended, *([12] if call == "openat" else []))  # what cannot be opened may be damaged
+        assert (ended.rc == -9) == (strike.effect == "signal=SIGKILL")
+        require_plain(ended, *([12] if strike.call == "openat" else []))  # what cannot be opened may be damaged
         if (state := story.state()) in states:
             continue
         states.add(state)
         found = story.require_whole()
-        assert stay <= found, f"{nth}: what the policy keeps is gone"
-        goes_on(story, stay, backup_first=nth % 3 == 0)
+        assert stay <= found, f"{strike}: what the policy keeps is gone"
+        goes_on(story, stay, backup_first=number % 3 == 0)
 
 
 def require_plain(ended: Ended, *codes: int) -> None:
@@ -276,16 +291,14 @@ def goes_on(story: Story, stay: set[str], *, backup_first: bool) -> None:
 
 @traceable
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("call", CALLS)
-def test_a_backup_that_is_killed_at_any_step_after_a_prune_that_was_too(scene, tmp_path, call):
+def test_a_backup_that_is_killed_at_any_step_after_a_prune_that_was_too(scene, tmp_path):
     """The backup begins by settling what the prune left; the one after it continues the chain."""
     cut = scene.copied(tmp_path / "cut")
     cut.prune(*SCENE_PRUNE, strike=Strike("rename", 2)).require(-9)  # the file that waits is listed and did not move
     assert any(name.endswith(".new") for name in names(cut.machine))
-    counted = cut.copied(tmp_path / "whole").back_up("incremental", strike=Strike(call, 65535)).require(0)
-    for nth in steps(counted.calls.get(call, 0), rare=call in {"rename", "unlink"}):
+    for strike in steps(counted(cut.copied(tmp_path / "whole"), "incremental", "m"), KILLS, EVERY * 3):
         story = cut.copied(tmp_path / "struck")
-        ended = story.back_up("incremental", strike=Strike(call, nth))
+        ended = story.back_up("incremental", strike=strike)
         assert ended.struck
         story.require_whole()
         if ended.rc in {0, -9}:  # else strace killed a program of QEMU's, which may have been writing the bitmap
@@ -319,7 +332,8 @@ def cut_scenes(scene, tmp_path_factory) -> list[Story]:
 @traceable
 @pytest.mark.timeout(600)
 def test_every_reader_works_where_a_prune_was_cut_off(cut_scenes, tmp_path):
-    for story in cut_scenes[FROM % 4 :: max(1, EVERY // 4)]:
+    often = max(1, EVERY // 8)
+    for story in cut_scenes[FROM % often :: often]:
         before = story.state()
         listed = story.require_whole(deep=True)
         newest = max(listed, key=lambda point: story.known[point].sequence)
@@ -390,30 +404,26 @@ def test_a_file_system_that_is_full_at_any_step_of_a_prune(scene, tmp_path, smal
 
 def fill_during_prunes(scene: Story, folder: Path, small: Path) -> None:
     stay = must_stay(list(scene.known.values()), {"last": 2})
-    whole = scene.copied(folder / "whole")
-    calls = {call: whole.copied(folder / "counted").prune(*SCENE_PRUNE, strike=Strike(call, 65535)) for call in CALLS}
-    for call in CALLS:
-        for nth in steps(calls[call].calls.get(call, 0), rare=call in {"rename", "unlink"}):
-            for path in small.iterdir():
-                shutil.rmtree(path)
-            story = scene.copied(folder / "struck").moved_to(small / "repo")
-            with ExitStack() as until:
-                strike = Strike(call, nth, "signal=SIGSTOP")
-                ended = story.prune(
-                    *SCENE_PRUNE, strike=strike, while_stopped=lambda: until.enter_context(filled(small))
-                )
-                assert ended.rc in {0, 1}, ended
-                assert ended.rc == 0 or "No space left" in ended.stderr or "are free" in ended.stderr, ended
-                require_plain(ended)
-                found = story.require_whole()
-                assert stay <= found
-                again = story.prune(*SCENE_PRUNE)
-                require_plain(again)
-                assert stay <= story.require_whole()
-                require_plain(story.back_up("incremental"))  # what was freed meanwhile may be enough for it
-                story.forget(story.require_whole())
-                still = must_stay(list(story.known.values()), {"last": 2})
-            goes_on(story, still, backup_first=nth % 2 == 0)
+    counts = counted(scene.copied(folder / "whole"), "prune", "m", *SCENE_PRUNE)
+    for number, strike in enumerate(steps(counts, [(call, "signal=SIGSTOP", False) for call in CALLS], EVERY * 2)):
+        for path in small.iterdir():
+            shutil.rmtree(path)
+        story = scene.copied(folder / "struck").moved_to(small / "repo")
+        with ExitStack() as until:
+            fill = partial(until.enter_context, filled(small))
+            ended = story.prune(*SCENE_PRUNE, strike=strike, while_stopped=fill)
+            assert ended.rc in {0, 1}, ended
+            assert ended.rc == 0 or "No space left" in ended.stderr or "are free" in ended.stderr, ended
+            require_plain(ended)
+            found = story.require_whole()
+            assert stay <= found
+            again = story.prune(*SCENE_PRUNE)
+            require_plain(again)
+            assert stay <= story.require_whole()
+            require_plain(story.back_up("incremental"))  # what was freed meanwhile may be enough for it
+            story.forget(story.require_whole())
+            still = must_stay(list(story.known.values()), {"last": 2})
+        goes_on(story, still, backup_first=number % 2 == 0)
 
 
 @pytest.mark.timeout(600)
@@ -586,18 +596,37 @@ OVERTAKEN = [
 
 @traceable
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("reader", OVERTAKEN)
-def test_a_reader_that_is_overtaken_by_a_prune_at_any_open_sees_whole_points(scene, tmp_path, reader):
+def test_a_reader_that_is_overtaken_by_a_prune_at_any_open_sees_whole_points(scene, tmp_path):
     """It is stopped before its nth open, a prune runs, to its end or until it is killed, and it goes on."""
-    counted = scene.copied(tmp_path / "whole")
-    calls = counted.run(*overtaken_readers(counted)[reader], strike=Strike("openat", 65535, alone=True)).calls
-    for nth in steps(calls["openat"], rare=False):
+    opens = []
+    for reader in OVERTAKEN:
+        story = scene.copied(tmp_path / "whole")
+        calls = story.run(*overtaken_readers(story)[reader], strike=Strike("openat", 65535, alone=True)).calls
+        opens += [(reader, nth) for nth in range(1, calls["openat"] + 1)]
+    for reader, nth in opens[FROM % (EVERY * 2) :: EVERY * 2]:
         story = scene.copied(tmp_path / "here")
-        kill = Strike("rename", nth % 7, "signal=SIGKILL") if nth % 2 else None
-        prune = partial(story.prune, *SCENE_PRUNE, strike=kill if nth % 7 else None)
+        kill = Strike("rename", nth % 7, "signal=SIGKILL") if nth % 2 and nth % 7 else None
+        prune = partial(story.prune, *SCENE_PRUNE, strike=kill)
         words = overtaken_readers(story)[reader]
         ended = story.run(*words, strike=Strike("openat", nth, "signal=SIGSTOP", alone=True), while_stopped=prune)
         require_overtaken_well(story, reader, ended)
+
+
+@pytest.mark.parametrize(
+    "words", [["status", "m"], ["prune", "m", *SCENE_PRUNE], ["incremental", "m"], ["rescan", "m"]]
+)
+def test_what_was_read_of_a_machine_before_a_prune_is_no_damage_after_it(scene, tmp_path, monkeypatch, words):
+    """Of the overtaken readers those that once took the prune for damage, without strace."""
+    story = scene.copied(tmp_path / "here")
+    stale = [Machine(story.machine).contents()]
+    story.prune(*SCENE_PRUNE).require(0)
+    read = Machine.contents
+    monkeypatch.setattr(Machine, "contents", lambda self, **how: stale.pop() if stale else read(self, **how))
+    dry = [] if words[0] == "status" else ["--dry-run"]
+    done = call_pybackup(["--config", story.config, *words, *dry])
+    assert not stale
+    assert (done.rc, done.stderr) == (0, ""), done
+    assert "broken" not in done.stdout
 
 
 def require_overtaken_well(story: Story, reader: str, ended: Ended) -> None:
