@@ -35,6 +35,7 @@ from stories import (
     started,
 )
 
+from backup import content, datafile
 from backup.repository import Machine
 
 FIRST, END = (int(number) for number in os.environ.get("STORIES", "0:4").split(":"))
@@ -612,9 +613,7 @@ def test_a_reader_that_is_overtaken_by_a_prune_at_any_open_sees_whole_points(sce
         require_overtaken_well(story, reader, ended)
 
 
-@pytest.mark.parametrize(
-    "words", [["status", "m"], ["prune", "m", *SCENE_PRUNE], ["incremental", "m"], ["rescan", "m"]]
-)
+@pytest.mark.parametrize("words", [["status", "m"], ["prune", "m", *SCENE_PRUNE, "--dry-run"]], ids=["status", "prune"])
 def test_what_was_read_of_a_machine_before_a_prune_is_no_damage_after_it(scene, tmp_path, monkeypatch, words):
     """Of the overtaken readers those that once took the prune for damage, without strace."""
     story = scene.copied(tmp_path / "here")
@@ -622,9 +621,30 @@ def test_what_was_read_of_a_machine_before_a_prune_is_no_damage_after_it(scene, 
     story.prune(*SCENE_PRUNE).require(0)
     read = Machine.contents
     monkeypatch.setattr(Machine, "contents", lambda self, **how: stale.pop() if stale else read(self, **how))
-    dry = [] if words[0] == "status" else ["--dry-run"]
-    done = call_pybackup(["--config", story.config, *words, *dry])
+    done = call_pybackup(["--config", story.config, *words])
     assert not stale
+    assert (done.rc, done.stderr) == (0, ""), done
+
+
+@pytest.mark.parametrize(
+    ("word", "owner_and_name"),
+    [("incremental", (datafile, "peeked")), ("rescan", (content, "checked"))],
+    ids=["incremental", "rescan"],
+)
+def test_a_rehearsal_whose_chain_a_prune_changes_foresees_no_full(scene, tmp_path, monkeypatch, word, owner_and_name):
+    """The prune comes between the look at the chain and its planning."""
+    story = scene.copied(tmp_path / "here")
+    prunes = [partial(story.prune, *SCENE_PRUNE)]
+    original = getattr(*owner_and_name)
+
+    def overtaken(*arguments, **keywords):
+        if prunes:
+            prunes.pop()().require(0)
+        return original(*arguments, **keywords)
+
+    monkeypatch.setattr(*owner_and_name, overtaken)
+    done = call_pybackup(["--config", story.config, word, "m", "--dry-run"])
+    assert not prunes
     assert (done.rc, done.stderr) == (0, ""), done
     assert "broken" not in done.stdout
 
