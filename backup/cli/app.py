@@ -578,7 +578,12 @@ def _choice(older_than: str | None, sample: str | None, *, deep: bool) -> Choice
 
     if deep and sample is not None:
         raise UsageError("--deep together with --sample", hint="a sample is of blocks, whose clusters cross their ends")
-    since = None if older_than is None else datetime.now(UTC) - timedelta(seconds=parse_duration(older_than))
+    since = None
+    if older_than is not None:
+        try:
+            since = datetime.now(UTC) - timedelta(seconds=parse_duration(older_than))
+        except OverflowError:
+            since = datetime.min.replace(tzinfo=UTC)  # before Christ: all that was ever verified is newer
     return Choice(since, 1.0 if sample is None else parse_share(sample))
 
 
