@@ -216,6 +216,20 @@ def test_an_address_that_is_none(night, options):
     assert (done.rc, len(done.stderr.splitlines())) == (2, 2), done
 
 
+@pytest.mark.parametrize("folder", ["missing", "file", "/proc"])
+def test_a_socket_for_which_there_is_no_folder(night, tmp_path, folder):
+    (tmp_path / "file").touch()
+    done = call_pybackup(["serve", "disk/latest", "--repo", night.repository, "--socket", tmp_path / folder / "s"])
+    assert (done.rc, len(done.stderr.splitlines())) == (1, 2), done
+    assert done.stderr.startswith(f"pybackup: error: the socket {tmp_path / folder}/s cannot be used: ")
+
+
+def test_an_address_that_no_host_can_have(night):
+    done = call_pybackup(["serve", "disk/latest", "--repo", night.repository, "--port", "1", "--bind", "ü..y"])
+    assert (done.rc, len(done.stderr.splitlines())) == (1, 2), done
+    assert done.stderr.startswith("pybackup: error: port 1 of ü..y cannot be used: ")
+
+
 def test_a_machine_with_two_disks_is_asked_which(tmp_path):
     images = [make_image(tmp_path / f"{name}.qcow2", "1M") for name in ("a", "b")]
     write(images[1], "write -P 5 0 64k")

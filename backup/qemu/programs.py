@@ -45,6 +45,8 @@ tries, that many seconds apart.
 _LONGEST_FOLDER = 80
 """Bytes of a temporary folder's path that leave room for a folder and a socket in it."""
 _T = TypeVar("_T")
+_Where = str | tuple[str, int]
+"""A Unix socket's path, or a TCP address and port."""
 _PACKAGE = "install QEMU's tools: apt-get install qemu-utils (dnf install qemu-img)"
 
 
@@ -305,9 +307,14 @@ class Address:
             return [f"--socket={filename(self.socket)}"]
         return [f"--bind={self.bind}", f"--port={self.port}"]
 
+    @property
+    def where(self) -> _Where:
+        """As sockets take it."""
+        return (self.bind, self.port) if self.socket is None else filename(self.socket)
+
     def require_free(self) -> None:
         """
-        Make sure that nothing has the address: qemu-nbd would remove another program's socket.
+        Make sure that a server can listen there, and takes no other program's socket away, as qemu-nbd would.
 
         Raises
         ------
@@ -322,17 +329,17 @@ class Address:
                     f"{self.socket} is too long for a socket",
                     hint=f"the kernel allows {_LONGEST_SOCKET} bytes; name a shorter path",
                 )
-            return
         try:
-            family = socket.AF_INET6 if ":" in self.bind else socket.AF_INET
-            with socket.socket(family) as probe:
+            with socket.socket(_family(self.where)) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind((self.bind, self.port))
-        except OSError as error:
-            raise Failed(
-                f"port {self.port} of {self.bind} cannot be used: {error.strerror or error}",
-                hint="choose another port, or an address of this host",
-            ) from None
+                probe.bind(self.where)
+            if self.socket is not None:
+                self.socket.unlink()
+        except (OSError, TypeError) as error:  # the latter of a host's name that none can have
+            place = f"port {self.port} of {self.bind}" if self.socket is None else f"the socket {self.socket}"
+            other = "another port, or an address of this host" if self.socket is None else "a folder that takes files"
+            why = getattr(error, "strerror", None) or error
+            raise Failed(f"{place} cannot be used: {why}", hint=f"choose {other}") from None
 
 
 _LONGEST_SOCKET = 107
@@ -378,8 +385,7 @@ def lent(path: Path, address: Address, overlay: int | None = None) -> Iterator[L
         serve += ["--", f"/proc/self/fd/{overlay}"]
     kept = () if overlay is None else (overlay,)
     with tempfile.TemporaryFile("w+", errors="replace") as complaints:
-        where = (address.bind, address.port) if address.socket is None else filename(address.socket)
-        server = _start(serve, where, path, complaints, pass_fds=kept)
+        server = _start(serve, address.where, path, complaints, pass_fds=kept)
         try:
             yield Lent(server, path, complaints)
         finally:
@@ -630,10 +636,6 @@ def _as_told(path: Path, error: SourceError, complaints: IO[str]) -> SourceError
     return error
 
 
-_Where = str | tuple[str, int]
-"""A Unix socket's path, or a TCP address and port."""
-
-
 def _start(
     command: Sequence[str],
     address: _Where,
@@ -670,14 +672,19 @@ def _why_it_ended(server: subprocess.Popen[str], path: Path, complaints: IO[str]
     return _image_error(path, complaints.read(4000) or f"qemu-nbd ended with status {server.returncode}")
 
 
+def _family(address: _Where) -> socket.AddressFamily:
+    if isinstance(address, str):
+        return socket.AF_UNIX
+    return socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+
+
 def _greets(address: _Where, deadline: float) -> bool:
     """
     Does the server send its greeting?
 
     qemu-nbd listens before it opens the image: connecting alone would succeed and then hide why it ended.
     """
-    family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-    with socket.socket(family) as probe:
+    with socket.socket(_family(address)) as probe:
         probe.settimeout(max(deadline - time.monotonic(), 0.001))
         try:
             probe.connect(address)
