@@ -604,7 +604,8 @@ def copy_(
     [(machine, points)] = _what_to_verify([what], _path(repo))
     config = _config_or_default()
     source = Repository.open(machine.path.parent)
-    if not machine.contents().manifests:
+    contents = machine.contents()
+    if not contents.manifests and not contents.damaged:
         raise NotFound(f"machine {machine.name} has no point", hint="see: pybackup list")
     second = replicate.open_second(Path(other), source, settings.modes(config)).machine(machine.name)
     began = time.monotonic()
