@@ -686,10 +686,12 @@ def files(
     machine, found = _find_point(manifest, _path(repo))
     with guestfiles.opened(machine, found.point, choose_disk(found, disk), filesystem) as guest:
         entries = guest.list(path)
+    _warn(guest.unmounted)
     if json:
         render.document([asdict(entry) for entry in entries])
     else:
         render.files_table(entries)
+    raise typer.Exit(WARNINGS_EXIT_CODE if guest.unmounted else 0)
 
 
 @app.command()
@@ -712,13 +714,18 @@ def get(
     guestfiles.require_new(target)
     with guestfiles.opened(machine, found.point, choose_disk(found, disk), filesystem) as guest:
         fetched = guest.get(path, target)
-    for name in fetched.left_out:
-        render.warning(f"left out, being no file, folder or link: {name}")
+    warnings = [*guest.unmounted, *(f"left out, being no file, folder or link: {name}" for name in fetched.left_out)]
+    _warn(warnings)
     if json:
         render.document({"path": path, "target": str(target), "error": None, **asdict(fetched)})
     elif not _options.quiet:
         render.line(render.fetched_line(path, target, fetched))
-    raise typer.Exit(WARNINGS_EXIT_CODE if fetched.left_out else 0)
+    raise typer.Exit(WARNINGS_EXIT_CODE if warnings else 0)
+
+
+def _warn(texts: Sequence[str]) -> None:
+    for text in texts:
+        render.warning(text)
 
 
 @app.command()

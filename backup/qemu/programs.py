@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 from urllib.parse import quote
 
-from backup.errors import BackupError, Failed, SourceError, UsageError
+from backup.errors import BackupError, Damaged, Failed, SourceError, UsageError
 from backup.qemu.truncation import may_be_cut_off
 
 _log = logging.getLogger(__name__)
@@ -450,10 +451,10 @@ class GuestfishError(Failed):
 
 
 class Guestfish:
-    """A guestfish that is asked one command after the other."""
+    """A guestfish that is asked one command after the other; it writes files into `pipe` (reading, writing end)."""
 
-    def __init__(self, process: subprocess.Popen[bytes], complaints: IO[str]) -> None:
-        self._process, self._complaints = process, complaints
+    def __init__(self, process: subprocess.Popen[bytes], complaints: IO[str], pipe: tuple[int, int]) -> None:
+        self._process, self._complaints, self._pipe = process, complaints, pipe
         self._heard = 0
 
     def ask(self, command: str, *arguments: str) -> bytes:
@@ -465,31 +466,101 @@ class Guestfish:
         GuestfishError
             It failed.
         """
+        end = self._send(command, *arguments)
+        said = bytearray()
+        while not said.endswith(end):
+            chunk = os.read(self._stdout, 1 << 20)
+            if not chunk:
+                raise self._end()
+            said += chunk
+        self._require_success()
+        return bytes(said.removesuffix(end))
+
+    @contextmanager
+    def stream(self, command: str, path: str) -> Iterator[Stream]:
+        """
+        Run a command that writes a file (`download`, `tar-out`), and yield what it writes, as it comes.
+
+        After another error than Damaged in the block nothing more can be asked: what is left was not read.
+
+        Raises
+        ------
+        GuestfishError
+            It failed; then what was read is not all.
+        """
+        stream = Stream(self._pipe[0], self._stdout, self._send(command, path, f"/dev/fd/{self._pipe[1]}"))
+        cut_off = None
+        try:
+            yield stream
+        except Damaged as error:
+            cut_off = error  # guestfish knows best why
+        while stream.read():
+            pass
+        if not stream.complete:
+            raise self._end()
+        self._require_success()
+        if cut_off is not None:
+            raise cut_off
+
+    @property
+    def _stdout(self) -> int:
+        assert self._process.stdout is not None
+        return self._process.stdout.fileno()
+
+    def _send(self, command: str, *arguments: str) -> bytes:
+        """Give a command; what guestfish prints when it is done."""
         mark = f"pybackup-{os.urandom(8).hex()}"
         line = " ".join([f"-{command}", *map(_quoted, arguments)])  # the dash: an error does not end guestfish
         if len(line) > _LONGEST_LINE:
             raise UsageError("the path is too long for guestfish", hint="name a folder above it")
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         with suppress(BrokenPipeError):
             self._process.stdin.write(f"{line}\necho {mark}\n".encode())
             self._process.stdin.flush()
-        said = bytearray()
-        end = f"{mark}\n".encode()
-        while not said.endswith(end):
-            chunk = os.read(self._process.stdout.fileno(), 1 << 20)
-            if not chunk:
-                raise GuestfishError(self._complained() or "guestfish ended")
-            said += chunk
-        if "error: " in (text := self._complained()):
+        return f"{mark}\n".encode()
+
+    def _require_success(self) -> None:
+        text = self._complained()
+        if "error: " in text:
             raise GuestfishError(text.partition("error: ")[2])
-        return bytes(said.removesuffix(end))
+
+    def _end(self) -> GuestfishError:
+        return GuestfishError(self._complained() or "guestfish ended")
 
     def _complained(self) -> str:
         self._complaints.seek(self._heard)
         text = self._complaints.read()
         self._heard = self._complaints.tell()
         return _one_line(text) if text.strip() else ""
+
+
+class Stream:
+    """What a command of guestfish writes into the pipe `data`, until it prints `end` on `stdout` (descriptors)."""
+
+    def __init__(self, data: int, stdout: int, end: bytes) -> None:
+        self._data, self._stdout, self._end = data, stdout, end
+        self._said = b""
+        self._ended = False
+        self._poll = select.poll()  # not select: the files of a long chain are open besides
+        for fd in (data, stdout):
+            self._poll.register(fd, select.POLLIN)
+
+    def read(self, size: int = 1 << 16) -> bytes:
+        """At most `size` bytes; none at the end."""
+        while True:
+            ready = dict(self._poll.poll(0 if self._ended else None))
+            if ready.get(self._data, 0) & select.POLLIN:
+                return os.read(self._data, size)
+            if self._ended:
+                return b""
+            chunk = os.read(self._stdout, 1 << 16)
+            self._said += chunk
+            self._ended = not chunk or self.complete
+
+    @property
+    def complete(self) -> bool:
+        """Did the command come to its end?"""
+        return self._said.endswith(self._end)
 
 
 _LONGEST_LINE = 8000
@@ -523,17 +594,26 @@ def guestfish(image: Path) -> Iterator[Guestfish]:
         backend = os.environ.get("LIBGUESTFS_BACKEND", "direct")
         environment = {**os.environ, "LC_ALL": "C", "LIBGUESTFS_BACKEND": backend, "LIBGUESTFS_TMPDIR": str(folder)}
         _log.info("run: %s", shlex.join(command))
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=complaints,
-            start_new_session=True,
-            env=environment,
-        )
+        reading, writing = os.pipe()
         try:
-            yield Guestfish(process, complaints)
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=complaints,
+                start_new_session=True,
+                env=environment,
+                pass_fds=[writing],
+            )
+        except BaseException:
+            os.close(reading)
+            raise
         finally:
+            os.close(writing)  # so that it ends with guestfish
+        try:
+            yield Guestfish(process, complaints, (reading, writing))
+        finally:
+            os.close(reading)
             # With its QEMU, which has nothing to lose.  A session of its own is a process group of its own.
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
