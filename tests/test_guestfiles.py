@@ -194,6 +194,14 @@ def test_an_archive_that_guestfish_could_not_finish_is_told_in_its_words(fish, t
             unpack(stream, tmp_path / f"new{number}")
 
 
+def test_nobody_takes_the_rest_of_a_file_for_an_answer(fish, tmp_path):
+    (tmp_path / "file").write_bytes(b"x" * 1000)
+    with pytest.raises(OSError, match="full"), fish.stream("download", str(tmp_path / "file")):
+        raise OSError("the disk is full")
+    with pytest.raises(programs.GuestfishError, match="ended"):
+        fish.ask("nothing")
+
+
 def test_a_guestfish_that_ends_in_the_middle_is_no_end_of_a_file(fish, tmp_path):
     (tmp_path / "file").write_bytes(b"x")
     with pytest.raises(programs.GuestfishError), fish.stream("exit", str(tmp_path / "file")) as stream:

@@ -481,7 +481,7 @@ class Guestfish:
         """
         Run a command that writes a file (`download`, `tar-out`), and yield what it writes, as it comes.
 
-        After another error than Damaged in the block nothing more can be asked: what is left was not read.
+        Another error than Damaged in the block ends guestfish.
 
         Raises
         ------
@@ -494,6 +494,9 @@ class Guestfish:
             yield stream
         except Damaged as error:
             cut_off = error  # guestfish knows best why
+        except BaseException:
+            self._process.kill()  # what it goes on to write would be taken for the next command's
+            raise
         while stream.read():
             pass
         if not stream.complete:
