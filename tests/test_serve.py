@@ -260,8 +260,27 @@ def test_a_kill_takes_the_server_along_and_frees_the_points(night, tmp_path):
             assert server.end(signal.SIGKILL)[0] == -signal.SIGKILL
             require_gone(left)
             assert machine.points_in_use() == set()
-        # What no signal can tidy up is a socket that nobody answers.
+        # What no signal can tidy up is a socket that nobody answers, until the next run comes.
         assert all(path.is_socket() or path.is_dir() for path in tmp_path.rglob("*"))
+
+
+def test_the_next_run_removes_what_a_kill_left_and_nothing_that_is_used(night, tmp_path):
+    repo = ["--repo", night.repository]
+    with serving("disk/latest", *repo, TMPDIR=str(tmp_path)) as killed:
+        killed.end(signal.SIGKILL)
+    [left] = tmp_path.iterdir()
+    with serving("disk/latest", *repo, TMPDIR=str(tmp_path)) as alive:
+        assert left.exists(), "it is young, and may not be locked yet"
+        [used] = set(tmp_path.iterdir()) - {left}
+        (tmp_path / "pybackup-own-link").symlink_to(used)
+        for folder in (left, used):
+            os.utime(folder, (0, 0))
+        with serving("disk/latest", *repo, TMPDIR=str(tmp_path)) as other:
+            assert not left.exists()
+            assert int(run("nbdinfo", "--size", alive.uri)) == 4 * MIB
+            assert other.end()[0] == 0
+        assert alive.end()[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["pybackup-own-link"]
 
 
 def test_two_servers_of_one_point_hold_it_until_the_last_ends(night):

@@ -8,6 +8,7 @@ header into it and have QEMU open any file of the host as its backing file.
 from __future__ import annotations
 
 import errno
+import fcntl
 import functools
 import json
 import logging
@@ -268,12 +269,11 @@ def served(
     ImageLocked, SourceError
         The image is in use, cannot be served, or cannot be read (then with what qemu-nbd said of it).
     """
-    folder = socket_folder()
-    address = os.path.join(folder, "nbd")
-    command = [*_dies_with_us(), *_serve_command(path, image_format, bitmaps, connections, address)]
-    try:
+    with private_folder() as folder:
+        address = str(folder / "nbd")
+        command = [*_dies_with_us(), *_serve_command(path, image_format, bitmaps, connections, address)]
         # A file and no pipe: a server that complains a lot must not block on a pipe that nobody empties.
-        with open(os.path.join(folder, "log"), "w+", errors="replace") as complaints:
+        with open(folder / "log", "w+", errors="replace") as complaints:
             server = _patiently(lambda: _start(command, address, path, complaints, meanwhile=meanwhile))
             try:
                 yield f"nbd+unix:///?socket={quote(address)}"
@@ -281,8 +281,6 @@ def served(
                 raise _as_told(path, error, complaints) from None
             finally:
                 _end(server)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -422,15 +420,45 @@ def throw_away(base: Path) -> Iterator[int]:
 
 @contextmanager
 def private_folder() -> Iterator[Path]:
-    """Make a folder for a socket that only this user can reach; it is removed with what it holds."""
-    folder = socket_folder()
+    """
+    Make a folder for a socket that only this user can reach; it is removed with what it holds.
+
+    The kernel frees the flock that is held on it however this process ends.  So a folder that gives the lock is what a
+    killed run left, and goes too.
+    """
+    folder = Path(socket_folder(_PRIVATE))
     try:
-        yield Path(folder)
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            with suppress(OSError):  # a file system without locks: then none of these is removed by others
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            _remove_orphans(folder.parent)
+            yield folder
+        finally:
+            os.close(lock)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def socket_folder() -> str:
+_PRIVATE = "pybackup-own-"
+_YOUNG = 60.0
+"""Seconds: a folder that was just made may not be locked yet."""
+
+
+def _remove_orphans(place: Path) -> None:
+    for folder in place.glob(f"{_PRIVATE}*"):
+        with suppress(OSError):  # another user's, in use, or gone
+            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                status = os.fstat(fd)
+                if status.st_uid == os.geteuid() and time.time() - status.st_mtime > _YOUNG:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(fd)
+
+
+def socket_folder(prefix: str = "pybackup-") -> str:
     """
     Make a folder of mode 0700 for a socket.
 
@@ -439,7 +467,7 @@ def socket_folder() -> str:
     folder = tempfile.gettempdir()
     if len(os.fsencode(folder)) > _LONGEST_FOLDER:
         folder = "/tmp"  # noqa: S108 - what mkdtemp makes in it is ours alone
-    return tempfile.mkdtemp(prefix="pybackup-", dir=folder)
+    return tempfile.mkdtemp(prefix=prefix, dir=folder)
 
 
 class GuestfishError(Failed):
