@@ -191,7 +191,7 @@ def mount(fish: Guestfish, places: Sequence[tuple[str, str]]) -> list[str]:
 
     Raises
     ------
-    GuestfishError
+    Failed
         The first, which the others lie in, cannot be mounted.
     """
     failed = []
@@ -200,7 +200,10 @@ def mount(fish: Guestfish, places: Sequence[tuple[str, str]]) -> list[str]:
             fish.ask("mount-ro", device, place)
         except GuestfishError as error:
             if not number:
-                raise
+                raise Failed(
+                    f"{device} cannot be mounted: {error.text}",
+                    hint="is it damaged, or of a kind that only its guest knows? see pybackup serve",
+                ) from None
             failed.append(f"{device} is not mounted at {place}: {error.text}")
     return failed
 

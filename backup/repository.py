@@ -31,9 +31,8 @@ from pathlib import Path
 from backup import manifest as manifests
 from backup.errors import BackupError, Damaged, Failed, Locked, NotFound
 from backup.manifest import DiskEntry, Manifest
-from backup.names import check_name, name_problem
+from backup.names import MARKER, check_name, name_problem
 
-MARKER = "pybackup.json"
 FORMAT = "pybackup repository"
 VERSION = 1
 _TEMPORARY = ".tmp"

@@ -466,7 +466,7 @@ def list_(machines: MachineNames = None, repo: Repo = None, json: Json = False) 
 
 @app.command()
 def show(
-    manifest: Annotated[str, typer.Argument(metavar="MANIFEST", help="A path, MACHINE/POINT or MACHINE/latest.")],
+    manifest: Manifest_,
     repo: Repo = None,
     json: Json = False,
 ) -> None:
@@ -495,7 +495,7 @@ def show(
 
 @app.command()
 def restore(
-    manifest: Annotated[str, typer.Argument(metavar="MANIFEST", help="A path, MACHINE/POINT or MACHINE/latest.")],
+    manifest: Manifest_,
     target: Annotated[str, typer.Argument(metavar="TARGET", help="A file, a block device, an NBD URI, or a folder.")],
     disk: Annotated[str | None, typer.Option("--disk", metavar="NAME", help="Only this disk of the point.")] = None,
     format_: Annotated[str, typer.Option("--format", metavar="raw|qcow2", help="Of the file that is made.")] = "raw",
@@ -629,10 +629,8 @@ def copy_(
 
 @app.command()
 def serve(
-    manifest: Annotated[str, typer.Argument(metavar="MANIFEST", help="A path, MACHINE/POINT or MACHINE/latest.")],
-    disk: Annotated[
-        str | None, typer.Option("--disk", metavar="NAME", help="The disk, where there are several.")
-    ] = None,
+    manifest: Manifest_,
+    disk: PointDisk = None,
     socket: Annotated[str | None, typer.Option("--socket", metavar="PATH", help="A Unix socket to listen on.")] = None,
     port: Annotated[str | None, typer.Option("--port", metavar="N", help="A TCP port; anyone there can read.")] = None,
     bind: Annotated[
@@ -670,7 +668,7 @@ def _show_served(point: Manifest, disk: str, served: Served, writable: bool, jso
 
 @app.command()
 def files(
-    manifest: Annotated[str, typer.Argument(metavar="MANIFEST", help="A path, MACHINE/POINT or MACHINE/latest.")],
+    manifest: Manifest_,
     path: Annotated[str, typer.Argument(metavar="[PATH]", help="A folder of the guest.", show_default=False)] = "/",
     disk: PointDisk = None,
     filesystem: Filesystem = None,
@@ -696,7 +694,7 @@ def files(
 
 @app.command()
 def get(
-    manifest: Annotated[str, typer.Argument(metavar="MANIFEST", help="A path, MACHINE/POINT or MACHINE/latest.")],
+    manifest: Manifest_,
     path: Annotated[str, typer.Argument(metavar="PATH", help="A file or a folder of the guest.")],
     dest: Annotated[str, typer.Argument(metavar="DEST", help="A new name, or a folder to put it in.")],
     disk: PointDisk = None,
