@@ -168,18 +168,19 @@ def _chain(machine: Machine, point: str, disk: str) -> Chain:
 
 def mounts(fish: Guestfish, wanted: str | None) -> list[tuple[str, str]]:
     """What to mount where, in order: (place, device) for each; see `opened`."""
-    found = dict(_pairs(fish.ask("list-filesystems")))
-    usable = [device for device, kind in found.items() if kind not in _NOT_MOUNTED]
+    found = {name: kind for name, kind in _pairs(fish.ask("list-filesystems")) if kind not in _NOT_MOUNTED}
     if wanted is not None:
-        if wanted not in usable:
+        if wanted not in found:
             raise UsageError(f"the disk has no file system {wanted}", hint=_choices(found))
         return [("/", wanted)]
-    if len(usable) == 1:
-        return [("/", usable[0])]
-    roots = fish.ask("inspect-os").decode(errors="surrogateescape").split("\n")[:-1] if usable else []
+    if len(found) == 1:
+        return [("/", next(iter(found)))]
+    if not found:
+        raise UsageError("the disk has no file system that can be mounted", hint=_choices(found))
+    roots = fish.ask("inspect-os").decode(errors="surrogateescape").split("\n")[:-1]
     if len(roots) != 1:
-        many = f"{len(usable)} file systems and {len(roots)} operating systems"
-        raise UsageError(f"the disk has {many}" if usable else "the disk has no file system", hint=_choices(found))
+        many = f"{len(found)} file systems and {len(roots)} operating systems"
+        raise UsageError(f"the disk has {many}", hint=_choices(found))
     places = _pairs(fish.ask("inspect-get-mountpoints", roots[0]))
     # By length, so that each is mounted below what it lies in; of other disks' file systems there is nothing here.
     return sorted(((place, device) for place, device in places if device in found), key=lambda pair: len(pair[0]))

@@ -259,8 +259,10 @@ def test_between_several_the_user_chooses(roots):
     with pytest.raises(UsageError) as refused:
         mounts(fish, None)
     assert "--filesystem: /dev/sda1 (ext4), /dev/sda2 (xfs)" in refused.value.hint
-    with pytest.raises(UsageError):
-        mounts(Fish(list_filesystems=b""), None)
+    for nothing in (b"", b"/dev/sda: unknown\n"):
+        with pytest.raises(UsageError) as refused:
+            mounts(Fish(list_filesystems=nothing), None)
+        assert "--filesystem" not in refused.value.hint
 
 
 # The command line

@@ -156,8 +156,9 @@ def test_a_size_that_is_no_multiple_of_512_is_told(tmp_path):
         server.end()
 
 
-def test_a_socket_of_the_users_own(night, tmp_path):
-    path = tmp_path / "a b?&'c,d"
+@pytest.mark.parametrize("name", ["a b?&'c,d", "\udcff"])
+def test_a_socket_of_the_users_own(night, tmp_path, name):
+    path = tmp_path / name
     with serving("disk/latest", "--socket", path, "--repo", night.repository) as server:
         assert oct(path.stat().st_mode & 0o777) == "0o700"
         assert int(run("nbdinfo", "--size", server.uri)) == 4 * MIB
@@ -167,7 +168,8 @@ def test_a_socket_of_the_users_own(night, tmp_path):
         assert int(run("nbdinfo", "--size", server.uri)) == 4 * MIB
         drive = shlex.split(server.document["commands"]["qemu"])[-1].removeprefix("file=")
         name = drive.partition(",format=")[0].replace(",,", ",")
-        assert "virtual size: 4 MiB" in run("qemu-img", "info", name)
+        told = subprocess.run(["qemu-img", "info", name], check=True, capture_output=True).stdout
+        assert b"virtual size: 4 MiB" in told
         assert server.end(signal.SIGHUP)[0] == 0
     assert not path.exists()
 

@@ -276,7 +276,7 @@ def served(
         with open(folder / "log", "w+", errors="replace") as complaints:
             server = _patiently(lambda: _start(command, address, path, complaints, meanwhile=meanwhile))
             try:
-                yield f"nbd+unix:///?socket={quote(address)}"
+                yield f"nbd+unix:///?socket={quote(os.fsencode(address))}"
             except SourceError as error:
                 raise _as_told(path, error, complaints) from None
             finally:
@@ -295,7 +295,7 @@ class Address:
     def uri(self) -> str:
         """The NBD URI of what is served there."""
         if self.socket is not None:
-            return f"nbd+unix:///?socket={quote(os.path.abspath(self.socket))}"
+            return f"nbd+unix:///?socket={quote(os.fsencode(filename(self.socket)))}"
         host = socket.gethostname() if self.bind in {"0.0.0.0", "::"} else self.bind  # noqa: S104 - compared, not bound
         return f"nbd://{f'[{host}]' if ':' in host else host}:{self.port}/"
 
