@@ -322,7 +322,9 @@ class Address:
         """
         if self.socket is not None:
             if os.path.lexists(self.socket):
-                raise UsageError(f"{self.socket} exists already", hint="name another, or remove it if a killed run left it")
+                raise UsageError(
+                    f"{self.socket} exists already", hint="name another, or remove it if a killed run left it"
+                )
             if len(os.fsencode(filename(self.socket))) > _LONGEST_SOCKET:
                 raise UsageError(
                     f"{self.socket} is too long for a socket",
