@@ -1,12 +1,15 @@
 """What reads a guest's files trusts neither the guest nor its names; guestfish itself is run by `make test-guest`."""
 
+import errno
 import io
 import os
+import sys
 import tarfile
 
 import pytest
 from lab import MIB, Night, call_pybackup, run_pybackup
 
+from backup import guestfiles
 from backup.errors import Damaged, Failed, UsageError
 from backup.guestfiles import mount, mounts, target_of, unpack
 from backup.qemu import programs
@@ -143,19 +146,88 @@ def test_where_a_path_goes(tmp_path):
 
 
 FISH = """#!/usr/bin/env python3
-import os, shlex, sys
+import os, shlex, sys, tarfile
 for line in sys.stdin:
-    words = shlex.split(line.encode().decode("unicode_escape"))
-    if words[0] == "echo":
-        print(words[1], flush=True)
-    elif words[0] in {"-download", "-tar-out"}:
-        with open(words[2], "wb") as file:
-            file.write(open(words[1], "rb").read())
-        if words[0] == "-tar-out":
-            print("libguestfs: error: tar: a damaged file system", file=sys.stderr, flush=True)
-    elif words[0] == "-exit":
+    command, *words = shlex.split(line.encode().decode("unicode_escape"))
+    path = words[0] if words else None
+    if command == "echo":
+        print(path, flush=True)
+    elif command == "-exit":
         sys.exit()
+    elif command == "-list-filesystems":
+        print("/dev/sda: ext4")
+    elif command in {"-statns", "-lstatns"}:
+        try:
+            found = os.stat(path, follow_symlinks=command == "-statns")
+        except OSError as error:
+            print(f"libguestfs: error: statns: {path}: {error.strerror}", file=sys.stderr, flush=True)
+        else:
+            for name in ("mode", "size", "uid", "gid"):
+                print(f"st_{name}: {getattr(found, 'st_' + name)}")
+            print(f"st_mtime_sec: {int(found.st_mtime)}")
+    elif command == "-ls0":
+        print("".join(name + chr(0) for name in os.listdir(path)), end="")
+    elif command == "-readlink":
+        print(os.readlink(path))
+    elif command == "-tar-out" and os.path.isdir(path):
+        with open(words[1], "wb") as file, tarfile.open(fileobj=file, mode="w|") as tar:
+            tar.add(path, arcname=".")
+    elif command in {"-download", "-tar-out"}:
+        with open(words[1], "wb") as file:
+            file.write(open(path, "rb").read())
+        if command == "-tar-out":
+            print("libguestfs: error: tar: a damaged file system", file=sys.stderr, flush=True)
 """
+
+
+@pytest.fixture
+def guest(tmp_path):
+    """A PATH with a program that speaks like guestfish, and takes the host's files for the guest's."""
+    return path_with(tmp_path / "bin", ("guestfish", FISH.replace("/usr/bin/env python3", sys.executable)))
+
+
+def test_files_are_listed_and_fetched_by_the_command_line(night, guest, tmp_path):
+    tree, to, repo = tmp_path / "tree", tmp_path / "to", ["--repo", night.repository]
+    (tree / "sub").mkdir(parents=True)
+    to.mkdir()
+    (tree / "sub" / "\x1b[31mred").write_text("content")
+    os.mkfifo(tree / "sub" / "pipe")
+    (tree / "gone").symlink_to("/nowhere/at/all")
+    shown = run_pybackup(["files", "disk/latest", tree / "sub", *repo], env=guest)
+    assert (shown.rc, shown.stderr) == (0, "")
+    assert [line.split()[-1] for line in shown.stdout.splitlines()] == ["NAME", "?[31mred", "pipe"]
+    [link] = run_pybackup(["files", "disk/latest", tree / "gone", "--json", *repo], env=guest).document
+    assert (link["kind"], link["target"]) == ("link", "/nowhere/at/all")
+    assert run_pybackup(["files", "disk/latest", tree / "not", *repo], env=guest).rc == 10
+    assert run_pybackup(["get", "disk/latest", tree / "gone", to, *repo], env=guest).rc == 10
+    for folder in (to, to / "other"):
+        done = run_pybackup(["get", "disk/latest", tree / "sub", folder, *repo], env=guest)
+        assert (done.rc, done.stderr) == (3, "pybackup: warning: left out, being no file, folder or link: ./pipe\n")
+    again = run_pybackup(["get", "disk/latest", tree / "sub", to, *repo], env=guest)
+    assert (again.rc, again.stderr.splitlines()[0]) == (2, f"pybackup: error: {to / 'sub'} exists")
+    one = run_pybackup(["get", "disk/latest", tree / "sub" / "\x1b[31mred", to, "--json", *repo], env=guest)
+    assert (one.rc, one.document["files"], one.document["bytes"]) == (0, 1, 7)
+    assert {str(path.relative_to(to)) for path in to.rglob("*") if path.is_file()} == {
+        "\x1b[31mred",
+        "sub/\x1b[31mred",
+        "other/\x1b[31mred",
+    }
+    assert sorted(os.listdir(to)) == ["\x1b[31mred", "other", "sub"]
+
+
+def test_a_disk_that_is_full_is_told_and_leaves_nothing(fish, tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"x" * 1000)
+    write = guestfiles._write
+
+    def full(content, path):
+        write(content, path)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(guestfiles, "_write", full)
+    (tmp_path / "to").mkdir()
+    with pytest.raises(Failed, match="cannot be written: No space left on device"):
+        guestfiles.GuestFiles(fish).get(str(tmp_path / "file"), tmp_path / "to" / "x")
+    assert os.listdir(tmp_path / "to") == []
 
 
 @pytest.fixture
