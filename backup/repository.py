@@ -524,7 +524,7 @@ def _read(path: Path, limit: int) -> bytes:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, "it is no plain file")
-        left = min(found.st_size, limit) + 1
+        left = min(found.st_size, limit + 1)
         parts = []
         while left and (part := os.read(fd, left)):
             parts.append(part)

@@ -97,11 +97,11 @@ NIGHTS = Series(
     "commands run as cron would run them, with a clock that is a day further on each time (libfaketime): "
     "`incremental`, and in the series with retention (`daily: 7`, `weekly: 5`, `monthly: 12`, `yearly: 3`) `prune`. "
     "Without it all points stay, and a new chain begins every 100 nights (`max_chain`). Seconds are medians of the "
-    "nights of a row; the mean is of all of a night's processor time, as few prunes rewrite a full. `list`, `status` "
-    "run after the row's last night. At the end `verify` and `qemu-img check` find no fault, `qemu-img compare` finds "
-    "no difference between the newest point and the image, and eight older points, chosen at random, restore to what "
-    "the disk was in their nights (SHA-256); otherwise there would be no figures. The plot is of processor time, backup "
-    "and prune.",
+    "nights of a row; the mean is of all of a night's processor time, as few prunes rewrite a full. `list` and "
+    "`status` run after the row's last night. At the end `verify` and `qemu-img check` find no fault, `qemu-img "
+    "compare` finds no difference between the newest point and the image, and eight older points, chosen at random, "
+    "restore to what the disk was in their nights (SHA-256); otherwise there would be no figures. The plot is of "
+    "processor time, backup and prune.",
 )
 
 BARS = (
