@@ -280,7 +280,8 @@ def memory(parts: dict[str, list[Any]]) -> str:
         for p in peaks
     ]
     others = [(row.memory, row.work) for found in parts.values() for row in found if isinstance(row, Row)]
-    others += [(row.memory, f"{name}, {row.line}") for name, f in parts.items() for row in f if isinstance(row, Point)]
+    series = [(name, row) for name, found in parts.items() for row in found if isinstance(row, Point | Nights)]
+    others += [(row.memory, f"{name}, {row.line}") for name, row in series]
     largest, where = max(others, default=(0, "nothing"))
     return (
         "## Memory\n\nThe default configuration may take 300 MiB. One run each.\n\n"
@@ -319,9 +320,10 @@ def series(name: str, shown: Series, points: list[Point]) -> str:
 
 def nights(parts: dict[str, list[Any]]) -> list[str]:
     """The section of the thousand nights, if they were measured: text, plot, table, and how the last compare."""
-    rows = [row for row in parts.get("scale-nights", []) if isinstance(row, Nights)]
+    measured = parts.get("scale-nights", [])
+    rows = [row for row in measured if isinstance(row, Nights)]
     if not rows:
-        return []
+        return [f"## {NIGHTS.title}\n\nNot measured: {row.against}, {row.note}." for row in measured]
     lines: dict[str, list[Nights]] = {}
     for row in rows:
         lines.setdefault(row.line, []).append(row)
