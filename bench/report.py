@@ -331,7 +331,7 @@ def nights(parts: dict[str, list[Any]]) -> list[str]:
     titles = ["", "nights", "backup s", "processor s", "prune s", "processor s", "mean processor s"]
     titles += ["`list` processor s", "`status` processor s", "points", "MiB stored", "MiB"]
     shown = [[line, *night_cells(row)] for line, found in lines.items() for row in found]
-    verdicts = "\n".join(f"- {verdict(line, found)}" for line, found in lines.items() if len(found) > 1)
+    verdicts = "\n".join(f"- {verdict(line, found)}" for line, found in lines.items() if len(found) > 2)
     head = f"## {NIGHTS.title}\n\n{NIGHTS.text}\n\n![{NIGHTS.title}](plots/scale-nights.svg)"
     return [f"{head}\n\n{table(titles, shown, 2)}\n\n{verdicts}"]
 
