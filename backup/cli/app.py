@@ -115,7 +115,7 @@ PointDisk = Annotated[str | None, typer.Option("--disk", metavar="NAME", help="T
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what a run would do; change nothing.")]
 NoFallback = Annotated[
-    bool, typer.Option("--no-fallback", help="Fail with 14 rather than take a full or a rescan instead.")
+    bool, typer.Option("--no-fallback", help="Fail with 14 rather than read everything (a rescan or a full) instead.")
 ]
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from initrd import CACHE, Unavailable, make_system
 from lab import MIB, PYBACKUP, Result, call_pybackup, make_image, run
+from live import private_tmp
 
 from backup import guestfiles
 from backup.manifest import Manifest
@@ -180,7 +181,13 @@ def test_an_xfs_by_the_command_line_which_leaves_nothing(works, tmp_path, point_
         file.truncate(320 * MIB)
     run("mkfs.xfs", "-q", "-p", tmp_path / "proto", tmp_path / "disk.raw")
     point = point_of(tmp_path / "disk.raw")
-    env_before = set(Path("/tmp").glob("pybackup-*"))
+    with private_tmp(tmp_path) as left:
+        fetch_all_of_the_xfs(point, tree, tmp_path / "to")
+        assert not list(left.glob("pybackup-*"))
+    assert sorted(path.name for path in (tmp_path / "to").iterdir()) == ["all", "large"]
+
+
+def fetch_all_of_the_xfs(point: Point, tree: Path, to: Path) -> None:
     listed = point.run("files")
     assert (listed.rc, listed.stderr) == (0, "")
     assert [*listed.document[0]] == ["name", "kind", "size", "mode", "modified", "target"]
@@ -189,15 +196,13 @@ def test_an_xfs_by_the_command_line_which_leaves_nothing(works, tmp_path, point_
         ("large", "file"),
         ("pipe", "other"),
     ]
-    (tmp_path / "to").mkdir()
-    done = point.run("get", "/", tmp_path / "to" / "all")
+    to.mkdir()
+    done = point.run("get", "/", to / "all")
     assert (done.rc, done.document["left_out"]) == (3, ["./pipe"])
-    run("cmp", tmp_path / "to" / "all" / "large", tree / "large")
-    run("cmp", tmp_path / "to" / "all" / "etc/fstab", tree / "etc/fstab")
-    assert point.run("get", "/large", tmp_path / "to").document["target"] == str(tmp_path / "to" / "large")
-    run("cmp", tmp_path / "to" / "large", tree / "large")
-    assert set(Path("/tmp").glob("pybackup-*")) <= env_before
-    assert sorted(path.name for path in (tmp_path / "to").iterdir()) == ["all", "large"]
+    run("cmp", to / "all" / "large", tree / "large")
+    run("cmp", to / "all" / "etc/fstab", tree / "etc/fstab")
+    assert point.run("get", "/large", to).document["target"] == str(to / "large")
+    run("cmp", to / "large", tree / "large")
 
 
 def test_partitions_with_an_operating_system_and_without(works, tmp_path, point_of):
