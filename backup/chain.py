@@ -95,6 +95,23 @@ def build(
     return Chain(disk, tuple(links))
 
 
+def require_whole(manifests: Mapping[str, Manifest]) -> None:
+    """
+    Make sure that every disk of every point leads down to a full; each link is looked at once.
+
+    A parent's sequence is below its child's, so that links which are all sound end somewhere, which is in a full.
+
+    Raises
+    ------
+    NotFound, Damaged
+        As `build`.
+    """
+    for manifest in manifests.values():
+        for entry in manifest.disks:
+            if entry.parent is not None:
+                _parent(manifests, Link(manifest.point, manifest.sequence, entry), entry.name, _NONE)
+
+
 def _link(manifests: Mapping[str, Manifest], point: str, disk: str, unreadable: Mapping[str, BackupError]) -> Link:
     manifest = manifests.get(point)
     if manifest is None:

@@ -106,7 +106,7 @@ class MachineConfig:
     disks: tuple[DiskConfig, ...]
     bitmap: str | None
     compression: Compression
-    on_unusable_bitmap: OnUnusableBitmap = "full"
+    on_unusable_bitmap: OnUnusableBitmap = "rescan"
     qmp: Path | None = None
     agent: Path | None = None
     freeze: Literal["no", "yes", "required"] = "no"
@@ -155,7 +155,7 @@ class Config:
     max_chain: int = 100
     check_zeroes: bool = True
     spot_check: int = 64
-    on_unusable_bitmap: OnUnusableBitmap = "full"
+    on_unusable_bitmap: OnUnusableBitmap = "rescan"
     connections: int = 4
     requests: int = 16
     request_size: int = 512 * KiB

@@ -49,7 +49,7 @@ class Request:
     max_chain: int = 100
     check_zeroes: bool = True
     spot_check: int = 64
-    unusable: str = decide.FULL
+    unusable: str = decide.RESCAN
     fallback: bool = True
     dry_run: bool = False
     named_by_path: bool = False

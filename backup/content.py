@@ -32,6 +32,9 @@ from backup.plan import Plan
 from backup.qcow2 import COMPRESSED, PART, Codec, Reader
 from backup.qemu.nbd import Export
 
+Found = tuple[npt.NDArray[np.int16], npt.NDArray[np.uint64]]
+"""For each cluster its holder (`index.NOBODY`: none) and the entry there."""
+
 _MOST_CACHED = 64
 """Checked blocks (4 MiB each) kept at most: of a long chain one for each file that a batch reads from."""
 _WINDOWS = 8
@@ -61,20 +64,19 @@ class Content:
         Exact size of the disk now: from there on clusters read as zeroes, as from the end of any point.
     files : sequence of StoredFile
         Of the chain's links, newest first.
-    window : int
-        Clusters whose holders are looked up together.
+    chosen : Offsets or None
+        The only clusters that will be asked for, ascending; None: any.
     """
 
-    def __init__(self, chain: Chain, files: Sequence[StoredFile], size: int, window: int) -> None:
+    def __init__(self, chain: Chain, files: Sequence[StoredFile], size: int, chosen: Offsets | None = None) -> None:
         self.index = Index(chain, [file.reader for file in files])
         self.cluster_size = chain.cluster_size
         self.size = size
         self._files = files
         self._limits = [min(limit, size) for limit in chain.limits]
-        self._window = window
-        self._clusters = -(-size // self.cluster_size)
-        self._resolved: OrderedDict[int, tuple[npt.NDArray[np.int16], npt.NDArray[np.uint64]]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._who = (
+            _InWindows(self.index, -(-size // self.cluster_size)) if chosen is None else _Chosen(self.index, chosen)
+        )
 
     def read(self, clusters: Offsets, room: memoryview, codec: Codec) -> None:
         """
@@ -86,7 +88,7 @@ class Content:
             The chain is not what was written.
         """
         size = self.cluster_size
-        holders, entries = self._holders(clusters)
+        holders, entries = self._who.holders(clusters)
         reader = self._files[0].reader
         offsets, lengths = reader.spans(entries)
         columns = zip(
@@ -109,7 +111,19 @@ class Content:
                 if visible < size:
                     here[max(visible, 0) :] = bytes(size - max(visible, 0))
 
-    def _holders(self, clusters: Offsets) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.uint64]]:
+
+class _InWindows:
+    """Who holds what, looked up for all clusters of an L2 table together, in the disk's order.  Thread-safe."""
+
+    def __init__(self, index: Index, clusters: int) -> None:
+        self._index = index
+        self._clusters = clusters
+        self._window = index.chain.cluster_size // 8
+        self._resolved: OrderedDict[int, Found] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def holders(self, clusters: Offsets) -> Found:
+        """For each cluster the number of the link that holds its data, or NOBODY, and the entry there."""
         holders = np.empty(len(clusters), np.int16)
         entries = np.empty(len(clusters), np.uint64)
         windows = clusters // self._window
@@ -120,17 +134,30 @@ class Content:
             holders[here], entries[here] = found[0][at], found[1][at]
         return holders, entries
 
-    def _resolve(self, number: int) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.uint64]]:
+    def _resolve(self, number: int) -> Found:
         """Holders and entries of a window."""
         with self._lock:
             found = self._resolved.get(number)
             if found is None:
                 first = number * self._window
-                found = self.index.resolve(first, min(self._window, self._clusters - first))
+                found = self._index.resolve(first, min(self._window, self._clusters - first))
                 self._resolved[number] = found
                 while len(self._resolved) > _WINDOWS:
                     self._resolved.popitem(last=False)
         return found
+
+
+class _Chosen:
+    """Who holds what, looked up at once for the few clusters that will be asked for.  Thread-safe."""
+
+    def __init__(self, index: Index, chosen: Offsets) -> None:
+        self._chosen = chosen
+        self._found = index.resolve_some(chosen)
+
+    def holders(self, clusters: Offsets) -> Found:
+        """As `_InWindows`."""
+        at = np.searchsorted(self._chosen, clusters)
+        return self._found[0][at], self._found[1][at]
 
 
 @contextmanager
@@ -144,14 +171,14 @@ def checked(folder: Path, chain: Chain, size: int) -> Iterator[Content]:
         A file of the chain is not what was written.
     """
     with datafile.opened(folder, chain, min(CACHED + len(chain.links), _MOST_CACHED)) as files:
-        yield Content(chain, files, size, chain.cluster_size // 8)  # an L2 table
+        yield Content(chain, files, size)
 
 
 @contextmanager
-def glanced(folder: Path, chain: Chain, size: int) -> Iterator[Content]:
-    """A chain's content, for a look at a few of its clusters: of a difference `checked` must be asked."""
+def glanced(folder: Path, chain: Chain, size: int, clusters: Offsets) -> Iterator[Content]:
+    """A few clusters (ascending) of a chain's content, for a look: of a difference `checked` must be asked."""
     with datafile.peeked_files(folder, chain) as files:
-        yield Content(chain, files, size, 1)
+        yield Content(chain, files, size, clusters)
 
 
 def compare(

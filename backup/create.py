@@ -40,6 +40,7 @@ from backup.manifest import (
     Parent,
     SourceRecord,
     new_point_id,
+    timestamp,
 )
 from backup.plan import Plan
 from backup.progress import Progress
@@ -428,8 +429,8 @@ class _Run:
             sequence=self.machine.next_sequence(self.contents),
             machine=self.request.machine,
             repository=self.repository,
-            started=_timestamp(self.started_at),
-            finished=_timestamp(datetime.now(UTC)),
+            started=timestamp(self.started_at),
+            finished=timestamp(datetime.now(UTC)),
             program=f"pybackup {backup.__version__}",
             disks=tuple(entries),
         )
@@ -536,7 +537,3 @@ def _disk_report(job: _Job, stored: int, seconds: float) -> DiskReport:
         seconds=round(job.seconds + seconds, 3),
         rescan=job.disk.decision.rescan,
     )
-
-
-def _timestamp(moment: datetime) -> str:
-    return f"{moment:%Y-%m-%dT%H:%M:%SZ}"

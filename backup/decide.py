@@ -115,7 +115,7 @@ def decide(
     short_id: str,
     max_chain: int,
     claim: Claim,
-    unusable: str = FULL,
+    unusable: str = RESCAN,
 ) -> Decision:
     """
     Decide one disk's backup.

@@ -12,11 +12,12 @@ import os
 import shutil
 import stat
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
+from typing import IO, Protocol, cast
 
 from backup import datafile
 from backup.chain import Chain, build
@@ -27,6 +28,8 @@ from backup.qemu.programs import Guestfish, GuestfishError
 from backup.repository import Machine
 
 _NOT_MOUNTED = {"swap", "unknown", "crypto_LUKS"}
+_CHUNK = 1 << 16
+_ZEROES = bytes(_CHUNK)
 _KINDS = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "link"}
 
 
@@ -51,11 +54,19 @@ class Fetched:
     left_out: tuple[str, ...]
 
 
-class GuestFiles:
-    """A guest's mounted file systems."""
+class Readable(Protocol):
+    """Bytes as they come."""
 
-    def __init__(self, fish: Guestfish) -> None:
+    def read(self, size: int, /) -> bytes:
+        """At most so many; none at the end."""
+
+
+class GuestFiles:
+    """A guest's mounted file systems; `unmounted` says which of them could not be mounted, and why."""
+
+    def __init__(self, fish: Guestfish, unmounted: Sequence[str] = ()) -> None:
         self._fish = fish
+        self.unmounted = unmounted
 
     def list(self, path: str) -> list[Entry]:
         """
@@ -67,7 +78,11 @@ class GuestFiles:
             There is no such path; it cannot be read.
         """
         path = absolute(path)
-        if not stat.S_ISDIR(self._facts(path, follow=True)["mode"]):
+        try:
+            is_folder = stat.S_ISDIR(self._facts(path, follow=True)["mode"])
+        except BackupError:
+            is_folder = False  # a link that leads nowhere, unless nothing is there at all
+        if not is_folder:
             return [self._entry(path, PurePosixPath(path).name)]
         names = [os.fsdecode(name) for name in self._ask("ls0", path, "-").split(b"\0") if name]
         return [self._entry(f"{path.rstrip('/')}/{name}", name) for name in sorted(names)]
@@ -76,7 +91,8 @@ class GuestFiles:
         """
         Bring a file, or a folder with all that is in it, to `target`, which must not exist.
 
-        Contents, permissions and times come back; owners do not.  It appears under its name when it is whole.
+        Contents, permissions, times and links come back, and owners, by number, where this process is root's.  It
+        appears under its name when it is whole.
 
         Raises
         ------
@@ -85,18 +101,17 @@ class GuestFiles:
         """
         path = absolute(path)
         facts = self._facts(path, follow=True)
-        require_new(target)
-        with _explained(target), _beside(target) as work:
-            made = work / "made"
+        with _explained(target), _beside(target) as made:
             if stat.S_ISDIR(facts["mode"]):
-                self._ask("tar-out", path, str(work / "tar"))
-                fetched = unpack(work / "tar", made)
+                with self._fish.stream("tar-out", path) as archive:
+                    fetched = unpack(archive, made)
             elif stat.S_ISREG(facts["mode"]):
-                self._ask("download", path, str(made))
-                fetched = Fetched(1, made.stat().st_size, ())
+                with self._fish.stream("download", path) as content:
+                    fetched = Fetched(1, _write(content, made), ())
             else:
                 raise Failed(f"{path} is neither a file nor a folder", hint="see: pybackup files")
-            _finish(made, facts["mode"], facts["mtime_sec"])
+            _finish(made, facts["mode"], facts["mtime_sec"], (facts["uid"], facts["gid"]))
+            require_new(target)
             os.rename(made, target)
         return fetched
 
@@ -116,9 +131,14 @@ class GuestFiles:
         try:
             return self._fish.ask(command, path, *more)
         except GuestfishError as error:
-            if "No such file or directory" in error.text or "Not a directory" in error.text:
-                raise NotFound(f"the guest has no {path}", hint="see: pybackup files MANIFEST /") from None
+            if any(why in error.text for why in _NOWHERE):
+                raise NotFound(
+                    f"the guest has no {path}, or a link there leads nowhere", hint="see: pybackup files MANIFEST /"
+                ) from None
             raise
+
+
+_NOWHERE = ("No such file or directory", "Not a directory", "Too many levels of symbolic links")
 
 
 @contextmanager
@@ -138,9 +158,7 @@ def opened(machine: Machine, point: str, disk: str, filesystem: str | None) -> I
         fish.ask("run")
         if _chain(machine, point, disk) != chain:
             raise Failed(f"the chain of point {point} changed while it was opened", hint="run the command again")
-        for place, device in mounts(fish, filesystem):
-            fish.ask("mount-ro", device, place)
-        yield GuestFiles(fish)
+        yield GuestFiles(fish, mount(fish, mounts(fish, filesystem)))
 
 
 def _chain(machine: Machine, point: str, disk: str) -> Chain:
@@ -150,21 +168,45 @@ def _chain(machine: Machine, point: str, disk: str) -> Chain:
 
 def mounts(fish: Guestfish, wanted: str | None) -> list[tuple[str, str]]:
     """What to mount where, in order: (place, device) for each; see `opened`."""
-    found = dict(_pairs(fish.ask("list-filesystems")))
-    usable = [device for device, kind in found.items() if kind not in _NOT_MOUNTED]
+    found = {name: kind for name, kind in _pairs(fish.ask("list-filesystems")) if kind not in _NOT_MOUNTED}
     if wanted is not None:
-        if wanted not in usable:
+        if wanted not in found:
             raise UsageError(f"the disk has no file system {wanted}", hint=_choices(found))
         return [("/", wanted)]
-    if len(usable) == 1:
-        return [("/", usable[0])]
-    roots = fish.ask("inspect-os").decode(errors="surrogateescape").split("\n")[:-1] if usable else []
+    if len(found) == 1:
+        return [("/", next(iter(found)))]
+    if not found:
+        raise UsageError("the disk has no file system that can be mounted", hint=_choices(found))
+    roots = fish.ask("inspect-os").decode(errors="surrogateescape").split("\n")[:-1]
     if len(roots) != 1:
-        many = f"{len(usable)} file systems and {len(roots)} operating systems"
-        raise UsageError(f"the disk has {many}" if usable else "the disk has no file system", hint=_choices(found))
+        many = f"{len(found)} file systems and {len(roots)} operating systems"
+        raise UsageError(f"the disk has {many}", hint=_choices(found))
     places = _pairs(fish.ask("inspect-get-mountpoints", roots[0]))
     # By length, so that each is mounted below what it lies in; of other disks' file systems there is nothing here.
     return sorted(((place, device) for place, device in places if device in found), key=lambda pair: len(pair[0]))
+
+
+def mount(fish: Guestfish, places: Sequence[tuple[str, str]]) -> list[str]:
+    """
+    Mount file systems; which of them could not be, and why: a damaged /home keeps nobody from /etc.
+
+    Raises
+    ------
+    Failed
+        The first, which the others lie in, cannot be mounted.
+    """
+    failed = []
+    for number, (place, device) in enumerate(places):
+        try:
+            fish.ask("mount-ro", device, place)
+        except GuestfishError as error:
+            if not number:
+                raise Failed(
+                    f"{device} cannot be mounted: {error.text}",
+                    hint="is it damaged, or of a kind that only its guest knows? see pybackup serve",
+                ) from None
+            failed.append(f"{device} is not mounted at {place}: {error.text}")
+    return failed
 
 
 def _choices(found: Mapping[str, str]) -> str:
@@ -185,15 +227,19 @@ def target_of(path: str, dest: Path) -> Path:
 
 def require_new(target: Path) -> None:
     """
-    Make sure that nothing has the target's name.
+    Make sure that nothing has the target's name, and that it can be made.
 
     Raises
     ------
-    Failed
-        Something has.
+    UsageError, Failed
+        Something has; its folder is missing, or not to be written.
     """
     if os.path.lexists(target):
-        raise Failed(f"{target} exists already", hint="name what does not exist yet")
+        raise UsageError(f"{target} exists", hint="name what does not exist yet, or a folder to put it in")
+    if not target.parent.is_dir():
+        raise UsageError(f"there is no folder {target.parent}", hint="make it first, or name another")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise Failed(f"{target.parent} cannot be written", hint="check the permissions there, or name another folder")
 
 
 def absolute(path: str) -> str:
@@ -217,9 +263,9 @@ def _time(seconds: int) -> str:
         return str(seconds)  # the guest may say anything
 
 
-def unpack(archive: Path, target: Path) -> Fetched:
+def unpack(archive: Readable, target: Path) -> Fetched:
     """
-    Unpack a tar archive that nobody vouches for into a new folder.
+    Unpack a tar archive that nobody vouches for, as it comes, into a new folder.
 
     Each entry goes into a folder that came out of the archive before it, under a name that nothing has; so no link can
     lead outside.  What is no file, folder or link, and what has no place, is left out.
@@ -231,11 +277,12 @@ def unpack(archive: Path, target: Path) -> Fetched:
     """
     target.mkdir(0o700)
     folders: dict[PurePosixPath, tarfile.TarInfo | None] = {PurePosixPath(): None}
-    files, size, left_out = 0, 0, []
+    files, size, left_out = set(), 0, []
     try:
-        with tarfile.open(archive, "r:", errors="surrogateescape") as tar:
+        stream = cast("IO[bytes]", archive)  # in mode "r|" it is only read
+        with tarfile.open(fileobj=stream, mode="r|", bufsize=_CHUNK, errors="surrogateescape") as tar:
             for member in tar:
-                place = PurePosixPath(*[part for part in PurePosixPath(member.name).parts if part not in {"/", "."}])
+                place = _place(member.name)
                 if place == PurePosixPath():
                     continue
                 path = target / place
@@ -244,52 +291,78 @@ def unpack(archive: Path, target: Path) -> Fetched:
                 elif member.isdir():
                     path.mkdir(0o700)
                     folders[place] = member
-                elif member.isreg() or member.islnk():
-                    size += _write(tar, member, path)
-                    files += 1
+                elif member.isreg() and (content := tar.extractfile(member)) is not None:
+                    size += _write(content, path)
+                    _finish_as(path, member)
+                    files.add(place)
+                elif member.islnk() and _place(member.linkname) in files:
+                    _link(target / _place(member.linkname), path)
+                    files.add(place)
                 elif member.issym():
                     path.symlink_to(member.linkname)
+                    _finish_as(path, member)
                 else:
                     left_out.append(member.name)
     except tarfile.TarError as error:
         raise Damaged(f"libguestfs' archive cannot be read: {error}", hint="run the command again") from None
     for place, entry in reversed(folders.items()):  # last: a folder may forbid writing, and writing changes its time
         if entry is not None:
-            _finish(target / place, entry.mode, int(entry.mtime))
-    return Fetched(files, size, tuple(left_out))
+            _finish_as(target / place, entry)
+    return Fetched(len(files), size, tuple(left_out))
 
 
-def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> int:
-    """Write a file's content, also of one that is another's hard link; its bytes."""
+def _place(name: str) -> PurePosixPath:
+    return PurePosixPath(*[part for part in name.split("/") if part not in {"", "."}])
+
+
+def _write(content: Readable, path: Path) -> int:
+    """Write a new file, with holes for its zeroes: a guest's sparse file may be larger than our disk.  Its bytes."""
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb") as file:
+        while chunk := content.read(_CHUNK):
+            if chunk == _ZEROES[: len(chunk)]:
+                file.seek(len(chunk), os.SEEK_CUR)
+            else:
+                file.write(chunk)
+        return file.truncate()
+
+
+def _link(file: Path, path: Path) -> None:
     try:
-        content = tar.extractfile(member)
-    except KeyError:
-        raise Damaged(f"libguestfs' archive has no {member.linkname}", hint="run the command again") from None
-    if content is None:  # a link to a link
-        return 0
-    with content, open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb") as file:
-        shutil.copyfileobj(content, file, 1 << 20)
-        size = file.tell()
-    _finish(path, member.mode, int(member.mtime))
-    return size
+        os.link(file, path)
+    except OSError:  # a file system without hard links
+        shutil.copy2(file, path)
 
 
-def _finish(path: Path, mode: int, modified: int) -> None:
-    """Give a file its permissions, of which those that lend another's rights are not among, and its time."""
+def _finish_as(path: Path, member: tarfile.TarInfo) -> None:
+    _finish(path, member.mode, int(member.mtime), (member.uid, member.gid))
+
+
+def _finish(path: Path, mode: int, modified: int, owner: tuple[int, int]) -> None:
+    """
+    Give a file its owner, as far as we may, its permissions, and its time.
+
+    Of the permissions those that lend another's rights are not among.
+    """
+    if os.geteuid() == 0:
+        with suppress(OSError, OverflowError):  # a file system without owners
+            os.chown(path, *owner, follow_symlinks=False)
     with suppress(OSError, OverflowError):
-        os.utime(path, (modified, modified))
-    os.chmod(path, stat.S_IMODE(mode) & 0o777)
+        os.utime(path, (modified, modified), follow_symlinks=False)
+    if not path.is_symlink():
+        os.chmod(path, stat.S_IMODE(mode) & 0o777)
 
 
 @contextmanager
 def _beside(target: Path) -> Iterator[Path]:
-    """Make a folder beside a path to work in, on the same file system; it is removed with what it holds."""
-    work = target.parent / f".pybackup-{os.urandom(4).hex()}"
-    work.mkdir(0o700)
+    """A name beside a path for what is to get that path's; what has the name at the end is removed."""
+    made = target.with_name(f".pybackup-{os.urandom(8).hex()}.part")
     try:
-        yield work
+        yield made
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        if made.is_dir():
+            shutil.rmtree(made, ignore_errors=True)
+        else:
+            made.unlink(missing_ok=True)
 
 
 @contextmanager

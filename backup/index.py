@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from backup.chain import Chain
-from backup.extents import Mask, edges
+from backup.extents import Mask, Offsets, distinct, edges
 
 NOBODY = -1
 """Holder of a cluster that no file of the chain holds: it reads as zero."""
@@ -83,6 +83,30 @@ class Index:
                 holders[places[data]] = number
                 found[places[data]] = entries[data]
                 open_[places] &= kinds == UNALLOCATED
+        return holders, found
+
+    def resolve_some(self, clusters: Offsets) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.uint64]]:
+        """
+        As `resolve`, of these clusters (ascending) only: few, scattered over the disk.
+
+        A link is asked once for all that it may hold, and not once for each: the links may be many more than they.
+        """
+        holders = np.full(len(clusters), NOBODY, dtype=np.int16)
+        found = np.zeros(len(clusters), dtype=np.uint64)
+        tables = np.minimum(clusters // self._per_table, self._tables.shape[1])
+        there = np.column_stack((self._tables, np.zeros(len(self._files), dtype=np.bool_)))[:, tables]
+        open_ = np.ones(len(clusters), dtype=np.bool_)
+        for number in np.flatnonzero(there.any(axis=1)).tolist():
+            shown = clusters * self.chain.cluster_size < self._limits[number]
+            for table in distinct(tables[there[number] & shown & open_]).tolist():
+                places = np.flatnonzero((tables == table) & shown & open_)
+                low, high = int(clusters[places[0]]), int(clusters[places[-1]])
+                entries = self._files[number].entries(low, high - low + 1)[clusters[places] - low]
+                kinds = self._files[number].kinds(entries)
+                data = kinds > ZERO
+                holders[places[data]] = number
+                found[places[data]] = entries[data]
+                open_[places] = kinds == UNALLOCATED
         return holders, found
 
     def holds_data(self, first: int, count: int) -> Mask:

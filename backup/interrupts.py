@@ -8,7 +8,7 @@ signal until the call is over.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from backup.errors import Interrupted
@@ -41,6 +41,15 @@ def held() -> Iterator[None]:
         waiting, _State.waiting = _State.waiting, None
         if waiting is not None:
             raise Interrupted(waiting)
+
+
+def to_the_end(tidy_up: Callable[[], None]) -> None:
+    """Tidy up, and once more where a signal cut it off, which is raised then: no second signal comes (`_handle`)."""
+    try:
+        tidy_up()
+    except Interrupted:
+        tidy_up()
+        raise
 
 
 def _handle(number: int, _frame: object) -> None:

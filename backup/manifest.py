@@ -309,40 +309,52 @@ class _BadField(Exception):
 
 
 class _Fields:
-    """Takes typed fields out of a JSON object."""
+    """
+    Takes typed fields out of a JSON object.
 
-    def __init__(self, value: object, where: str) -> None:
+    Each run reads all manifests of a machine, of which there may be a thousand: what is right is found right by one
+    look, and where it was, as `place` and the place of what it lies in, is put into words only for an error.
+    """
+
+    __slots__ = ("_outer", "_place", "_value")
+
+    def __init__(self, value: object, place: str, outer: _Fields | None = None) -> None:
+        self._place = place
+        self._outer = outer
         if not isinstance(value, dict):
-            raise _BadField(f"{where} is not an object")
+            raise _BadField(f"{self.where()} is not an object")
         self._value: dict[str, Any] = value
-        self._where = where
+
+    def where(self) -> str:
+        return self._place if self._outer is None else f"{self._outer.where()}.{self._place}"
 
     def take(self, key: str, kind: type[T]) -> T:
         value = self._value.get(key)
         if type(value) is not kind:
-            raise _BadField(f"{self._where}.{key} is {_shown(value)}, not {kind.__name__}")
+            raise _BadField(f"{self.where()}.{key} is {_shown(value)}, not {kind.__name__}")
         return value
 
     def optional(self, key: str, kind: type[T]) -> T | None:
         return None if self._value.get(key) is None else self.take(key, kind)
 
     def number(self, key: str, low: int = 0, high: int = _MAX_DISK) -> int:
-        value = self.take(key, int)
-        if not low <= value <= high:
-            raise _BadField(f"{self._where}.{key} is {value}, not between {low} and {high}")
-        return value
+        value = self._value.get(key)
+        if type(value) is int and low <= value <= high:
+            return value
+        raise _BadField(f"{self.where()}.{key} is {self.take(key, int)}, not between {low} and {high}")
 
     def matching(self, key: str, pattern: re.Pattern[str]) -> str:
-        value = self.take(key, str)
-        if not pattern.fullmatch(value):
-            raise _BadField(f"{self._where}.{key} is {_shown(value)}, which pybackup does not write there")
-        return value
+        value = self._value.get(key)
+        if type(value) is str and pattern.fullmatch(value):
+            return value
+        shown = _shown(self.take(key, str))
+        raise _BadField(f"{self.where()}.{key} is {shown}, which pybackup does not write there")
 
     def inner(self, key: str) -> _Fields:
-        return _Fields(self._value.get(key), f"{self._where}.{key}")
+        return _Fields(self._value.get(key), key, self)
 
     def items(self, key: str) -> list[_Fields]:
-        return [_Fields(value, f"{self._where}.{key}[{i}]") for i, value in enumerate(self.take(key, list))]
+        return [_Fields(value, f"{key}[{i}]", self) for i, value in enumerate(self.take(key, list))]
 
 
 def _manifest(document: dict[str, Any]) -> Manifest:
@@ -420,7 +432,13 @@ def _data(fields: _Fields) -> DataFile:
 
 
 def _counts(fields: _Fields) -> ByteCounts:
-    return ByteCounts(**{name: fields.number(name) for name in ByteCounts.__slots__})
+    return ByteCounts(
+        dirty=fields.number("dirty"),
+        data=fields.number("data"),
+        zero=fields.number("zero"),
+        found_zero=fields.number("found_zero"),
+        stored=fields.number("stored"),
+    )
 
 
 def _source(fields: _Fields) -> SourceRecord:

@@ -176,16 +176,9 @@ def plan_full(source: BlockStatus, cluster_size: int) -> Plan:
         The server fails, or does not say what it must.
     """
     builder = _Builder(source.size, cluster_size)
-    for start, end in _one_behind(_asked_allocation(source)):
-        zero = _covered(source.allocation(start, end), extents.ZERO, start, cluster_size, source.size)
-        builder.add(start, end - start, np.where(zero, np.uint8(ZERO), np.uint8(DATA)))
+    for start, length, zero in _zero_windows(source, cluster_size):
+        builder.add(start, length, np.where(zero, np.uint8(ZERO), np.uint8(DATA)))
     return builder.plan()
-
-
-def _asked_allocation(source: BlockStatus) -> Iterator[tuple[int, int]]:
-    for start, end in extents.windows(0, source.size, WINDOW):
-        source.expect_allocation(start, end)
-        yield start, end
 
 
 def plan_incremental(
@@ -242,11 +235,10 @@ def plan_rescan(source: BlockStatus, cluster_size: int, chain: HeldData) -> Plan
         The server fails, or does not say what it must.
     """
     builder = _Builder(source.size, cluster_size)
-    for start, end in _one_behind(_asked_allocation(source)):
-        zero = _covered(source.allocation(start, end), extents.ZERO, start, cluster_size, source.size)
+    for start, length, zero in _zero_windows(source, cluster_size):
         kinds = np.where(zero, np.uint8(PARENT), np.uint8(DATA))
         kinds[_held(chain, zero, start // cluster_size, cluster_size)] = ZERO
-        builder.add(start, end - start, kinds)
+        builder.add(start, length, kinds)
     return builder.plan()
 
 
@@ -309,6 +301,19 @@ def any_dirty(source: BlockStatus, bitmap: str) -> bool:
         if following is not None:
             source.expect_dirty(bitmap, *following)
     return False
+
+
+def _zero_windows(source: BlockStatus, cluster_size: int) -> Iterator[tuple[int, int, Mask]]:
+    """Start and length (bytes) of every window, and which of its clusters read wholly as zero."""
+    for start, end in _one_behind(_asked_allocation(source)):
+        zero = _covered(source.allocation(start, end), extents.ZERO, start, cluster_size, source.size)
+        yield start, end - start, zero
+
+
+def _asked_allocation(source: BlockStatus) -> Iterator[tuple[int, int]]:
+    for start, end in extents.windows(0, source.size, WINDOW):
+        source.expect_allocation(start, end)
+        yield start, end
 
 
 @dataclass(frozen=True, slots=True)

@@ -246,9 +246,7 @@ def _require_whole(machine: Machine, contents: Contents) -> None:
             f"machine {machine.name} is not pruned, as one of its manifests cannot be read: {error.message}",
             hint=error.hint,
         )
-    for manifest in contents.manifests.values():
-        for disk in manifest.disks:
-            chains.build(contents.manifests, manifest.point, disk.name)
+    chains.require_whole(contents.manifests)
 
 
 def _moment(manifest: Manifest) -> Moment:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +18,17 @@ from backup import chain as chains
 from backup import digests
 from backup.datafile import PartFile, write_digests
 from backup.digests import BlockCache, CheckedFile
-from backup.errors import BackupError, Damaged, Failed, NotFound, UsageError
+from backup.errors import BackupError, Damaged, Failed, Interrupted, NotFound, UsageError
 from backup.manifest import DataFile, Manifest, encode
 from backup.names import MARKER
-from backup.repository import Machine, Modes, Repository, as_stored, read_manifest_whole
+from backup.repository import Machine, Modes, Repository, as_stored, explained, read_manifest_whole
 from backup.threads import in_threads
+from backup.units import show_size
 from backup.verify import Problem
 
 _TRIES = 3
+_MARGIN = 4 << 20
+"""Bytes that the points need besides their data files: digest files, manifests, what the file system keeps itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +56,19 @@ def open_second(path: Path, source: Repository, modes: Modes) -> Repository:
     for folder in place.parents:
         if os.path.lexists(folder / MARKER):
             raise UsageError(f"{path} lies in the repository {folder}", hint="name a folder outside of it")
-    second = Repository.open_or_create(path, modes, source.identity)
+    try:
+        second = Repository.open_or_create(path, modes, source.identity)
+    except NotFound as error:
+        raise NotFound(error.message, hint=_WHERE) from None
     if second.identity != source.identity:
         raise UsageError(
             f"{path} is another repository (its id is {second.identity[:8]}..., not {source.identity[:8]}...)",
-            hint="copy to a new or empty folder, or to an earlier copy of this repository",
+            hint=_WHERE,
         )
     return second
+
+
+_WHERE = "copy to a new or empty folder, or to an earlier copy of this repository"
 
 
 def missing(source: Mapping[str, Manifest], second: Mapping[str, Manifest], wanted: Iterable[str]) -> list[Manifest]:
@@ -118,7 +127,8 @@ def replicate(
     """
     Copy a machine's points, or one and what it builds on, to another repository's machine, under its lock.
 
-    A point that cannot be read, and those that build on it, become problems; the others are copied all the same.
+    A point that cannot be read, and those that build on it, become problems; the others are copied all the same.  One
+    that a prune removed meanwhile is none any more.
 
     Parameters
     ----------
@@ -128,8 +138,8 @@ def replicate(
     Raises
     ------
     BackupError
-        The second place is locked, damaged, or cannot be written.
-    """  # fmt: skip
+        The second place is locked, damaged, has too little space, or cannot be written.
+    """
     with second.lock():
         held = second.contents()
         for error in held.damaged.values():
@@ -138,16 +148,39 @@ def replicate(
         contents = source.contents()
         wanted = list(contents.manifests) if point is None else [point]
         todo = missing(contents.manifests, held.manifests, wanted)
-        begin(sum(disk.data.size for manifest in todo for disk in manifest.disks))
+        _require_room(second.path, todo)
+        begin(_stored(todo))
         run = _Run(source, second, dict(held.manifests), workers, advance)
         problems = [Problem(source.name, None, None, error) for error in contents.damaged.values() if point is None]
         for manifest in todo:
             try:
                 run.copy(manifest.point)
             except _Unreadable as error:
-                problems.append(Problem(source.name, manifest.point, None, error.reason))
+                if manifest.point == point or os.path.lexists(source.path / f"{manifest.point}.json"):
+                    problems.append(Problem(source.name, manifest.point, None, error.reason))
+            except Interrupted as stopped:
+                stopped.hint = "the points that were copied are whole and stay; run the command again to go on"
+                raise
         present = tuple(sorted(set(wanted) & set(held.manifests)))
         return Replicated(tuple(run.copied), present, run.done, tuple(problems))
+
+
+def _stored(points: Iterable[Manifest]) -> int:
+    return sum(disk.data.size for manifest in points for disk in manifest.disks)
+
+
+def _require_room(folder: Path, points: Collection[Manifest]) -> None:
+    """Refuse to begin what cannot end, before anything is written."""
+    with explained(folder):
+        found = os.statvfs(folder)
+    free = found.f_bavail * found.f_frsize
+    needed = _stored(points) + _MARGIN
+    if points and needed > free:
+        raise Failed(
+            f"to copy {len(points)} points takes {needed} bytes ({show_size(needed)}), and {free} ({show_size(free)}) "
+            f"are free at {folder}",
+            hint="free or add space there, or copy less: MACHINE/POINT is one point and what it builds on",
+        )
 
 
 def _read(path: Path) -> tuple[Manifest, bytes]:

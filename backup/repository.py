@@ -31,9 +31,8 @@ from pathlib import Path
 from backup import manifest as manifests
 from backup.errors import BackupError, Damaged, Failed, Locked, NotFound
 from backup.manifest import DiskEntry, Manifest
-from backup.names import check_name, name_problem
+from backup.names import MARKER, check_name, name_problem
 
-MARKER = "pybackup.json"
 FORMAT = "pybackup repository"
 VERSION = 1
 _TEMPORARY = ".tmp"
@@ -224,14 +223,15 @@ class Machine:
         with explained(self.path):
             names = sorted(os.listdir(self.path))
         for name in names:
-            stem, dot, suffix = name.rpartition(".")
-            if dot and suffix == "json" and manifests.is_point_id(stem):
-                try:
-                    read = read_raw(self.path / name)
-                    found[stem] = read if raw else as_stored(self.path, read)
-                    exchanged.update(_exchanged(read))
-                except BackupError as error:
-                    damaged[name] = error
+            point = name.removesuffix(".json")
+            if point == name or not manifests.is_point_id(point):
+                continue
+            try:
+                read = read_raw(self.path / name)
+                found[point] = read if raw else as_stored(self.path, read)
+                exchanged.update(_exchanged(read))
+            except BackupError as error:
+                damaged[name] = error
         return Contents(found, damaged, frozenset(exchanged))
 
     @contextmanager
@@ -289,7 +289,7 @@ class Machine:
             leftovers = [
                 name
                 for name in sorted(os.listdir(self.path))
-                if (manifests.is_data_name(name) and name not in named)
+                if (name not in named and manifests.is_data_name(name))
                 or (name.endswith(_TEMPORARY) and manifests.is_point_id(name.removesuffix(".json" + _TEMPORARY)))
             ]
             for name in leftovers:
@@ -512,12 +512,25 @@ def _is_nothing(name: str) -> bool:
 
 
 def _read(path: Path, limit: int) -> bytes:
-    """Read a plain file, at most `limit` bytes and one; not through a link, and never waiting for a pipe's writer."""
+    """
+    Read a plain file, at most `limit` bytes and one; not through a link, and never waiting for a pipe's writer.
+
+    A run reads each manifest of a machine.  So no file object is made for it, and no more memory is asked for than the
+    file has: to get megabytes for a kilobyte, and give them back, takes longer than to read it.
+    """
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    with open(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, "it is no plain file")
-        return file.read(limit + 1)
+        left = min(found.st_size, limit + 1)
+        parts = []
+        while left and (part := os.read(fd, left)):
+            parts.append(part)
+            left -= len(part)
+    finally:
+        os.close(fd)
+    return b"".join(parts)
 
 
 def sync_folder(path: Path) -> None:

@@ -31,10 +31,11 @@ from backup.errors import BackupError, Damaged, Failed, NotFound, UsageError
 from backup.extents import Offsets, edges, windows
 from backup.index import NOBODY, Index
 from backup.manifest import Manifest
+from backup.names import MARKER
 from backup.pages import pages
 from backup.progress import Progress
 from backup.qcow2 import COMPRESSED, Codec
-from backup.repository import MARKER, Machine
+from backup.repository import Machine
 from backup.targets import Target, is_uri, opened
 
 _WINDOW = 1 << 20

@@ -41,7 +41,7 @@ def differing(export: Export, clusters: Offsets, folder: Path, chain: Chain, set
     if not len(clusters):
         return Lies(0, 0)
     planned = plan.plan_of(clusters, export.size, chain.cluster_size)
-    with content.glanced(folder, chain, export.size) as held:
+    with content.glanced(folder, chain, export.size, clusters) as held:
         suspected = content.compare(export, planned, held, settings, _unwatched).clusters()
     if not len(suspected):
         return Lies(0, 0)

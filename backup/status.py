@@ -187,7 +187,7 @@ def _verdict(
         return wrong.exit_code, _fault(wrong)
     assert trust is not None
     if trust.code:
-        return trust.code, f"damaged: {trust.problem}"
+        return trust.code, f"{_word(trust.code)} when verified: {trust.problem}; then run pybackup verify {machine}"
     if limits.max_age is not None:
         if age is None or age < -TOLERANCE:
             return OLD, "its time is in the future or none: check the clock, then run pybackup incremental"
@@ -197,7 +197,11 @@ def _verdict(
 
 
 def _fault(error: BackupError) -> str:
-    return f"{'missing' if isinstance(error, NotFound) else 'damaged'}: {error.message}"
+    return f"{_word(error.exit_code)}: {error.message}"
+
+
+def _word(code: int) -> str:
+    return "missing" if code == NotFound.exit_code else "damaged"
 
 
 def _without_point(machine: str, disk: str | None, code: int, advice: str) -> DiskStatus:

@@ -226,10 +226,12 @@ def _verify(
     memory = memories.recall(machine)
     checks = [_Check(manifest.point, disk, parent) for manifest, disk, parent in files.values()]
     for check in checks:
-        if not is_due(memories.record_of(memory, check.entry.data), choice, deep=deep):
-            check.skip(glance(machine.path, check.entry.data))
+        check.skipped = not is_due(memories.record_of(memory, check.entry.data), choice, deep=deep)
     due = [check for check in checks if not check.skipped]
     _sample(due, choice.share)
+    for check in checks:
+        if check.is_unread and (problem := glance(machine.path, check.entry.data)) is not None:
+            check.wrong[0] = problem
     run = _Run(machine.path, due, deep=deep, progress=progress)
     try:
         run.run(workers)
@@ -241,7 +243,7 @@ def _verify(
         for check in checks
         if check.wrong
     ]
-    read = [check for check in due if check.blocks != []]
+    read = [check for check in due if not check.is_unread]
     sampled = sum(check.blocks is not None for check in read)
     skipped = len(checks) - len(due)
     return Verified(len(wanted), len(read), run.done, skipped, sampled, tuple(problems), forgotten)
@@ -309,7 +311,7 @@ class _Check:
     blocks : list of int or None
         The blocks that are read; None: all, and the structure.
     skipped, done : bool
-        It is not read at all; it was read to its end.
+        It was not due; it was read to its end.
     left : int
         Units that are not done.
     wrong : dict
@@ -325,11 +327,10 @@ class _Check:
     left: int = 0
     wrong: dict[int, BackupError] = field(default_factory=dict)
 
-    def skip(self, problem: BackupError | None) -> None:
-        """Leave the file out, with what a glance at it showed."""
-        self.skipped = True
-        if problem is not None:
-            self.wrong[0] = problem
+    @property
+    def is_unread(self) -> bool:
+        """Is nothing of it read?  It was left out, or no lot fell on it."""
+        return self.skipped or self.blocks == []
 
     @property
     def is_proven(self) -> bool:
@@ -395,7 +396,7 @@ class _Run:
                 check.left = 1
                 yield check, None, 0
                 continue
-            if check.blocks == []:
+            if check.is_unread:
                 continue
             try:
                 file = self._opened(check.entry)

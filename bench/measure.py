@@ -181,6 +181,49 @@ class Latency:
         return [*(f"{statistics.median(each) * 1000:.2f} ms" for each in values), f"{self.writes:,}"]
 
 
+@dataclass(frozen=True)
+class Nights:
+    """
+    Nights `first` to `last` of a series, and what there is after them.
+
+    `backup` and `prune` (None: there is none) are the medians of one night, `list` and `status` those of the commands
+    after the last night: wall and processor seconds.  `mean` is the processor seconds of a night, prune included, on
+    average: few prunes rewrite a full.  `points` are in the repository, with `stored` bytes of data files; `memory` is
+    the largest peak in bytes.
+    """
+
+    line: str
+    first: int
+    last: int
+    backup: list[float]
+    prune: list[float] | None
+    mean: float
+    list: list[float]
+    status: list[float]
+    points: int
+    stored: int
+    memory: int
+
+    @property
+    def label(self) -> str:
+        """Which nights."""
+        return f"{self.first:,}–{self.last:,}"
+
+    @property
+    def processor(self) -> float:
+        """Processor seconds of a night, backup and prune."""
+        return self.backup[1] + (self.prune[1] if self.prune else 0.0)
+
+    def text(self) -> str:
+        """A line for the terminal."""
+        prune = f", prune {self.prune[0]:.3f} s, processor {self.prune[1]:.3f}" if self.prune else ""
+        backup = f"backup {self.backup[0]:.3f} s, processor {self.backup[1]:.3f}"
+        return (
+            f"  {self.line}, nights {self.label}: {backup}{prune}, mean processor {self.mean:.3f}; "
+            f"list {self.list[1]:.3f}, status {self.status[1]:.3f}; {self.points} points, {self.stored / MIB:.0f} MiB"
+        )
+
+
 def timed(commands: Iterable[Sequence[str]], servers: Sequence[int] = (), codes: Sequence[int] = (0,)) -> Usage:
     """
     Run commands, one after the other, their output thrown away.

@@ -12,10 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from measure import MIB, Count, Latency, Peak, Point, Row
+from measure import MIB, Count, Latency, Nights, Peak, Point, Row
 
 HERE = Path(__file__).parent
-KINDS: dict[str, type] = {"Row": Row, "Peak": Peak, "Point": Point, "Count": Count, "Latency": Latency}
+KINDS: dict[str, type] = {
+    "Row": Row,
+    "Peak": Peak,
+    "Point": Point,
+    "Count": Count,
+    "Latency": Latency,
+    "Nights": Nights,
+}
 STEEPER = 1.3
 """From this factor on, a further unit of work that costs more than those before it is called worse than linear."""
 NOTICEABLE = 0.1
@@ -81,6 +88,21 @@ SERIES = {
         work=False,
     ),
 }
+
+NIGHTS = Series(
+    "A thousand nights",
+    "night",
+    "nights",
+    "A disk of 64 MiB of which 16 MiB hold data, on tmpfs. Each night 256 KiB of it are written (qemu-io), and "
+    "commands run as cron would run them, with a clock that is a day further on each time (libfaketime): "
+    "`incremental`, and in the series with retention (`daily: 7`, `weekly: 5`, `monthly: 12`, `yearly: 3`) `prune`. "
+    "Without it all points stay, and a new chain begins every 100 nights (`max_chain`). Seconds are medians of the "
+    "nights of a row; the mean is of all of a night's processor time, as few prunes rewrite a full. `list` and "
+    "`status` run after the row's last night. At the end `verify` and `qemu-img check` find no fault, `qemu-img "
+    "compare` finds no difference between the newest point and the image, and eight older points, chosen at random, "
+    "restore to what the disk was in their nights (SHA-256); otherwise there would be no figures. The plot is of "
+    "processor time, backup and prune.",
+)
 
 BARS = (
     "read-only",
@@ -154,6 +176,7 @@ def main() -> None:
     parts = {name: [revived(row) for row in part["rows"]] for name, part in results["parts"].items()}
     sections = [head(results), bars(parts), memory(parts), *latency(parts)]
     sections += [series(name, shown, parts[name]) for name, shown in SERIES.items() if name in parts]
+    sections += nights(parts)
     sections += [HOW, runs(results)]
     (HERE / "README.md").write_text("\n\n".join(section.strip() for section in sections) + "\n")
 
@@ -257,7 +280,8 @@ def memory(parts: dict[str, list[Any]]) -> str:
         for p in peaks
     ]
     others = [(row.memory, row.work) for found in parts.values() for row in found if isinstance(row, Row)]
-    others += [(row.memory, f"{name}, {row.line}") for name, f in parts.items() for row in f if isinstance(row, Point)]
+    series = [(name, row) for name, found in parts.items() for row in found if isinstance(row, Point | Nights)]
+    others += [(row.memory, f"{name}, {row.line}") for name, row in series]
     largest, where = max(others, default=(0, "nothing"))
     return (
         "## Memory\n\nThe default configuration may take 300 MiB. One run each.\n\n"
@@ -292,6 +316,47 @@ def series(name: str, shown: Series, points: list[Point]) -> str:
     text = f"## {shown.title}\n\n{shown.text}\n\n![{shown.title}](plots/{name}.svg)\n\n"
     text += table(["", shown.axis, "s", f"ms for each of the {shown.unit}", "MiB"], rows, 1)
     return text + (f"\n\n{verdict}" if shown.work else "")
+
+
+def nights(parts: dict[str, list[Any]]) -> list[str]:
+    """The section of the thousand nights, if they were measured: text, plot, table, and how the last compare."""
+    measured = parts.get("scale-nights", [])
+    rows = [row for row in measured if isinstance(row, Nights)]
+    if not rows:
+        return [f"## {NIGHTS.title}\n\nNot measured: {row.against}, {row.note}." for row in measured]
+    lines: dict[str, list[Nights]] = {}
+    for row in rows:
+        lines.setdefault(row.line, []).append(row)
+    plot("scale-nights", NIGHTS, {line: [night(row) for row in found] for line, found in lines.items()})
+    titles = ["", "nights", "backup s", "processor s", "prune s", "processor s", "mean processor s"]
+    titles += ["`list` processor s", "`status` processor s", "points", "MiB stored", "MiB"]
+    shown = [[line, *night_cells(row)] for line, found in lines.items() for row in found]
+    verdicts = "\n".join(f"- {verdict(line, found)}" for line, found in lines.items() if len(found) > 2)
+    head = f"## {NIGHTS.title}\n\n{NIGHTS.text}\n\n![{NIGHTS.title}](plots/scale-nights.svg)"
+    return [f"{head}\n\n{table(titles, shown, 2)}\n\n{verdicts}"]
+
+
+def night(row: Nights) -> Point:
+    """Some nights as a point of a plot: the processor time of one, backup and prune."""
+    return Point(row.line, row.last, row.label, [row.processor], 1.0, row.memory)
+
+
+def night_cells(row: Nights) -> list[str]:
+    """A row of the nights' table."""
+    pruned = [f"{value:.3f}" for value in row.prune] if row.prune else ["", ""]
+    looks = [f"{value:.3f}" for value in (*row.backup, row.mean, row.list[1], row.status[1])]
+    there = [f"{row.points:,}", f"{row.stored / MIB:,.0f}", f"{row.memory / MIB:.0f}"]
+    return [row.label, *looks[:2], *pruned, *looks[2:], *there]
+
+
+def verdict(line: str, rows: list[Nights]) -> str:
+    """How the last nights compare with the second ones: among the first are a first full and the youngest chain."""
+    early, late = rows[1], rows[-1]
+    return (
+        f"{line}: from nights {early.label} to {late.label} a night's processor time went from {early.processor:.3f} s "
+        f"to {late.processor:.3f} s ({late.processor / early.processor:.2f} ×), the points from {early.points:,} to "
+        f"{late.points:,}."
+    )
 
 
 def number(value: float) -> str:

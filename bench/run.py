@@ -5,9 +5,9 @@ Speed, memory and growth, measured side by side with the programs that an admini
     make bench ARGS=--quick                       small inputs, one run each, nothing stored: does it still work?
     make bench ARGS='--only restore scale-chain'  some parts, merged into results.json
 
-measure.py says what is measured, bars.py, latency.py, memory.py and scale.py are the parts, inputs.py makes the disks,
-report.py makes the tables and plots of README.md from results.json alone.  It needs about 8 GiB of memory in --tmpfs
-and 16 GiB of room in --disk.
+measure.py says what is measured, bars.py, latency.py, memory.py, scale.py and nights.py are the parts, inputs.py makes
+the disks, report.py makes the tables and plots of README.md from results.json alone.  It needs about 8 GiB of memory in
+--tmpfs and 16 GiB of room in --disk.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from typing import Any
 import bars
 import latency
 import memory
+import nights
 import scale
 from inputs import Bench
 from measure import GIB, Peak, run
@@ -57,6 +58,7 @@ PARTS: dict[str, Part] = {
     "scale-fragmentation": scale.fragmentation,
     "scale-size": scale.disk_size,
     "scale-chain": scale.chain,
+    "scale-nights": nights.thousand,
     "scale-connections": scale.connections,
 }
 """In the order in which they run: those that read the image of a file system first, as long as it is there."""

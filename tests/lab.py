@@ -174,25 +174,37 @@ class Night:
         self.require_restored()
         return done
 
-    def require_fallback(self, reason: str, *options: str | Path) -> Result:
+    def require_fallback(self, reason: str, *options: str | Path, rehearsed: bool = True) -> Result:
         """
-        The next backup is a full for that reason, and the one after it an incremental again.
+        The next backup is a rescan for that reason, or a full where the configuration says so.
 
-        First --no-fallback must refuse for the same reason, and change nothing.
+        First --no-fallback must refuse for the same reason; that and the full, of a dry run (not `rehearsed`: it does
+        not see the reason), change nothing.
         """
         before = self.state()
         refused = self.incremental("--no-fallback", *options)
         assert refused.rc == 14, refused
         assert reason in refused.machine["error"]["message"]
+        if rehearsed:
+            full = self.full_instead(*options)
+            assert (full.rc, full.disk["kind"], full.disk["rescan"]) == (3, "full", False), full
+            assert reason in full.disk["reason"]
         assert self.state() == before
         done = self.incremental(*options)
-        assert (done.rc, done.disk["kind"]) == (3, "full"), done
+        assert (done.rc, done.disk["kind"], done.disk["rescan"]) == (3, "incremental", True), done
         assert reason in done.disk["reason"]
         assert reason in done.stderr
         assert any(reason in warning for warning in done.machine["warnings"])
         assert self.newest["disks"][0]["reason"] == done.disk["reason"]
         self.require_restored()
         return done
+
+    def full_instead(self, *options: str | Path) -> Result:
+        """What an incremental would be where the configuration asks for a full instead of a rescan."""
+        config = self.repository.with_name("full-instead.yaml")
+        config.write_text("on_unusable_bitmap: full\n")
+        given = ["incremental", "--image", self.image, "--repo", self.repository, "--bitmap", "b1", "--json"]
+        return call_pybackup(["--config", config, *given, "--dry-run", *options])
 
     def state(self) -> tuple[dict[str, list[str]], list[str]]:
         """The image's bitmaps and the repository's files."""

@@ -458,7 +458,7 @@ class Nights:
 
     def require_fallback(self, *reasons: str, only: Sequence[str] | None = None) -> Result:
         """
-        The disks (or `only` these) are fulls, each for one of the reasons, and say so; then they are incrementals.
+        The disks (or `only` these) are rescans, each for one of the reasons, and say so; then they are incrementals.
 
         First --no-fallback must refuse for such a reason, and publish nothing.
         """
@@ -468,20 +468,20 @@ class Nights:
         assert any(reason in refused.machine["error"]["message"] for reason in reasons), refused
         assert self.points() == before
         self.require_nothing_left()
-        done = self.require_fulls(*reasons, only=only)
+        done = self.require_rescans(*reasons, only=only)
         self.require_incremental()
         return done
 
-    def require_fulls(self, *reasons: str, only: Sequence[str] | None = None) -> Result:
-        """The disks (or `only` these) are fulls, each for one of the reasons, and say so."""
+    def require_rescans(self, *reasons: str, only: Sequence[str] | None = None) -> Result:
+        """The disks (or `only` these) are rescans, each for one of the reasons, and say so."""
         done = self.backup("incremental")
         assert done.rc == 3, done
         for disk in done.machine["disks"]:
-            wanted = "full" if only is None or disk["name"] in only else "incremental"
-            assert disk["kind"] == wanted, done
-            if wanted == "full":
+            fell_back = only is None or disk["name"] in only
+            assert (disk["kind"], disk["rescan"]) == ("incremental", fell_back), done
+            if fell_back:
                 assert any(reason in disk["reason"] for reason in reasons), done
-                assert disk["reason"] in done.stderr
+                assert disk["reason"].removeprefix("rescan: ") in done.stderr
         self.require_nothing_left()
         return done
 

@@ -168,7 +168,7 @@ def test_the_end_of_max_chain_is_a_full_and_says_so(night, tmp_path):
     night.require_restored()
 
 
-# What ends in a full, with the reason
+# What ends in a rescan, or a full, with the reason
 
 
 def test_a_removed_bitmap(night):
@@ -312,7 +312,7 @@ def test_an_image_restored_in_place(night):
     night.require_fallback("is missing")
 
 
-def test_a_full_without_a_bitmap_says_so_and_the_next_backup_is_a_full(night):
+def test_a_full_without_a_bitmap_says_so_and_the_next_backup_has_none(night):
     done = night.backup("full")
     assert (done.rc, done.disk["kind"]) == (0, "full")
     assert "no bitmap was named" in done.stderr
@@ -322,7 +322,7 @@ def test_a_full_without_a_bitmap_says_so_and_the_next_backup_is_a_full(night):
 
 def test_a_bitmap_of_another_family(night):
     done = night.backup("incremental", "--bitmap", "b2")
-    assert (done.rc, done.disk["kind"]) == (3, "full")
+    assert (done.rc, done.disk["kind"], done.disk["rescan"]) == (3, "incremental", True)
     assert "another bitmap was named" in done.disk["reason"]
     assert list(bitmaps(night.image)) == [night.own_bitmap.replace("b1.", "b2.")]
 
@@ -353,7 +353,7 @@ def test_two_repositories_on_one_disk_both_go_on(night, tmp_path):
 
 
 def test_a_repository_copied_and_used_on_goes_wrong_with_neither(night, tmp_path):
-    """Both copies have one id, so that each takes the other's bitmap for a leftover: fulls, and no wrong bytes."""
+    """Both copies have one id, so that each takes the other's bitmap for a leftover: rescans, and no wrong bytes."""
     shutil.copytree(night.repository, tmp_path / "copy")
     copy = Night(night.image, tmp_path / "copy")
     night.require_incremental()
@@ -436,7 +436,7 @@ def test_shrunk_for_a_night_and_grown_again(tmp_path):
 # Images without bitmaps
 
 
-def test_a_raw_image_is_always_a_full_and_says_so(tmp_path):
+def test_a_raw_image_is_always_read_whole_and_says_so(tmp_path):
     image = tmp_path / "disk.raw"
     image.write_bytes(os.urandom(1_000_001))
     night = Night(image, tmp_path / "repo")
@@ -447,14 +447,14 @@ def test_a_raw_image_is_always_a_full_and_says_so(tmp_path):
     night.require_fallback("a raw image cannot hold dirty bitmaps")
 
 
-def test_a_qcow2_of_version_2_is_always_a_full(tmp_path):
+def test_a_qcow2_of_version_2_is_always_read_whole(tmp_path):
     night = Night.of(tmp_path, "4M", "-o", "compat=0.10")
     night.full()
     write(night.image, "write -P 0x48 3M 1k")
     night.require_fallback("version 2")
 
 
-def test_an_external_data_file_means_fulls(tmp_path):
+def test_an_external_data_file_is_read_whole(tmp_path):
     night = Night.of(tmp_path, "4M", "-o", f"data_file={tmp_path / 'data.bin'}")
     done = night.full()
     assert "external data file" in done.stderr
@@ -464,7 +464,7 @@ def test_an_external_data_file_means_fulls(tmp_path):
     night.require_fallback("external data file")
 
 
-def test_an_external_data_file_below_the_image_means_fulls(tmp_path):
+def test_an_external_data_file_below_the_image_is_read_whole(tmp_path):
     base = make_image(tmp_path / "base.qcow2", "4M", "-o", f"data_file={tmp_path / 'data.bin'},data_file_raw=on")
     write(base, "write -P 0x12 0 300k")
     image = make_image(tmp_path / "disk.qcow2", "4M", "-b", str(base), "-F", "qcow2")
@@ -475,7 +475,7 @@ def test_an_external_data_file_below_the_image_means_fulls(tmp_path):
     night.require_fallback("external data file")
 
 
-def test_a_backing_file_that_cannot_be_watched_means_fulls(tmp_path):
+def test_over_a_backing_file_that_cannot_be_watched_all_is_read(tmp_path):
     """A file on another host may change and nothing here shows it."""
     base = tmp_path / "base.raw"
     base.write_bytes(os.urandom(MIB))
@@ -527,7 +527,7 @@ def test_a_raw_image_that_begins_with_a_qcow2_header_one_night_is_refused(tmp_pa
         done = night.incremental("--image-format", "raw")
         with pytest.raises(BlockingIOError):
             trap.accept()
-    assert (done.rc, done.disk["kind"]) == (3, "full")
+    assert (done.rc, done.disk["kind"], done.disk["rescan"]) == (3, "incremental", True)
     restored = tmp_path / "restored"
     assert call_pybackup(["restore", "disk/latest", restored, "--repo", night.repository]).rc == 0
     require_identical(image, restored)
@@ -570,7 +570,7 @@ def test_another_image_of_the_same_stem_is_not_taken_for_the_machine(night, tmp_
     assert "--machine" in refused.stderr
     assert (night.state(), other.state()) == before
     moved = other.incremental("--machine", "disk")
-    assert (moved.rc, moved.disk["kind"]) == (3, "full")
+    assert (moved.rc, moved.disk["rescan"]) == (3, True)
     other.require_restored()
 
 
@@ -815,7 +815,7 @@ def test_one_disk_falls_back_and_its_neighbour_stays_incremental(machine, tmp_pa
     assert list(bitmaps(tmp_path / "vdb.qcow2")) == [name]
     done = call_pybackup(["--config", machine, "incremental", "--json"])
     assert done.rc == 3
-    assert [(disk["name"], disk["kind"]) for disk in done.machine["disks"]] == [("vda", "full"), ("vdb", "incremental")]
+    assert [(disk["name"], disk["rescan"]) for disk in done.machine["disks"]] == [("vda", True), ("vdb", False)]
     assert [warning[:8] for warning in done.machine["warnings"]] == ["disk vda"]
     restored_both(tmp_path)
     done = call_pybackup(["--config", machine, "incremental", "--json"])
@@ -884,7 +884,7 @@ def test_another_image_of_the_same_name_is_no_disk_of_the_same_machine(tmp_path)
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not os.path.exists("/dev/loop-control"), reason="needs root and loop devices")
-def test_a_block_device_below_an_image_makes_every_backup_a_full(tmp_path):
+def test_over_a_block_device_all_is_read(tmp_path):
     """Its stat does not show who wrote to it."""
     lower = tmp_path / "lower.raw"
     lower.write_bytes(b"\3" * MIB + bytes(3 * MIB))

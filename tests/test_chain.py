@@ -283,6 +283,34 @@ def test_whether_data_is_held_is_whether_there_is_a_holder(seed):
         assert held == [is_held(links, cluster) for cluster in range(first, first + count)]
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_the_holders_of_some_clusters_are_those_that_a_walk_over_all_finds(seed):
+    rng = np.random.default_rng(seed)
+    links = []
+    for _ in range(int(rng.integers(1, 6))):
+        clusters = int(rng.integers(1, 3 * C // 8))
+        codes = rng.choice(3, clusters, p=[0.6, 0.2, 0.2])
+        codes[: int(rng.integers(0, clusters))] = 0
+        links.append((clusters * C - int(rng.integers(0, C)), codes.tolist()))
+    parts = [Link(point_id(9 - n), 9 - n, entry(9 - n, size=size)) for n, (size, _) in enumerate(links)]
+    index = Index(Chain("vda", tuple(parts)), [FakeFile(codes) for _, codes in links])
+    beyond = 4 * C // 8  # as of a disk that has grown since
+    holders, entries = index.resolve(0, beyond)
+    for some in (1, 5, 64, beyond):
+        clusters = np.sort(rng.choice(beyond, some, replace=False))
+        found = index.resolve_some(clusters)
+        assert found[0].tolist() == holders[clusters].tolist()
+        assert found[1].tolist() == entries[clusters].tolist()
+
+
+def test_a_link_is_asked_once_for_all_of_some_clusters_in_a_table_and_not_where_newer_ones_say_all():
+    index, files = large_index((5, 70), (5, 9000), (5, 70, 80, 9000))
+    assert index.resolve_some(np.array([5, 70]))[0].tolist() == [0, 0]
+    assert [file.asked for file in files] == [66, 0, 0]
+    assert index.resolve_some(np.array([5, 70, 80, 9000, 9001]))[0].tolist() == [0, 0, 2, 1, NOBODY]
+    assert [file.asked for file in files] == [66 + 76, 1 + 2, 1 + 1]
+
+
 def test_older_links_are_not_asked_where_newer_ones_say_all():
     index, (newest, middle, full) = large_index((5,), (5,), (5,))
     newest.codes[:] = [2] * len(newest.codes)

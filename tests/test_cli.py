@@ -91,9 +91,9 @@ def test_a_warning_gives_3_and_a_failure_counts_before_it(config, tmp_path):
     (tmp_path / "c.qcow2").unlink()
     done = call_pybackup(["--config", config, "incremental", "--json"])
     assert done.rc == 13
-    assert [disk["kind"] for disk in machines(done)["a"]["disks"]] == ["full"]
+    assert [disk["rescan"] for disk in machines(done)["a"]["disks"]] == [True]
     assert [disk["kind"] for disk in machines(done)["b"]["disks"]] == ["incremental"] * 2
-    assert "pybackup: warning: a: disk vda: full instead of incremental" in done.stderr
+    assert "pybackup: warning: a: disk vda: rescan instead of incremental" in done.stderr
 
 
 def test_a_bug_in_one_machines_backup_does_not_keep_the_others_from_theirs(config, monkeypatch):

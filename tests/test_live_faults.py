@@ -192,7 +192,7 @@ def test_a_qemu_that_is_killed_is_an_error_and_the_next_run_a_full(nights, step)
     assert nights.points() == points
     nights.require_nothing_left()
     nights.machine.start()
-    nights.require_fulls("is missing")
+    nights.require_rescans("is missing")
     nights.require_restored()
 
 
@@ -350,12 +350,14 @@ def test_an_external_snapshot_that_is_taken_while_the_run_looks_at_the_disk(nigh
 
 
 def require_fallback_point(nights: Nights, reason: str) -> None:
-    """The new point is a full of disk "a" for the reason, and an incremental of "b"."""
+    """The new point is a rescan of disk "a" for the reason, and an incremental of "b"."""
     [new] = nights.points() - set(nights.references)
     nights.references[new] = nights.machine.held()
     first, second = nights.newest["disks"]
-    assert (first["kind"], second["kind"]) == ("full", "incremental")
+    assert (first["kind"], second["kind"]) == ("incremental", "incremental")
+    assert first["reason"].startswith("rescan: ")
     assert reason in first["reason"]
+    assert "rescan" not in second["reason"]
     nights.require_sound()
     nights.machine.write("a", MIB, 2000, 0x43)
     nights.require_making_up("--no-fallback")  # a bitmap of the first try may lie on the node that is lower now

@@ -117,7 +117,7 @@ def test_a_run_is_killed_and_then_the_machine_is_killed(nights, step):
     nights.machine.crash()
     goes_on(nights)
     remove_empty_folders()
-    nights.require_fulls("is inconsistent", "is missing")
+    nights.require_rescans("is inconsistent", "is missing")
     nights.require_restored()
     nights.require_own_bitmap_alone()
 

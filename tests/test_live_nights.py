@@ -77,8 +77,8 @@ class Chance:
 
     def incremental(self) -> None:
         done = self.nights.backup("incremental")
-        wanted = ("full", 3) if self.crashed else ("incremental", 0)
-        assert [(disk["kind"], done.rc) for disk in done.machine["disks"]] == [wanted, wanted], done
+        wanted = ("incremental", self.crashed, 3 if self.crashed else 0)
+        assert [(disk["kind"], disk["rescan"], done.rc) for disk in done.machine["disks"]] == [wanted, wanted], done
         self.crashed = False
         self.nights.require_own_bitmap_alone()
         remove_empty_folders()

@@ -285,6 +285,27 @@ def test_at_least_one_block_is_drawn_and_a_file_of_one_block_is_whole():
     assert draw([], 0.5, rng.random) == []
 
 
+def test_a_file_on_which_no_lot_fell_must_be_there_in_its_length(night, tmp_path, monkeypatch):
+    from backup import verify as verifying
+
+    monkeypatch.setattr(verifying, "draw", lambda blocks, *_: [[] for _ in blocks])
+    data = data_files(night)[1]
+    data.rename(tmp_path / "away")
+    done = verify(night, "--sample", "5%")
+    assert (done.rc, read_and_skipped(done)) == (10, (0, 0))
+    assert data.name in done.document["problems"][0]["message"]
+    (tmp_path / "away").rename(data)
+    with replaced(data, data.read_bytes()[:-1]):
+        assert verify(night, "--sample", "5%").rc == 12
+    assert verify(night, "--sample", "5%").rc == 0
+
+
+@pytest.mark.parametrize("age", ["999999d", "999999999w"])
+def test_an_age_from_before_all_calendars_leaves_out_what_was_ever_verified(night, age):
+    assert read_and_skipped(verify(night, "--older-than", age)) == (3, 0)
+    assert read_and_skipped(verify(night, "--older-than", age)) == (0, 3)
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -251,7 +251,7 @@ def test_an_export_that_is_not_there_is_an_error(tmp_path, bitmap):
     [["--no-sr"], ["--oldstyle"], ["--filter=noextents"], ["--filter=extentlist"]],
     ids=["no structured replies", "oldstyle", "no extents", "no bitmap"],
 )
-def test_a_server_without_bitmaps_gets_a_full_and_never_all_clean(tmp_path, content, options):
+def test_a_server_without_bitmaps_is_read_whole_and_never_all_clean(tmp_path, content, options):
     """Trap 15."""
     arguments = [*options, "-r", "file", content]
     if "extentlist" in options[0]:
@@ -272,7 +272,7 @@ def test_a_server_without_bitmaps_gets_a_full_and_never_all_clean(tmp_path, cont
         assert refused.rc == 14
         assert len(list(repository.glob("m/*.json"))) == 1
         done = backup("incremental", uri, repository, *given)
-    assert (done.rc, done.disk["kind"]) == (3, "full")
+    assert (done.rc, done.disk["kind"], done.disk["rescan"]) == (3, "incremental", True)
     assert "no bitmap b1" in done.disk["reason"]
     assert any("no bitmap b1" in warning for warning in done.machine["warnings"])
     restore_and_cmp(repository, "m/latest", content)
@@ -343,9 +343,9 @@ def test_a_rehearsed_incremental_has_the_numbers_of_the_run(claimed):
         assert rehearsed.disk[name] == done.disk[name]
 
 
-def test_without_the_point_it_is_a_full_with_a_warning(claimed):
+def test_without_the_point_all_is_read_with_a_warning(claimed):
     done = _incremental(claimed, "--bitmap", "b1")
-    assert (done.rc, done.disk["kind"]) == (3, "full")
+    assert (done.rc, done.disk["kind"], done.disk["rescan"]) == (3, "incremental", True)
     assert "--since" in done.disk["reason"]
     restore_and_cmp(claimed.repository, "m/latest", claimed.image)
     assert _incremental(claimed, "--bitmap", "b1", "--no-fallback").rc == 14
@@ -371,12 +371,12 @@ def test_a_point_that_does_not_exist_is_not_found(claimed):
     assert claimed.point in done.machine["error"]["message"]
 
 
-def test_a_missing_bitmap_of_a_claim_is_a_full_or_an_error(claimed):
+def test_a_missing_bitmap_of_a_claim_is_a_rescan_or_an_error(claimed):
     given = ["--bitmap", "b2", "--since", claimed.point]
     refused = _incremental(claimed, *given, "--no-fallback")
     assert (refused.rc, refused.machine["error"]["code"]) == (14, 14)
     done = _incremental(claimed, *given)
-    assert (done.rc, done.disk["kind"]) == (3, "full")
+    assert (done.rc, done.disk["kind"], done.disk["rescan"]) == (3, "incremental", True)
     assert "no bitmap b2" in done.disk["reason"]
 
 

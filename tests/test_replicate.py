@@ -1,11 +1,13 @@
 """A second place holds the same bytes, point by point, restores by itself, and is never given what is damaged."""
 
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
 import tempfile
+from types import SimpleNamespace
 
 import pytest
 from forge import flipped, replaced, rewrite
@@ -178,7 +180,11 @@ def test_where_no_copy_may_go(night, tmp_path):
         assert (done.rc, len(done.stderr.splitlines())) == (2, 2), place
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    assert copy(night, "disk", tmp_path / "full").rc == 10
+    done = copy(night, "disk", tmp_path / "full")
+    assert (done.rc, done.stderr.splitlines()[1].split(": ", 2)[2].split(",")[0]) == (
+        10,
+        "copy to a new or empty folder",
+    )
     assert copy(night, "nobody", tmp_path / "other").rc == 10
     assert not (tmp_path / "other").exists()
     assert stranger.state() == state
@@ -279,6 +285,56 @@ def test_a_full_disk_there_leaves_whole_points_and_nothing_else(night, tmp_path,
     assert copy(night, "disk", other).document["copied"] == points(night)[1:]
 
 
+def test_a_place_without_room_is_refused_before_anything_is_written(night, tmp_path, monkeypatch):
+    other, stored = tmp_path / "other", sum(path.stat().st_size for path in (night.repository / "disk").glob("*.qcow2"))
+
+    def with_free(free):
+        return lambda _: SimpleNamespace(f_bavail=free, f_frsize=1)
+
+    monkeypatch.setattr(os, "statvfs", with_free(stored))
+    done = copy(night, "disk", other)
+    assert (done.rc, len(done.stderr.splitlines())) == (1, 2)
+    assert f"and {stored} (" in done.stderr
+    assert [path.name for path in (other / "disk").iterdir()] == ["lock"]
+    first = points(night)[0]
+    monkeypatch.undo()
+    assert copy(night, f"disk/{first}", other).rc == 0
+    monkeypatch.setattr(os, "statvfs", with_free(stored))
+    assert copy(night, "disk", other).rc == 0, "only what is missing needs room"
+    monkeypatch.setattr(os, "statvfs", with_free(0))
+    assert copy(night, "disk", other).rc == 0
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_point_that_was_pruned_meanwhile_is_no_damage_unless_it_was_asked_for(night, tmp_path, monkeypatch, named):
+    run("cp", "-r", night.repository, tmp_path / "repo")
+    here, other = Night(night.image, tmp_path / "repo"), tmp_path / "other"
+    first, second, third = points(here)
+    original = replicate._Run.copy
+
+    def pruned(self, point):
+        if point == second:
+            prune = ["prune", "disk", "--keep-last", "1", "--batch", "1", "--repo", here.repository]
+            assert call_pybackup(prune).rc == 0
+            assert points(here) == [third]
+        original(self, point)
+
+    monkeypatch.setattr(replicate._Run, "copy", pruned)
+    done = copy(here, f"disk/{second}" if named else "disk", other)
+    assert done.document["copied"] == ([first] if named else [first, third])
+    assert done.rc == (10 if named else 0), done.stderr
+    restore_and_cmp(other, "disk/latest", night.image.with_name("0.raw" if named else "2.raw"))
+    check_repository(other)
+
+
+def test_a_machine_of_which_no_manifest_can_be_read_is_damaged_and_not_empty(night, tmp_path):
+    run("cp", "-r", night.repository, tmp_path / "repo")
+    here = Night(night.image, tmp_path / "repo")
+    for path in manifests(here.repository):
+        path.write_bytes(path.read_bytes()[:-1])
+    assert copy(here, "disk", tmp_path / "other").rc == 12
+
+
 def test_a_point_that_is_swapped_while_it_is_opened_is_opened_again(night, tmp_path, monkeypatch):
     read, calls = replicate.read_manifest_whole, []
 
@@ -332,10 +388,13 @@ def test_a_copy_that_is_cut_off_is_resumed(night, tmp_path, step, number):
     command = [sys.executable, "-c", DRIVER, step.spec(number), "copy", "disk", other, "--repo", night.repository]
     with tempfile.TemporaryFile("w+") as said:
         done = subprocess.run(command, check=False, stdout=said, stderr=said, timeout=60)
+        said.seek(0)
+        text = said.read()
     assert done.returncode == (-number if number == signal.SIGKILL else 128 + number)
     whole = [path.stem for path in manifests(other)] if (other / "disk").exists() else []
     assert whole == points(night)[: len(whole)]
     if number == signal.SIGTERM and whole:
+        assert "no point was published" not in text
         require_same_files(night, other, whole)
     for path in whole:
         restore_and_cmp(other, f"disk/{path}", night.image.with_name(f"{points(night).index(path)}.raw"))

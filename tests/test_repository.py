@@ -14,7 +14,8 @@ from lab import PYBACKUP, Night, call_pybackup, make_image, run, write
 
 from backup import digests, repository
 from backup.errors import Damaged, Failed, Interrupted, Locked, NotFound
-from backup.repository import MARKER, Modes, Repository
+from backup.names import MARKER
+from backup.repository import Modes, Repository
 
 
 def modes(folder):

@@ -156,8 +156,9 @@ def test_a_size_that_is_no_multiple_of_512_is_told(tmp_path):
         server.end()
 
 
-def test_a_socket_of_the_users_own(night, tmp_path):
-    path = tmp_path / "a b?&'c,d"
+@pytest.mark.parametrize("name", ["a b?&'c,d", "\udcff"])
+def test_a_socket_of_the_users_own(night, tmp_path, name):
+    path = tmp_path / name
     with serving("disk/latest", "--socket", path, "--repo", night.repository) as server:
         assert oct(path.stat().st_mode & 0o777) == "0o700"
         assert int(run("nbdinfo", "--size", server.uri)) == 4 * MIB
@@ -167,7 +168,8 @@ def test_a_socket_of_the_users_own(night, tmp_path):
         assert int(run("nbdinfo", "--size", server.uri)) == 4 * MIB
         drive = shlex.split(server.document["commands"]["qemu"])[-1].removeprefix("file=")
         name = drive.partition(",format=")[0].replace(",,", ",")
-        assert "virtual size: 4 MiB" in run("qemu-img", "info", name)
+        told = subprocess.run(["qemu-img", "info", name], check=True, capture_output=True).stdout
+        assert b"virtual size: 4 MiB" in told
         assert server.end(signal.SIGHUP)[0] == 0
     assert not path.exists()
 
@@ -216,6 +218,20 @@ def test_an_address_that_is_none(night, options):
     assert (done.rc, len(done.stderr.splitlines())) == (2, 2), done
 
 
+@pytest.mark.parametrize("folder", ["missing", "file", "/proc"])
+def test_a_socket_for_which_there_is_no_folder(night, tmp_path, folder):
+    (tmp_path / "file").touch()
+    done = call_pybackup(["serve", "disk/latest", "--repo", night.repository, "--socket", tmp_path / folder / "s"])
+    assert (done.rc, len(done.stderr.splitlines())) == (1, 2), done
+    assert done.stderr.startswith(f"pybackup: error: the socket {tmp_path / folder}/s cannot be used: ")
+
+
+def test_an_address_that_no_host_can_have(night):
+    done = call_pybackup(["serve", "disk/latest", "--repo", night.repository, "--port", "1", "--bind", "ü..y"])
+    assert (done.rc, len(done.stderr.splitlines())) == (1, 2), done
+    assert done.stderr.startswith("pybackup: error: port 1 of ü..y cannot be used: ")
+
+
 def test_a_machine_with_two_disks_is_asked_which(tmp_path):
     images = [make_image(tmp_path / f"{name}.qcow2", "1M") for name in ("a", "b")]
     write(images[1], "write -P 5 0 64k")
@@ -246,8 +262,27 @@ def test_a_kill_takes_the_server_along_and_frees_the_points(night, tmp_path):
             assert server.end(signal.SIGKILL)[0] == -signal.SIGKILL
             require_gone(left)
             assert machine.points_in_use() == set()
-        # What no signal can tidy up is a socket that nobody answers.
+        # What no signal can tidy up is a socket that nobody answers, until the next run comes.
         assert all(path.is_socket() or path.is_dir() for path in tmp_path.rglob("*"))
+
+
+def test_the_next_run_removes_what_a_kill_left_and_nothing_that_is_used(night, tmp_path):
+    repo = ["--repo", night.repository]
+    with serving("disk/latest", *repo, TMPDIR=str(tmp_path)) as killed:
+        killed.end(signal.SIGKILL)
+    [left] = tmp_path.iterdir()
+    with serving("disk/latest", *repo, TMPDIR=str(tmp_path)) as alive:
+        assert left.exists(), "it is young, and may not be locked yet"
+        [used] = set(tmp_path.iterdir()) - {left}
+        (tmp_path / "pybackup-own-link").symlink_to(used)
+        for folder in (left, used):
+            os.utime(folder, (0, 0))
+        with serving("disk/latest", *repo, TMPDIR=str(tmp_path)) as other:
+            assert not left.exists()
+            assert int(run("nbdinfo", "--size", alive.uri)) == 4 * MIB
+            assert other.end()[0] == 0
+        assert alive.end()[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["pybackup-own-link"]
 
 
 def test_two_servers_of_one_point_hold_it_until_the_last_ends(night):

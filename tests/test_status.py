@@ -204,7 +204,10 @@ def test_what_is_broken_comes_before_what_is_old():
 def test_damage_that_verify_found_is_remembered_until_the_file_is_another():
     name = entry(1).data.file
     [found] = assess(two_points(), {name: record(12, "bits")}, max_age=None)
-    assert (found.code, found.next, found.verified.problem) == (12, "damaged: bits", "bits")
+    assert (found.code, found.next[:27], found.verified.problem) == (12, "damaged when verified: bits", "bits")
+    assert "pybackup verify m" in found.next, "the file may be back from a copy by now"
+    [found] = assess(two_points(), {name: record(10, "gone")}, max_age=None)
+    assert (found.code, found.next[:27]) == (10, "missing when verified: gone")
     [found] = assess(two_points(), {name: record(12, "bits", digest="1" * 64)}, max_age=None)
     assert (found.code, found.verified.last) == (0, None)
 

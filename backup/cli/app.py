@@ -115,7 +115,7 @@ PointDisk = Annotated[str | None, typer.Option("--disk", metavar="NAME", help="T
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what a run would do; change nothing.")]
 NoFallback = Annotated[
-    bool, typer.Option("--no-fallback", help="Fail with 14 rather than take a full or a rescan instead.")
+    bool, typer.Option("--no-fallback", help="Fail with 14 rather than read everything (a rescan or a full) instead.")
 ]
 
 
@@ -466,7 +466,7 @@ def list_(machines: MachineNames = None, repo: Repo = None, json: Json = False) 
 
 @app.command()
 def show(
-    manifest: Annotated[str, typer.Argument(metavar="MANIFEST", help="A path, MACHINE/POINT or MACHINE/latest.")],
+    manifest: Manifest_,
     repo: Repo = None,
     json: Json = False,
 ) -> None:
@@ -495,7 +495,7 @@ def show(
 
 @app.command()
 def restore(
-    manifest: Annotated[str, typer.Argument(metavar="MANIFEST", help="A path, MACHINE/POINT or MACHINE/latest.")],
+    manifest: Manifest_,
     target: Annotated[str, typer.Argument(metavar="TARGET", help="A file, a block device, an NBD URI, or a folder.")],
     disk: Annotated[str | None, typer.Option("--disk", metavar="NAME", help="Only this disk of the point.")] = None,
     format_: Annotated[str, typer.Option("--format", metavar="raw|qcow2", help="Of the file that is made.")] = "raw",
@@ -578,7 +578,12 @@ def _choice(older_than: str | None, sample: str | None, *, deep: bool) -> Choice
 
     if deep and sample is not None:
         raise UsageError("--deep together with --sample", hint="a sample is of blocks, whose clusters cross their ends")
-    since = None if older_than is None else datetime.now(UTC) - timedelta(seconds=parse_duration(older_than))
+    since = None
+    if older_than is not None:
+        try:
+            since = datetime.now(UTC) - timedelta(seconds=parse_duration(older_than))
+        except OverflowError:
+            since = datetime.min.replace(tzinfo=UTC)  # before Christ: all that was ever verified is newer
     return Choice(since, 1.0 if sample is None else parse_share(sample))
 
 
@@ -599,7 +604,8 @@ def copy_(
     [(machine, points)] = _what_to_verify([what], _path(repo))
     config = _config_or_default()
     source = Repository.open(machine.path.parent)
-    if not machine.contents().manifests:
+    contents = machine.contents()
+    if not contents.manifests and not contents.damaged:
         raise NotFound(f"machine {machine.name} has no point", hint="see: pybackup list")
     second = replicate.open_second(Path(other), source, settings.modes(config)).machine(machine.name)
     began = time.monotonic()
@@ -623,10 +629,8 @@ def copy_(
 
 @app.command()
 def serve(
-    manifest: Annotated[str, typer.Argument(metavar="MANIFEST", help="A path, MACHINE/POINT or MACHINE/latest.")],
-    disk: Annotated[
-        str | None, typer.Option("--disk", metavar="NAME", help="The disk, where there are several.")
-    ] = None,
+    manifest: Manifest_,
+    disk: PointDisk = None,
     socket: Annotated[str | None, typer.Option("--socket", metavar="PATH", help="A Unix socket to listen on.")] = None,
     port: Annotated[str | None, typer.Option("--port", metavar="N", help="A TCP port; anyone there can read.")] = None,
     bind: Annotated[
@@ -664,7 +668,7 @@ def _show_served(point: Manifest, disk: str, served: Served, writable: bool, jso
 
 @app.command()
 def files(
-    manifest: Annotated[str, typer.Argument(metavar="MANIFEST", help="A path, MACHINE/POINT or MACHINE/latest.")],
+    manifest: Manifest_,
     path: Annotated[str, typer.Argument(metavar="[PATH]", help="A folder of the guest.", show_default=False)] = "/",
     disk: PointDisk = None,
     filesystem: Filesystem = None,
@@ -680,15 +684,17 @@ def files(
     machine, found = _find_point(manifest, _path(repo))
     with guestfiles.opened(machine, found.point, choose_disk(found, disk), filesystem) as guest:
         entries = guest.list(path)
+    _warn(guest.unmounted)
     if json:
         render.document([asdict(entry) for entry in entries])
     else:
         render.files_table(entries)
+    raise typer.Exit(WARNINGS_EXIT_CODE if guest.unmounted else 0)
 
 
 @app.command()
 def get(
-    manifest: Annotated[str, typer.Argument(metavar="MANIFEST", help="A path, MACHINE/POINT or MACHINE/latest.")],
+    manifest: Manifest_,
     path: Annotated[str, typer.Argument(metavar="PATH", help="A file or a folder of the guest.")],
     dest: Annotated[str, typer.Argument(metavar="DEST", help="A new name, or a folder to put it in.")],
     disk: PointDisk = None,
@@ -706,13 +712,18 @@ def get(
     guestfiles.require_new(target)
     with guestfiles.opened(machine, found.point, choose_disk(found, disk), filesystem) as guest:
         fetched = guest.get(path, target)
-    for name in fetched.left_out:
-        render.warning(f"left out, being no file, folder or link: {name}")
+    warnings = [*guest.unmounted, *(f"left out, being no file, folder or link: {name}" for name in fetched.left_out)]
+    _warn(warnings)
     if json:
         render.document({"path": path, "target": str(target), "error": None, **asdict(fetched)})
     elif not _options.quiet:
         render.line(render.fetched_line(path, target, fetched))
-    raise typer.Exit(WARNINGS_EXIT_CODE if fetched.left_out else 0)
+    raise typer.Exit(WARNINGS_EXIT_CODE if warnings else 0)
+
+
+def _warn(texts: Sequence[str]) -> None:
+    for text in texts:
+        render.warning(text)
 
 
 @app.command()

@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import quote
 
-from backup.errors import BackupError, Interrupted, SourceError
+from backup.errors import BackupError, SourceError
+from backup.interrupts import to_the_end
 from backup.qemu import leftovers, programs
 from backup.qemu.blocks import OURS, Blocks
 from backup.qemu.leftovers import Place
@@ -209,11 +210,7 @@ class Instant:
 
     def end(self) -> None:
         """Remove all that was made.  What cannot be removed now is removed by the next run."""
-        try:
-            self._end()
-        except Interrupted:
-            self._end()  # there is no second signal: see interrupts.py
-            raise
+        to_the_end(self._end)
 
     def _end(self) -> None:
         self._over.set()

@@ -8,11 +8,13 @@ header into it and have QEMU open any file of the host as its backing file.
 from __future__ import annotations
 
 import errno
+import fcntl
 import functools
 import json
 import logging
 import os
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -28,7 +30,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 from urllib.parse import quote
 
-from backup.errors import BackupError, Failed, SourceError, UsageError
+from backup.errors import BackupError, Damaged, Failed, SourceError, UsageError
 from backup.qemu.truncation import may_be_cut_off
 
 _log = logging.getLogger(__name__)
@@ -45,6 +47,8 @@ tries, that many seconds apart.
 _LONGEST_FOLDER = 80
 """Bytes of a temporary folder's path that leave room for a folder and a socket in it."""
 _T = TypeVar("_T")
+_Where = str | tuple[str, int]
+"""A Unix socket's path, or a TCP address and port."""
 _PACKAGE = "install QEMU's tools: apt-get install qemu-utils (dnf install qemu-img)"
 
 
@@ -265,21 +269,18 @@ def served(
     ImageLocked, SourceError
         The image is in use, cannot be served, or cannot be read (then with what qemu-nbd said of it).
     """
-    folder = socket_folder()
-    address = os.path.join(folder, "nbd")
-    command = [*_dies_with_us(), *_serve_command(path, image_format, bitmaps, connections, address)]
-    try:
+    with private_folder() as folder:
+        address = str(folder / "nbd")
+        command = [*_dies_with_us(), *_serve_command(path, image_format, bitmaps, connections, address)]
         # A file and no pipe: a server that complains a lot must not block on a pipe that nobody empties.
-        with open(os.path.join(folder, "log"), "w+", errors="replace") as complaints:
+        with open(folder / "log", "w+", errors="replace") as complaints:
             server = _patiently(lambda: _start(command, address, path, complaints, meanwhile=meanwhile))
             try:
-                yield f"nbd+unix:///?socket={quote(address)}"
+                yield f"nbd+unix:///?socket={quote(os.fsencode(address))}"
             except SourceError as error:
                 raise _as_told(path, error, complaints) from None
             finally:
                 _end(server)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,7 +295,7 @@ class Address:
     def uri(self) -> str:
         """The NBD URI of what is served there."""
         if self.socket is not None:
-            return f"nbd+unix:///?socket={quote(os.path.abspath(self.socket))}"
+            return f"nbd+unix:///?socket={quote(os.fsencode(filename(self.socket)))}"
         host = socket.gethostname() if self.bind in {"0.0.0.0", "::"} else self.bind  # noqa: S104 - compared, not bound
         return f"nbd://{f'[{host}]' if ':' in host else host}:{self.port}/"
 
@@ -305,9 +306,14 @@ class Address:
             return [f"--socket={filename(self.socket)}"]
         return [f"--bind={self.bind}", f"--port={self.port}"]
 
+    @property
+    def where(self) -> _Where:
+        """As sockets take it."""
+        return (self.bind, self.port) if self.socket is None else filename(self.socket)
+
     def require_free(self) -> None:
         """
-        Make sure that nothing has the address: qemu-nbd would remove another program's socket.
+        Make sure that a server can listen there, and takes no other program's socket away, as qemu-nbd would.
 
         Raises
         ------
@@ -316,23 +322,25 @@ class Address:
         """
         if self.socket is not None:
             if os.path.lexists(self.socket):
-                raise UsageError(f"{self.socket} exists already", hint="name a socket that does not exist")
+                raise UsageError(
+                    f"{self.socket} exists already", hint="name another, or remove it if a killed run left it"
+                )
             if len(os.fsencode(filename(self.socket))) > _LONGEST_SOCKET:
                 raise UsageError(
                     f"{self.socket} is too long for a socket",
                     hint=f"the kernel allows {_LONGEST_SOCKET} bytes; name a shorter path",
                 )
-            return
         try:
-            family = socket.AF_INET6 if ":" in self.bind else socket.AF_INET
-            with socket.socket(family) as probe:
+            with socket.socket(_family(self.where)) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind((self.bind, self.port))
-        except OSError as error:
-            raise Failed(
-                f"port {self.port} of {self.bind} cannot be used: {error.strerror or error}",
-                hint="choose another port, or an address of this host",
-            ) from None
+                probe.bind(self.where)
+            if self.socket is not None:
+                self.socket.unlink()
+        except (OSError, TypeError) as error:  # the latter of a host's name that none can have
+            place = f"port {self.port} of {self.bind}" if self.socket is None else f"the socket {self.socket}"
+            other = "another port, or an address of this host" if self.socket is None else "a folder that takes files"
+            why = getattr(error, "strerror", None) or error
+            raise Failed(f"{place} cannot be used: {why}", hint=f"choose {other}") from None
 
 
 _LONGEST_SOCKET = 107
@@ -378,8 +386,7 @@ def lent(path: Path, address: Address, overlay: int | None = None) -> Iterator[L
         serve += ["--", f"/proc/self/fd/{overlay}"]
     kept = () if overlay is None else (overlay,)
     with tempfile.TemporaryFile("w+", errors="replace") as complaints:
-        where = (address.bind, address.port) if address.socket is None else filename(address.socket)
-        server = _start(serve, where, path, complaints, pass_fds=kept)
+        server = _start(serve, address.where, path, complaints, pass_fds=kept)
         try:
             yield Lent(server, path, complaints)
         finally:
@@ -415,15 +422,45 @@ def throw_away(base: Path) -> Iterator[int]:
 
 @contextmanager
 def private_folder() -> Iterator[Path]:
-    """Make a folder for a socket that only this user can reach; it is removed with what it holds."""
-    folder = socket_folder()
+    """
+    Make a folder for a socket that only this user can reach; it is removed with what it holds.
+
+    The kernel frees the flock that is held on it however this process ends.  So a folder that gives the lock is what a
+    killed run left, and goes too.
+    """
+    folder = Path(socket_folder(_PRIVATE))
     try:
-        yield Path(folder)
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            with suppress(OSError):  # a file system without locks: then none of these is removed by others
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            _remove_orphans(folder.parent)
+            yield folder
+        finally:
+            os.close(lock)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def socket_folder() -> str:
+_PRIVATE = "pybackup-own-"
+_YOUNG = 60.0
+"""Seconds: a folder that was just made may not be locked yet."""
+
+
+def _remove_orphans(place: Path) -> None:
+    for folder in place.glob(f"{_PRIVATE}*"):
+        with suppress(OSError):  # another user's, in use, or gone
+            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                status = os.fstat(fd)
+                if status.st_uid == os.geteuid() and time.time() - status.st_mtime > _YOUNG:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(fd)
+
+
+def socket_folder(prefix: str = "pybackup-") -> str:
     """
     Make a folder of mode 0700 for a socket.
 
@@ -432,7 +469,7 @@ def socket_folder() -> str:
     folder = tempfile.gettempdir()
     if len(os.fsencode(folder)) > _LONGEST_FOLDER:
         folder = "/tmp"  # noqa: S108 - what mkdtemp makes in it is ours alone
-    return tempfile.mkdtemp(prefix="pybackup-", dir=folder)
+    return tempfile.mkdtemp(prefix=prefix, dir=folder)
 
 
 class GuestfishError(Failed):
@@ -444,10 +481,10 @@ class GuestfishError(Failed):
 
 
 class Guestfish:
-    """A guestfish that is asked one command after the other."""
+    """A guestfish that is asked one command after the other; it writes files into `pipe` (reading, writing end)."""
 
-    def __init__(self, process: subprocess.Popen[bytes], complaints: IO[str]) -> None:
-        self._process, self._complaints = process, complaints
+    def __init__(self, process: subprocess.Popen[bytes], complaints: IO[str], pipe: tuple[int, int]) -> None:
+        self._process, self._complaints, self._pipe = process, complaints, pipe
         self._heard = 0
 
     def ask(self, command: str, *arguments: str) -> bytes:
@@ -459,31 +496,104 @@ class Guestfish:
         GuestfishError
             It failed.
         """
+        end = self._send(command, *arguments)
+        said = bytearray()
+        while not said.endswith(end):
+            chunk = os.read(self._stdout, 1 << 20)
+            if not chunk:
+                raise self._end()
+            said += chunk
+        self._require_success()
+        return bytes(said.removesuffix(end))
+
+    @contextmanager
+    def stream(self, command: str, path: str) -> Iterator[Stream]:
+        """
+        Run a command that writes a file (`download`, `tar-out`), and yield what it writes, as it comes.
+
+        Another error than Damaged in the block ends guestfish.
+
+        Raises
+        ------
+        GuestfishError
+            It failed; then what was read is not all.
+        """
+        stream = Stream(self._pipe[0], self._stdout, self._send(command, path, f"/dev/fd/{self._pipe[1]}"))
+        cut_off = None
+        try:
+            yield stream
+        except Damaged as error:
+            cut_off = error  # guestfish knows best why
+        except BaseException:
+            self._process.kill()  # what it goes on to write would be taken for the next command's
+            raise
+        while stream.read():
+            pass
+        if not stream.complete:
+            raise self._end()
+        self._require_success()
+        if cut_off is not None:
+            raise cut_off
+
+    @property
+    def _stdout(self) -> int:
+        assert self._process.stdout is not None
+        return self._process.stdout.fileno()
+
+    def _send(self, command: str, *arguments: str) -> bytes:
+        """Give a command; what guestfish prints when it is done."""
         mark = f"pybackup-{os.urandom(8).hex()}"
         line = " ".join([f"-{command}", *map(_quoted, arguments)])  # the dash: an error does not end guestfish
         if len(line) > _LONGEST_LINE:
             raise UsageError("the path is too long for guestfish", hint="name a folder above it")
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         with suppress(BrokenPipeError):
             self._process.stdin.write(f"{line}\necho {mark}\n".encode())
             self._process.stdin.flush()
-        said = bytearray()
-        end = f"{mark}\n".encode()
-        while not said.endswith(end):
-            chunk = os.read(self._process.stdout.fileno(), 1 << 20)
-            if not chunk:
-                raise GuestfishError(self._complained() or "guestfish ended")
-            said += chunk
-        if "error: " in (text := self._complained()):
+        return f"{mark}\n".encode()
+
+    def _require_success(self) -> None:
+        text = self._complained()
+        if "error: " in text:
             raise GuestfishError(text.partition("error: ")[2])
-        return bytes(said.removesuffix(end))
+
+    def _end(self) -> GuestfishError:
+        return GuestfishError(self._complained() or "guestfish ended")
 
     def _complained(self) -> str:
         self._complaints.seek(self._heard)
         text = self._complaints.read()
         self._heard = self._complaints.tell()
         return _one_line(text) if text.strip() else ""
+
+
+class Stream:
+    """What a command of guestfish writes into the pipe `data`, until it prints `end` on `stdout` (descriptors)."""
+
+    def __init__(self, data: int, stdout: int, end: bytes) -> None:
+        self._data, self._stdout, self._end = data, stdout, end
+        self._said = b""
+        self._ended = False
+        self._poll = select.poll()  # not select: the files of a long chain are open besides
+        for fd in (data, stdout):
+            self._poll.register(fd, select.POLLIN)
+
+    def read(self, size: int = 1 << 16) -> bytes:
+        """At most `size` bytes; none at the end."""
+        while True:
+            ready = dict(self._poll.poll(0 if self._ended else None))
+            if ready.get(self._data, 0) & select.POLLIN:
+                return os.read(self._data, size)
+            if self._ended:
+                return b""
+            chunk = os.read(self._stdout, 1 << 16)
+            self._said += chunk
+            self._ended = not chunk or self.complete
+
+    @property
+    def complete(self) -> bool:
+        """Did the command come to its end?"""
+        return self._said.endswith(self._end)
 
 
 _LONGEST_LINE = 8000
@@ -517,17 +627,26 @@ def guestfish(image: Path) -> Iterator[Guestfish]:
         backend = os.environ.get("LIBGUESTFS_BACKEND", "direct")
         environment = {**os.environ, "LC_ALL": "C", "LIBGUESTFS_BACKEND": backend, "LIBGUESTFS_TMPDIR": str(folder)}
         _log.info("run: %s", shlex.join(command))
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=complaints,
-            start_new_session=True,
-            env=environment,
-        )
+        reading, writing = os.pipe()
         try:
-            yield Guestfish(process, complaints)
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=complaints,
+                start_new_session=True,
+                env=environment,
+                pass_fds=[writing],
+            )
+        except BaseException:
+            os.close(reading)
+            raise
         finally:
+            os.close(writing)  # so that it ends with guestfish
+        try:
+            yield Guestfish(process, complaints, (reading, writing))
+        finally:
+            os.close(reading)
             # With its QEMU, which has nothing to lose.  A session of its own is a process group of its own.
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -630,10 +749,6 @@ def _as_told(path: Path, error: SourceError, complaints: IO[str]) -> SourceError
     return error
 
 
-_Where = str | tuple[str, int]
-"""A Unix socket's path, or a TCP address and port."""
-
-
 def _start(
     command: Sequence[str],
     address: _Where,
@@ -670,14 +785,19 @@ def _why_it_ended(server: subprocess.Popen[str], path: Path, complaints: IO[str]
     return _image_error(path, complaints.read(4000) or f"qemu-nbd ended with status {server.returncode}")
 
 
+def _family(address: _Where) -> socket.AddressFamily:
+    if isinstance(address, str):
+        return socket.AF_UNIX
+    return socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+
+
 def _greets(address: _Where, deadline: float) -> bool:
     """
     Does the server send its greeting?
 
     qemu-nbd listens before it opens the image: connecting alone would succeed and then hide why it ended.
     """
-    family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-    with socket.socket(family) as probe:
+    with socket.socket(_family(address)) as probe:
         probe.settimeout(max(deadline - time.monotonic(), 0.001))
         try:
             probe.connect(address)

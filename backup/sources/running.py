@@ -15,6 +15,7 @@ from typing import Self
 from backup import decide
 from backup.decide import Bitmap, Sight
 from backup.errors import BackupError, Interrupted, SourceError, UsageError
+from backup.interrupts import to_the_end
 from backup.manifest import LowerFile
 from backup.qemu import fleece, leftovers, programs
 from backup.qemu.agent import Agent, AgentError
@@ -334,13 +335,9 @@ class _Freezing:
 
     def end(self) -> None:
         """Thaw, if a freeze was asked for."""
-        try:
-            self._end()
-        except Interrupted:
-            self._end()  # there is no second signal: see interrupts.py
-            raise
+        to_the_end(self._thaw_again)
 
-    def _end(self) -> None:
+    def _thaw_again(self) -> None:
         if self._asked is None:
             return
         problems = [self._thaw()]

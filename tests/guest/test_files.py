@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from initrd import CACHE, Unavailable, make_system
 from lab import MIB, PYBACKUP, Result, call_pybackup, make_image, run
+from live import private_tmp
 
 from backup import guestfiles
 from backup.manifest import Manifest
@@ -179,7 +181,13 @@ def test_an_xfs_by_the_command_line_which_leaves_nothing(works, tmp_path, point_
         file.truncate(320 * MIB)
     run("mkfs.xfs", "-q", "-p", tmp_path / "proto", tmp_path / "disk.raw")
     point = point_of(tmp_path / "disk.raw")
-    env_before = set(Path("/tmp").glob("pybackup-*"))
+    with private_tmp(tmp_path) as left:
+        fetch_all_of_the_xfs(point, tree, tmp_path / "to")
+        assert not list(left.glob("pybackup-*"))
+    assert sorted(path.name for path in (tmp_path / "to").iterdir()) == ["all", "large"]
+
+
+def fetch_all_of_the_xfs(point: Point, tree: Path, to: Path) -> None:
     listed = point.run("files")
     assert (listed.rc, listed.stderr) == (0, "")
     assert [*listed.document[0]] == ["name", "kind", "size", "mode", "modified", "target"]
@@ -188,15 +196,13 @@ def test_an_xfs_by_the_command_line_which_leaves_nothing(works, tmp_path, point_
         ("large", "file"),
         ("pipe", "other"),
     ]
-    (tmp_path / "to").mkdir()
-    done = point.run("get", "/", tmp_path / "to" / "all")
+    to.mkdir()
+    done = point.run("get", "/", to / "all")
     assert (done.rc, done.document["left_out"]) == (3, ["./pipe"])
-    run("cmp", tmp_path / "to" / "all" / "large", tree / "large")
-    run("cmp", tmp_path / "to" / "all" / "etc/fstab", tree / "etc/fstab")
-    assert point.run("get", "/large", tmp_path / "to").document["target"] == str(tmp_path / "to" / "large")
-    run("cmp", tmp_path / "to" / "large", tree / "large")
-    assert set(Path("/tmp").glob("pybackup-*")) <= env_before
-    assert sorted(path.name for path in (tmp_path / "to").iterdir()) == ["all", "large"]
+    run("cmp", to / "all" / "large", tree / "large")
+    run("cmp", to / "all" / "etc/fstab", tree / "etc/fstab")
+    assert point.run("get", "/large", to).document["target"] == str(to / "large")
+    run("cmp", to / "large", tree / "large")
 
 
 def test_partitions_with_an_operating_system_and_without(works, tmp_path, point_of):
@@ -230,6 +236,66 @@ def test_partitions_with_an_operating_system_and_without(works, tmp_path, point_
     with pytest.raises(guestfiles.UsageError) as asked, point.opened():
         pass
     assert "--filesystem: /dev/sda1 (ext4), /dev/sda2 (ext4)" in asked.value.hint
+
+
+LVM = """
+run
+part-disk /dev/sda mbr
+pvcreate /dev/sda1
+vgcreate vg /dev/sda1
+lvcreate root vg 60
+lvcreate data vg 60
+mkfs ext4 /dev/vg/root
+mkfs ext4 /dev/vg/data
+mount /dev/vg/root /
+mkdir /bin
+mkdir /etc
+mkdir /data
+write /etc/os-release "ID=debian\\nVERSION_ID=12\\n"
+write /etc/debian_version "12.0\\n"
+write /etc/fstab "/dev/vg/root / ext4 defaults 0 1\\n/dev/vg/data /data ext4 defaults 0 2\\n"
+mount /dev/vg/data /data
+mkdir /data/www
+write /data/www/one shared
+ln /data/www/one /data/www/other
+touch /data/www/sparse
+truncate-size /data/www/sparse 200000000
+mknod-c 0666 1 3 /data/www/null
+chown 33 34 /data/www/one
+chown 33 34 /data/www
+ln-s /nowhere /data/dangling
+echo READY
+"""
+
+
+@pytest.mark.timeout(1200)  # three machines one after the other
+def test_lvm_that_was_in_use_with_sparse_files_hard_links_and_owners(works, tmp_path, point_of):
+    """Made by guestfish itself, which is killed before it unmounts: as in a backup of a guest that runs."""
+    disk = tmp_path / "disk.raw"
+    with disk.open("wb") as file:
+        file.truncate(160 * MIB)
+    given = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(["guestfish", "--rw", "--format=raw", "-a", disk], **given) as making:
+        making.stdin.write(LVM.replace("echo", "sync\necho"))
+        making.stdin.flush()
+        assert making.stdout.readline() == "READY\n"
+        os.killpg(making.pid, signal.SIGKILL)
+    point = point_of(disk)
+    with point.opened() as guest:
+        assert [entry.name for entry in guest.list("/data/www")] == ["null", "one", "other", "sparse"]
+        [dangling] = guest.list("/data/dangling")
+        assert (dangling.kind, dangling.target) == ("link", "/nowhere")
+        done = guest.get("/data/www", tmp_path / "www")
+        assert (done.files, done.left_out) == (3, ("./null",))
+        assert (tmp_path / "www/one").samefile(tmp_path / "www/other")
+        assert (tmp_path / "www/one").read_text() == "shared"
+        sparse = (tmp_path / "www/sparse").stat()
+        assert (sparse.st_size, sparse.st_blocks) == (200_000_000, 0)
+        if os.geteuid() == 0:
+            owners = [(path.stat().st_uid, path.stat().st_gid) for path in (tmp_path / "www", tmp_path / "www/one")]
+            assert owners == [(33, 34), (33, 34)]
+    with point.opened("/dev/vg/data") as guest:
+        assert "www" in [entry.name for entry in guest.list("/")]
 
 
 def test_a_kill_takes_guestfish_and_its_machine_along(works, tmp_path, point_of):

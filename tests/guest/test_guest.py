@@ -181,8 +181,9 @@ def test_nothing_is_left_but_the_bitmap_that_continues_each_disk(point):
 def test_the_guest_goes_on_writing_while_it_is_backed_up(point, raw):
     newest = max(ring_of(raw[1]))
     assert point.before.number <= newest <= point.after.number + 1
-    # The copying is slow and comes after the instant: much of what it read, the guest overwrote meanwhile.
-    assert point.after.number - newest >= 8
+    # The copying is slow and comes after the instant: some of what it read, the guest overwrote meanwhile (much of it,
+    # where nothing else wants the cores).
+    assert point.after.number - newest >= 2
 
 
 def test_the_ring_of_numbers_is_unbroken(raw):
