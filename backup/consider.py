@@ -92,9 +92,7 @@ def consider(machine: Machine, contents: Contents, request: Request, disk: DiskR
     sight = disk.source.look()
     if request.named_by_path:
         _check_path(disk, sight, contents)
-    last = (
-        None if newest is None else _last_chain(machine, contents, newest.point, disk.name, settled=not request.dry_run)
-    )
+    last = None if newest is None else _last_chain(machine, contents, newest.point, disk.name)
     decision = decide.decide(
         request.wanted,
         sight,
@@ -108,22 +106,8 @@ def consider(machine: Machine, contents: Contents, request: Request, disk: DiskR
     return Considered(sight, last, decision)
 
 
-def _last_chain(machine: Machine, contents: Contents, point: str, disk: str, *, settled: bool) -> Chain | BackupError:
-    """
-    The chain of the disk's newest point, its files looked at; or what is wrong with it.
-
-    A rehearsal holds no lock, so that nothing is `settled`: while a prune changes what it looks at, it looks again.
-    """
-    found = _look_at_chain(machine, contents, point, disk)
-    while isinstance(found, BackupError) and not settled:
-        before, contents = contents, machine.contents()
-        if contents.manifests == before.manifests:
-            break
-        found = _look_at_chain(machine, contents, point, disk)
-    return found
-
-
-def _look_at_chain(machine: Machine, contents: Contents, point: str, disk: str) -> Chain | BackupError:
+def _last_chain(machine: Machine, contents: Contents, point: str, disk: str) -> Chain | BackupError:
+    """The chain of the disk's newest point, its files looked at; or what is wrong with it."""
     try:
         chain = chains.build(contents.manifests, point, disk, contents.damaged)
         with datafile.peeked_files(machine.path, chain):

@@ -150,7 +150,11 @@ def create(open_repository: Callable[[], Repository], request: Request, progress
     machine = repository.machine(request.machine)
     if request.dry_run:
         with request.host:
-            return _rehearse(machine, repository.identity, request, progress)
+            # A broken chain is a warning of a rehearsal, too.
+            return machine.seen(
+                lambda contents: _Run(machine, contents, repository.identity, request, progress).rehearse(),
+                doubtful=lambda report: bool(report.warnings),
+            )
     with machine.lock(), request.host:
         contents = settle(machine)
         run = _Run(machine, contents, repository.identity, request, progress)
@@ -158,25 +162,6 @@ def create(open_repository: Callable[[], Repository], request: Request, progress
         if removed:
             run.notes.append(f"removed what a run that was cut off had left in QEMU: {', '.join(removed)}")
         return run.take()
-
-
-def _rehearse(machine: Machine, repository: str, request: Request, progress: Progress) -> Report:
-    """Without the lock: where a prune changes what is looked at, it is no broken chain, and is looked at again."""
-    contents = machine.contents()
-    while True:
-        report, failed = None, None
-        try:
-            report = _Run(machine, contents, repository, request, progress).rehearse()
-        except BackupError as error:
-            failed = error
-        if report is not None and not report.warnings:
-            return report
-        before, contents = contents, machine.contents()
-        if contents.manifests == before.manifests:
-            if failed is not None:
-                raise failed
-            assert report is not None
-            return report
 
 
 class _Run:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from backup import chain as chains
 from backup import retention
 from backup.consolidate import Estimate, Merge, consolidate, estimate
-from backup.errors import BackupError, Damaged, Failed, Interrupted, NotFound
+from backup.errors import BackupError, Failed, Interrupted
 from backup.exchange import exchange, settle
 from backup.manifest import Manifest
 from backup.progress import Progress
@@ -123,17 +123,9 @@ def prune(machine: Machine, request: Request, progress: Progress) -> Report:
 
 
 def _rehearse(machine: Machine, request: Request) -> Report:
-    """Without the lock: where another prune changes the machine meanwhile, look again."""
-    contents = machine.contents()
-    while True:
-        try:
-            run = _Run(machine, request, contents)
-            lacking = run.lacking()
-            return run.report() if lacking is None else replace(run.report(), warnings=(lacking.error.message,))
-        except (Damaged, NotFound):
-            before, contents = contents, machine.contents()
-            if contents.manifests == before.manifests:
-                raise
+    run = machine.seen(lambda contents: _Run(machine, request, contents))
+    lacking = run.lacking()
+    return run.report() if lacking is None else replace(run.report(), warnings=(lacking.error.message,))
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,10 +23,11 @@ import os
 import re
 import socket
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from backup import manifest as manifests
 from backup.errors import BackupError, Damaged, Failed, Locked, NotFound
@@ -38,6 +39,7 @@ VERSION = 1
 _TEMPORARY = ".tmp"
 _MAX_MANIFEST = 64 << 20
 _MAX_MARKER = 64 << 10
+_T = TypeVar("_T")
 _TRIES = 20
 """How often a folder is read that a prune changes meanwhile."""
 _ID = re.compile(r"[0-9a-f]{32}")
@@ -213,6 +215,31 @@ class Machine:
                 break
             contents = self._read_manifests(raw=raw)
         return contents
+
+    def seen(self, look: Callable[[Contents], _T], *, doubtful: Callable[[_T], bool] = lambda _: False) -> _T:
+        """
+        What a look at the machine shows, without its lock.
+
+        Where the look fails, or what it shows is `doubtful`, and a prune changed the manifests meanwhile, it is taken
+        again: damage counts only where it repeats.
+        """
+        contents = self.contents()
+        while True:
+            try:
+                found = look(contents)
+            except BackupError:
+                later = self._changed(contents)
+                if later is None:
+                    raise
+            else:
+                later = self._changed(contents) if doubtful(found) else None
+                if later is None:
+                    return found
+            contents = later
+
+    def _changed(self, before: Contents) -> Contents | None:
+        contents = self.contents()
+        return None if contents.manifests == before.manifests else contents
 
     def _read_manifests(self, *, raw: bool) -> Contents:
         found: dict[str, Manifest] = {}

@@ -99,14 +99,12 @@ def look(machine: Machine, expected: Collection[str] | None, limits: Limits) -> 
         The disks that the configuration names: one without a point is at fault, and another one, which is backed up no
         longer, is never too old.  None: those that have points.
     """
-    contents = machine.contents()
-    while True:
+
+    def look_at(contents: Contents) -> list[DiskStatus]:
         evidence = Evidence(contents, recall(machine), lambda chain: files_problem(machine.path, chain))
-        found = assess(machine.name, evidence, expected, limits)
-        # What a prune changed after its manifest was read is looked at again: damage counts only where it repeats.
-        before, contents = contents, machine.contents()
-        if all(each.code in {0, OLD} for each in found) or contents.manifests == before.manifests:
-            return found
+        return assess(machine.name, evidence, expected, limits)
+
+    return machine.seen(look_at, doubtful=lambda found: any(each.code not in {0, OLD} for each in found))
 
 
 def assess(machine: str, evidence: Evidence, expected: Collection[str] | None, limits: Limits) -> list[DiskStatus]:
