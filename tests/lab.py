@@ -153,6 +153,15 @@ class Night:
         write(image, "write -P 0x11 0 200k", "write -P 0x12 1M 300k")
         return cls(image, folder / "repo")
 
+    @classmethod
+    def with_incremental(cls, folder: Path) -> Night:
+        """Such an image with a full and an incremental, which holds data and zeroes."""
+        found = cls.of(folder)
+        found.full()
+        write(found.image, "write -P 0x21 2M 70k", "write -z 1100k 64k")
+        assert found.incremental().rc == 0
+        return found
+
     def backup(self, wanted: str, *options: str | Path) -> Result:
         """Take a backup, in this process."""
         given = [wanted, "--image", self.image, "--repo", self.repository, "--json"]

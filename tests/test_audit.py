@@ -56,12 +56,7 @@ def require_lies(night: Night, *expected: tuple[int, int]) -> Result:
 
 @pytest.fixture
 def night(tmp_path: Path) -> Night:
-    """An image with a full and an incremental."""
-    found = Night.of(tmp_path)
-    found.full()
-    write(found.image, "write -P 0x21 2M 70k", "write -z 1100k 64k")
-    assert found.incremental().rc == 0
-    return found
+    return Night.with_incremental(tmp_path)
 
 
 def test_an_honest_disk_and_its_changes_since_are_the_truth(night):

@@ -20,12 +20,7 @@ RESCAN = "on_unusable_bitmap"
 
 @pytest.fixture
 def night(tmp_path: Path) -> Night:
-    """An image with a full and an incremental."""
-    found = Night.of(tmp_path)
-    found.full()
-    write(found.image, "write -P 0x21 2M 70k", "write -z 1100k 64k")
-    assert found.incremental().rc == 0
-    return found
+    return Night.with_incremental(tmp_path)
 
 
 def rescanning(night: Night, unusable: str = "rescan", *options: str | Path) -> Result:

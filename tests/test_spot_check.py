@@ -23,12 +23,7 @@ from backup.sources.at_rest import LockedMoment
 
 @pytest.fixture
 def night(tmp_path: Path) -> Night:
-    """An image with a full and an incremental."""
-    found = Night.of(tmp_path)
-    found.full()
-    write(found.image, "write -P 0x21 2M 70k", "write -z 1100k 64k")
-    assert found.incremental().rc == 0
-    return found
+    return Night.with_incremental(tmp_path)
 
 
 @pytest.mark.parametrize(("offset", "of"), [(199 * KIB, 11), (2 * MIB + 66 * KIB, 11), (512 * KIB, 12)])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from initrd import CACHE, Unavailable, make_system
+from initrd import CACHE, System
 from lab import MIB, PYBACKUP, Result, call_pybackup, make_image, run
 from live import private_tmp
 
@@ -37,14 +37,10 @@ STRANGE = [
 
 
 @pytest.fixture(scope="module")
-def works(tmp_path_factory: pytest.TempPathFactory) -> None:
+def works(system: System) -> None:
     """libguestfs, with the kernel that the tests' guest has: the host need not have one of its own."""
     if not shutil.which("guestfish"):
         pytest.skip("guestfish is not installed: `tools/setup guest` installs it")
-    try:
-        system = make_system(tmp_path_factory.mktemp("system"))
-    except Unavailable as missing:
-        pytest.skip(str(missing))
     version = system.kernel.name.removeprefix("vmlinuz-")
     run("depmod", "-b", CACHE / "root", version)
     if not Path("/lib/modules").exists():  # supermin wants to copy the folder's permissions

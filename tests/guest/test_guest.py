@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 from guest import NAMES, SLOTS, Disk, Guest, Progress, make_disks, started, verdict_of
-from initrd import System, Unavailable, make_system
+from initrd import System
 from judges import journal_is_clean, marker_of, require_sound, require_sound_after_replay, ring_of
 from lab import PYBACKUP, Result, bitmaps, check_repository, raw_copy, restore_and_cmp, run, run_pybackup
 
@@ -78,14 +78,6 @@ class Night:
     @property
     def repository(self) -> Path:
         return self.folder / "repo"
-
-
-@pytest.fixture(scope="module")
-def system(tmp_path_factory):
-    try:
-        return make_system(tmp_path_factory.mktemp("system"))
-    except Unavailable as missing:
-        pytest.skip(str(missing))
 
 
 @pytest.fixture(scope="module")

@@ -12,16 +12,7 @@ from pathlib import Path
 
 import pytest
 from guest import NAMES, Guest, make_disks, started
-from initrd import Unavailable, make_system
 from lab import PYBACKUP, run, run_pybackup
-
-
-@pytest.fixture(scope="module")
-def system(tmp_path_factory):
-    try:
-        return make_system(tmp_path_factory.mktemp("system"))
-    except Unavailable as missing:
-        pytest.skip(str(missing))
 
 
 @pytest.fixture
