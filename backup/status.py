@@ -17,7 +17,7 @@ from backup.errors import BackupError, NotFound
 from backup.manifest import Manifest, moment_of
 from backup.memory import Memory, recall, record_of
 from backup.repository import Contents, Machine
-from backup.units import show_age
+from backup.units import counted, show_age
 from backup.verify import glance
 
 TOLERANCE = 300.0
@@ -209,13 +209,15 @@ def _without_point(machine: str, disk: str | None, code: int, advice: str) -> Di
 def summary(found: Collection[DiskStatus]) -> str:
     """One line that a monitoring system shows."""
     wrong = [status for status in found if status.code]
-    machines = len({status.machine for status in found})
     if not wrong:
+        machines = counted(len({status.machine for status in found}), "machine")
         oldest = max((status.age_seconds or 0.0 for status in found), default=0.0)
-        return f"OK: {len(found)} disks of {machines} machines, none older than {show_age(oldest)}"
+        return (
+            f"OK: {counted(len(found), 'disk')} of {machines}, none older than {show_age(oldest)}"
+        )
     word = "WARNING" if exit_code(found) == OLD else "CRITICAL"
     shown = "; ".join(_shortly(wrong))
-    return f"{word}: {len(wrong)} of {len(found)} disks: {shown}"
+    return f"{word}: {len(wrong)} of {counted(len(found), 'disk')}: {shown}"
 
 
 def _shortly(wrong: Collection[DiskStatus], most: int = 3) -> Iterator[str]:

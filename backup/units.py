@@ -46,6 +46,11 @@ def parse_size(text: str) -> int:
     return int(size)
 
 
+def counted(number: int, noun: str) -> str:
+    """Show "1 point", "2 points"; the plural is the noun and an s."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def show_size(size: int) -> str:
     """
     Show bytes for a reader: "512 B", "64 KiB", "1.5 GiB".

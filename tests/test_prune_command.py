@@ -85,9 +85,9 @@ def test_a_dry_run_for_people_has_a_line_for_each_point_and_each_rewrite(history
     ]
     assert lines[0].endswith("for 9 points to go at once, or 1000 % of the full's bytes")
     assert lines[5].endswith("newest, within 1d, last")
-    assert total.startswith("m: would remove 0 of 6 points, 3 wait, 0 data files rewritten")
+    assert total.startswith("m: would remove 0 of 6 points, 3 waiting, 0 data files rewritten")
     done = prune(history, "--keep-last", "3", "--batch", "3")
-    assert done.stdout.startswith("m: removed 3 of 6 points, 1 data files rewritten")
+    assert done.stdout.startswith("m: removed 3 of 6 points, 1 data file rewritten")
     assert len(done.stdout.splitlines()) == 1
 
 

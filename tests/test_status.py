@@ -67,7 +67,7 @@ def test_the_first_line_says_it_all_and_a_table_follows(night):
     done = run_pybackup(["status", "--repo", night.repository])
     assert (done.rc, done.stderr) == (0, "")
     first, head, row = done.stdout.splitlines()
-    assert first.startswith("OK: 1 disks of 1 machines")
+    assert first.startswith("OK: 1 disk of 1 machine,")
     assert head.split() == ["MACHINE", "DISK", "NEWEST", "AGE", "CHAIN", "STORED", "SIZE", "VERIFIED", "NEXT"]
     assert row.split()[:3] == ["disk", "disk", night.newest["point"]]
 
@@ -83,7 +83,7 @@ def test_too_old_is_exit_1(night):
         assert ask(night).rc == 0
         said = run_pybackup(["--quiet", "status", "--repo", night.repository, "--max-age", "26h"])
         assert (said.rc, said.stdout) == (1, "")
-        assert "WARNING: 1 of 1 disks: disk/disk: too old" in said.stderr
+        assert "WARNING: 1 of 1 disk: disk/disk: too old" in said.stderr
 
 
 def test_a_point_from_the_future_has_no_age(night):

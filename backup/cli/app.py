@@ -301,6 +301,8 @@ def _prune_after(report: Report, repository: Path, config: Config) -> Report:
         pruned = pruning.prune_one(repository, report.machine, wanted, config, render.Quiet())
     except Exception as error:  # noqa: BLE001 - the point is made, and whatever keeps it from being thinned is shown
         return replace(report, warnings=(*report.warnings, f"not pruned: {_explained(error).message}"))
+    if not pruned.removed:
+        return report
     return replace(report, notes=(*report.notes, render.prune_line(pruned, dry_run=False)))
 
 

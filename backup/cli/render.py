@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from backup.errors import BackupError, Failed, Interrupted, UsageError
-from backup.units import show_age, show_duration, show_rate, show_size
+from backup.units import counted, show_age, show_duration, show_rate, show_size
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -418,8 +418,8 @@ def prune_table(report: PruneReport) -> None:
     table(("MACHINE", "POINT", "CREATED", "ACTION", "WHY"), rows)
     for rewrite in report.rewrites:
         line(
-            f"rewrite {report.machine}/{rewrite.disk} of {rewrite.point} as {rewrite.kind}, with {len(rewrite.merged)} "
-            f"point{'s' if len(rewrite.merged) > 1 else ''} merged: read {show_size(rewrite.read_bytes)}, "
+            f"rewrite {report.machine}/{rewrite.disk} of {rewrite.point} as {rewrite.kind}, with "
+            f"{counted(len(rewrite.merged), 'point')} merged: read {show_size(rewrite.read_bytes)}, "
             f"{show_size(rewrite.stored_before)} before, {show_size(rewrite.stored_after)} after"
         )
 
@@ -431,10 +431,11 @@ def prune_line(report: PruneReport, *, dry_run: bool) -> str:
         if report.freed_bytes >= 0
         else f"{show_size(-report.freed_bytes)} more"
     )
-    waiting = f", {report.waiting} wait" if report.waiting else ""
+    waiting = f", {report.waiting} waiting" if report.waiting else ""
     return (
-        f"{report.machine}: {'would remove' if dry_run else 'removed'} {report.removed} of {len(report.points)} points"
-        f"{waiting}, {len(report.rewrites)} data files rewritten, {freed}"
+        f"{report.machine}: {'would remove' if dry_run else 'removed'} {report.removed} of "
+        f"{counted(len(report.points), 'point')}{waiting}, {counted(len(report.rewrites), 'data file')} rewritten, "
+        f"{freed}"
     )
 
 
@@ -493,7 +494,7 @@ def files_table(entries: Sequence[Entry]) -> None:
 
 def fetched_line(path: str, target: Path, fetched: Fetched) -> str:
     """One line for what was brought back from a guest."""
-    return f"{plain(path)}: {fetched.files} files, {show_size(fetched.bytes)}, to {plain(target)}"
+    return f"{plain(path)}: {counted(fetched.files, 'file')}, {show_size(fetched.bytes)}, to {plain(target)}"
 
 
 def status_object(found: Sequence[DiskStatus], code: int, summary: str, max_age: float | None) -> dict[str, Any]:
@@ -533,9 +534,9 @@ def _trust_text(trust: Trust, now: datetime) -> str:
 
 def verified_text(sums: Mapping[str, int]) -> str:
     """What was verified."""
-    text = f"{sums['points']} points, {sums['files']} data files, {show_size(sums['bytes'])}"
+    text = f"{counted(sums['points'], 'point')}, {counted(sums['files'], 'data file')}, {show_size(sums['bytes'])}"
     if sums["sampled"]:
-        text += f" (a sample of {sums['sampled']} files)"
+        text += f" (a sample of {counted(sums['sampled'], 'file')})"
     return text + (f", {sums['skipped']} left out" if sums["skipped"] else "")
 
 
@@ -555,7 +556,7 @@ def replicated_line(machine: str, other: str, done: Replicated, seconds: float) 
     """One line for a machine that was copied."""
     rate = show_rate(done.bytes, seconds)
     return (
-        f"{machine}: copied {len(done.copied)} points, {show_size(done.bytes)}, to {plain(other)} "
+        f"{machine}: copied {counted(len(done.copied), 'point')}, {show_size(done.bytes)}, to {plain(other)} "
         f"in {show_duration(seconds)}, {rate}; {len(done.present)} were there"
     )
 
