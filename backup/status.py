@@ -212,9 +212,7 @@ def summary(found: Collection[DiskStatus]) -> str:
     if not wrong:
         machines = counted(len({status.machine for status in found}), "machine")
         oldest = max((status.age_seconds or 0.0 for status in found), default=0.0)
-        return (
-            f"OK: {counted(len(found), 'disk')} of {machines}, none older than {show_age(oldest)}"
-        )
+        return f"OK: {counted(len(found), 'disk')} of {machines}, none older than {show_age(oldest)}"
     word = "WARNING" if exit_code(found) == OLD else "CRITICAL"
     shown = "; ".join(_shortly(wrong))
     return f"{word}: {len(wrong)} of {counted(len(found), 'disk')}: {shown}"
