@@ -7,6 +7,7 @@ and its libraries are this machine's.  The initrd is made anew for each run, as 
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import lzma
 import os
@@ -42,8 +43,11 @@ class System:
 def make_system(folder: Path) -> System:
     """Put the system together in a folder; raises Unavailable."""
     root = CACHE / "root"
-    if not root.exists():
-        _download(root)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several at once, one downloads
+        if not root.exists():
+            _download(root)
     [kernel] = root.glob("boot/vmlinuz-*")
     initrd = folder / "initrd.gz"
     initrd.write_bytes(gzip.compress(b"".join(_archive(root)), compresslevel=1))
