@@ -73,10 +73,10 @@ def run_pybackup(
 
 def call_pybackup(args: Sequence[str | Path]) -> Result:
     """Run the command line in this process: the same code from the arguments on, without a start's half second."""
-    from backup.cli import app
+    from backup.cli import app, state
 
     stdout, stderr = io.StringIO(), io.StringIO()
-    app._options.json = False
+    state.options.json = False
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         rc = app._run([str(arg) for arg in args])
     return Result(rc, stdout.getvalue(), stderr.getvalue())
