@@ -188,6 +188,7 @@ def copy_(
     what: Annotated[str, typer.Argument(metavar="MACHINE[/POINT]", help="A machine, or a point and its chain.")],
     other: Annotated[str, typer.Argument(metavar="OTHER-REPOSITORY", help="A new folder, or an earlier copy.")],
     repo: Repo = None,
+    dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
     """Copy points to a second place: only what is missing there, every digest checked on the way."""
@@ -203,21 +204,26 @@ def copy_(
     contents = machine.contents()
     if not contents.manifests and not contents.damaged:
         raise NotFound(f"machine {machine.name} has no point", hint="see: pybackup list")
-    second = replicate.open_second(Path(other), source, settings.modes(config)).machine(machine.name)
+    place = replicate.open_second(Path(other), source, settings.modes(config), dry_run=dry_run)
+    second, point = place.machine(machine.name), points[0] if points else None
     began = time.monotonic()
-    with render.progress(wanted=not options.quiet) as progress:
-        done = replicate.replicate(
-            machine,
-            second,
-            points[0] if points else None,
-            workers=settings.workers(config),
-            begin=functools.partial(progress.begin, machine.name),
-            advance=progress.advance,
-        )
+    if dry_run:
+        done = replicate.rehearse(machine, second, point)
+    else:
+        with render.progress(wanted=not options.quiet) as progress:
+            done = replicate.replicate(
+                machine,
+                second,
+                point,
+                workers=settings.workers(config),
+                begin=functools.partial(progress.begin, machine.name),
+                advance=progress.advance,
+            )
     if json:
-        render.document(render.replicated_object(machine.name, other, done))
+        render.document(render.replicated_object(machine.name, other, done, dry_run=dry_run))
     elif not options.quiet:
-        render.line(render.replicated_line(machine.name, other, done, time.monotonic() - began))
+        seconds = None if dry_run else time.monotonic() - began
+        render.line(render.replicated_line(machine.name, other, done, seconds))
     for problem in done.problems:
         render.problem(problem)
     raise typer.Exit(exit_code(done.problems))
