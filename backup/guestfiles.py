@@ -23,8 +23,8 @@ from backup import datafile
 from backup.chain import Chain, build
 from backup.errors import BackupError, Damaged, Failed, NotFound, UsageError
 from backup.manifest import timestamp
-from backup.qemu import programs
-from backup.qemu.programs import Guestfish, GuestfishError
+from backup.qemu import guestfish
+from backup.qemu.guestfish import Guestfish, GuestfishError
 from backup.repository import Machine
 
 _NOT_MOUNTED = {"swap", "unknown", "crypto_LUKS"}
@@ -154,7 +154,7 @@ def opened(machine: Machine, point: str, disk: str, filesystem: str | None) -> I
         The chain is broken; libguestfs is not installed or does not work.
     """
     chain = _chain(machine, point, disk)
-    with datafile.held(machine.path, chain), programs.guestfish(machine.path / chain.newest.entry.data.file) as fish:
+    with datafile.held(machine.path, chain), guestfish.started(machine.path / chain.newest.entry.data.file) as fish:
         fish.ask("run")
         if _chain(machine, point, disk) != chain:
             raise Failed(f"the chain of point {point} changed while it was opened", hint="run the command again")

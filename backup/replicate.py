@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +21,9 @@ from backup.digests import BlockCache, CheckedFile
 from backup.errors import BackupError, Damaged, Failed, Interrupted, NotFound, UsageError
 from backup.manifest import DataFile, Manifest, encode
 from backup.names import MARKER
-from backup.repository import Machine, Modes, Repository, as_stored, explained, read_manifest_whole
+from backup.repository import Contents, Machine, Modes, Repository, as_stored, explained, read_manifest_whole
 from backup.threads import in_threads
-from backup.units import show_size
+from backup.units import counted, show_size
 from backup.verify import Problem
 
 _TRIES = 3
@@ -41,9 +41,10 @@ class Replicated:
     problems: tuple[Problem, ...]
 
 
-def open_second(path: Path, source: Repository, modes: Modes) -> Repository:
+def open_second(path: Path, source: Repository, modes: Modes, *, dry_run: bool = False) -> Repository:
     """
-    Open the repository to copy to; a new or empty folder becomes one, with the source's id.
+    Open the repository to copy to; a new or empty folder becomes one (or, on a dry run, is taken for one), with the
+    source's id.
 
     Raises
     ------
@@ -57,7 +58,8 @@ def open_second(path: Path, source: Repository, modes: Modes) -> Repository:
         if os.path.lexists(folder / MARKER):
             raise UsageError(f"{path} lies in the repository {folder}", hint="name a folder outside of it")
     try:
-        second = Repository.open_or_create(path, modes, source.identity)
+        opened = Repository.open_or_imagine if dry_run else Repository.open_or_create
+        second = opened(path, modes, source.identity)
     except NotFound as error:
         raise NotFound(error.message, hint=_WHERE) from None
     if second.identity != source.identity:
@@ -142,17 +144,12 @@ def replicate(
     """
     with second.lock():
         held = second.contents()
-        for error in held.damaged.values():
-            raise error  # it may name any file there, and any point
+        planned = _planned(source, second, held, point)
         second.remove_leftovers(held)
-        contents = source.contents()
-        wanted = list(contents.manifests) if point is None else [point]
-        todo = missing(contents.manifests, held.manifests, wanted)
-        _require_room(second.path, todo)
-        begin(_stored(todo))
+        begin(_stored(planned.todo))
         run = _Run(source, second, dict(held.manifests), workers, advance)
-        problems = [Problem(source.name, None, None, error) for error in contents.damaged.values() if point is None]
-        for manifest in todo:
+        problems = list(planned.problems)
+        for manifest in planned.todo:
             try:
                 run.copy(manifest.point)
             except _Unreadable as error:
@@ -161,8 +158,41 @@ def replicate(
             except Interrupted as stopped:
                 stopped.hint = "the points that were copied are whole and stay; run the command again to go on"
                 raise
-        present = tuple(sorted(set(wanted) & set(held.manifests)))
-        return Replicated(tuple(run.copied), present, run.done, tuple(problems))
+        return Replicated(tuple(run.copied), planned.present, run.done, tuple(problems))
+
+
+def rehearse(source: Machine, second: Machine, point: str | None) -> Replicated:
+    """
+    What `replicate` would copy, and how many bytes, if all of it can be read; nothing is changed, and nothing locked.
+
+    Raises
+    ------
+    BackupError
+        As `replicate`, where that can be seen now.
+    """
+    planned = _planned(source, second, second.contents(), point)
+    copied = tuple(manifest.point for manifest in planned.todo)
+    return Replicated(copied, planned.present, _stored(planned.todo), planned.problems)
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """Points to copy, in their order; ids of those that are there; manifests that cannot be read."""
+
+    todo: Sequence[Manifest]
+    present: tuple[str, ...]
+    problems: tuple[Problem, ...]
+
+
+def _planned(source: Machine, second: Machine, held: Contents, point: str | None) -> _Planned:
+    for error in held.damaged.values():
+        raise error  # it may name any file there, and any point
+    contents = source.contents()
+    wanted = list(contents.manifests) if point is None else [point]
+    todo = missing(contents.manifests, held.manifests, wanted)
+    _require_room(second.path, todo)
+    unreadable = [Problem(source.name, None, None, error) for error in contents.damaged.values() if point is None]
+    return _Planned(todo, tuple(sorted(set(wanted) & set(held.manifests))), tuple(unreadable))
 
 
 def _stored(points: Iterable[Manifest]) -> int:
@@ -171,14 +201,15 @@ def _stored(points: Iterable[Manifest]) -> int:
 
 def _require_room(folder: Path, points: Collection[Manifest]) -> None:
     """Refuse to begin what cannot end, before anything is written."""
-    with explained(folder):
-        found = os.statvfs(folder)
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    with explained(there):
+        found = os.statvfs(there)
     free = found.f_bavail * found.f_frsize
     needed = _stored(points) + _MARGIN
     if points and needed > free:
         raise Failed(
-            f"to copy {len(points)} points takes {needed} bytes ({show_size(needed)}), and {free} ({show_size(free)}) "
-            f"are free at {folder}",
+            f"to copy {counted(len(points), 'point')} takes {needed} bytes ({show_size(needed)}), and {free} "
+            f"({show_size(free)}) are free at {folder}",
             hint="free or add space there, or copy less: MACHINE/POINT is one point and what it builds on",
         )
 

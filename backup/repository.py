@@ -118,9 +118,9 @@ class Repository:
         return cls.open(path, modes)
 
     @classmethod
-    def open_or_imagine(cls, path: Path, modes: Modes = Modes()) -> Repository:
+    def open_or_imagine(cls, path: Path, modes: Modes = Modes(), identity: str = "0" * 32) -> Repository:
         """
-        Open a repository, or pretend that there is an empty one where `open_or_create` would make it.
+        Open a repository, or pretend that there is an empty one of this identity where `open_or_create` would make it.
 
         Raises
         ------
@@ -129,7 +129,7 @@ class Repository:
         """
         with explained(path):
             if not os.path.lexists(path) or (path.is_dir() and all(_is_nothing(name) for name in os.listdir(path))):
-                return cls(path, "0" * 32, modes)
+                return cls(path, identity, modes)
         return cls.open(path, modes)
 
     def machine_names(self) -> list[str]:

@@ -18,8 +18,8 @@ from backup import datafile
 from backup.chain import Chain
 from backup.errors import BackupError, Failed, NotFound, UsageError
 from backup.manifest import Manifest
-from backup.qemu import programs
-from backup.qemu.programs import Address, Lent
+from backup.qemu import folders, images, servers
+from backup.qemu.servers import Address, Lent
 from backup.repository import Machine
 
 _TRIES = 3
@@ -90,7 +90,7 @@ def serving(machine: Machine, point: str, disk: str, where: Address | None, *, w
         The chain is not what was written as far as its heads tell, or cannot be served, or the address is taken.
     """
     with ExitStack() as outer:
-        address = where or Address(outer.enter_context(programs.private_folder()) / "nbd")
+        address = where or Address(outer.enter_context(folders.private_folder()) / "nbd")
         for attempt in range(_TRIES):
             chain = _chain(machine, point, disk)
             with ExitStack() as stack:
@@ -111,8 +111,8 @@ def serving(machine: Machine, point: str, disk: str, where: Address | None, *, w
 
 def _start(stack: ExitStack, folder: Path, chain: Chain, address: Address, *, writable: bool) -> Lent:
     image = folder / chain.newest.entry.data.file
-    overlay = stack.enter_context(programs.throw_away(image)) if writable else None
-    return stack.enter_context(programs.lent(image, address, overlay))
+    overlay = stack.enter_context(images.throw_away(image)) if writable else None
+    return stack.enter_context(servers.lent(image, address, overlay))
 
 
 def _chain(machine: Machine, point: str, disk: str) -> Chain:

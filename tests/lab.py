@@ -73,10 +73,10 @@ def run_pybackup(
 
 def call_pybackup(args: Sequence[str | Path]) -> Result:
     """Run the command line in this process: the same code from the arguments on, without a start's half second."""
-    from backup.cli import app
+    from backup.cli import app, state
 
     stdout, stderr = io.StringIO(), io.StringIO()
-    app._options.json = False
+    state.options.json = False
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         rc = app._run([str(arg) for arg in args])
     return Result(rc, stdout.getvalue(), stderr.getvalue())
@@ -139,8 +139,30 @@ def check_repository(repository: Path) -> None:
             assert "No errors were found" in run("qemu-img", "check", "-f", "qcow2", path)
 
 
+class Chained:
+    """A repository with one machine, and what its newest point says."""
+
+    repository: Path
+    of_machine = "disk"
+
+    @property
+    def newest(self) -> Any:
+        """The newest manifest."""
+        found = [json.loads(path.read_bytes()) for path in self.repository.glob(f"{self.of_machine}/*.json")]
+        return max(found, key=lambda manifest: manifest["sequence"])
+
+    @property
+    def repo8(self) -> str:
+        return str(json.loads((self.repository / "pybackup.json").read_bytes())["id"][:8])
+
+    @property
+    def own_bitmap(self) -> str:
+        """The name of the bitmap that continues the newest point."""
+        return f"b1.{self.repo8}.{self.newest['point']}"
+
+
 @dataclass(frozen=True, slots=True)
-class Night:
+class Night(Chained):
     """One image, its repository beside it, and what is done with them every night."""
 
     image: Path
@@ -223,18 +245,3 @@ class Night:
     def require_restored(self, machine: str = "disk") -> None:
         restore_and_cmp(self.repository, f"{machine}/latest", self.image)
         check_repository(self.repository)
-
-    @property
-    def newest(self) -> Any:
-        """The newest manifest of the machine "disk"."""
-        found = [json.loads(path.read_bytes()) for path in self.repository.glob("disk/*.json")]
-        return max(found, key=lambda manifest: manifest["sequence"])
-
-    @property
-    def repo8(self) -> str:
-        return str(json.loads((self.repository / "pybackup.json").read_bytes())["id"][:8])
-
-    @property
-    def own_bitmap(self) -> str:
-        """The name of the bitmap that continues the newest point."""
-        return f"b1.{self.repo8}.{self.newest['point']}"

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from lab import CLUSTER, MIB, Result, call_pybackup, check_repository, make_image, restore_and_cmp, run
+from lab import CLUSTER, MIB, Chained, Result, call_pybackup, check_repository, make_image, restore_and_cmp, run
 
 QEMU = os.environ.get("QEMU", "qemu-system-x86_64")
 PATIENCE = 30.0
@@ -395,9 +395,10 @@ class Writer:
 
 
 @dataclass
-class Nights:
+class Nights(Chained):
     """A running machine "m", its repository beside it, and what each published point must restore to."""
 
+    of_machine = "m"
     machine: Machine
     repository: Path
     references: dict[str, Held] = field(default_factory=dict)
@@ -521,21 +522,6 @@ class Nights:
 
     def points(self) -> set[str]:
         return {path.stem for path in self.repository.glob("m/*.json")}
-
-    @property
-    def newest(self) -> Any:
-        """The newest manifest."""
-        found = [json.loads(path.read_bytes()) for path in self.repository.glob("m/*.json")]
-        return max(found, key=lambda manifest: manifest["sequence"])
-
-    @property
-    def repo8(self) -> str:
-        return str(json.loads((self.repository / "pybackup.json").read_bytes())["id"][:8])
-
-    @property
-    def own_bitmap(self) -> str:
-        """The name of the bitmap that continues the newest point."""
-        return f"b1.{self.repo8}.{self.newest['point']}"
 
     def require_own_bitmap_alone(self) -> None:
         """Each disk has the bitmap of the newest point and no other of ours."""

@@ -101,9 +101,9 @@ def test_it_prints_ranges_for_people_and_nothing_else_with_quiet(night):
 
 
 def app_is_loud_again() -> None:
-    from backup.cli import app
+    from backup.cli import state
 
-    app._options.quiet = False
+    state.options.quiet = False
 
 
 def test_without_a_bitmap_equal_is_the_truth_and_a_difference_may_be_anything(night):

@@ -34,7 +34,7 @@ from lab import (
 )
 
 from backup import create as creating
-from backup.qemu import programs
+from backup.qemu import images, servers
 from backup.sources.at_rest import ImageSource
 
 
@@ -596,17 +596,17 @@ def test_an_image_in_use_is_left_alone(night):
 
 def test_a_short_look_of_another_program_does_not_fail_a_run(night, monkeypatch):
     """Our own lock is asked for again while someone's qemu-img has the image."""
-    from backup.qemu import programs
+    from backup.qemu import images
 
     machines = []
-    pause = programs.time.sleep
+    pause = images.time.sleep
 
     def ends(seconds: float) -> None:
-        if machines and seconds == programs._LOCK_PAUSE:
+        if machines and seconds == images._LOCK_PAUSE:
             machines.pop().terminate()
         pause(seconds)
 
-    monkeypatch.setattr(programs.time, "sleep", ends)
+    monkeypatch.setattr(images.time, "sleep", ends)
     with held_for_writing(night.image) as machine:
         machines.append(machine)
         night.require_incremental()
@@ -615,17 +615,17 @@ def test_a_short_look_of_another_program_does_not_fail_a_run(night, monkeypatch)
 def test_why_a_server_cannot_serve_is_told_when_it_is_started(night):
     """qemu-nbd listens before it opens the image; who only connects meets a refusal later, and never the reason."""
     from backup.errors import SourceError
-    from backup.qemu import programs
+    from backup.qemu import images, servers
 
     with (
         pytest.raises(SourceError, match="Bitmap 'absent' is not found"),
-        programs.served(night.image, "qcow2", ["absent"], 1),
+        servers.served(night.image, "qcow2", ["absent"], 1),
     ):
         pass
     with (
         held_for_writing(night.image),
-        pytest.raises(programs.ImageLocked),
-        programs.served(night.image, "qcow2", [], 1),
+        pytest.raises(images.ImageLocked),
+        servers.served(night.image, "qcow2", [], 1),
     ):
         pass
 
@@ -913,7 +913,7 @@ def test_a_dry_run_refuses_what_a_run_refuses(tmp_path):
 
 def test_the_socket_of_a_served_image_lies_in_a_private_folder_that_goes_with_it(tmp_path):
     image = make_image(tmp_path / "disk.qcow2", "1M")
-    with programs.served(image, "qcow2", [], 2) as uri:
+    with servers.served(image, "qcow2", [], 2) as uri:
         folder = Path(uri.partition("socket=")[2]).parent
         assert folder.stat().st_mode & 0o777 == 0o700
     assert not folder.exists()
@@ -927,6 +927,6 @@ def test_what_fails_while_a_server_starts_ends_the_server(tmp_path):
     def fail():
         raise SourceError("no", hint="no")
 
-    with pytest.raises(SourceError, match="no"), programs.served(image, "qcow2", [], 2, meanwhile=fail):
+    with pytest.raises(SourceError, match="no"), servers.served(image, "qcow2", [], 2, meanwhile=fail):
         pass
-    programs.add_bitmap(image, "b")  # nobody holds it
+    images.add_bitmap(image, "b")  # nobody holds it

@@ -12,7 +12,7 @@ from lab import MIB, Night, call_pybackup, run_pybackup
 from backup import guestfiles
 from backup.errors import Damaged, Failed, UsageError
 from backup.guestfiles import mount, mounts, target_of, unpack
-from backup.qemu import programs
+from backup.qemu import guestfish
 
 # What comes out of a guest
 
@@ -129,8 +129,8 @@ def test_root_gets_the_owners_too_by_number(tmp_path):
 
 
 def test_no_character_of_a_path_means_anything_to_guestfish():
-    assert programs._quoted("/etc/fstab") == '"/etc/fstab"'
-    assert programs._quoted("/a b\n\"'\\$`;|#-<!\udcff") == (
+    assert guestfish._quoted("/etc/fstab") == '"/etc/fstab"'
+    assert guestfish._quoted("/a b\n\"'\\$`;|#-<!\udcff") == (
         '"/a\\x20b\\x0a\\x22\\x27\\x5c\\x24\\x60\\x3b\\x7c\\x23-\\x3c\\x21\\xff"'
     )
 
@@ -238,7 +238,7 @@ def fish(tmp_path, monkeypatch):
     (folder / "guestfish").write_text(FISH)
     (folder / "guestfish").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    with programs.guestfish(tmp_path / "image") as found:
+    with guestfish.started(tmp_path / "image") as found:
         yield found
 
 
@@ -260,7 +260,7 @@ def test_an_archive_that_guestfish_could_not_finish_is_told_in_its_words(fish, t
     (tmp_path / "cut").write_bytes(whole.read_bytes()[:2000])
     for number, name in enumerate(("whole", "cut")):
         with (
-            pytest.raises(programs.GuestfishError, match="a damaged file system"),
+            pytest.raises(guestfish.GuestfishError, match="a damaged file system"),
             fish.stream("tar-out", str(tmp_path / name)) as stream,
         ):
             unpack(stream, tmp_path / f"new{number}")
@@ -270,13 +270,13 @@ def test_nobody_takes_the_rest_of_a_file_for_an_answer(fish, tmp_path):
     (tmp_path / "file").write_bytes(b"x" * 1000)
     with pytest.raises(OSError, match="full"), fish.stream("download", str(tmp_path / "file")):
         raise OSError("the disk is full")
-    with pytest.raises(programs.GuestfishError, match="ended"):
+    with pytest.raises(guestfish.GuestfishError, match="ended"):
         fish.ask("nothing")
 
 
 def test_a_guestfish_that_ends_in_the_middle_is_no_end_of_a_file(fish, tmp_path):
     (tmp_path / "file").write_bytes(b"x")
-    with pytest.raises(programs.GuestfishError), fish.stream("exit", str(tmp_path / "file")) as stream:
+    with pytest.raises(guestfish.GuestfishError), fish.stream("exit", str(tmp_path / "file")) as stream:
         assert stream.read() == b""
 
 
@@ -314,7 +314,7 @@ def test_a_file_system_that_cannot_be_mounted_keeps_nobody_from_the_others():
         def ask(self, command, device, place):
             self.answers.setdefault(command, []).append(place)
             if device in self.answers["damaged"]:
-                raise programs.GuestfishError("bad superblock")
+                raise guestfish.GuestfishError("bad superblock")
             return b""
 
     places = [("/", "/dev/sda1"), ("/boot", "/dev/sda2"), ("/home", "/dev/sda3")]

@@ -92,14 +92,15 @@ class Step:
         return f"{self.module} {self.name} {self.when} {self.nth} {int(number)}"
 
 
-PROGRAMS, DATA, REPOSITORY = "backup.qemu.programs", "backup.datafile", "backup.repository"
+PROGRAMS, IMAGES, SERVERS = "backup.qemu.programs", "backup.qemu.images", "backup.qemu.servers"
+DATA, REPOSITORY = "backup.datafile", "backup.repository"
 STEPS = [
     Step(REPOSITORY, "Machine.remove_leftovers", "before"),
-    Step(PROGRAMS, "add_bitmap", "before"),
-    Step(PROGRAMS, "_popen", "after", 2),  # qemu-img bitmap --add has just begun
-    Step(PROGRAMS, "add_bitmap", "after"),
-    Step(PROGRAMS, "_popen", "after", 3),  # qemu-nbd has just begun
-    Step(PROGRAMS, "served", "entered"),
+    Step(IMAGES, "add_bitmap", "before"),
+    Step(PROGRAMS, "popen", "after", 2),  # qemu-img bitmap --add has just begun
+    Step(IMAGES, "add_bitmap", "after"),
+    Step(PROGRAMS, "popen", "after", 3),  # qemu-nbd has just begun
+    Step(SERVERS, "served", "entered"),
     Step("backup.sources.at_rest", "_settled", "before"),
     Step("backup.sources.at_rest", "_settled", "after"),
     Step("backup.plan", "plan_incremental", "after"),
@@ -114,9 +115,9 @@ STEPS = [
     Step(REPOSITORY, "os.rename", "after", published=True),
     Step(REPOSITORY, "sync_folder", "after", 2, published=True),
     Step(REPOSITORY, "Machine.publish", "after", published=True),
-    Step(PROGRAMS, "remove_bitmap", "before", published=True),
-    Step(PROGRAMS, "_popen", "after", 6, published=True),  # qemu-img bitmap --remove has just begun
-    Step(PROGRAMS, "remove_bitmap", "after", published=True),
+    Step(IMAGES, "remove_bitmap", "before", published=True),
+    Step(PROGRAMS, "popen", "after", 6, published=True),  # qemu-img bitmap --remove has just begun
+    Step(IMAGES, "remove_bitmap", "after", published=True),
 ]
 
 ASKED = [step for step in STEPS if step.name not in {"Machine.remove_leftovers", "write_digests"}]
@@ -210,7 +211,7 @@ def test_sigkill_before_the_server_knows_whose_death_to_die_of_leaves_none(night
     slow = tmp_path / "bin" / "setpriv"
     slow.write_text(f'#!/bin/sh\nsleep 0.5\nexec {shutil.which("setpriv")} "$@"\n')
     slow.chmod(0o755)
-    step = Step(PROGRAMS, "_popen", "after", 3)
+    step = Step(PROGRAMS, "popen", "after", 3)
     path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
     assert struck(night, step, signal.SIGKILL, PATH=path).returncode == -signal.SIGKILL
     require_nothing_left(night)
@@ -232,7 +233,7 @@ def test_a_signal_that_asks_leaves_no_trace(night, step, number):
     assert second.startswith("pybackup: hint: ")
     require_nothing_left(night)
     if night.state()[1] == before[1]:
-        if step.name != "_popen":  # a qemu-img --add that has just begun may add after we looked; see the next run
+        if step.name != "popen":  # a qemu-img --add that has just begun may add after we looked; see the next run
             assert bitmaps(night.image) == held
         assert "no point was published" in second
     else:
@@ -312,14 +313,14 @@ def test_two_runs_at_once_on_one_machine(night):
 @pytest.mark.parametrize(
     "step",
     [
-        Step(PROGRAMS, "add_bitmap", "after"),
-        Step(PROGRAMS, "add_bitmap", "before", 2),
-        Step(PROGRAMS, "add_bitmap", "after", 2),
+        Step(IMAGES, "add_bitmap", "after"),
+        Step(IMAGES, "add_bitmap", "before", 2),
+        Step(IMAGES, "add_bitmap", "after", 2),
         Step(DATA, "write_digests", "after"),
         Step(REPOSITORY, "Machine.publish", "before"),
         Step(REPOSITORY, "Machine.publish", "after"),
-        Step(PROGRAMS, "remove_bitmap", "after"),
-        Step(PROGRAMS, "remove_bitmap", "before", 2),
+        Step(IMAGES, "remove_bitmap", "after"),
+        Step(IMAGES, "remove_bitmap", "before", 2),
     ],
     ids=str,
 )

@@ -183,7 +183,7 @@ def test_a_connection_that_is_cut_when_all_is_read_is_a_point_with_a_warning(nig
 
 
 @pytest.mark.parametrize("step", MOMENTS, ids=str)
-def test_a_qemu_that_is_killed_is_an_error_and_the_next_run_a_full(nights, step):
+def test_a_qemu_that_is_killed_is_an_error_and_the_next_run_a_rescan(nights, step):
     points = nights.points()
     with stopped_at(step, nights.arguments("incremental")) as run:
         nights.machine.write("a", MIB, 1000, 0x31)

@@ -81,6 +81,23 @@ def require_restoring(night, other):
         away.rename(night.repository)
 
 
+def test_a_dry_run_tells_what_a_run_copies_and_makes_nothing(night, tmp_path):
+    other = tmp_path / "other"
+    given = ["copy", "disk", other, "--repo", night.repository]
+    told = call_pybackup([*given, "--dry-run", "--json"])
+    assert (told.rc, told.document["dry_run"], told.document["copied"]) == (0, True, points(night))
+    assert "disk: would copy 3 points, " in call_pybackup([*given, "--dry-run"]).stdout
+    assert not other.exists()
+    assert copy(night, f"disk/{points(night)[0]}", other).rc == 0
+    before = sorted(other.rglob("*"))
+    told = call_pybackup([*given, "--dry-run", "--json"]).document
+    assert sorted(other.rglob("*")) == before
+    done = copy(night, "disk", other).document
+    assert (told.pop("dry_run"), done.pop("dry_run")) == (True, False)
+    assert (told, told["copied"], told["present"]) == (done, points(night)[1:], points(night)[:1])
+    assert call_pybackup(["copy", "disk", night.repository, "--dry-run", "--repo", night.repository]).rc == 2
+
+
 def test_a_machine_is_copied_byte_for_byte_and_only_once(night, tmp_path):
     other = tmp_path / "new" / "other"
     done = copy(night, "disk", other)
@@ -89,6 +106,7 @@ def test_a_machine_is_copied_byte_for_byte_and_only_once(night, tmp_path):
     assert done.document == {
         "machine": "disk",
         "repository": str(other),
+        "dry_run": False,
         "copied": points(night),
         "present": [],
         "bytes": stored,

@@ -540,11 +540,12 @@ def verified_text(sums: Mapping[str, int]) -> str:
     return text + (f", {sums['skipped']} left out" if sums["skipped"] else "")
 
 
-def replicated_object(machine: str, other: str, done: Replicated) -> dict[str, Any]:
-    """What was copied, as scripts see it."""
+def replicated_object(machine: str, other: str, done: Replicated, *, dry_run: bool) -> dict[str, Any]:
+    """What was copied, or on a dry run would be, as scripts see it."""
     return {
         "machine": machine,
         "repository": other,
+        "dry_run": dry_run,
         "copied": list(done.copied),
         "present": list(done.present),
         "bytes": done.bytes,
@@ -552,13 +553,13 @@ def replicated_object(machine: str, other: str, done: Replicated) -> dict[str, A
     }
 
 
-def replicated_line(machine: str, other: str, done: Replicated, seconds: float) -> str:
-    """One line for a machine that was copied."""
-    rate = show_rate(done.bytes, seconds)
-    return (
-        f"{machine}: copied {counted(len(done.copied), 'point')}, {show_size(done.bytes)}, to {plain(other)} "
-        f"in {show_duration(seconds)}, {rate}; {len(done.present)} were there"
-    )
+def replicated_line(machine: str, other: str, done: Replicated, seconds: float | None) -> str:
+    """One line for a machine that was copied in so many seconds; None: it was not, only planned."""
+    what = f"{counted(len(done.copied), 'point')}, {show_size(done.bytes)}, to {plain(other)}"
+    if seconds is None:
+        return f"{machine}: would copy {what}; {len(done.present)} are there"
+    spent = f"in {show_duration(seconds)}, {show_rate(done.bytes, seconds)}"
+    return f"{machine}: copied {what} {spent}; {len(done.present)} were there"
 
 
 def problem_objects(problems: Sequence[Problem]) -> list[dict[str, Any]]:

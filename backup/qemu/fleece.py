@@ -30,7 +30,7 @@ from urllib.parse import quote
 
 from backup.errors import BackupError, SourceError
 from backup.interrupts import to_the_end
-from backup.qemu import leftovers, programs
+from backup.qemu import folders, images, leftovers
 from backup.qemu.blocks import OURS, Blocks
 from backup.qemu.leftovers import Place
 from backup.qemu.monitor import Monitor, MonitorLost, Refused
@@ -145,7 +145,7 @@ class Instant:
         self._own = own
         self._targets = targets
         self._room = room
-        self._folder = programs.socket_folder()
+        self._folder = folders.socket_folder()
         self._socket = os.path.join(self._folder, "nbd")
         self._fds: list[int] = []
         self._serving = False
@@ -249,7 +249,7 @@ class Instant:
             )
 
     def _add_overlay(self, number: int, target: Target) -> None:
-        fd = programs.create_scratch(target.scratch, target.size)
+        fd = images.create_scratch(target.scratch, target.size)
         self._fds.append(fd)
         opaque = Place(os.fspath(target.scratch), self._socket).opaque(self._own)
         fdset = self._monitor.pass_fd(fd, "add-fd", {"opaque": opaque})["fdset-id"]

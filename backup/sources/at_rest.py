@@ -15,7 +15,7 @@ from backup import plan
 from backup.decide import Bitmap, Sight
 from backup.errors import SourceError, UsageError
 from backup.manifest import LowerFile
-from backup.qemu import programs
+from backup.qemu import images, programs, servers
 from backup.qemu.nbd import Export
 from backup.sources.base import Moved, Opened, Owner, Source, Wish
 
@@ -129,15 +129,15 @@ class ImageSource:
         """Qcow2 or raw, unless the format was given."""
         if not self.path.exists():
             raise SourceError(f"there is no image {self.path}", hint="check --image, or `image:` in the configuration")
-        return None if self.format else programs.detect_format(self.path)
+        return None if self.format else images.detect_format(self.path)
 
     def look(self) -> Sight:
         """Ask qemu-img."""
-        image_format = self.guessed_format() or self.format or programs.RAW
-        if image_format == programs.QCOW2:
-            programs.require_whole(self.path)
-        info = programs.image_info(self.path, image_format)
-        if info.format == programs.RAW:
+        image_format = self.guessed_format() or self.format or images.RAW
+        if image_format == images.QCOW2:
+            images.require_whole(self.path)
+        info = images.image_info(self.path, image_format)
+        if info.format == images.RAW:
             self._require_raw(info.size)
         return Sight(
             kind="image",
@@ -165,22 +165,22 @@ class ImageSource:
 
     def start_bitmap(self, name: str) -> None:
         """Add a recording, persistent bitmap."""
-        programs.add_bitmap(self.path, name)
+        images.add_bitmap(self.path, name)
 
     def remove_bitmap(self, name: str) -> None:
         """Remove a bitmap."""
-        programs.remove_bitmap(self.path, name)
+        images.remove_bitmap(self.path, name)
 
     def qemu_version(self) -> str | None:
         """Version of qemu-img."""
-        return programs.qemu_version()
+        return images.qemu_version()
 
     @contextmanager
     def opened(self, sight: Sight, bitmaps: Sequence[str], lanes: int) -> Iterator[Export]:
         """Serve it with qemu-nbd; QEMU's lock keeps writers out until it is closed."""
         with (
-            programs.served(
-                self.path, sight.format, bitmaps, lanes + _STATUS_CONNECTIONS, meanwhile=programs.qemu_version
+            servers.served(
+                self.path, sight.format, bitmaps, lanes + _STATUS_CONNECTIONS, meanwhile=images.qemu_version
             ) as uri,
             Export(uri, bitmaps, sight.size) as export,
         ):

@@ -17,7 +17,7 @@ from backup.decide import Bitmap, Sight
 from backup.errors import BackupError, Interrupted, SourceError, UsageError
 from backup.interrupts import to_the_end
 from backup.manifest import LowerFile
-from backup.qemu import fleece, leftovers, programs
+from backup.qemu import fleece, images, leftovers
 from backup.qemu.agent import Agent, AgentError
 from backup.qemu.blocks import OURS, Blocks, Node
 from backup.qemu.fleece import Instant, Room, Target
@@ -228,14 +228,14 @@ class NodeSource:
         self._node = node = blocks.resolve(self.text, self._host.same_file)
         chain = blocks.chain(node.name)
         files = [self._host.local(blocks.storage(link.name).file) for link in chain]
-        lower = [programs.look_at(file) for file in files[1:]]
+        lower = [images.look_at(file) for file in files[1:]]
         return Sight(
             kind="qmp",
             path=files[0],
-            format=node.driver if node.driver == programs.QCOW2 else programs.RAW,
+            format=node.driver if node.driver == images.QCOW2 else images.RAW,
             size=node.size,
             bitmaps=tuple(_bitmaps(node)),
-            fulls_only=programs.why_fulls_only([link.details for link in chain], lower),
+            fulls_only=images.why_fulls_only([link.details for link in chain], lower),
             volatile=_why_volatile(node),
             lower=tuple(LowerFile(layer.path, layer.size, layer.mtime_ns, layer.inode) for layer in lower),
             lower_bitmaps=tuple(bitmap.name for link in chain[1:] for bitmap in link.bitmaps),
@@ -371,7 +371,7 @@ def _bitmaps(node: Node) -> Iterator[Bitmap]:
 
 
 def _why_volatile(node: Node) -> str | None:
-    if node.driver != programs.QCOW2:
+    if node.driver != images.QCOW2:
         return f"QEMU keeps no bitmap in a {node.driver} image when it ends"
     if node.details.get("compat") == "0.10":
         return "QEMU keeps no bitmap in a qcow2 image of version 2 when it ends"

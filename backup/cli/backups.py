@@ -1,0 +1,351 @@
+"""
+The commands that look at disks: full, incremental, rescan, audit, map; and clean, after runs that were cut off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from backup.cli import find, render
+from backup.cli.find import path_of
+from backup.cli.parameters import (
+    AgentSocket,
+    BitmapName,
+    CompressionText,
+    DiskNames,
+    DryRun,
+    FreezeFlag,
+    Image,
+    ImageFormat,
+    Json,
+    Limit,
+    MachineName,
+    MachineNames,
+    Nbd,
+    Nodes,
+    NoFallback,
+    Qmp,
+    Repo,
+    Scratch,
+    Since,
+)
+from backup.cli.state import common_code, explained, options, show_error
+from backup.errors import WARNINGS_EXIT_CODE, BackupError, BitmapUnusable, Damaged, Failed, UsageError
+
+if TYPE_CHECKING:
+    from backup.audit import Audit
+    from backup.config import Config
+    from backup.consider import Request
+    from backup.create import Report
+    from backup.repository import Repository
+
+
+def full(
+    machines: MachineNames = None,
+    image: Image = None,
+    image_format: ImageFormat = None,
+    nbd: Nbd = None,
+    qmp: Qmp = None,
+    node: Nodes = None,
+    scratch: Scratch = None,
+    freeze: FreezeFlag = False,
+    agent: AgentSocket = None,
+    machine: MachineName = None,
+    disk: DiskNames = None,
+    repo: Repo = None,
+    bitmap: BitmapName = None,
+    compression: CompressionText = None,
+    limit: Limit = None,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Back up everything, and begin a chain."""
+    _back_up("full", **locals())
+
+
+def incremental(
+    machines: MachineNames = None,
+    image: Image = None,
+    image_format: ImageFormat = None,
+    nbd: Nbd = None,
+    since: Since = None,
+    qmp: Qmp = None,
+    node: Nodes = None,
+    scratch: Scratch = None,
+    freeze: FreezeFlag = False,
+    agent: AgentSocket = None,
+    machine: MachineName = None,
+    disk: DiskNames = None,
+    repo: Repo = None,
+    bitmap: BitmapName = None,
+    compression: CompressionText = None,
+    limit: Limit = None,
+    no_fallback: NoFallback = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Back up what changed since the newest point; everything where that cannot be known."""
+    _back_up("incremental", **locals())
+
+
+def rescan(
+    machines: MachineNames = None,
+    image: Image = None,
+    image_format: ImageFormat = None,
+    nbd: Nbd = None,
+    qmp: Qmp = None,
+    node: Nodes = None,
+    scratch: Scratch = None,
+    freeze: FreezeFlag = False,
+    agent: AgentSocket = None,
+    machine: MachineName = None,
+    disk: DiskNames = None,
+    repo: Repo = None,
+    bitmap: BitmapName = None,
+    compression: CompressionText = None,
+    limit: Limit = None,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Back up what differs from the newest point, by reading everything and comparing."""
+    _back_up("rescan", **locals())
+
+
+def _back_up(wanted: str, *, repo: str | None, json: bool, **parameters: Any) -> None:
+    from backup.cli import requests, settings
+    from backup.repository import Repository
+
+    options.json = json
+    config = find.config()
+    given = requests.Options.of(wanted, **parameters)
+    find.require_format(given.image_format)
+    made = requests.make_requests(given, config)
+    path = settings.repository_path(path_of(repo), config)
+    modes = settings.modes(config)
+
+    def open_repository() -> Repository:
+        return (Repository.open_or_imagine if given.dry_run else Repository.open_or_create)(path, modes)
+
+    outcomes = []
+    unshown: Exception | None = None
+    for request in made:
+        outcome = _back_up_one(open_repository, request)
+        if not isinstance(outcome, BackupError) and not given.dry_run:
+            outcome = _prune_after(outcome, path, config)
+        outcomes.append((request, outcome))
+        try:
+            _show_outcome(request, outcome, json, several=len(made) > 1)
+        except (Failed, BrokenPipeError) as error:
+            unshown = error  # the other machines are backed up all the same
+    if unshown is not None:
+        raise unshown
+    if json:
+        render.document(
+            [
+                render.failure_object(request.machine, outcome)
+                if isinstance(outcome, BackupError)
+                else render.report_object(outcome)
+                for request, outcome in outcomes
+            ]
+        )
+    raise typer.Exit(common_code([outcome for _, outcome in outcomes]))
+
+
+def _back_up_one(open_repository: Callable[[], Repository], request: Request) -> Report | BackupError:
+    """Back up one machine.  Whatever happens to it, a bug included, must not keep the others from their backups."""
+    from backup.create import create
+
+    try:
+        with render.progress(wanted=not options.quiet) as progress:
+            return create(open_repository, request, progress)
+    except Exception as error:  # noqa: BLE001 - shown, and in the exit code
+        return explained(error)
+
+
+def _prune_after(report: Report, repository: Path, config: Config) -> Report:
+    """Prune a machine that was just backed up, where the configuration wants it; what fails is the backup's warning."""
+    from dataclasses import replace
+
+    wanted = config.retention_of(report.machine)
+    if wanted is None or not wanted.after_backup:
+        return report
+    try:
+        from backup.cli import pruning
+
+        pruned = pruning.prune_one(repository, report.machine, wanted, config, render.Quiet())
+    except Exception as error:  # noqa: BLE001 - the point is made, and whatever keeps it from being thinned is shown
+        return replace(report, warnings=(*report.warnings, f"not pruned: {explained(error).message}"))
+    if not pruned.removed:
+        return report
+    return replace(report, notes=(*report.notes, render.prune_line(pruned, dry_run=False)))
+
+
+def _show_outcome(request: Request, outcome: Report | BackupError, json: bool, *, several: bool) -> None:
+    if isinstance(outcome, BackupError):
+        show_error(outcome, of=request.machine if several else None)
+        return
+    for warning in outcome.warnings:
+        render.warning(f"{outcome.machine}: {warning}")
+    if options.quiet:
+        return
+    if not json:
+        for text in render.report_lines(outcome, dry_run=request.dry_run):
+            render.line(text)
+    for note in outcome.notes:
+        render.note(note, to_stderr=json)
+    render.flush()
+
+
+def audit(
+    machines: MachineNames = None,
+    image: Image = None,
+    image_format: ImageFormat = None,
+    nbd: Nbd = None,
+    since: Since = None,
+    qmp: Qmp = None,
+    node: Nodes = None,
+    scratch: Scratch = None,
+    machine: MachineName = None,
+    disk: DiskNames = None,
+    repo: Repo = None,
+    bitmap: BitmapName = None,
+    limit: Limit = None,
+    json: Json = False,
+) -> None:
+    """Read disks whole and hold them against their newest points and what changed since: 12 where those lie."""
+    _audit(**locals())
+
+
+def _audit(*, repo: str | None, json: bool, **parameters: Any) -> None:
+    from backup.cli import requests
+
+    options.json = json
+    config = find.config()
+    given = requests.Options.of("audit", **parameters)
+    find.require_format(given.image_format)
+    made = requests.make_requests(given, config)
+    repository = find.repository(path_of(repo))
+    outcomes = []
+    for request in made:
+        outcome = _audit_one(repository, request)
+        outcomes.append((request, outcome))
+        _show_audit(request, outcome, json, several=len(made) > 1)
+    if json:
+        render.document(
+            [
+                render.audit_failure_object(request.machine, outcome)
+                if isinstance(outcome, BackupError)
+                else render.audit_object(outcome)
+                for request, outcome in outcomes
+            ]
+        )
+    raise typer.Exit(_audit_code([outcome for _, outcome in outcomes]))
+
+
+def _audit_one(repository: Repository, request: Request) -> Audit | BackupError:
+    """Audit one machine.  Whatever happens to it must not keep the others from their audits."""
+    from backup.audit import audit as take
+
+    try:
+        with render.progress(wanted=not options.quiet) as progress:
+            return take(repository, request, progress)
+    except Exception as error:  # noqa: BLE001 - shown, and in the exit code
+        return explained(error)
+
+
+def _show_audit(request: Request, outcome: Audit | BackupError, json: bool, *, several: bool) -> None:
+    if isinstance(outcome, BackupError):
+        show_error(outcome, of=request.machine if several else None)
+        return
+    for warning in outcome.warnings:
+        render.warning(f"{outcome.machine}: {warning}")
+    if not json and not options.quiet:
+        for text in render.audit_lines(outcome):
+            render.line(text)
+        render.flush()
+    render.audit_problems(outcome)
+
+
+def _audit_code(outcomes: Sequence[Audit | BackupError]) -> int:
+    """The worst: a lie, or a damaged chain; then errors as of backups; then what nobody can tell."""
+    from backup.audit import LIES, UNKNOWN
+
+    failed = {outcome.exit_code for outcome in outcomes if isinstance(outcome, BackupError)}
+    audits = [outcome for outcome in outcomes if not isinstance(outcome, BackupError)]
+    verdicts = {disk.verdict for found in audits for disk in found.disks}
+    if LIES in verdicts or Damaged.exit_code in failed:
+        return Damaged.exit_code
+    if UNKNOWN in verdicts:
+        failed.add(BitmapUnusable.exit_code)
+    if failed:
+        return failed.pop() if len(failed) == 1 else 1
+    return WARNINGS_EXIT_CODE if any(found.warnings for found in audits) else 0
+
+
+def map_(
+    image: Image = None,
+    image_format: ImageFormat = None,
+    nbd: Nbd = None,
+    qmp: Qmp = None,
+    node: Annotated[str | None, typer.Option("--node", metavar="NODE", help="With --qmp: the disk.")] = None,
+    scratch: Scratch = None,
+    bitmap: Annotated[str | None, typer.Option("--bitmap", metavar="EXACT-NAME", help="The bitmap to show.")] = None,
+    totals: Annotated[bool, typer.Option("--totals", help="Sums only.")] = False,
+    json: Json = False,
+) -> None:
+    """Show a source as the planner sees it: dirty or clean, data, zero or hole.  Bytes."""
+    from backup import mapping
+    from backup.cli import requests
+
+    options.json = json
+    find.require_format(image_format)
+    place = requests.Place(path_of(image), image_format, nbd, path_of(qmp), node, path_of(scratch))
+    with requests.open_disk(place, bitmap, find.config_or_default(), render.warning) as export:
+        if totals:
+            sums = mapping.map_totals(export, bitmap)
+            render.document(asdict(sums)) if json else render.map_sums(sums)
+        elif json:
+            render.map_objects(mapping.read_map(export, bitmap))
+        else:
+            render.map_table(mapping.read_map(export, bitmap), bitmap)
+
+
+def clean(
+    qmp: Annotated[str, typer.Option("--qmp", metavar="SOCKET", help="The QMP socket of the machine's QEMU.")],
+    agent: AgentSocket = None,
+    repo: Repo = None,
+    json: Json = False,
+) -> None:
+    """Remove what runs that were cut off left in a running QEMU: jobs, exports, nodes, bitmaps of no point."""
+    from backup.sources.base import Freeze
+    from backup.sources.running import Running
+
+    options.json = json
+    repository = find.repository(path_of(repo))
+    with Running(Path(qmp), [], freeze=Freeze(path_of(agent))) as host:
+        removed = list(host.recover(repository.ownership(None)))
+    if json:
+        render.document({"removed": removed})
+    elif not options.quiet:
+        for what in removed or ["nothing: there was nothing of this repository's"]:
+            render.line(f"removed {what}")
+
+
+def check_config() -> None:
+    """Check the configuration and say what it names."""
+    config = find.config()
+    if config.path is None:
+        raise UsageError(
+            "there is no configuration", hint="write one like config.example.yaml and name it with --config"
+        )
+    disks = sum(len(machine.disks) for machine in config.machines)
+    if not options.quiet:
+        render.line(
+            f"{render.plain(config.path)}: {len(config.machines)} machine{'s' * (len(config.machines) != 1)}, "
+            f"{disks} disk{'s' * (disks != 1)}, repository {render.plain(config.repository or 'not named')}"
+        )

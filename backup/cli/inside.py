@@ -1,0 +1,124 @@
+"""
+The commands that look inside a point without a restore: serve, files, get.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from backup.cli import find, render
+from backup.cli.find import path_of
+from backup.cli.parameters import (
+    Filesystem,
+    Json,
+    Manifest_,
+    PointDisk,
+    Repo,
+)
+from backup.cli.state import options
+from backup.errors import WARNINGS_EXIT_CODE, Interrupted
+
+if TYPE_CHECKING:
+    from backup.manifest import Manifest
+    from backup.serve import Served
+
+
+def serve(
+    manifest: Manifest_,
+    disk: PointDisk = None,
+    socket: Annotated[str | None, typer.Option("--socket", metavar="PATH", help="A Unix socket to listen on.")] = None,
+    port: Annotated[str | None, typer.Option("--port", metavar="N", help="A TCP port; anyone there can read.")] = None,
+    bind: Annotated[
+        str | None, typer.Option("--bind", metavar="ADDRESS", help="With --port: instead of 127.0.0.1.")
+    ] = None,
+    writable: Annotated[bool, typer.Option("--writable", help="Let clients write; it is thrown away.")] = False,
+    repo: Repo = None,
+    json: Json = False,
+) -> None:
+    """Serve a point's disk over NBD, at once, until Ctrl-C; nothing is copied."""
+    from backup import serve as serving
+
+    options.json = json
+    where = serving.address(path_of(socket), port, bind)
+    machine, found = find.point(manifest, path_of(repo))
+    name = serving.choose_disk(found, disk)
+    with serving.serving(machine, found.point, name, where, writable=writable) as served:
+        try:
+            _show_served(found, name, served, writable, json)
+            served.server.wait()
+        except Interrupted:
+            return  # that is how it is meant to end
+
+
+def _show_served(point: Manifest, disk: str, served: Served, writable: bool, json: bool) -> None:
+    if not served.protected:
+        render.warning("the repository's file system has no locks: nothing keeps prune from what is served")
+    if json:
+        render.document(render.served_object(point, disk, served, writable))
+    elif not options.quiet:
+        for text in render.served_lines(point, disk, served, writable):
+            render.line(text)
+    render.flush()
+
+
+def files(
+    manifest: Manifest_,
+    path: Annotated[str, typer.Argument(metavar="[PATH]", help="A folder of the guest.", show_default=False)] = "/",
+    disk: PointDisk = None,
+    filesystem: Filesystem = None,
+    repo: Repo = None,
+    json: Json = False,
+) -> None:
+    """List a folder of the guest's file system at a point (needs libguestfs)."""
+    from backup import guestfiles
+    from backup.serve import choose_disk
+
+    options.json = json
+    guestfiles.absolute(path)
+    machine, found = find.point(manifest, path_of(repo))
+    with guestfiles.opened(machine, found.point, choose_disk(found, disk), filesystem) as guest:
+        entries = guest.list(path)
+    _warn(guest.unmounted)
+    if json:
+        render.document([asdict(entry) for entry in entries])
+    else:
+        render.files_table(entries)
+    raise typer.Exit(WARNINGS_EXIT_CODE if guest.unmounted else 0)
+
+
+def get(
+    manifest: Manifest_,
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A file or a folder of the guest.")],
+    dest: Annotated[str, typer.Argument(metavar="DEST", help="A new name, or a folder to put it in.")],
+    disk: PointDisk = None,
+    filesystem: Filesystem = None,
+    repo: Repo = None,
+    json: Json = False,
+) -> None:
+    """Bring a file or folder of the guest back from a point (needs libguestfs)."""
+    from backup import guestfiles
+    from backup.serve import choose_disk
+
+    options.json = json
+    machine, found = find.point(manifest, path_of(repo))
+    target = guestfiles.target_of(path, Path(dest))
+    guestfiles.require_new(target)
+    with guestfiles.opened(machine, found.point, choose_disk(found, disk), filesystem) as guest:
+        fetched = guest.get(path, target)
+    warnings = [*guest.unmounted, *(f"left out, being no file, folder or link: {name}" for name in fetched.left_out)]
+    _warn(warnings)
+    if json:
+        render.document({"path": path, "target": str(target), "error": None, **asdict(fetched)})
+    elif not options.quiet:
+        render.line(render.fetched_line(path, target, fetched))
+    raise typer.Exit(WARNINGS_EXIT_CODE if warnings else 0)
+
+
+def _warn(texts: Sequence[str]) -> None:
+    for text in texts:
+        render.warning(text)

@@ -1,0 +1,358 @@
+"""
+The commands that look at the points of a repository: list, show, restore, verify, copy, status, prune, pin.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from backup.cli import find, render
+from backup.cli.find import path_of
+from backup.cli.parameters import (
+    DryRun,
+    Json,
+    MachineNames,
+    Manifest_,
+    Repo,
+)
+from backup.cli.state import common_code, explained, options, show_error
+from backup.errors import WARNINGS_EXIT_CODE, BackupError, NotFound, UsageError
+
+if TYPE_CHECKING:
+    from backup.manifest import Manifest
+    from backup.prune import Report as PruneReport
+    from backup.verify import Choice, Verified
+
+_KEEPS = {
+    "last": "Keep the newest N points.",
+    "hourly": "Keep the newest point of each of the last N hours that have one.",
+    "daily": "The same of days.",
+    "weekly": "The same of weeks.",
+    "monthly": "The same of months.",
+    "yearly": "The same of years.",
+}
+
+
+def _keep(what: str) -> Any:
+    return typer.Option(f"--keep-{what}", metavar="N", help=_KEEPS[what])
+
+
+def list_(machines: MachineNames = None, repo: Repo = None, json: Json = False) -> None:
+    """List the points that there are."""
+    options.json = json
+    found: list[tuple[Manifest, Path]] = []
+    damaged = False
+    for machine in find.machines(find.repository(path_of(repo)), machines):
+        contents = machine.contents()
+        for error in contents.damaged.values():
+            damaged = True
+            render.warning(error.message)
+        ordered = sorted(contents.manifests.values(), key=lambda manifest: manifest.sequence)
+        found.extend((manifest, machine.path / f"{manifest.point}.json") for manifest in ordered)
+    if json:
+        render.document([render.point_object(manifest, path) for manifest, path in found])
+    elif found:
+        render.points_table([manifest for manifest, _ in found])
+    raise typer.Exit(WARNINGS_EXIT_CODE if damaged else 0)
+
+
+def show(
+    manifest: Manifest_,
+    repo: Repo = None,
+    json: Json = False,
+) -> None:
+    """Show a point: its disks, where they came from, and their chains."""
+    from backup import chain as chains
+
+    options.json = json
+    machine, found = find.point(manifest, path_of(repo))
+    contents = machine.contents()
+    links: dict[str, list[str] | BackupError] = {}
+    for disk in found.disks:
+        try:
+            chain = chains.build(contents.manifests, found.point, disk.name, contents.damaged)
+            links[disk.name] = [link.point for link in chain.links]
+        except BackupError as error:
+            links[disk.name] = error
+    path = machine.path / f"{found.point}.json"
+    if json:
+        shown = {
+            name: render.error_object(link) if isinstance(link, BackupError) else link for name, link in links.items()
+        }
+        render.document({**asdict(found), "manifest": str(path), "chains": shown})
+    else:
+        render.manifest_text(found, path, links)
+
+
+def restore(
+    manifest: Manifest_,
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="A file, a block device, an NBD URI, or a folder.")],
+    disk: Annotated[str | None, typer.Option("--disk", metavar="NAME", help="Only this disk of the point.")] = None,
+    format_: Annotated[str, typer.Option("--format", metavar="raw|qcow2", help="Of the file that is made.")] = "raw",
+    force: Annotated[bool, typer.Option("--force", help="Replace what TARGET holds.")] = False,
+    repo: Repo = None,
+    json: Json = False,
+) -> None:
+    """Bring a point's disk back, checking every digest on the way."""
+    from backup import restore as restoring
+    from backup.cli import settings
+
+    options.json = json
+    find.require_format(format_)
+    machine, found = find.point(manifest, path_of(repo))
+    workers = settings.workers(find.config_or_default())
+    done = []
+    for name, path in restoring.targets(machine, found, target, disk, format_):
+        began = time.monotonic()
+        with render.progress(wanted=not options.quiet) as progress:
+            restored = restoring.restore_disk(
+                machine, found.point, name, path, image_format=format_, force=force, workers=workers, progress=progress
+            )
+        seconds = time.monotonic() - began
+        done.append({"name": name, "target": path, **asdict(restored), "seconds": round(seconds, 3)})
+        if not json and not options.quiet:
+            render.line(render.restored_line(f"{found.machine}/{name}", path, restored.size, seconds))
+    if json:
+        render.document({"machine": found.machine, "point": found.point, "error": None, "disks": done})
+
+
+def verify(
+    what: Annotated[list[str] | None, typer.Argument(metavar="[MANIFEST | MACHINE]...", show_default=False)] = None,
+    repo: Repo = None,
+    deep: Annotated[bool, typer.Option("--deep", help="Decompress every cluster as well.")] = False,
+    older_than: Annotated[
+        str | None, typer.Option("--older-than", metavar="30d", help="Not the files found sound since then.")
+    ] = None,
+    sample: Annotated[
+        str | None, typer.Option("--sample", metavar="5%", help="Only a random share of the 4 MiB blocks.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Re-read backups and find every changed byte: 12 for damage, 10 for something missing."""
+    from backup import verify as verifying
+    from backup.cli import settings
+
+    options.json = json
+    workers = settings.workers(find.config_or_default())
+    choice = _choice(older_than, sample, deep=deep)
+    found: list[Verified] = []
+    with render.progress(wanted=not options.quiet) as progress:
+        for machine, points in find.points(what or [], path_of(repo)):
+            progress.begin(machine.name, verifying.stored_bytes(machine, points, choice, deep=deep))
+            found.append(
+                verifying.verify_machine(
+                    machine, deep=deep, workers=workers, progress=progress.advance, points=points, choice=choice
+                )
+            )
+    problems = [problem for result in found for problem in result.problems]
+    names = ("points", "files", "bytes", "skipped", "sampled")
+    sums = {name: sum(getattr(result, name) for result in found) for name in names}
+    if json:
+        render.document({**sums, "deep": deep, "problems": render.problem_objects(problems)})
+    elif not options.quiet:
+        render.line(
+            f"verified {render.verified_text(sums)}: {len(problems) or 'no'} problem{'s' if len(problems) != 1 else ''}"
+        )
+    for why in sorted({result.forgotten for result in found if result.forgotten is not None}):
+        if not options.quiet:
+            render.note(f"what was found is not remembered: {why}", to_stderr=True)
+    for problem in problems:
+        render.problem(problem)
+    raise typer.Exit(verifying.exit_code(problems))
+
+
+def _choice(older_than: str | None, sample: str | None, *, deep: bool) -> Choice:
+    from backup.units import parse_duration, parse_share
+    from backup.verify import Choice
+
+    if deep and sample is not None:
+        raise UsageError("--deep together with --sample", hint="a sample is of blocks, whose clusters cross their ends")
+    since = None
+    if older_than is not None:
+        try:
+            since = datetime.now(UTC) - timedelta(seconds=parse_duration(older_than))
+        except OverflowError:
+            since = datetime.min.replace(tzinfo=UTC)  # before Christ: all that was ever verified is newer
+    return Choice(since, 1.0 if sample is None else parse_share(sample))
+
+
+def copy_(
+    what: Annotated[str, typer.Argument(metavar="MACHINE[/POINT]", help="A machine, or a point and its chain.")],
+    other: Annotated[str, typer.Argument(metavar="OTHER-REPOSITORY", help="A new folder, or an earlier copy.")],
+    repo: Repo = None,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Copy points to a second place: only what is missing there, every digest checked on the way."""
+    from backup import replicate
+    from backup.cli import settings
+    from backup.repository import Repository
+    from backup.verify import exit_code
+
+    options.json = json
+    [(machine, points)] = find.points([what], path_of(repo))
+    config = find.config_or_default()
+    source = Repository.open(machine.path.parent)
+    contents = machine.contents()
+    if not contents.manifests and not contents.damaged:
+        raise NotFound(f"machine {machine.name} has no point", hint="see: pybackup list")
+    place = replicate.open_second(Path(other), source, settings.modes(config), dry_run=dry_run)
+    second, point = place.machine(machine.name), points[0] if points else None
+    began = time.monotonic()
+    if dry_run:
+        done = replicate.rehearse(machine, second, point)
+    else:
+        with render.progress(wanted=not options.quiet) as progress:
+            done = replicate.replicate(
+                machine,
+                second,
+                point,
+                workers=settings.workers(config),
+                begin=functools.partial(progress.begin, machine.name),
+                advance=progress.advance,
+            )
+    if json:
+        render.document(render.replicated_object(machine.name, other, done, dry_run=dry_run))
+    elif not options.quiet:
+        seconds = None if dry_run else time.monotonic() - began
+        render.line(render.replicated_line(machine.name, other, done, seconds))
+    for problem in done.problems:
+        render.problem(problem)
+    raise typer.Exit(exit_code(done.problems))
+
+
+def status(
+    machines: MachineNames = None,
+    max_age: Annotated[
+        str | None, typer.Option("--max-age", metavar="26h", help="Exit with 1 where a newest point is older.")
+    ] = None,
+    repo: Repo = None,
+    json: Json = False,
+) -> None:
+    """Tell for each disk how old its newest point is, and what to do: 1 too old, 12 damaged, 10 nothing there."""
+    from backup import status as states
+    from backup.cli import settings
+    from backup.units import parse_duration
+
+    options.json = json
+    limits = states.Limits(datetime.now(UTC), None if max_age is None else parse_duration(max_age))
+    config = find.config() if repo is None else find.config_or_default()
+    repository = find.repository(path_of(repo))
+    expected = settings.expected_disks(config, repository.path)
+    names = machines or sorted({*repository.machine_names(), *expected})
+    found = []
+    for name in dict.fromkeys(names):
+        machine = repository.machine(name) if name in expected else find.machines(repository, [name])[0]
+        found += states.look(machine, expected.get(name), limits)
+    if not found:
+        raise NotFound(f"the repository {repository.path} has no machine", hint="pybackup full makes a first point")
+    code = states.exit_code(found)
+    if json:
+        render.document(render.status_object(found, code, states.summary(found), limits.max_age))
+    elif not options.quiet:
+        render.line(render.plain(states.summary(found)))
+        render.status_table(found, limits.now)
+    if code and (json or options.quiet):
+        render.warning(states.summary(found))
+    raise typer.Exit(code)
+
+
+def prune(
+    machines: MachineNames = None,
+    keep_last: Annotated[str | None, _keep("last")] = None,
+    keep_hourly: Annotated[str | None, _keep("hourly")] = None,
+    keep_daily: Annotated[str | None, _keep("daily")] = None,
+    keep_weekly: Annotated[str | None, _keep("weekly")] = None,
+    keep_monthly: Annotated[str | None, _keep("monthly")] = None,
+    keep_yearly: Annotated[str | None, _keep("yearly")] = None,
+    keep_within: Annotated[
+        str | None,
+        typer.Option(
+            "--keep-within", metavar="D", help="Keep what is no older than D, such as 30d, before the newest."
+        ),
+    ] = None,
+    batch: Annotated[
+        str | None, typer.Option("--batch", metavar="N", help="Rewrite a full when N points can go at once (7).")
+    ] = None,
+    repo: Repo = None,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Remove the points that no --keep option names; those that stay take over what they need of them."""
+    from backup.cli import pruning, settings
+
+    options.json = json
+    counts = {
+        "last": keep_last,
+        "hourly": keep_hourly,
+        "daily": keep_daily,
+        "weekly": keep_weekly,
+        "monthly": keep_monthly,
+        "yearly": keep_yearly,
+    }
+    config = find.config() if repo is None else find.config_or_default()
+    given = pruning.Keep.of(counts, keep_within, batch)
+    path = settings.repository_path(path_of(repo), config)
+    chosen = [(name, given.retention(config, name)) for name in _names(path, machines)]
+    outcomes: list[PruneReport | BackupError] = []
+    objects = []
+    for name, wanted in chosen:
+        try:
+            with render.progress(wanted=not options.quiet) as progress:
+                outcome = pruning.prune_one(path, name, wanted, config, progress, dry_run=dry_run)
+        except Exception as error:  # noqa: BLE001 - the other machines are pruned all the same
+            failed = explained(error)
+            show_error(failed, of=name if len(chosen) > 1 else None)
+            outcomes.append(failed)
+            objects.append(render.unpruned_object(name, failed, dry_run=dry_run))
+            continue
+        outcomes.append(outcome)
+        objects.append(render.pruned_object(outcome, dry_run=dry_run))
+        _show_pruned(outcome, dry_run=dry_run, json=json)
+    if json:
+        render.document(objects)
+    raise typer.Exit(common_code(outcomes))
+
+
+def _names(repository: Path, machines: Sequence[str] | None) -> list[str]:
+    from backup.repository import Repository
+
+    return [machine.name for machine in find.machines(Repository.open(repository), machines)]
+
+
+def _show_pruned(report: PruneReport, *, dry_run: bool, json: bool) -> None:
+    for warning in report.warnings:
+        render.warning(f"{report.machine}: {warning}")
+    if json or options.quiet:
+        return
+    if dry_run or options.verbose:
+        render.prune_table(report)
+    render.line(render.prune_line(report, dry_run=dry_run))
+
+
+def pin(manifest: Manifest_, repo: Repo = None) -> None:
+    """Protect a point: no prune removes it."""
+    _set_pin(manifest, repo, pinned=True)
+
+
+def unpin(manifest: Manifest_, repo: Repo = None) -> None:
+    """Let prune remove a point again."""
+    _set_pin(manifest, repo, pinned=False)
+
+
+def _set_pin(manifest: str, repo: str | None, *, pinned: bool) -> None:
+    from backup import prune as pruning
+
+    machine, found = find.point(manifest, path_of(repo))
+    changed = pruning.set_pin(machine, found.point, pinned=pinned)
+    if not options.quiet:
+        state = "pinned" if pinned else "not pinned"
+        render.line(f"point {found.point} of machine {found.machine} is {state}{'' if changed else ' already'}")

@@ -1,0 +1,77 @@
+"""
+The options before the command, which every command looks at, and how an error is shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from backup.cli import render
+from backup.errors import WARNINGS_EXIT_CODE, BackupError, Failed, Interrupted
+
+
+@dataclass(slots=True)
+class Options:
+    """The options before the command."""
+
+    config: Path | None = None
+    verbose: bool = False
+    quiet: bool = False
+    debug: bool = False
+    json: bool = False
+    """The command was asked for JSON: then errors are a document too."""
+
+
+options = Options()
+
+
+class Warned(Protocol):
+    """What came of one machine."""
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        """One line each."""
+
+
+def explained(error: Exception) -> BackupError:
+    """What ends a command or a machine's backup, as an error of two lines."""
+    if isinstance(error, BackupError):
+        return error
+    if isinstance(error, MemoryError):
+        found = Failed("there is not enough memory", hint="lower connections, requests or request_size")
+    else:
+        found = Failed(
+            f"a bug in pybackup: {type(error).__name__}: {error}",
+            hint="run again with --debug before the command, and report it",
+        )
+    found.__cause__ = error
+    return found
+
+
+def fail(error: BackupError | Interrupted) -> int:
+    """Show what ends the program; the exit code."""
+    show_error(error)
+    if options.json:
+        render.document({"error": render.error_object(error)})
+    return error.exit_code
+
+
+def show_error(error: BackupError | Interrupted, of: str | None = None) -> None:
+    """Show an error; `of` is the machine, where there are several."""
+    if options.debug:
+        import traceback
+
+        traceback.print_exception(error)
+    render.error(error, of)
+
+
+def common_code(outcomes: Sequence[Warned | BackupError]) -> int:
+    """Of several machines: the code of all errors, 1 where they differ; else 3 if anything warned."""
+    codes = {outcome.exit_code for outcome in outcomes if isinstance(outcome, BackupError)}
+    if codes:
+        return codes.pop() if len(codes) == 1 else 1
+    warned = any(outcome.warnings for outcome in outcomes if not isinstance(outcome, BackupError))
+    return WARNINGS_EXIT_CODE if warned else 0

@@ -1,0 +1,67 @@
+"""
+Folders for sockets that only this user can reach, and the removal of those that killed runs left.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_LONGEST_FOLDER = 80
+"""Bytes of a temporary folder's path that leave room for a folder and a socket in it."""
+_PRIVATE = "pybackup-own-"
+_YOUNG = 60.0
+"""Seconds: a folder that was just made may not be locked yet."""
+
+
+@contextmanager
+def private_folder() -> Iterator[Path]:
+    """
+    Make a folder for a socket that only this user can reach; it is removed with what it holds.
+
+    The kernel frees the flock that is held on it however this process ends.  So a folder that gives the lock is what a
+    killed run left, and goes too.
+    """
+    folder = Path(socket_folder(_PRIVATE))
+    try:
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            with suppress(OSError):  # a file system without locks: then none of these is removed by others
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            _remove_orphans(folder.parent)
+            yield folder
+        finally:
+            os.close(lock)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_orphans(place: Path) -> None:
+    for folder in place.glob(f"{_PRIVATE}*"):
+        with suppress(OSError):  # another user's, in use, or gone
+            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                status = os.fstat(fd)
+                if status.st_uid == os.geteuid() and time.time() - status.st_mtime > _YOUNG:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(fd)
+
+
+def socket_folder(prefix: str = "pybackup-") -> str:
+    """
+    Make a folder of mode 0700 for a socket.
+
+    A socket's path has at most 107 bytes (unix(7)); where the temporary folder's leaves no room it is made in /tmp.
+    """
+    folder = tempfile.gettempdir()
+    if len(os.fsencode(folder)) > _LONGEST_FOLDER:
+        folder = "/tmp"  # noqa: S108 - what mkdtemp makes in it is ours alone
+    return tempfile.mkdtemp(prefix=prefix, dir=folder)
