@@ -18,6 +18,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from backup.errors import Damaged, Failed, NotFound
+from backup.readonce import ReadOnce
 
 BLOCK = 4 << 20
 """Bytes of the data file under one digest."""
@@ -161,18 +162,21 @@ class CheckedFile:
     """
     A data file whose every byte is held against its digest before it is used.  Safe to use from several threads.
 
+    `once`: nothing of it will be read again soon, so that it need not stay in the kernel's page cache.
+
     Raises
     ------
     NotFound, Damaged
         It is missing, or not as long as its manifest says.
     """
 
-    def __init__(self, path: Path, size: int, digests: bytes, cache: BlockCache) -> None:
+    def __init__(self, path: Path, size: int, digests: bytes, cache: BlockCache, *, once: bool = False) -> None:
         self.path = path
         self.size = size
         self._digests = digests
         self._cache = cache
         self._fd = open_plain(path)
+        self._once = ReadOnce(self._fd, BLOCK) if once else None
         actual = os.fstat(self._fd).st_size
         if actual != size:
             self.close()
@@ -187,9 +191,9 @@ class CheckedFile:
         """The digest that a block must have."""
         return self._digests[number * LENGTH : (number + 1) * LENGTH]
 
-    def check_block(self, number: int) -> bytes:
+    def check_block(self, number: int) -> bytes | memoryview:
         """
-        Read one block from the disk and hold it against its digest.
+        Read one block from the disk and hold it against its digest; with `once` this thread's next call overwrites it.
 
         Raises
         ------
@@ -198,7 +202,7 @@ class CheckedFile:
         """
         start, length = number * BLOCK, min(BLOCK, self.size - number * BLOCK)
         try:
-            content = os.pread(self._fd, length, start)
+            content = self._once.read(start, length) if self._once else os.pread(self._fd, length, start)
         except OSError as error:
             raise Damaged(f"{self.path} cannot be read at {start}: {error.strerror}", hint=_FROM_COPY) from None
         if len(content) != length or digest(content) != self.listed(number):
@@ -207,7 +211,7 @@ class CheckedFile:
 
     def block(self, number: int) -> bytes:
         """A checked block, from the cache where it is there."""
-        return self._cache.get((id(self), number), lambda: self.check_block(number))
+        return self._cache.get((id(self), number), lambda: bytes(self.check_block(number)))
 
     def read_at(self, offset: int, length: int) -> bytes:
         """Checked bytes [offset, offset + length)."""
@@ -229,7 +233,7 @@ class CheckedFile:
             self._fd = -1
 
 
-def opened(path: Path, size: int, listed: Path, expected: str, cache: BlockCache) -> CheckedFile:
+def opened(path: Path, size: int, listed: Path, expected: str, cache: BlockCache, *, once: bool = False) -> CheckedFile:
     """
     Open a data file of `size` bytes and the `.b3` file `listed`, whose digest is `expected` (64 hex digits).
 
@@ -238,4 +242,4 @@ def opened(path: Path, size: int, listed: Path, expected: str, cache: BlockCache
     NotFound, Damaged
         One of them is missing, or not what the manifest names.
     """
-    return CheckedFile(path, size, load(listed, expected, block_count(size)), cache)
+    return CheckedFile(path, size, load(listed, expected, block_count(size)), cache, once=once)

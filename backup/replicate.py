@@ -280,7 +280,7 @@ class _Run:
     def _opened(self, data: DataFile) -> closing[CheckedFile]:
         folder = self._source.path
         names = folder / data.file, data.size, folder / data.digests, data.digest
-        return closing(digests.opened(*names, BlockCache(1)))
+        return closing(digests.opened(*names, BlockCache(1), once=True))
 
     def _require_parents(self, manifest: Manifest) -> None:
         """A point must not come into being where its chain is not."""

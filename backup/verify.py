@@ -414,7 +414,8 @@ class _Run:
     def _opened(self, entry: DiskEntry) -> CheckedFile:
         data = entry.data
         cache = _Cache(self._stop)
-        return digests.opened(self._folder / data.file, data.size, self._folder / data.digests, data.digest, cache)
+        names = self._folder / data.file, data.size, self._folder / data.digests, data.digest
+        return digests.opened(*names, cache, once=True)
 
     def _do(self, check: _Check, file: CheckedFile | None, number: int) -> None:
         read = 0
