@@ -22,6 +22,7 @@ from typing import Protocol
 import numpy as np
 
 from backup.extents import Offsets
+from backup.pace import Pace
 from backup.pages import pages
 from backup.plan import DATA, Plan, cluster_runs
 
@@ -184,29 +185,6 @@ class Depth:
         self._deeper = not self._deeper or self.now == self._least
 
 
-class Pace:
-    """
-    Spreads reads over time so that they stay below a limit.  Used under a lock.
-
-    Parameters
-    ----------
-    limit : int or None
-        Bytes a second; None: no limit.
-    """
-
-    def __init__(self, limit: int | None) -> None:
-        self._limit = limit
-        self._next = 0.0
-
-    def wait(self, length: int, now: float) -> float:
-        """Seconds to wait at the time `now` (seconds) before `length` bytes are read; their time is taken then."""
-        if self._limit is None:
-            return 0.0
-        begin = max(now, self._next)
-        self._next = begin + length / self._limit
-        return begin - now
-
-
 class _Meter:
     """Measures how fast reads arrive and steers a Depth by it.  Used under a lock."""
 
@@ -323,7 +301,7 @@ class _Run:
                     batch = self._next(patient=lane.in_flight == 0)
                     if batch is not None:
                         waiting.extend(_requests(batch, self.request_size))
-                if not waiting or not self._in_time(len(waiting[0][1])):
+                if not waiting or not self._pace.keep(len(waiting[0][1]), self.stop):
                     break
                 lane.submit(*waiting.popleft())
             if lane.in_flight:
@@ -332,12 +310,6 @@ class _Run:
                 return
             elif not depth:
                 self._over.wait(_IDLE)
-
-    def _in_time(self, length: int) -> bool:
-        """Wait until a read of `length` bytes keeps the pace; False when the copy is to stop."""
-        with self._lock:
-            seconds = self._pace.wait(length, time.monotonic())
-        return seconds <= 0 or not self.stop.wait(seconds)
 
     def work(self) -> None:
         """Store batches until there are no more."""

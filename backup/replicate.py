@@ -21,6 +21,7 @@ from backup.digests import BlockCache, CheckedFile
 from backup.errors import BackupError, Damaged, Failed, Interrupted, NotFound, UsageError
 from backup.manifest import DataFile, Manifest, encode
 from backup.names import MARKER
+from backup.pace import Pace
 from backup.repository import Contents, Machine, Modes, Repository, as_stored, explained, read_manifest_whole
 from backup.threads import in_threads
 from backup.units import counted, show_size
@@ -125,6 +126,7 @@ def replicate(
     workers: int,
     begin: Callable[[int], None],
     advance: Callable[[int], None],
+    limit: int | None = None,
 ) -> Replicated:
     """
     Copy a machine's points, or one and what it builds on, to another repository's machine, under its lock.
@@ -136,6 +138,8 @@ def replicate(
     ----------
     begin, advance : callable
         Told how many bytes there are to copy, and then how many are.
+    limit : int or None
+        Bytes a second that are copied at the most.
 
     Raises
     ------
@@ -147,7 +151,7 @@ def replicate(
         planned = _planned(source, second, held, point)
         second.remove_leftovers(held)
         begin(_stored(planned.todo))
-        run = _Run(source, second, dict(held.manifests), workers, advance)
+        run = _Run(source, second, dict(held.manifests), workers=workers, advance=advance, pace=Pace(limit))
         problems = list(planned.problems)
         for manifest in planned.todo:
             try:
@@ -233,10 +237,17 @@ class _Run:
     """One copy of a machine: what is held in the second place grows with each point."""
 
     def __init__(
-        self, source: Machine, second: Machine, held: dict[str, Manifest], workers: int, advance: Callable[[int], None]
+        self,
+        source: Machine,
+        second: Machine,
+        held: dict[str, Manifest],
+        *,
+        workers: int,
+        advance: Callable[[int], None],
+        pace: Pace,
     ) -> None:
         self._source, self._second, self._held = source, second, held
-        self._workers, self._advance = workers, advance
+        self._workers, self._advance, self._pace = workers, advance, pace
         self._lock = threading.Lock()
         self.copied: list[str] = []
         self.done = 0
@@ -299,6 +310,7 @@ class _Run:
 
     def _copy_file(self, data: DataFile, source: CheckedFile, written: list[Path]) -> None:
         folder, mode = self._second.path, self._second.modes.file
+        stop = threading.Event()
         written.append(folder / data.file)
         with closing(PartFile(folder / data.file, mode)) as target:
 
@@ -310,8 +322,9 @@ class _Run:
                 target.put(number, content, source.listed(number))
                 with self._lock:
                     self.done += len(content)
+                self._pace.keep(len(content), stop)
 
-            in_threads(range(1, source.blocks), move, self._workers, lambda: self._advance(self.done))
+            in_threads(range(1, source.blocks), move, self._workers, lambda: self._advance(self.done), stop)
             move(0)  # last: a file without its head is nothing
             listed = target.finish()
         written.append(folder / data.digests)

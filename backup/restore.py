@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -32,6 +32,7 @@ from backup.extents import Offsets, edges, windows
 from backup.index import NOBODY, Index
 from backup.manifest import Manifest
 from backup.names import MARKER
+from backup.pace import Pace
 from backup.pages import pages
 from backup.progress import Progress
 from backup.qcow2 import COMPRESSED, Codec
@@ -137,9 +138,11 @@ def restore_disk(
     force: bool,
     workers: int,
     progress: Progress,
+    limit: int | None = None,
 ) -> Restored:
     """
-    Restore one disk of a point to what `target` names (see `targets.opened`).
+    Restore one disk of a point to what `target` names (see `targets.opened`), writing no more than `limit` bytes a
+    second.
 
     Raises
     ------
@@ -151,7 +154,7 @@ def restore_disk(
     with opened_point(machine, point, disk) as (chain, files):
         progress.begin(disk, chain.size)
         with opened(target, chain.size, image_format, cluster_size=chain.cluster_size, force=force) as sink:
-            return _write_out(chain, files, sink, workers, progress)
+            return _write_out(_Run(chain, files, sink, progress, Pace(limit)), workers)
 
 
 @contextmanager
@@ -184,8 +187,7 @@ def _chain(machine: Machine, point: str, disk: str) -> Chain:
     return chains.build(contents.manifests, point, disk, contents.damaged)
 
 
-def _write_out(chain: Chain, files: list[OpenDataFile], target: Target, workers: int, progress: Progress) -> Restored:
-    run = _Run(chain, files, target, progress)
+def _write_out(run: _Run, workers: int) -> Restored:
     # One more than there are cores for: while one waits for the disk, the others decode.
     threads = [threading.Thread(target=run.work) for _ in range(workers + 1)]
     try:
@@ -203,13 +205,13 @@ def _write_out(chain: Chain, files: list[OpenDataFile], target: Target, workers:
     finally:
         run.stop.set()
         if any(thread.is_alive() for thread in threads):
-            _abandon(target)
+            _abandon(run.target)
         for thread in threads:
             if thread.ident is not None:
                 thread.join()
     if run.error is not None:
         raise run.error
-    return Restored(chain.size, run.data_bytes)
+    return Restored(run.chain.size, run.data_bytes)
 
 
 def _abandon(target: Target) -> None:
@@ -222,11 +224,12 @@ def _abandon(target: Target) -> None:
 class _Run:
     """What the threads of one restore share."""
 
-    def __init__(self, chain: Chain, files: list[OpenDataFile], target: Target, progress: Progress) -> None:
+    def __init__(self, chain: Chain, files: list[OpenDataFile], target: Target, progress: Progress, pace: Pace) -> None:
         self.chain = chain
         self.files = files
         self.target = target
         self.progress = progress
+        self._pace = pace
         self.index = Index(chain, [file.reader for file in files])
         self.limits = chain.limits
         self.stop = threading.Event()
@@ -254,7 +257,7 @@ class _Run:
     def work(self) -> None:
         """Do jobs until there are no more; the first error stops all."""
         try:
-            hand = _Hand(self.chain.cluster_size, self.target)
+            hand = _Hand(self.chain.cluster_size, self.target, lambda length: self._pace.keep(length, self.stop))
             while not self.stop.is_set():
                 try:
                     job = self._jobs.get(timeout=_TICK)
@@ -379,11 +382,11 @@ class _Run:
 
 
 class _Hand:
-    """What one thread works with."""
+    """What one thread works with; `before` is called with the bytes of each write before it."""
 
-    def __init__(self, cluster_size: int, target: Target) -> None:
+    def __init__(self, cluster_size: int, target: Target, before: Callable[[int], object]) -> None:
         self.codec = Codec(cluster_size, None)
-        self.staging = _Staging(target, cluster_size)
+        self.staging = _Staging(target, cluster_size, before)
 
 
 class _Staging:
@@ -393,9 +396,10 @@ class _Staging:
     Its memory begins on a page, as O_DIRECT demands, and is used again: fresh memory costs a page fault for each 4 KiB.
     """
 
-    def __init__(self, target: Target, cluster_size: int) -> None:
+    def __init__(self, target: Target, cluster_size: int, before: Callable[[int], object]) -> None:
         self.written = 0
         self._target = target
+        self._before = before
         self._cluster_size = cluster_size
         self._memory = pages(_STAGED)
         self._start = self._length = 0
@@ -412,6 +416,7 @@ class _Staging:
     def flush(self) -> None:
         """Write what was gathered."""
         if self._length:
+            self._before(self._length)
             self._target.write(self._start, self._memory[: self._length])
             self.written += self._length
             self._length = 0

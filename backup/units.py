@@ -8,7 +8,6 @@ backup.errors.
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 
 from backup.errors import UsageError
 
@@ -40,10 +39,13 @@ def parse_size(text: str) -> int:
     if match is None:
         raise UsageError(f"{text!r} is not a size", hint="write a size as 4096, 64K, 64KiB or 1.5G (K is 1024)")
     number, prefix = match.groups()
-    size = Fraction(number) * (1 << 10 * (_PREFIXES.index(prefix.upper()) + 1) if prefix else 1)
-    if size.denominator != 1:
+    whole, _, part = number.partition(".")
+    unit = 1 << 10 * (_PREFIXES.index(prefix.upper()) + 1) if prefix else 1
+    scale: int = 10 ** len(part)
+    size, rest = divmod(int(whole + part) * unit, scale)
+    if rest:
         raise UsageError(f"{text!r} is not a whole number of bytes", hint="write a size as 4096, 64K, 64KiB or 1.5G")
-    return int(size)
+    return size
 
 
 def counted(number: int, noun: str) -> str:

@@ -30,6 +30,7 @@ from backup.digests import BlockCache, CheckedFile, block_count
 from backup.errors import BackupError, Damaged, NotFound
 from backup.manifest import DataFile, DiskEntry, Manifest, timestamp
 from backup.memory import Memory, Record
+from backup.pace import Pace
 from backup.repository import Contents, Machine
 from backup.threads import in_threads
 
@@ -171,14 +172,15 @@ def verify_machine(
     progress: Callable[[int], None],
     points: Sequence[str] | None = None,
     choice: Choice = ALL,
+    limit: int | None = None,
 ) -> Verified:
     """
     Verify a machine's points and their chains, or only the points named, and remember what was found.
 
-    `progress` is called with the bytes read so far, in this thread.
+    `progress` is called with the bytes read so far, in this thread.  No more than `limit` bytes a second are read.
     """
     contents = machine.contents()
-    run = functools.partial(_verify, machine, deep=deep, workers=workers, progress=progress)
+    run = functools.partial(_verify, machine, deep=deep, workers=workers, progress=progress, pace=Pace(limit))
     found = again = run(contents, points=points, choice=choice)
     for _ in range(_TRIES):
         # What a prune changed meanwhile is looked at again: damage counts only where it repeats.
@@ -208,6 +210,7 @@ def _verify(
     deep: bool,
     workers: int,
     progress: Callable[[int], None],
+    pace: Pace,
     points: Sequence[str] | None,
     choice: Choice,
 ) -> Verified:
@@ -232,7 +235,7 @@ def _verify(
     for check in checks:
         if check.is_unread and (problem := glance(machine.path, check.entry.data)) is not None:
             check.wrong[0] = problem
-    run = _Run(machine.path, due, deep=deep, progress=progress)
+    run = _Run(machine.path, due, deep=deep, progress=progress, pace=pace)
     try:
         run.run(workers)
     finally:  # also of a run that was interrupted: the next one need not begin again
@@ -348,16 +351,22 @@ class _Stopped(BaseException):
 
 
 class _Cache(BlockCache):
-    """Blocks of one file; gives none when the run was stopped."""
+    """Blocks of one file; tells `read` how many bytes came from the disk, and gives none when the run was stopped."""
 
-    def __init__(self, stop: threading.Event) -> None:
+    def __init__(self, stop: threading.Event, read: Callable[[int], None]) -> None:
         super().__init__(_WHOLE_BLOCKS)
         self._stop = stop
+        self._read = read
 
     def get(self, key: tuple[int, int], load: Callable[[], bytes]) -> bytes:
+        def loaded() -> bytes:
+            block = load()
+            self._read(len(block))
+            return block
+
         if self._stop.is_set():
             raise _Stopped
-        return super().get(key, load)
+        return super().get(key, loaded)
 
 
 class _Run:
@@ -367,10 +376,13 @@ class _Run:
     Any number of files keeps all threads busy, and a large one's structure is checked while its blocks are read.
     """
 
-    def __init__(self, folder: Path, checks: Sequence[_Check], *, deep: bool, progress: Callable[[int], None]) -> None:
+    def __init__(
+        self, folder: Path, checks: Sequence[_Check], *, deep: bool, progress: Callable[[int], None], pace: Pace
+    ) -> None:
         self._folder = folder
         self._deep = deep
         self._progress = progress
+        self._pace = pace
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._open: set[CheckedFile] = set()
@@ -413,7 +425,7 @@ class _Run:
 
     def _opened(self, entry: DiskEntry) -> CheckedFile:
         data = entry.data
-        cache = _Cache(self._stop)
+        cache = _Cache(self._stop, self._keep_pace)
         names = self._folder / data.file, data.size, self._folder / data.digests, data.digest
         return digests.opened(*names, cache, once=True)
 
@@ -426,6 +438,7 @@ class _Run:
                 self._structure(check, file)
             elif not check.wrong:
                 read = len(file.check_block(number))
+                self._keep_pace(read)
         except BackupError as error:
             with self._lock:
                 check.wrong[number] = error
@@ -436,6 +449,11 @@ class _Run:
             if file is not None and check.done:
                 self._open.discard(file)
                 file.close()
+
+    def _keep_pace(self, read: int) -> None:
+        """After so many bytes were read, wait for as long as the limit wants it."""
+        if not self._pace.keep(read, self._stop):
+            raise _Stopped
 
     def _whole(self, check: _Check) -> int:
         """Check a small file; its bytes."""

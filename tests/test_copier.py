@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backup import copier
-from backup.copier import Depth, Pace, Settings
+from backup.copier import Depth, Settings
 from backup.errors import Interrupted, SourceError
 from backup.extents import Offsets
 from backup.plan import plan_full
@@ -244,15 +244,6 @@ def test_connections_that_were_not_needed_do_not_keep_a_copy_from_its_end(monkey
     copier.copy(plan_of(content), lanes, MemorySink(), chosen, max_request=NO_LIMIT, progress=ignore)
     assert time.monotonic() - began < 10
     assert not lanes[3].lengths
-
-
-def test_reads_keep_to_a_limit_and_do_not_make_up_for_a_pause():
-    pace = Pace(1000)
-    assert [pace.wait(500, 10.0) for _ in range(3)] == [0.0, 0.5, 1.0]
-    assert pace.wait(500, 11.5) == 0.0
-    assert pace.wait(500, 60.0) == 0.0
-    assert pace.wait(500, 60.0) == 0.5
-    assert Pace(None).wait(1 << 40, 0.0) == 0.0
 
 
 def test_a_copy_with_a_limit_takes_its_time_and_is_whole():

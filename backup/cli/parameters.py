@@ -47,6 +47,9 @@ CompressionText = Annotated[
 Limit = Annotated[
     str | None, typer.Option("--limit", metavar="SIZE", help="Read at most so many bytes a second, such as 50M.")
 ]
+WriteLimit = Annotated[
+    str | None, typer.Option("--limit", metavar="SIZE", help="Write at most so many bytes a second, such as 50M.")
+]
 Filesystem = Annotated[
     str | None, typer.Option("--filesystem", metavar="DEVICE", help="Where there are several: /dev/sda1, /dev/vg/lv.")
 ]

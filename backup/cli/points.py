@@ -19,9 +19,11 @@ from backup.cli.find import path_of
 from backup.cli.parameters import (
     DryRun,
     Json,
+    Limit,
     MachineNames,
     Manifest_,
     Repo,
+    WriteLimit,
 )
 from backup.cli.state import common_code, explained, options, show_error
 from backup.errors import WARNINGS_EXIT_CODE, BackupError, NotFound, UsageError
@@ -99,6 +101,7 @@ def restore(
     format_: Annotated[str, typer.Option("--format", metavar="raw|qcow2", help="Of the file that is made.")] = "raw",
     force: Annotated[bool, typer.Option("--force", help="Replace what TARGET holds.")] = False,
     repo: Repo = None,
+    limit: WriteLimit = None,
     json: Json = False,
 ) -> None:
     """Bring a point's disk back, checking every digest on the way."""
@@ -108,13 +111,23 @@ def restore(
     options.json = json
     find.require_format(format_)
     machine, found = find.point(manifest, path_of(repo))
-    workers = settings.workers(find.config_or_default())
+    config = find.config_or_default()
+    # Not the configuration's limit: on the day of a restore everybody waits for it.
+    workers, most = settings.workers(config), None if limit is None else settings.limit(limit, config)
     done = []
     for name, path in restoring.targets(machine, found, target, disk, format_):
         began = time.monotonic()
         with render.progress(wanted=not options.quiet) as progress:
             restored = restoring.restore_disk(
-                machine, found.point, name, path, image_format=format_, force=force, workers=workers, progress=progress
+                machine,
+                found.point,
+                name,
+                path,
+                image_format=format_,
+                force=force,
+                workers=workers,
+                progress=progress,
+                limit=most,
             )
         seconds = time.monotonic() - began
         done.append({"name": name, "target": path, **asdict(restored), "seconds": round(seconds, 3)})
@@ -134,6 +147,7 @@ def verify(
     sample: Annotated[
         str | None, typer.Option("--sample", metavar="5%", help="Only a random share of the 4 MiB blocks.")
     ] = None,
+    limit: Limit = None,
     json: Json = False,
 ) -> None:
     """Re-read backups and find every changed byte: 12 for damage, 10 for something missing."""
@@ -141,7 +155,8 @@ def verify(
     from backup.cli import settings
 
     options.json = json
-    workers = settings.workers(find.config_or_default())
+    config = find.config_or_default()
+    workers, most = settings.workers(config), settings.limit(limit, config)
     choice = _choice(older_than, sample, deep=deep)
     found: list[Verified] = []
     with render.progress(wanted=not options.quiet) as progress:
@@ -149,7 +164,13 @@ def verify(
             progress.begin(machine.name, verifying.stored_bytes(machine, points, choice, deep=deep))
             found.append(
                 verifying.verify_machine(
-                    machine, deep=deep, workers=workers, progress=progress.advance, points=points, choice=choice
+                    machine,
+                    deep=deep,
+                    workers=workers,
+                    progress=progress.advance,
+                    points=points,
+                    choice=choice,
+                    limit=most,
                 )
             )
     problems = [problem for result in found for problem in result.problems]
@@ -188,6 +209,7 @@ def copy_(
     what: Annotated[str, typer.Argument(metavar="MACHINE[/POINT]", help="A machine, or a point and its chain.")],
     other: Annotated[str, typer.Argument(metavar="OTHER-REPOSITORY", help="A new folder, or an earlier copy.")],
     repo: Repo = None,
+    limit: Limit = None,
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
@@ -200,6 +222,7 @@ def copy_(
     options.json = json
     [(machine, points)] = find.points([what], path_of(repo))
     config = find.config_or_default()
+    most = settings.limit(limit, config)
     source = Repository.open(machine.path.parent)
     contents = machine.contents()
     if not contents.manifests and not contents.damaged:
@@ -218,6 +241,7 @@ def copy_(
                 workers=settings.workers(config),
                 begin=functools.partial(progress.begin, machine.name),
                 advance=progress.advance,
+                limit=most,
             )
     if json:
         render.document(render.replicated_object(machine.name, other, done, dry_run=dry_run))

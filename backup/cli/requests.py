@@ -4,7 +4,7 @@ From the configuration and the command line to requests: which machines, which d
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from backup import config as configuration
-from backup.cli.settings import workers
+from backup.cli import settings
 from backup.config import Config, DiskConfig, MachineConfig
 from backup.consider import DiskRequest, Request
 from backup.copier import Settings
@@ -150,7 +150,7 @@ def open_disk(place: Place, bitmap: str | None, config: Config, warn: Callable[[
         if place.nbd is None and bitmap is not None:
             _require_shown(sight, bitmap, warn)
         wish = Wish(sight, bitmap, None)
-        with host.instant([wish], 1, point=f"map-{secrets.token_hex(4)}", repository=None, short_id="0" * 8) as moment:
+        with host.instant([wish], 1, point=f"map-{os.urandom(4).hex()}", repository=None, short_id="0" * 8) as moment:
             yield moment.disks[0].export
 
 
@@ -362,8 +362,8 @@ def _request(
             config.connections,
             config.requests,
             config.request_size,
-            workers(config),
-            limit=config.limit if options.limit is None else configuration.parse_limit(options.limit),
+            settings.workers(config),
+            limit=settings.limit(options.limit, config),
         ),
     )
 

@@ -59,6 +59,18 @@ def modes(config: Config) -> Modes:
     return Modes(0o640, 0o750) if config.group_read else Modes()
 
 
+def limit(option: str | None, config: Config) -> int | None:
+    """
+    Bytes a second of --limit, else of the configuration; None: as fast as possible.
+
+    Raises
+    ------
+    UsageError
+        The option is no size that makes sense.
+    """
+    return config.limit if option is None else configuration.parse_limit(option)
+
+
 def workers(config: Config) -> int:
     """Threads that compress, hash and decompress."""
     return config.workers or len(os.sched_getaffinity(0))
