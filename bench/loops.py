@@ -3,6 +3,7 @@ The limits: nothing but zstd, and nothing but BLAKE3, on all cores, over files.
 
     loops.py zstd FILE       compress each 64 KiB cluster of a file to a frame with a checksum, level 1; prints seconds
     loops.py blake3 FILE...  hash each 4 MiB of the files
+    loops.py hash BYTES      hash so many bytes, the same 4 MiB over and over; prints processor seconds
 
 For zstd the file is mapped and read once before, so that neither starting nor reading counts in what is printed.
 """
@@ -55,8 +56,21 @@ def hash_all(paths: list[str]) -> None:
         list(pool.map(lambda block: work(*block), blocks))
 
 
+def hash_only(size: int) -> float:
+    """Hash `size` bytes and do nothing else.  Processor seconds."""
+    from blake3 import blake3  # noqa: PLC0415 - see compress
+
+    block = os.urandom(BLOCK)
+    began = time.process_time()
+    for _ in range(size // BLOCK):
+        blake3(block).digest()
+    return time.process_time() - began
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "zstd":
         print(compress(sys.argv[2]))
+    elif sys.argv[1] == "hash":
+        print(hash_only(int(sys.argv[2])))
     else:
         hash_all(sys.argv[2:])

@@ -11,9 +11,13 @@ from __future__ import annotations
 import sys
 import threading
 
-from backup import copier, digests, plan, qcow2
-from backup.extents import Offsets
-from backup.qemu.nbd import Export
+from backup.cli import process
+
+process.prepare()  # as the program does before it imports numpy, whose OpenBLAS else starts threads
+
+from backup import copier, digests, plan, qcow2  # noqa: E402 - see above
+from backup.extents import Offsets  # noqa: E402
+from backup.qemu.nbd import Export  # noqa: E402
 
 CLUSTER = 65536
 
