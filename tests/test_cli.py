@@ -478,4 +478,6 @@ def test_help_and_version():
     for command in ("full", "incremental", "map", "list", "show", "restore", "verify", "check-config"):
         assert re.search(rf"^  {command} ", done.stdout, re.MULTILINE)
         assert call_pybackup([command, "--help"]).rc == 0
+    assert not re.search(r"\w\.\.\.$", done.stdout, re.MULTILINE), "a summary that does not fit into its line"
+    assert "[[" not in call_pybackup(["verify", "--help"]).stdout
     assert re.fullmatch(r"pybackup \d+\.\d+\.\d+\S*\n", call_pybackup(["--version"]).stdout)

@@ -89,7 +89,7 @@ def incremental(
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Back up what changed since the newest point; everything where that cannot be known."""
+    """Back up what changed since the newest point.  Everything is read where that cannot be known."""
     _back_up("incremental", **locals())
 
 
@@ -112,7 +112,7 @@ def rescan(
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Back up what differs from the newest point, by reading everything and comparing."""
+    """Back up what differs from the newest point.  Everything is read and compared."""
     _back_up("rescan", **locals())
 
 
@@ -217,7 +217,7 @@ def audit(
     limit: Limit = None,
     json: Json = False,
 ) -> None:
-    """Read disks whole and hold them against their newest points and what changed since: 12 where those lie."""
+    """Hold disks, read whole, against their newest points.  12 where those, or the bitmaps since, lie."""
     _audit(**locals())
 
 
@@ -298,7 +298,7 @@ def map_(
     totals: Annotated[bool, typer.Option("--totals", help="Sums only.")] = False,
     json: Json = False,
 ) -> None:
-    """Show a source as the planner sees it: dirty or clean, data, zero or hole.  Bytes."""
+    """Show a source as the planner sees it.  Dirty or clean, data, zero or hole, in bytes."""
     from backup import mapping
     from backup.cli import requests
 
@@ -321,7 +321,7 @@ def clean(
     repo: Repo = None,
     json: Json = False,
 ) -> None:
-    """Remove what runs that were cut off left in a running QEMU: jobs, exports, nodes, bitmaps of no point."""
+    """Remove what cut-off runs left in a running QEMU.  Jobs, exports, nodes, bitmaps of no point, a frozen guest."""
     from backup.sources.base import Freeze
     from backup.sources.running import Running
 

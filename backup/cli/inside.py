@@ -40,7 +40,7 @@ def serve(
     repo: Repo = None,
     json: Json = False,
 ) -> None:
-    """Serve a point's disk over NBD, at once, until Ctrl-C; nothing is copied."""
+    """Serve a point's disk over NBD until Ctrl-C.  At once: nothing is copied."""
     from backup import serve as serving
 
     options.json = json
@@ -68,13 +68,13 @@ def _show_served(point: Manifest, disk: str, served: Served, writable: bool, jso
 
 def files(
     manifest: Manifest_,
-    path: Annotated[str, typer.Argument(metavar="[PATH]", help="A folder of the guest.", show_default=False)] = "/",
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A folder of the guest.", show_default=False)] = "/",
     disk: PointDisk = None,
     filesystem: Filesystem = None,
     repo: Repo = None,
     json: Json = False,
 ) -> None:
-    """List a folder of the guest's file system at a point (needs libguestfs)."""
+    """List a folder of the guest's files at a point.  Needs libguestfs."""
     from backup import guestfiles
     from backup.serve import choose_disk
 
@@ -100,7 +100,7 @@ def get(
     repo: Repo = None,
     json: Json = False,
 ) -> None:
-    """Bring a file or folder of the guest back from a point (needs libguestfs)."""
+    """Bring a guest's file or folder back from a point.  Needs libguestfs."""
     from backup import guestfiles
     from backup.serve import choose_disk
 

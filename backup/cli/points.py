@@ -71,7 +71,7 @@ def show(
     repo: Repo = None,
     json: Json = False,
 ) -> None:
-    """Show a point: its disks, where they came from, and their chains."""
+    """Show a point.  Its disks, where they came from, and their chains."""
     from backup import chain as chains
 
     options.json = json
@@ -138,7 +138,10 @@ def restore(
 
 
 def verify(
-    what: Annotated[list[str] | None, typer.Argument(metavar="[MANIFEST | MACHINE]...", show_default=False)] = None,
+    what: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="MANIFEST|MACHINE", help="All machines, where none is named.", show_default=False),
+    ] = None,
     repo: Repo = None,
     deep: Annotated[bool, typer.Option("--deep", help="Decompress every cluster as well.")] = False,
     older_than: Annotated[
@@ -150,7 +153,7 @@ def verify(
     limit: Limit = None,
     json: Json = False,
 ) -> None:
-    """Re-read backups and find every changed byte: 12 for damage, 10 for something missing."""
+    """Re-read backups and find every changed byte.  12 for damage, 10 for something missing."""
     from backup import verify as verifying
     from backup.cli import settings
 
@@ -213,7 +216,7 @@ def copy_(
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Copy points to a second place: only what is missing there, every digest checked on the way."""
+    """Copy points to a second place.  Only what is missing there, every digest checked on the way."""
     from backup import replicate
     from backup.cli import settings
     from backup.repository import Repository
@@ -261,7 +264,7 @@ def status(
     repo: Repo = None,
     json: Json = False,
 ) -> None:
-    """Tell for each disk how old its newest point is, and what to do: 1 too old, 12 damaged, 10 nothing there."""
+    """Tell how old each disk's newest point is, and what to do.  1 too old, 12 damaged, 10 nothing there."""
     from backup import status as states
     from backup.cli import settings
     from backup.units import parse_duration
@@ -310,7 +313,7 @@ def prune(
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Remove the points that no --keep option names; those that stay take over what they need of them."""
+    """Remove the points that no --keep option names.  Those that stay take over what they need of them."""
     from backup.cli import pruning, settings
 
     options.json = json
