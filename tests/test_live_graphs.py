@@ -75,6 +75,18 @@ def test_a_raw_disk_whose_size_is_no_whole_number_of_clusters(tmp_path, size):
         nights.require_incremental("--no-fallback")
 
 
+def test_a_disk_of_no_bytes(tmp_path):
+    """QEMU loses a bitmap of nothing when it ends."""
+    with Machine.of(tmp_path, "x", size=0) as machine, private_tmp(machine.place):
+        nights = Nights.of(machine.start())
+        assert "no bytes" in nights.backup("full").stderr
+        nights.require_incremental("--no-fallback")
+        audited = call_pybackup([*nights.arguments("audit")])
+        assert audited.rc == 0, audited
+        machine.restart()
+        nights.require_fallback("no bytes")
+
+
 def test_a_disk_that_the_guest_may_only_read_is_backed_up(tmp_path):
     image = make_image(tmp_path / "x.qcow2", MIB)
     with Machine(tmp_path) as machine, private_tmp(machine.place):

@@ -375,6 +375,8 @@ def _why_volatile(node: Node) -> str | None:
         return f"QEMU keeps no bitmap in a {node.driver} image when it ends"
     if node.details.get("compat") == "0.10":
         return "QEMU keeps no bitmap in a qcow2 image of version 2 when it ends"
+    if node.size == 0:
+        return "QEMU keeps no bitmap in an image of no bytes when it ends"
     return None
 
 
