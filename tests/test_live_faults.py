@@ -299,9 +299,11 @@ def test_a_node_that_the_machine_does_not_have(nights, node):
     nights.require_incremental("--no-fallback")
 
 
-def test_one_disk_named_twice(nights):
-    done = nights.backup_of("full", "--node", "a", "--disk", "x", "--node", "dev-a", "--disk", "y")
+@pytest.mark.parametrize("again", ["a", "dev-a"])
+def test_one_disk_named_twice(nights, again):
+    done = nights.backup_of("full", "--node", "a", "--disk", "x", "--node", again, "--disk", "y")
     assert done.rc == 2, done
+    assert "same disk" in done.machine["error"]["message"]
     nights.require_incremental("--no-fallback")
 
 

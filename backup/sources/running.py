@@ -168,12 +168,13 @@ class Running:
             raise
 
     def _require_different(self) -> None:
-        owners: dict[str, str] = {}
+        owners: dict[str, NodeSource] = {}
         for source in self.sources:
-            other = owners.setdefault(source.node.name, source.text)
-            if other != source.text:
+            other = owners.setdefault(source.node.name, source)
+            if other is not source:
                 raise UsageError(
-                    f"{other} and {source.text} are the same disk, node {source.node.name}", hint="name each disk once"
+                    f"{other.text} and {source.text} are the same disk, node {source.node.name}",
+                    hint="name each disk once",
                 )
 
     def _target(self, source: NodeSource, wish: Wish) -> Target:
