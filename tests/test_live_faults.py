@@ -33,6 +33,9 @@ from live import (
     wait_until,
 )
 
+from backup.qemu import monitor
+from backup.qemu.monitor import Monitor
+
 COPYING = Step("PartFile.put", "after", module="backup.datafile")
 EXPORTED = Step("block-export-add", "after", 2)
 MOMENTS = [
@@ -194,6 +197,30 @@ def test_a_qemu_that_is_killed_is_an_error_and_the_next_run_a_rescan(nights, ste
     nights.machine.start()
     nights.require_rescans("is missing")
     nights.require_restored()
+
+
+def test_a_qemu_that_hangs_is_waited_for_once(nights, monkeypatch):
+    """Not once more for each thing to tidy up, which the next run does."""
+    for name, seconds in (("_COMMAND_SECONDS", 6.0), ("_HUNG_SECONDS", 0.2), ("_GREETING_SECONDS", 0.2)):
+        monkeypatch.setattr(monitor, name, seconds)
+    execute = Monitor.command
+
+    def command(self, name, arguments=None):
+        if name == "transaction":
+            nights.machine.process.send_signal(signal.SIGSTOP)
+        return execute(self, name, arguments)
+
+    began = time.monotonic()
+    with monkeypatch.context() as patched:
+        patched.setattr(Monitor, "command", command)
+        done = nights.backup("incremental")
+    took = time.monotonic() - began
+    nights.machine.process.send_signal(signal.SIGCONT)
+    assert done.rc == 13, done
+    assert "did not answer transaction" in done.machine["error"]["message"]
+    assert took < 2 * 6.0
+    nights.require_making_up("--no-fallback")
+    nights.require_own_bitmap_alone()
 
 
 def test_a_qemu_that_is_killed_when_all_is_read_leaves_a_point(nights):
