@@ -25,6 +25,12 @@ from backup.qemu.monitor import Monitor, Refused
 from backup.sources.base import NO_FREEZE, Freeze, Moved, Opened, Owner, Wish
 
 _THAW_TRIES = 3
+_ELSEWHERE = {
+    "inmigrate": "it waits for a machine to be migrated to it",
+    "finish-migrate": "it is being migrated to another QEMU",
+    "postmigrate": "it was migrated to another QEMU",
+}
+"""States (RunState) in which the images are another QEMU's to write, and what is read here may be long out of date."""
 
 
 class Running:
@@ -62,6 +68,11 @@ class Running:
 
     def __enter__(self) -> Self:
         self._monitor = Monitor(self.socket)
+        try:
+            self.require_here()
+        except BaseException:
+            self._monitor.close()
+            raise
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -72,6 +83,22 @@ class Running:
         """The connection, inside the `with`."""
         assert self._monitor is not None
         return self._monitor
+
+    def require_here(self) -> None:
+        """
+        Make sure that the machine's disks are this QEMU's.
+
+        Raises
+        ------
+        SourceError
+            They are not: the machine was migrated, and QEMU reads on from images that it does not own.
+        """
+        why_not = _ELSEWHERE.get(self.monitor.command("query-status")["status"])
+        if why_not is not None:
+            raise SourceError(
+                f"the machine does not run in the QEMU of {self.socket}: {why_not}",
+                hint="back it up through the QMP socket of the QEMU that runs it",
+            )
 
     def blocks(self) -> Blocks:
         """QEMU's block graph of this moment."""
@@ -154,6 +181,7 @@ class Running:
                 fleece.frozen_instant(self.monitor, own, targets, Room(self._reserve, repository), freezing) as instant,
             ):
                 moment.instant = instant
+                self.require_here()  # from now on no migration ends: our jobs are in its way
                 granularities = [_settled(*pair) for pair in zip(self.sources, wishes, strict=True)]
                 for number, granularity in enumerate(granularities):
                     export = instant.open(number)
