@@ -106,6 +106,8 @@ class Machine:
 
     iothread = False
     """Do the disks have an iothread?  Then HMP's qemu-io cannot play the guest: QEMU 7.2 aborts at some of it."""
+    werror = "auto"
+    """What the devices do when a write fails; QEMU's own way is to stop the guest where there is no space."""
     awaited = False
     """Does it wait, when it is started, for another one to be migrated to it?"""
 
@@ -174,7 +176,7 @@ class Machine:
             command += ["-incoming", self.gate]
         for disk in self.disks.values():
             command += ["-blockdev", json.dumps(blockdev(disk))]
-            command += ["-device", f"scsi-hd,drive={disk.node},id={disk.device}"]
+            command += ["-device", f"scsi-hd,drive={disk.node},id={disk.device},werror={self.werror}"]
         with self.log.open("wb") as log, self.errors.open("wb") as errors:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=errors)
         self.said = 0

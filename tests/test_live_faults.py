@@ -432,9 +432,9 @@ def test_a_scratch_folder_with_less_space_than_must_stay_free_is_refused_before_
     nights.require_incremental("--no-fallback")
 
 
-def with_reserve(nights: Nights, scratch: Path, *options: str) -> list[str | Path]:
+def with_reserve(nights: Nights, scratch: Path, *options: str, reserve: str = "2M") -> list[str | Path]:
     config = nights.machine.folder / "c.yaml"
-    config.write_text("scratch_reserve: 2M\n")
+    config.write_text(f"scratch_reserve: {reserve}\n")
     return ["--config", config, *nights.arguments("incremental", "--scratch", scratch, *options)]
 
 
@@ -473,6 +473,33 @@ def test_a_guests_write_that_fails_for_a_full_scratch_folder_is_in_no_point(nigh
     machine.write("a", 0, 4 * MIB, 0x53)
     nights.require_making_up("--no-fallback")
     machine.quit()
+
+
+def test_a_guest_that_goes_on_after_an_error_is_not_given_more_of_them(nights, scratch):
+    """Nothing must stay free there, and the device tells the guest of a failed write instead of stopping it."""
+    nights.machine.werror = "report"
+    nights.machine.restart()
+    nights.machine.write("a", 0, 4 * MIB, 0x51)
+    points = nights.points()
+    with stopped_at(EXPORTED, with_reserve(nights, scratch, "--limit", "256K", reserve="0")) as run:
+        run.send_signal(signal.SIGCONT)
+        began = time.monotonic()
+        with pytest.raises(OSError, match="No space left"):
+            overwrite(nights.machine)
+        assert ended(run) == 13
+        assert time.monotonic() - began < 10, "it did not read on to the end"
+    assert nights.points() == points
+    nights.machine.write("a", 0, 4 * MIB, 0x53)
+    nights.require_making_up("--no-fallback")
+
+
+def test_a_scratch_folder_is_known_to_later_runs_by_its_whole_name(nights, monkeypatch):
+    monkeypatch.chdir(nights.machine.place)
+    with stopped_at(EXPORTED, nights.arguments("incremental", "--scratch", "t")):
+        [one, other] = nights.machine.monitor("query-fdsets")
+    for kept in (one, other):
+        assert f'["{nights.machine.place}/t"' in kept["fds"][0]["opaque"]
+    nights.require_making_up("--no-fallback")
 
 
 def overwrite(machine: Machine) -> None:

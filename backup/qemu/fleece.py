@@ -40,6 +40,9 @@ _log = logging.getLogger(__name__)
 
 _WATCH_SECONDS = 0.2
 """Between looks at the scratch folder's space and at QEMU's events."""
+_LEAST = 4096
+"""Bytes, of any reserve.  With less the next copy fails, and a guest behind an export of QEMU's, not a device, gets that
+error without an event."""
 _DRAIN_SECONDS = 2.0
 """For what a server that has hung up sent before."""
 _STOPS = {"STOP", "BLOCK_IO_ERROR"}
@@ -373,6 +376,10 @@ class Instant:
             if stopped or "STOP" in self._events():
                 leftovers.resume(self._monitor)
 
+    def _failed_the_guest(self) -> bool:
+        """Did it have an I/O error while there was no room for copies?  It may be told to go on all the same (werror)."""
+        return "BLOCK_IO_ERROR" in self._events() and any(leftovers.is_full(fd) for fd in self._fds)
+
     def _stopped_the_guest(self) -> bool:
         """Asked often, so that QEMU is asked only after an event that may say so."""
         if not self._events() & _STOPS:
@@ -410,7 +417,7 @@ class Instant:
         free, folder = min(
             (leftovers.free_bytes(fd), of.scratch) for fd, of in zip(self._fds, self._targets, strict=True)
         )
-        if free >= self._room.reserve and not self._stopped_the_guest():
+        if free >= max(self._room.reserve, _LEAST) and not self._failed_the_guest():
             return
         self.lost = SourceError(
             f"the scratch folder {folder} ran out of space ({free} bytes left) while the guest wrote; "

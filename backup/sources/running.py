@@ -60,7 +60,8 @@ class Running:
     ) -> None:
         self.socket = socket
         self.sources = tuple(NodeSource(self, node) for node in nodes)
-        self._scratch = scratch
+        # QEMU keeps the name for a run in whatever folder, which looks there after this one was cut off.
+        self._scratch = None if scratch is None else scratch.absolute()
         self._reserve = reserve
         self._freeze = freeze
         self._monitor: Monitor | None = None
