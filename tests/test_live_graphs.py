@@ -155,3 +155,24 @@ def test_two_machines_of_one_repository_are_backed_up_one_beside_the_other(machi
         nights.references.update(dict.fromkeys(nights.points() - set(nights.references), machine.held()))
         nights.require_sound()
         assert other.leftovers() == []
+
+
+def test_a_paused_machine_is_backed_up_beside_another_one_again_and_again(machine, tmp_path):
+    """A paused QEMU closes no descriptor that it was passed; those are in nobody's way."""
+    nights = Nights.of(machine)
+    other_folder = tmp_path / "other.tmp"
+    other_folder.mkdir()
+    with Machine.of(other_folder, "c") as other:
+        other.start().monitor("stop")
+        given = ["--qmp", other.qmp, "--machine", "n", "--bitmap", "b1", "--repo", nights.repository, "--node", "c"]
+        assert call_pybackup(["full", *given]).rc == 0
+        assert "fdset" in str(other.leftovers())
+        with stopped_at(Step("transaction", "after"), nights.arguments("full")):
+            again = call_pybackup(["incremental", *given])
+            assert (again.rc, again.stderr) == (0, ""), again
+            cleaned = call_pybackup(["clean", "--qmp", other.qmp, "--repo", nights.repository])
+            assert (cleaned.rc, cleaned.stderr) == (0, ""), cleaned
+        assert other.monitor("query-status")["status"] == "paused"
+        other.monitor("cont")
+        assert call_pybackup(["incremental", *given]).rc == 0
+        assert other.leftovers() == []

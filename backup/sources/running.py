@@ -14,7 +14,7 @@ from typing import Self
 
 from backup import decide
 from backup.decide import Bitmap, Sight
-from backup.errors import BackupError, Interrupted, SourceError, UsageError
+from backup.errors import BackupError, Interrupted, Locked, SourceError, UsageError
 from backup.interrupts import to_the_end
 from backup.manifest import LowerFile
 from backup.qemu import fleece, images, leftovers
@@ -131,7 +131,12 @@ class Running:
         bitmaps = list(_unpublished(blocks, owner))
         if not found and not bitmaps:
             return done
-        owner.require_alone()
+        try:
+            owner.require_alone()
+        except Locked:
+            if found.in_the_way or bitmaps:
+                raise
+            return done  # only descriptors, which a paused QEMU keeps after each run
         stopped = leftovers.stopped_guest(blocks, found)
         done += leftovers.remove(self.monitor, found, own_server=None)
         if stopped and leftovers.resume(self.monitor):
