@@ -9,6 +9,7 @@ from backup.qemu.blocks import Blocks
 def named(name, driver="qcow2", file=None, **image):
     return {
         "node-name": name,
+        "ro": False,
         "drv": driver,
         "file": file or f"/images/{name}",
         "image": {"virtual-size": 1 << 20, "actual-size": 4096, **image},

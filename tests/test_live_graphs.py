@@ -92,12 +92,36 @@ def test_a_disk_that_the_guest_may_only_read_is_backed_up(tmp_path):
     with Machine(tmp_path) as machine, private_tmp(machine.place):
         machine.start()
         disk = Disk("x", image, bytearray(MIB))
-        machine.monitor("blockdev-add", **blockdev(disk), read_only=True)
-        machine.monitor("device_add", driver="scsi-cd", drive="x", id="dev-x")
         machine.disks["x"] = disk
+        plug_read_only(machine, "x")
         nights = Nights.of(machine)
-        nights.full()
+        done = nights.backup("full")
+        assert (done.rc, "open read-only" in done.stderr) == (3, True), done
         nights.require_incremental("--no-fallback")
+
+
+def plug_read_only(machine: Machine, name: str) -> None:
+    disk = machine.disks[name]
+    machine.monitor("blockdev-add", **blockdev(disk), read_only=True)
+    machine.monitor("device_add", driver="scsi-cd", drive=disk.node, id=disk.device)
+
+
+def test_a_disk_that_is_read_only_for_some_nights(tmp_path):
+    """The image's own bitmap can't be removed meanwhile, and says nothing of the nights between."""
+    with Machine.of(tmp_path, "x") as machine, private_tmp(machine.place):
+        nights = Nights.of(machine.start())
+        nights.full()
+        machine.write("x", MIB, 1000, 0x21)
+        machine.unplug("x")
+        plug_read_only(machine, "x")
+        nights.require_incremental("--no-fallback")
+        nights.require_incremental("--no-fallback")
+        machine.unplug("x")
+        machine.plug("x")
+        machine.write("x", 2 * MIB, 1000, 0x22)
+        nights.require_rescans("is missing")
+        nights.require_sound()
+        nights.require_own_bitmap_alone()
 
 
 def test_a_disk_that_another_job_copies_is_refused_for_that_reason_and_the_job_goes_on(machine):

@@ -58,6 +58,7 @@ class Node:
     details: Mapping[str, Any]
     stored: int
     """Bytes that its file takes."""
+    read_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +191,7 @@ def _node(found: Mapping[str, Any]) -> Node:
         bitmaps=tuple(_bitmap(bitmap) for bitmap in found.get("dirty-bitmaps", ()) if bitmap.get("name")),
         details=image.get("format-specific", {}).get("data", {}),
         stored=int(image.get("actual-size", 0)),
+        read_only=bool(found["ro"]),
     )
 
 

@@ -281,8 +281,12 @@ class NodeSource:
         return sight.fulls_only
 
     def remove_bitmap(self, name: str) -> None:
-        """Remove a bitmap; QEMU writes that to the image at once."""
-        self._host.monitor.command("block-dirty-bitmap-remove", {"node": self.node.name, "name": name})
+        """Remove a bitmap; QEMU writes that to the image at once.  One in an image that it may not write stays."""
+        try:
+            self._host.monitor.command("block-dirty-bitmap-remove", {"node": self.node.name, "name": name})
+        except Refused as error:
+            if "readonly" not in error.text:
+                raise
 
     def qemu_version(self) -> str | None:
         """The running QEMU's."""
@@ -410,6 +414,8 @@ def _why_volatile(node: Node) -> str | None:
         return f"QEMU keeps no bitmap in a {node.driver} image when it ends"
     if node.details.get("compat") == "0.10":
         return "QEMU keeps no bitmap in a qcow2 image of version 2 when it ends"
+    if node.read_only:
+        return "QEMU keeps no bitmap in an image that it has open read-only when it ends"
     if node.size == 0:
         return "QEMU keeps no bitmap in an image of no bytes when it ends"
     return None
