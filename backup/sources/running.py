@@ -357,7 +357,10 @@ class _Freezing:
             if self._no_agent is not None:
                 raise self._no_agent
             with Agent(self._freeze.agent) as agent:
-                if agent.frozen():
+                frozen = agent.frozen()
+                if self._freeze.rehearsed:
+                    return
+                if frozen:
                     agent.thaw()
                 self._asked = time.monotonic()
                 agent.freeze()
