@@ -52,6 +52,13 @@ def throttled():
     return blocks(nodes, edges, [device("throttle0", qdev="/machine/peripheral/vd0/virtio-backend")])
 
 
+def test_a_drive_without_a_medium_is_said_to_be_empty():
+    drives = [{"device": "", "qdev": "/machine/peripheral/cd0", "io-status": "ok", "tray_open": False}]
+    found = Blocks.of([named("disk0")], drives, {"nodes": [], "edges": []})
+    with pytest.raises(SourceError, match="'cd0' of the machine is empty"):
+        resolved(found, "cd0")
+
+
 @pytest.mark.parametrize(
     "text",
     ["disk0", "throttle0", "file0", "vd0", "/machine/peripheral/vd0/virtio-backend", "/images/top.qcow2", "base0"],
