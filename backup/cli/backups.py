@@ -321,7 +321,7 @@ def clean(
     repo: Repo = None,
     json: Json = False,
 ) -> None:
-    """Remove what runs that were cut off left in a running QEMU: jobs, exports, nodes, bitmaps of no point, a freeze."""
+    """Remove what cut-off runs left in a running QEMU: jobs, exports, nodes, bitmaps of no point, a frozen guest."""
     from backup.cli import requests
     from backup.sources.base import Freeze
     from backup.sources.running import Running

@@ -41,8 +41,10 @@ _log = logging.getLogger(__name__)
 _WATCH_SECONDS = 0.2
 """Between looks at the scratch folder's space and at QEMU's events."""
 _LEAST = 4096
-"""Bytes, of any reserve.  With less the next copy fails, and a guest behind an export of QEMU's, not a device, gets that
-error without an event."""
+"""
+Bytes, of any reserve.  With less the next copy fails, and a guest behind an export of QEMU's, not a device, gets that
+error without an event.
+"""
 _DRAIN_SECONDS = 2.0
 """For what a server that has hung up sent before."""
 _STOPS = {"STOP", "BLOCK_IO_ERROR"}
@@ -377,7 +379,7 @@ class Instant:
                 leftovers.resume(self._monitor)
 
     def _failed_the_guest(self) -> bool:
-        """Did it have an I/O error while there was no room for copies?  It may be told to go on all the same (werror)."""
+        """Did it have an I/O error while there was no room for copies?  It may have to go on with that (werror)."""
         return "BLOCK_IO_ERROR" in self._events() and any(leftovers.is_full(fd) for fd in self._fds)
 
     def _stopped_the_guest(self) -> bool:
