@@ -355,6 +355,20 @@ class Instant:
             self._connections.append(connection.dup())
             return connection.detach()
 
+    def _leave(self) -> None:
+        """
+        Leave the server, where a client may: it must not wait for us to read on.
+
+        A QEMU that stops its guest, for a full scratch folder too, waits until all requests are answered, and does
+        nothing else.
+        """
+        if self._iothreads:
+            return  # what it has to send has room, see `_dial`
+        for connection in self._connections:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        self._drain()
+
     def _drain(self) -> None:
         """
         Read to the end what the server had sent when it hung up.
@@ -371,6 +385,7 @@ class Instant:
     def _let_go(self) -> None:
         """Remove all, exports first: readers must not get what a disk holds now for what it held."""
         with self._undoing:
+            self._leave()
             stopped = self._stopped_the_guest()
             found = leftovers.find(self._monitor, [self._own])
             leftovers.remove(self._monitor, found, own_server=self._serving, hung_up=self._drain)
