@@ -255,6 +255,32 @@ def test_reads_keep_to_a_limit_and_do_not_make_up_for_a_pause():
     assert Pace(None).wait(1 << 40, 0.0) == 0.0
 
 
+def test_a_copy_with_a_limit_leaves_no_answer_unread():
+    """QEMU, which may have to stop its guest, waits for its answers to be taken."""
+
+    class Punctual(FakeLane):
+        oldest = 0.0
+        asked: list[float] = []
+
+        def submit(self, offset: int, view: memoryview, token: object) -> None:
+            super().submit(offset, view, token)
+            self.asked.append(time.monotonic())
+
+        def wait(self, milliseconds: int) -> list[object]:
+            done = super().wait(milliseconds)
+            while done and self.pending:
+                done += super().wait(milliseconds)
+            self.oldest = max(self.oldest, time.monotonic() - min(self.asked))
+            self.asked.clear()
+            return done
+
+    content = b"x" * (16 * CLUSTER)
+    lane = Punctual(content)
+    chosen = Settings(1, 8, CLUSTER, 1, limit=20 * CLUSTER)
+    copier.copy(plan_of(content), [lane], MemorySink(), chosen, max_request=NO_LIMIT, progress=ignore)
+    assert lane.oldest < 0.2
+
+
 def test_a_copy_with_a_limit_takes_its_time_and_is_whole():
     content = b"x" * (64 * CLUSTER)
     lanes = [FakeLane(content) for _ in range(2)]
