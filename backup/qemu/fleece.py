@@ -150,8 +150,8 @@ class Instant:
         self._own = own
         self._targets = targets
         self._room = room
-        self._folder = folders.socket_folder()
-        self._socket = os.path.join(self._folder, "nbd")
+        self._folder, self._lock = folders.shared_folder()
+        self._socket = os.fspath(self._folder / "nbd")
         self._fds: list[int] = []
         self._serving = False
         self._undoing = threading.Lock()
@@ -234,6 +234,9 @@ class Instant:
                 os.ftruncate(fd, 0)
             os.close(fd)
         shutil.rmtree(self._folder, ignore_errors=True)
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     def _require_space(self, folder: Path) -> None:
         try:
