@@ -4,6 +4,7 @@ What is asked for, and what becomes of it: a request's disks, each looked at and
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 from backup import chain as chains
@@ -102,6 +103,7 @@ def consider(machine: Machine, contents: Contents, request: Request, disk: DiskR
         max_chain=request.max_chain,
         claim=disk.claim,
         unusable=request.unusable,
+        was=None if newest is None else _other_disk(disk, newest, sight),
     )
     return Considered(sight, last, decision)
 
@@ -114,6 +116,19 @@ def _last_chain(machine: Machine, contents: Contents, point: str, disk: str) -> 
             return chain
     except BackupError as error:
         return error
+
+
+def _other_disk(disk: DiskRequest, newest: Manifest, sight: Sight) -> str | None:
+    """
+    The other disk that the image in sight was at the newest point.
+
+    Names of nodes may mean other images after a restart of the machine, and disks of a configuration can be exchanged.
+    """
+    paths = {entry.name: os.path.realpath(entry.source.path) for entry in newest.disks}
+    now = os.path.realpath(sight.path)
+    if sight.kind == "nbd" or paths[disk.name] == now:
+        return None
+    return next((name for name, path in paths.items() if path == now), None)
 
 
 def _check_claim(disk: DiskRequest, newest: Manifest | None, contents: Contents) -> None:

@@ -291,8 +291,14 @@ class _Run:
             self.stop.set()
 
     def read(self, lane: Lane, number: int) -> None:
-        """Keep reads in flight on one connection until the batches end."""
+        """
+        Keep reads in flight on one connection until the batches end.
+
+        What was asked for is taken as it comes, whatever else is waited for: a running machine's QEMU that has to stop
+        its guest for a moment waits for those answers to be taken.
+        """
         waiting: deque[tuple[int, memoryview, Batch]] = deque()
+        due: float | None = None  # when the first of these may be read
         while not self.stop.is_set():
             # What was begun is read to its end, also when the connection is not needed any more.
             depth = self._depth.of(number) or bool(waiting)
@@ -301,15 +307,24 @@ class _Run:
                     batch = self._next(patient=lane.in_flight == 0)
                     if batch is not None:
                         waiting.extend(_requests(batch, self.request_size))
-                if not waiting or not self._pace.keep(len(waiting[0][1]), self.stop):
+                if not waiting:
+                    break
+                due = self._pace.due(len(waiting[0][1])) if due is None else due
+                if not self._in_time(due, patient=lane.in_flight == 0):
                     break
                 lane.submit(*waiting.popleft())
+                due = None
             if lane.in_flight:
                 self._arrived(lane.wait(int(_TICK * 1000)))
             elif self._batches is None and not waiting:
                 return
             elif not depth:
                 self._over.wait(_IDLE)
+
+    def _in_time(self, due: float, *, patient: bool) -> bool:
+        """Is it that late, or (`patient`) will it be so before the copy is to stop?"""
+        left = due - time.monotonic()
+        return left <= 0 or (patient and not self.stop.wait(left))
 
     def work(self) -> None:
         """Store batches until there are no more."""

@@ -116,6 +116,7 @@ def decide(
     max_chain: int,
     claim: Claim,
     unusable: str = RESCAN,
+    was: str | None = None,
 ) -> Decision:
     """
     Decide one disk's backup.
@@ -128,6 +129,8 @@ def decide(
         The chain of the disk's newest point; what is wrong with it; or None where there is no point.
     unusable : str
         FULL or RESCAN: what an incremental becomes where the chain is sound and no bitmap continues it.
+    was : str or None
+        The other disk of the newest point that this image was then.  All disks' bitmaps of one point have one name.
     """
     if wanted == FULL:
         return Decision(FULL, "asked for")
@@ -143,6 +146,8 @@ def decide(
         return _decide_claim(sight, last, claim, unusable)
     name = bitmap_name(family or "", short_id, last.newest.point)
     why_not = _why_not(sight, last.newest.entry, name, short_id)
+    if why_not is None and was is not None:
+        why_not = f"bitmap {name} is of disk {was}, which {sight.path} was at the newest point"
     if why_not is not None:
         return instead(why_not, last, unusable)
     return Decision(INCREMENTAL, f"changes since {last.newest.point}", parent=last, read=name)

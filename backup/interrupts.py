@@ -2,18 +2,23 @@
 SIGINT, SIGTERM and SIGHUP as `Interrupted`, raised between two lines of the main thread.
 
 A library that calls back into Python may print and swallow what is raised there; around such a call `held` keeps the
-signal until the call is over.
+signal until the call is over.  Python itself swallows what is raised where an object ends (a weak reference's callback,
+a generator's close); then it is raised once more, a moment later.
 """
 
 from __future__ import annotations
 
 import signal
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from backup.errors import Interrupted
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_A_MOMENT = 0.01
+"""Seconds."""
 
 
 class _State:
@@ -21,6 +26,8 @@ class _State:
 
     held = False
     waiting: int | None = None
+    came = 0
+    """The number of the signal that came."""
 
 
 def catch() -> None:
@@ -28,6 +35,7 @@ def catch() -> None:
     for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _handle)
+    sys.unraisablehook = _swallowed
 
 
 @contextmanager
@@ -56,7 +64,22 @@ def _handle(number: int, _frame: object) -> None:
     # One signal is enough: what follows is tidying up, which a second one must not cut off.
     for each in _SIGNALS:
         signal.signal(each, signal.SIG_IGN)
+    _State.came = number
+    # Python says so of a coroutine that was made and, now, is not run.
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    _deliver()
+
+
+def _deliver() -> None:
     if _State.held:
-        _State.waiting = number
+        _State.waiting = _State.came
     else:
-        raise Interrupted(number)
+        raise Interrupted(_State.came)
+
+
+def _swallowed(found: sys.UnraisableHookArgs) -> None:
+    if not isinstance(found.exc_value, Interrupted):
+        sys.__unraisablehook__(found)
+        return
+    signal.signal(signal.SIGALRM, lambda *_: _deliver())
+    signal.setitimer(signal.ITIMER_REAL, _A_MOMENT)

@@ -26,6 +26,11 @@ class Pace:
         seconds = self.wait(length, time.monotonic())
         return seconds <= 0 or not stop.wait(seconds)
 
+    def due(self, length: int) -> float:
+        """When (time.monotonic) `length` bytes may be moved; that time is taken now."""
+        now = time.monotonic()
+        return now + self.wait(length, now)
+
     def wait(self, length: int, now: float) -> float:
         """Seconds to wait at the time `now` (seconds) before `length` bytes are moved; their time is taken then."""
         if self._limit is None:

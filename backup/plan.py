@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -293,8 +294,7 @@ def _held(chain: HeldData, wanted: Mask, first: int, cluster_size: int) -> Mask:
 
 def any_dirty(source: BlockStatus, bitmap: str) -> bool:
     """Does the bitmap have any dirty range?  Asks up to the first."""
-    windows = list(extents.windows(0, source.size, WINDOW))
-    for (start, end), following in zip(windows, [*windows[1:], None], strict=True):
+    for (start, end), following in _with_following(extents.windows(0, source.size, WINDOW)):
         status = source.dirty(bitmap, start, end)
         if status.flags.any():
             return True
@@ -340,8 +340,7 @@ def _dirty_windows(
     Allocation matters near what is dirty, or `everywhere`; from `grown` on all is dirty.  Without a bitmap nothing else
     is.
     """
-    windows = list(extents.windows(0, source.size, WINDOW))
-    for (start, end), following in zip(windows, [*windows[1:], None], strict=True):
+    for (start, end), following in _with_following(extents.windows(0, source.size, WINDOW)):
         status = Runs.uniform(start, end, 0) if bitmap is None else source.dirty(bitmap, start, end)
         if bitmap is not None and following is not None:
             source.expect_dirty(bitmap, *following)
@@ -357,6 +356,12 @@ def _near(touched: Mask, start: int, end: int, cluster_size: int) -> Iterator[tu
     """Ranges, in bytes, that hold the touched clusters of the window [start, end)."""
     for low, high in _spans(touched, _NEAR // cluster_size):
         yield start + low * cluster_size, min(start + high * cluster_size, end)
+
+
+def _with_following(items: Iterable[_T]) -> Iterator[tuple[_T, _T | None]]:
+    """Yield each item with the one after it; a disk of no bytes has none."""
+    held = list(items)
+    yield from zip_longest(held, held[1:])
 
 
 def _one_behind(items: Iterable[_T]) -> Iterator[_T]:

@@ -106,6 +106,10 @@ class Machine:
 
     iothread = False
     """Do the disks have an iothread?  Then HMP's qemu-io cannot play the guest: QEMU 7.2 aborts at some of it."""
+    werror = "auto"
+    """What the devices do when a write fails; QEMU's own way is to stop the guest where there is no space."""
+    awaited = False
+    """Does it wait, when it is started, for another one to be migrated to it?"""
 
     def __init__(self, folder: Path, *disks: Disk) -> None:
         self.folder = folder
@@ -128,12 +132,24 @@ class Machine:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.running:
+        if hasattr(self, "monitor"):
             self.process.kill()
             self._gone()
         shutil.rmtree(self.place, ignore_errors=True)
 
     # Life and death
+
+    @property
+    def gate(self) -> str:
+        """Where another machine comes in."""
+        return f"unix:{self.place}/gate"
+
+    def migrate(self, to: Machine) -> str:
+        """Migrate to a machine that awaits it; how that ends."""
+        self.monitor("migrate", uri=to.gate)
+        ends = {"completed", "failed", "cancelled"}
+        wait_until(lambda: self.monitor("query-migrate").get("status") in ends, "end of the migration")
+        return str(self.monitor("query-migrate")["status"])
 
     @property
     def running(self) -> bool:
@@ -156,9 +172,11 @@ class Machine:
             command += ["-object", "iothread,id=iothread0", "-device", "virtio-scsi-pci,iothread=iothread0"]
         else:
             command += ["-device", "virtio-scsi-pci"]
+        if self.awaited:
+            command += ["-incoming", self.gate]
         for disk in self.disks.values():
             command += ["-blockdev", json.dumps(blockdev(disk))]
-            command += ["-device", f"scsi-hd,drive={disk.node},id={disk.device}"]
+            command += ["-device", f"scsi-hd,drive={disk.node},id={disk.device},werror={self.werror}"]
         with self.log.open("wb") as log, self.errors.open("wb") as errors:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=errors)
         self.said = 0

@@ -846,6 +846,24 @@ def test_a_disk_added_to_a_machine_does_not_force_a_full_of_its_neighbours(machi
     restored_both(tmp_path)
 
 
+def test_disks_that_are_exchanged_in_the_configuration_are_not_taken_for_each_other(machine, tmp_path):
+    """Both have a sound bitmap of the newest point; of disks that hold the same, no spot check would tell."""
+    vda, vdb = tmp_path / "vda.qcow2", tmp_path / "vdb.qcow2"
+    for image in (vda, vdb):
+        write(image, "write -P 9 0 2M")
+    assert call_pybackup(["--config", machine, "incremental", "--no-fallback"]).rc == 0
+    write(vda, "write -P 8 1M 3k")
+    text = machine.read_text()
+    machine.write_text(text.replace("vda.qcow2", "x").replace("vdb.qcow2", "vda.qcow2").replace("x}", "vdb.qcow2}"))
+    done = call_pybackup(["--config", machine, "incremental", "--no-fallback"])
+    assert (done.rc, "is of disk" in done.stderr) == (14, True), done
+    done = call_pybackup(["--config", machine, "incremental"])
+    assert (done.rc, done.stderr.count("is of disk")) == (3, 2), done
+    for name, image in (("vda", vdb), ("vdb", vda)):
+        restore_and_cmp(tmp_path / "repo", "web1/latest", image, disk=name)
+    assert call_pybackup(["--config", machine, "incremental", "--no-fallback"]).rc == 0
+
+
 def test_a_disk_left_out_for_a_night_continues_from_its_own_newest_point(machine, tmp_path):
     text = machine.read_text()
     machine.write_text("".join(line for line in text.splitlines(keepends=True) if "vdb:" not in line))

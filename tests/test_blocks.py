@@ -9,6 +9,7 @@ from backup.qemu.blocks import Blocks
 def named(name, driver="qcow2", file=None, **image):
     return {
         "node-name": name,
+        "ro": False,
         "drv": driver,
         "file": file or f"/images/{name}",
         "image": {"virtual-size": 1 << 20, "actual-size": 4096, **image},
@@ -49,6 +50,13 @@ def throttled():
     ]
     edges = ["throttle0 disk0 file", "disk0 file0 file", "disk0 base0 backing", "base0 file1 file"]
     return blocks(nodes, edges, [device("throttle0", qdev="/machine/peripheral/vd0/virtio-backend")])
+
+
+def test_a_drive_without_a_medium_is_said_to_be_empty():
+    drives = [{"device": "", "qdev": "/machine/peripheral/cd0", "io-status": "ok", "tray_open": False}]
+    found = Blocks.of([named("disk0")], drives, {"nodes": [], "edges": []})
+    with pytest.raises(SourceError, match="'cd0' of the machine is empty"):
+        resolved(found, "cd0")
 
 
 @pytest.mark.parametrize(

@@ -246,6 +246,31 @@ def test_connections_that_were_not_needed_do_not_keep_a_copy_from_its_end(monkey
     assert not lanes[3].lengths
 
 
+def test_a_copy_with_a_limit_leaves_no_answer_unread():
+    """QEMU, which may have to stop its guest, waits for its answers to be taken."""
+
+    class Punctual(FakeLane):
+        oldest = 0.0
+        asked = 0.0
+
+        def submit(self, offset: int, view: memoryview, token: object) -> None:
+            self.asked = self.asked if self.pending else time.monotonic()
+            super().submit(offset, view, token)
+
+        def wait(self, milliseconds: int) -> list[object]:
+            done = super().wait(milliseconds)
+            while self.pending:
+                done += super().wait(milliseconds)
+            self.oldest = max(self.oldest, time.monotonic() - self.asked)
+            return done
+
+    content = b"x" * (16 * CLUSTER)
+    lane = Punctual(content)
+    chosen = Settings(1, 8, CLUSTER, 1, limit=20 * CLUSTER)
+    copier.copy(plan_of(content), [lane], MemorySink(), chosen, max_request=NO_LIMIT, progress=ignore)
+    assert lane.oldest < 0.2
+
+
 def test_a_copy_with_a_limit_takes_its_time_and_is_whole():
     content = b"x" * (64 * CLUSTER)
     lanes = [FakeLane(content) for _ in range(2)]

@@ -76,6 +76,10 @@ def require_fallback(found: Decision, *words: str) -> None:
         assert word in found.reason
 
 
+def test_a_sound_bitmap_of_another_disk_is_not_continued():
+    require_fallback(decided(last=chain(), was="vdb"), NAME, "disk vdb", "/disk.qcow2")
+
+
 def test_a_sound_bitmap_of_the_newest_point_is_continued():
     last = chain()
     assert decided(SOUND, last) == Decision(INCREMENTAL, f"changes since {P}", parent=last, read=NAME)

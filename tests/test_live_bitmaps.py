@@ -11,7 +11,19 @@ from pathlib import Path
 
 import pytest
 from lab import KIB, MIB, call_pybackup, make_image, run, run_pybackup
-from live import Disk, Machine, Nights, Step, below_the_guest, kinds, private_tmp, remove_empty_folders, stopped_at
+from live import (
+    Disk,
+    Machine,
+    Nights,
+    Step,
+    below_the_guest,
+    blockdev,
+    kinds,
+    private_tmp,
+    remove_empty_folders,
+    stopped_at,
+    wait_until,
+)
 
 
 @pytest.fixture
@@ -270,6 +282,88 @@ def test_any_name_below_an_external_snapshot_means_the_node_that_the_guest_write
     assert (done.rc, kinds(done)) == (0, {"full"}), done
     assert nights.own_bitmap in machine.bitmaps("a-top")
     machine.write("a", 3 * MIB, 1000, 0x32)
+    nights.require_incremental("--no-fallback")
+
+
+def test_disks_whose_nodes_names_are_exchanged_after_a_restart_are_not_taken_for_each_other(nights):
+    """Both have a sound bitmap of the newest point; of disks that hold the same, no spot check would tell."""
+    machine = nights.machine
+    for name in machine.disks:
+        machine.write(name, 0, 4 * MIB, 0x31)
+    nights.require_incremental("--no-fallback")
+    machine.write("a", MIB, 1000, 0x32)
+    machine.quit()
+    a, b = machine.disks.values()
+    a.node, b.node = b.node, a.node
+    machine.start()
+    # The program is told the same as before, by the names of nodes.
+    a.name, b.name, machine.disks = "b", "a", {"a": b, "b": a}
+    nights.require_fallback("is of disk")
+
+
+# A disk moves to other files while it runs
+
+
+def finish(machine: Machine, job: str) -> None:
+    """Have a job that copied all let the guest go on in its target, and wait for its end."""
+
+    def status() -> str:
+        return next((found["status"] for found in machine.monitor("query-jobs") if found["id"] == job), "gone")
+
+    wait_until(lambda: status() == "ready", f"copy of job {job}")
+    machine.monitor("job-complete", id=job)
+    wait_until(lambda: status() == "gone", f"end of job {job}")
+
+
+@pytest.mark.parametrize("between", [False, True], ids=["no backup meanwhile", "a backup meanwhile"])
+def test_what_was_written_above_an_external_snapshot_is_not_lost_when_that_is_committed(nights, between):
+    """A commit is recorded by the lower image's bitmap; of a point that was taken above it that has none."""
+    machine, disk = nights.machine, nights.machine.disks["a"]
+    below_the_guest(machine, "a")
+    machine.write("a", 3 * MIB, 100_000, 0x31)
+    if between:
+        nights.require_rescans("backing", only=["a"])
+        machine.write("a", 3 * MIB, 50_000, 0x32)
+    machine.monitor("block-commit", device=disk.node, base_node="a", job_id="commit")
+    finish(machine, "commit")
+    disk.node = "a"
+    machine.write("a", MIB, 1000, 0x33)
+    if between:
+        nights.require_rescans("backing", only=["a"])
+    nights.require_incremental("--no-fallback")
+    nights.require_own_bitmap_alone()
+    machine.quit()
+
+
+def test_a_backing_file_that_is_exchanged_while_the_machine_runs_is_noticed(nights):
+    machine, disk = nights.machine, nights.machine.disks["a"]
+    below_the_guest(machine, "a")
+    nights.require_rescans("backing", only=["a"])
+    other = machine.folder / "other.qcow2.tmp"
+    run("qemu-img", "convert", "-U", "-O", "qcow2", disk.image, other)
+    run("qemu-io", "-c", "write -P 0x41 1M 64k", other)
+    storage = {"driver": "file", "filename": str(other)}
+    machine.monitor("blockdev-add", driver="qcow2", node_name="other", read_only=True, file=storage)
+    [top] = [node for name, node in machine.nodes().items() if name == disk.node]
+    file = next(name for name, node in machine.nodes().items() if node["drv"] == "file" and node["file"] == top["file"])
+    reopened = {"driver": "qcow2", "node-name": disk.node, "file": file, "backing": "other"}
+    machine.monitor("blockdev-reopen", options=[reopened])
+    disk.model[MIB : MIB + 65536] = b"\x41" * 65536
+    nights.require_fallback("backing file", only=["a"])
+
+
+def test_a_disk_that_was_mirrored_to_another_image_is_read_there(nights):
+    """Bitmaps do not go along."""
+    machine, disk = nights.machine, nights.machine.disks["a"]
+    target = make_image(machine.folder / "moved.qcow2.tmp", 4 * MIB)
+    machine.monitor("blockdev-add", **blockdev(Disk("moved", target, bytearray())))
+    machine.monitor("blockdev-mirror", device="a", target="moved", sync="full", job_id="mirror")
+    finish(machine, "mirror")
+    disk.node = "moved"
+    machine.write("a", MIB, 1000, 0x51)
+    done = nights.backup_of("incremental", "--node", disk.device, "--disk", "a")
+    assert (done.rc, "is missing" in done.stderr) == (3, True), done
+    machine.write("a", 0, 1000, 0x52)
     nights.require_incremental("--no-fallback")
 
 

@@ -33,6 +33,9 @@ from live import (
     wait_until,
 )
 
+from backup.qemu import monitor
+from backup.qemu.monitor import Monitor
+
 COPYING = Step("PartFile.put", "after", module="backup.datafile")
 EXPORTED = Step("block-export-add", "after", 2)
 MOMENTS = [
@@ -196,6 +199,30 @@ def test_a_qemu_that_is_killed_is_an_error_and_the_next_run_a_rescan(nights, ste
     nights.require_restored()
 
 
+def test_a_qemu_that_hangs_is_waited_for_once(nights, monkeypatch):
+    """Not once more for each thing to tidy up, which the next run does."""
+    for name, seconds in (("_COMMAND_SECONDS", 6.0), ("_HUNG_SECONDS", 0.2), ("_GREETING_SECONDS", 0.2)):
+        monkeypatch.setattr(monitor, name, seconds)
+    execute = Monitor.command
+
+    def command(self, name, arguments=None):
+        if name == "transaction":
+            nights.machine.process.send_signal(signal.SIGSTOP)
+        return execute(self, name, arguments)
+
+    began = time.monotonic()
+    with monkeypatch.context() as patched:
+        patched.setattr(Monitor, "command", command)
+        done = nights.backup("incremental")
+    took = time.monotonic() - began
+    nights.machine.process.send_signal(signal.SIGCONT)
+    assert done.rc == 13, done
+    assert "did not answer transaction" in done.machine["error"]["message"]
+    assert took < 2 * 6.0
+    nights.require_making_up("--no-fallback")
+    nights.require_own_bitmap_alone()
+
+
 def test_a_qemu_that_is_killed_when_all_is_read_leaves_a_point(nights):
     held = nights.machine.held()
     with stopped_at(READ, nights.arguments("incremental")) as run:
@@ -299,9 +326,11 @@ def test_a_node_that_the_machine_does_not_have(nights, node):
     nights.require_incremental("--no-fallback")
 
 
-def test_one_disk_named_twice(nights):
-    done = nights.backup_of("full", "--node", "a", "--disk", "x", "--node", "dev-a", "--disk", "y")
+@pytest.mark.parametrize("again", ["a", "dev-a"])
+def test_one_disk_named_twice(nights, again):
+    done = nights.backup_of("full", "--node", "a", "--disk", "x", "--node", again, "--disk", "y")
     assert done.rc == 2, done
+    assert "same disk" in done.machine["error"]["message"]
     nights.require_incremental("--no-fallback")
 
 
@@ -403,9 +432,9 @@ def test_a_scratch_folder_with_less_space_than_must_stay_free_is_refused_before_
     nights.require_incremental("--no-fallback")
 
 
-def with_reserve(nights: Nights, scratch: Path, *options: str) -> list[str | Path]:
+def with_reserve(nights: Nights, scratch: Path, *options: str, reserve: str = "2M") -> list[str | Path]:
     config = nights.machine.folder / "c.yaml"
-    config.write_text("scratch_reserve: 2M\n")
+    config.write_text(f"scratch_reserve: {reserve}\n")
     return ["--config", config, *nights.arguments("incremental", "--scratch", scratch, *options)]
 
 
@@ -444,6 +473,33 @@ def test_a_guests_write_that_fails_for_a_full_scratch_folder_is_in_no_point(nigh
     machine.write("a", 0, 4 * MIB, 0x53)
     nights.require_making_up("--no-fallback")
     machine.quit()
+
+
+def test_a_guest_that_goes_on_after_an_error_is_not_given_more_of_them(nights, scratch):
+    """Nothing must stay free there, and the device tells the guest of a failed write instead of stopping it."""
+    nights.machine.werror = "report"
+    nights.machine.restart()
+    nights.machine.write("a", 0, 4 * MIB, 0x51)
+    points = nights.points()
+    with stopped_at(EXPORTED, with_reserve(nights, scratch, "--limit", "256K", reserve="0")) as run:
+        run.send_signal(signal.SIGCONT)
+        began = time.monotonic()
+        with pytest.raises(OSError, match="No space left"):
+            overwrite(nights.machine)
+        assert ended(run) == 13
+        assert time.monotonic() - began < 10, "it did not read on to the end"
+    assert nights.points() == points
+    nights.machine.write("a", 0, 4 * MIB, 0x53)
+    nights.require_making_up("--no-fallback")
+
+
+def test_a_scratch_folder_is_known_to_later_runs_by_its_whole_name(nights, monkeypatch):
+    monkeypatch.chdir(nights.machine.place)
+    with stopped_at(EXPORTED, nights.arguments("incremental", "--scratch", "t")):
+        [one, other] = nights.machine.monitor("query-fdsets")
+    for kept in (one, other):
+        assert f'["{nights.machine.place}/t"' in kept["fds"][0]["opaque"]
+    nights.require_making_up("--no-fallback")
 
 
 def overwrite(machine: Machine) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from agents import FREEZE, STATUS, SYNC, THAW, FakeAgent
+from lab import call_pybackup
 from live import Machine, Nights, Step, kinds, private_tmp, remove_empty_folders, stopped_at
 
 from backup.qemu.agent import Agent
@@ -88,7 +89,28 @@ def test_a_run_that_is_not_asked_to_freeze_does_not(nights):
     assert consistency(nights) == {"crash"}
 
 
+def test_a_dry_run_asks_the_agent_and_freezes_nothing(nights):
+    with agent_of(nights) as agent:
+        done = nights.backup("incremental", "--dry-run")
+        assert (done.rc, done.stderr) == (0, ""), done
+        assert agent.heard == [STATUS]
+    done = nights.backup("incremental", "--dry-run")
+    assert (done.rc, "was not frozen" in done.stderr) == (3, True), done
+
+
 # Left frozen
+
+
+def test_clean_thaws_a_guest_whose_agent_it_is_told_or_finds_in_the_configuration(nights, tmp_path):
+    config = tmp_path / "c.yaml"
+    disks = "disks: {a: {node: a}}"
+    config.write_text(f"machines: {{m: {{qmp: {nights.machine.qmp}, agent: {nights.machine.place}/agent, {disks}}}}}")
+    for options in ([], ["--agent", nights.machine.place / "agent"]):
+        with agent_of(nights, frozen=True) as agent:
+            given = ["clean", "--qmp", nights.machine.qmp, "--repo", nights.repository, *options]
+            done = call_pybackup(given if options else ["--config", config, *given])
+            assert (done.rc, done.stdout) == (0, "removed a freeze of the guest's file systems\n"), done
+            assert not agent.frozen
 
 
 @pytest.mark.parametrize("asked", [True, False], ids=["--freeze", "no freeze"])

@@ -75,17 +75,53 @@ def test_a_raw_disk_whose_size_is_no_whole_number_of_clusters(tmp_path, size):
         nights.require_incremental("--no-fallback")
 
 
+def test_a_disk_of_no_bytes(tmp_path):
+    """QEMU loses a bitmap of nothing when it ends."""
+    with Machine.of(tmp_path, "x", size=0) as machine, private_tmp(machine.place):
+        nights = Nights.of(machine.start())
+        assert "no bytes" in nights.backup("full").stderr
+        nights.require_incremental("--no-fallback")
+        audited = call_pybackup([*nights.arguments("audit")])
+        assert audited.rc == 0, audited
+        machine.restart()
+        nights.require_fallback("no bytes")
+
+
 def test_a_disk_that_the_guest_may_only_read_is_backed_up(tmp_path):
     image = make_image(tmp_path / "x.qcow2", MIB)
     with Machine(tmp_path) as machine, private_tmp(machine.place):
         machine.start()
         disk = Disk("x", image, bytearray(MIB))
-        machine.monitor("blockdev-add", **blockdev(disk), read_only=True)
-        machine.monitor("device_add", driver="scsi-cd", drive="x", id="dev-x")
         machine.disks["x"] = disk
+        plug_read_only(machine, "x")
         nights = Nights.of(machine)
-        nights.full()
+        done = nights.backup("full")
+        assert (done.rc, "open read-only" in done.stderr) == (3, True), done
         nights.require_incremental("--no-fallback")
+
+
+def plug_read_only(machine: Machine, name: str) -> None:
+    disk = machine.disks[name]
+    machine.monitor("blockdev-add", **blockdev(disk), read_only=True)
+    machine.monitor("device_add", driver="scsi-cd", drive=disk.node, id=disk.device)
+
+
+def test_a_disk_that_is_read_only_for_some_nights(tmp_path):
+    """The image's own bitmap can't be removed meanwhile, and says nothing of the nights between."""
+    with Machine.of(tmp_path, "x") as machine, private_tmp(machine.place):
+        nights = Nights.of(machine.start())
+        nights.full()
+        machine.write("x", MIB, 1000, 0x21)
+        machine.unplug("x")
+        plug_read_only(machine, "x")
+        nights.require_incremental("--no-fallback")
+        nights.require_incremental("--no-fallback")
+        machine.unplug("x")
+        machine.plug("x")
+        machine.write("x", 2 * MIB, 1000, 0x22)
+        nights.require_rescans("is missing")
+        nights.require_sound()
+        nights.require_own_bitmap_alone()
 
 
 def test_a_disk_that_another_job_copies_is_refused_for_that_reason_and_the_job_goes_on(machine):
@@ -142,4 +178,25 @@ def test_two_machines_of_one_repository_are_backed_up_one_beside_the_other(machi
             assert first.wait(60) == 0
         nights.references.update(dict.fromkeys(nights.points() - set(nights.references), machine.held()))
         nights.require_sound()
+        assert other.leftovers() == []
+
+
+def test_a_paused_machine_is_backed_up_beside_another_one_again_and_again(machine, tmp_path):
+    """A paused QEMU closes no descriptor that it was passed; those are in nobody's way."""
+    nights = Nights.of(machine)
+    other_folder = tmp_path / "other.tmp"
+    other_folder.mkdir()
+    with Machine.of(other_folder, "c") as other:
+        other.start().monitor("stop")
+        given = ["--qmp", other.qmp, "--machine", "n", "--bitmap", "b1", "--repo", nights.repository, "--node", "c"]
+        assert call_pybackup(["full", *given]).rc == 0
+        assert "fdset" in str(other.leftovers())
+        with stopped_at(Step("transaction", "after"), nights.arguments("full")):
+            again = call_pybackup(["incremental", *given])
+            assert (again.rc, again.stderr) == (0, ""), again
+            cleaned = call_pybackup(["clean", "--qmp", other.qmp, "--repo", nights.repository])
+            assert (cleaned.rc, cleaned.stderr) == (0, ""), cleaned
+        assert other.monitor("query-status")["status"] == "paused"
+        other.monitor("cont")
+        assert call_pybackup(["incremental", *given]).rc == 0
         assert other.leftovers() == []

@@ -8,13 +8,14 @@ on disk, and every published point must restore to what both disks held at its i
 
 from __future__ import annotations
 
+import os
 import signal
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from lab import MIB
-from live import Machine, Nights, Step, commands_of, private_tmp, remove_empty_folders, stopped_at
+from lab import MIB, call_pybackup, make_image
+from live import Machine, Nights, Step, commands_of, own_folders, private_tmp, remove_empty_folders, stopped_at
 
 DATA, REPOSITORY = "backup.datafile", "backup.repository"
 
@@ -120,6 +121,21 @@ def test_a_run_is_killed_and_then_the_machine_is_killed(nights, step):
     nights.require_rescans("is inconsistent", "is missing")
     nights.require_restored()
     nights.require_own_bitmap_alone()
+
+
+def test_a_folder_in_tmp_that_a_killed_run_and_a_killed_qemu_left_goes_with_a_later_run(nights):
+    """Not while QEMU listens there: its own recovery looks for it."""
+    struck(nights, COPYING)
+    [left] = own_folders()
+    os.utime(left, (0, 0))  # one that was just made may be about to be used
+    image = make_image(nights.machine.folder / "other.tmp", MIB)
+    another = ["full", "--image", image, "--machine", "n", "--repo", nights.repository]
+    assert call_pybackup(another).rc == 0
+    assert own_folders() == [left]
+    nights.machine.crash()
+    assert call_pybackup(another).rc == 0
+    assert own_folders() == []
+    nights.require_rescans("is missing")
 
 
 def test_four_runs_that_are_killed_one_after_the_other(nights):

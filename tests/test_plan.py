@@ -254,6 +254,18 @@ def test_a_full_plan_gives_the_disk_from_nothing(case, window):
     assert made.totals.data + made.totals.zero == made.totals.dirty == len(now)
 
 
+def test_a_disk_of_no_bytes_has_plans_of_nothing():
+    empty = _Sparse(0, [])
+    plans = [
+        plan_full(empty, CLUSTER),
+        plan_incremental(empty, CLUSTER, "b", parent_size=0, chain=None),
+        plan_rescan(empty, CLUSTER, Chain(np.zeros(0), CLUSTER)),
+        plan_audit(empty, CLUSTER, "b", parent_size=0, chain=Chain(np.zeros(0), CLUSTER)),
+    ]
+    assert [list(made.regions()) for made in plans] == [[]] * 4
+    assert not plan.any_dirty(empty, "b")
+
+
 @pytest.mark.parametrize("cluster", [4 * KIB, 64 * KIB, 2 * MIB])
 def test_cluster_sizes_from_4_kib_to_2_mib_round_out_dirty_and_in_zero(cluster):
     size = 5 * cluster + 333

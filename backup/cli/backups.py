@@ -322,12 +322,14 @@ def clean(
     json: Json = False,
 ) -> None:
     """Remove what cut-off runs left in a running QEMU.  Jobs, exports, nodes, bitmaps of no point, a frozen guest."""
+    from backup.cli import requests
     from backup.sources.base import Freeze
     from backup.sources.running import Running
 
     options.json = json
     repository = find.repository(path_of(repo))
-    with Running(Path(qmp), [], freeze=Freeze(path_of(agent))) as host:
+    known = path_of(agent) or requests.agent_of(Path(qmp), find.config_or_default())
+    with Running(Path(qmp), [], freeze=Freeze(known)) as host:
         removed = list(host.recover(repository.ownership(None)))
     if json:
         render.document({"removed": removed})

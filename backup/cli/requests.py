@@ -154,6 +154,11 @@ def open_disk(place: Place, bitmap: str | None, config: Config, warn: Callable[[
             yield moment.disks[0].export
 
 
+def agent_of(qmp: Path, config: Config) -> Path | None:
+    """The guest agent's socket of the machine with this QMP socket, where the configuration knows it."""
+    return next((machine.agent for machine in config.machines if machine.qmp == qmp.absolute()), None)
+
+
 def _image(place: Place) -> ImageSource:
     assert place.image is not None
     return ImageSource(place.image, place.image_format)
@@ -270,7 +275,7 @@ def _from_qmp(socket: Path, options: Options, config: Config) -> Request:
         options.nodes,
         config,
         scratch=options.scratch or config.scratch,
-        freeze=Freeze(options.agent, wanted=options.freeze),
+        freeze=Freeze(options.agent, wanted=options.freeze, rehearsed=options.dry_run),
     )
     disks = [check_name("disk", name) for name in options.disks or (_derived(name, "disk") for name in names)]
     for name in disks:
@@ -300,12 +305,18 @@ def _from_config(machine: MachineConfig, options: Options, config: Config) -> Re
     if any(disk.nbd is None for disk in machine.disks):
         _require_bitmap(options, family)
     compression = None if options.compression else machine.compression
-    host, disks = _configured(machine, config, freezes=options.wanted != "audit")
+    freeze = NO_FREEZE if options.wanted == "audit" else _freeze(machine, rehearsed=options.dry_run)
+    host, disks = _configured(machine, config, freeze)
     unusable = machine.on_unusable_bitmap
     return _request(machine.name, host, disks, family, options, config, compression=compression, unusable=unusable)
 
 
-def _configured(machine: MachineConfig, config: Config, *, freezes: bool) -> tuple[Host, tuple[DiskRequest, ...]]:
+def _freeze(machine: MachineConfig, *, rehearsed: bool) -> Freeze:
+    wanted, required = machine.freeze != "no", machine.freeze == "required"
+    return Freeze(machine.agent, wanted=wanted, required=required, rehearsed=rehearsed)
+
+
+def _configured(machine: MachineConfig, config: Config, freeze: Freeze) -> tuple[Host, tuple[DiskRequest, ...]]:
     if machine.qmp is None:
         resting = [_resting(disk) for disk in machine.disks]
         claims = [Claim(disk.bitmap, None) for disk in machine.disks]
@@ -316,9 +327,7 @@ def _configured(machine: MachineConfig, config: Config, *, freezes: bool) -> tup
         [disk.node or "" for disk in machine.disks],
         config,
         scratch=machine.scratch or config.scratch,
-        freeze=Freeze(machine.agent, wanted=machine.freeze != "no", required=machine.freeze == "required")
-        if freezes
-        else NO_FREEZE,
+        freeze=freeze,
     )
     pairs = zip(machine.disks, host.sources, strict=True)
     return host, tuple(DiskRequest(disk.name, source) for disk, source in pairs)

@@ -58,6 +58,7 @@ class Node:
     details: Mapping[str, Any]
     stored: int
     """Bytes that its file takes."""
+    read_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,8 @@ class Blocks:
     nodes: Mapping[str, Node]
     edges: tuple[tuple[str, str, str], ...]
     devices: tuple[Device, ...]
+    empty: tuple[str, ...] = ()
+    """Names of drives without a medium."""
 
     @classmethod
     def of(
@@ -94,6 +97,7 @@ class Blocks:
                 if edge["parent"] in drivers and edge["child"] in drivers
             ),
             devices=tuple(_device(found) for found in devices if "inserted" in found),
+            empty=tuple(name for found in devices if "inserted" not in found for name in _device_names(found)),
         )
 
     def resolve(self, text: str, same_file: Callable[[str, str], bool]) -> Node:
@@ -113,6 +117,8 @@ class Blocks:
         found = sorted({self._below_filters(top) for top in attached or tops})
         if len(found) == 1:
             return self.nodes[found[0]]
+        if text in self.empty:
+            raise SourceError(f"drive {text!r} of the machine is empty", hint="insert a medium, or leave the drive out")
         known = ", ".join(sorted(device.names[0] for device in self.devices if device.names)) or "none"
         if not found:
             raise SourceError(
@@ -190,6 +196,7 @@ def _node(found: Mapping[str, Any]) -> Node:
         bitmaps=tuple(_bitmap(bitmap) for bitmap in found.get("dirty-bitmaps", ()) if bitmap.get("name")),
         details=image.get("format-specific", {}).get("data", {}),
         stored=int(image.get("actual-size", 0)),
+        read_only=bool(found["ro"]),
     )
 
 
@@ -206,9 +213,12 @@ def _bitmap(found: Mapping[str, Any]) -> NodeBitmap:
 
 
 def _device(found: Mapping[str, Any]) -> Device:
+    return Device(_device_names(found), found["inserted"]["node-name"], found.get("io-status", "ok"))
+
+
+def _device_names(found: Mapping[str, Any]) -> tuple[str, ...]:
     qdev = found.get("qdev", "")
     # "/machine/peripheral/vd0/virtio-backend" is the device that -device calls vd0.
     words = qdev.split("/")
     own = words[3:4] if words[:3] == ["", "machine", "peripheral"] else []
-    names = dict.fromkeys(name for name in (*own, found.get("device", ""), qdev) if name)
-    return Device(tuple(names), found["inserted"]["node-name"], found.get("io-status", "ok"))
+    return tuple(dict.fromkeys(name for name in (*own, found.get("device", ""), qdev) if name))

@@ -40,6 +40,11 @@ _log = logging.getLogger(__name__)
 
 _WATCH_SECONDS = 0.2
 """Between looks at the scratch folder's space and at QEMU's events."""
+_LEAST = 4096
+"""
+Bytes, of any reserve.  With less the next copy fails, and a guest behind an export of QEMU's, not a device, gets that
+error without an event.
+"""
 _DRAIN_SECONDS = 2.0
 """For what a server that has hung up sent before."""
 _STOPS = {"STOP", "BLOCK_IO_ERROR"}
@@ -145,8 +150,8 @@ class Instant:
         self._own = own
         self._targets = targets
         self._room = room
-        self._folder = folders.socket_folder()
-        self._socket = os.path.join(self._folder, "nbd")
+        self._folder, self._lock = folders.shared_folder()
+        self._socket = os.fspath(self._folder / "nbd")
         self._fds: list[int] = []
         self._serving = False
         self._undoing = threading.Lock()
@@ -229,6 +234,9 @@ class Instant:
                 os.ftruncate(fd, 0)
             os.close(fd)
         shutil.rmtree(self._folder, ignore_errors=True)
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     def _require_space(self, folder: Path) -> None:
         try:
@@ -350,6 +358,20 @@ class Instant:
             self._connections.append(connection.dup())
             return connection.detach()
 
+    def _leave(self) -> None:
+        """
+        Leave the server, where a client may: it must not wait for us to read on.
+
+        A QEMU that stops its guest, for a full scratch folder too, waits until all requests are answered, and does
+        nothing else.
+        """
+        if self._iothreads:
+            return  # what it has to send has room, see `_dial`
+        for connection in self._connections:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        self._drain()
+
     def _drain(self) -> None:
         """
         Read to the end what the server had sent when it hung up.
@@ -366,12 +388,17 @@ class Instant:
     def _let_go(self) -> None:
         """Remove all, exports first: readers must not get what a disk holds now for what it held."""
         with self._undoing:
+            self._leave()
             stopped = self._stopped_the_guest()
             found = leftovers.find(self._monitor, [self._own])
             leftovers.remove(self._monitor, found, own_server=self._serving, hung_up=self._drain)
             self._serving = False
             if stopped or "STOP" in self._events():
                 leftovers.resume(self._monitor)
+
+    def _failed_the_guest(self) -> bool:
+        """Did it have an I/O error while there was no room for copies?  It may have to go on with that (werror)."""
+        return "BLOCK_IO_ERROR" in self._events() and any(leftovers.is_full(fd) for fd in self._fds)
 
     def _stopped_the_guest(self) -> bool:
         """Asked often, so that QEMU is asked only after an event that may say so."""
@@ -410,7 +437,7 @@ class Instant:
         free, folder = min(
             (leftovers.free_bytes(fd), of.scratch) for fd, of in zip(self._fds, self._targets, strict=True)
         )
-        if free >= self._room.reserve and not self._stopped_the_guest():
+        if free >= max(self._room.reserve, _LEAST) and not self._failed_the_guest():
             return
         self.lost = SourceError(
             f"the scratch folder {folder} ran out of space ({free} bytes left) while the guest wrote; "

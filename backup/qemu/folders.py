@@ -16,6 +16,7 @@ from pathlib import Path
 _LONGEST_FOLDER = 80
 """Bytes of a temporary folder's path that leave room for a folder and a socket in it."""
 _PRIVATE = "pybackup-own-"
+_SHARED = "pybackup-live-"
 _YOUNG = 60.0
 """Seconds: a folder that was just made may not be locked yet."""
 
@@ -28,34 +29,58 @@ def private_folder() -> Iterator[Path]:
     The kernel frees the flock that is held on it however this process ends.  So a folder that gives the lock is what a
     killed run left, and goes too.
     """
-    folder = Path(socket_folder(_PRIVATE))
+    folder, lock = _locked_folder(_PRIVATE)
     try:
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            with suppress(OSError):  # a file system without locks: then none of these is removed by others
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            _remove_orphans(folder.parent)
-            yield folder
-        finally:
-            os.close(lock)
+        yield folder
     finally:
+        os.close(lock)
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def shared_folder() -> tuple[Path, int]:
+    """
+    Make a folder for a socket on which a running QEMU will listen; and a descriptor, to be closed with its removal.
+
+    A QEMU goes on to listen for a run that was killed, and recovery looks for it there.  Only when nobody does is the
+    folder what both left.
+    """
+    return _locked_folder(_SHARED)
+
+
+def _locked_folder(prefix: str) -> tuple[Path, int]:
+    folder = Path(_socket_folder(prefix))
+    try:
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    with suppress(OSError):  # a file system without locks: then none of these is removed by others
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    _remove_orphans(folder.parent)
+    return folder, lock
+
+
 def _remove_orphans(place: Path) -> None:
-    for folder in place.glob(f"{_PRIVATE}*"):
+    for folder in (*place.glob(f"{_PRIVATE}*"), *place.glob(f"{_SHARED}*")):
         with suppress(OSError):  # another user's, in use, or gone
             fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
                 status = os.fstat(fd)
                 if status.st_uid == os.geteuid() and time.time() - status.st_mtime > _YOUNG:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(folder, ignore_errors=True)
+                    if folder.name.startswith(_PRIVATE) or not _is_listened_in(folder):
+                        shutil.rmtree(folder, ignore_errors=True)
             finally:
                 os.close(fd)
 
 
-def socket_folder(prefix: str = "pybackup-") -> str:
+def _is_listened_in(folder: Path) -> bool:
+    """Has the kernel a socket there?  Not by asking who listens: a QEMU 7.2 may not survive a client that leaves."""
+    bound = Path("/proc/net/unix").read_bytes()
+    return os.fsencode(folder) + b"/" in bound
+
+
+def _socket_folder(prefix: str) -> str:
     """
     Make a folder of mode 0700 for a socket.
 

@@ -60,7 +60,12 @@ class Leftovers:
     places: tuple[Place, ...]
 
     def __bool__(self) -> bool:
-        return bool(self.exports or self.jobs or self.nodes or self.fdsets)
+        return self.in_the_way or bool(self.fdsets)
+
+    @property
+    def in_the_way(self) -> bool:
+        """Is there anything that keeps another run, or a user, from something?"""
+        return bool(self.exports or self.jobs or self.nodes)
 
 
 def find(monitor: Monitor, prefixes: Sequence[str]) -> Leftovers:

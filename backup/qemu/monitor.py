@@ -35,6 +35,8 @@ _GREETING_SECONDS = 5.0
 """A socket that another client has connects and never greets."""
 _COMMAND_SECONDS = 120.0
 """A transaction waits for all requests of the guest that are under way, on whatever storage."""
+_HUNG_SECONDS = 5.0
+"""For each command after one that had no answer: what tidies up asks a QEMU that hangs again and again."""
 
 
 class Refused(SourceError):
@@ -77,6 +79,7 @@ class Monitor:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._peer = 0
+        self._hung = False
         self._client = QMPClient("pybackup")
         self._listener = EventListener()
         self._client.register_listener(self._listener)
@@ -194,13 +197,15 @@ class Monitor:
             ) from None
 
     def _answer(self, name: str, execution: Coroutine[Any, Any, object]) -> Any:
+        seconds = _HUNG_SECONDS if self._hung else _COMMAND_SECONDS
         try:
-            return self._run(execution, _COMMAND_SECONDS)
+            return self._run(execution, seconds)
         except ExecuteError as error:
             raise Refused(name, error.error.error.desc) from None
         except NoAnswer:
+            self._hung = True
             raise MonitorLost(
-                f"QEMU did not answer {name} within {_COMMAND_SECONDS:.0f} s", hint="does its storage hang?"
+                f"QEMU did not answer {name} within {seconds:.0f} s", hint="does its storage hang?"
             ) from None
         except (ExecInterruptedError, QMPError, EOFError, OSError):
             raise MonitorLost(

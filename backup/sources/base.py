@@ -60,12 +60,14 @@ class Freeze:
     """
     Whether the guest's file systems are flushed and frozen for the instant.
 
-    `agent` is the guest agent's socket, None where there is none; `required` makes a failure an error.
+    `agent` is the guest agent's socket, None where there is none; `required` makes a failure an error; `rehearsed`
+    only asks the agent whether it is there.
     """
 
     agent: Path | None = None
     wanted: bool = False
     required: bool = False
+    rehearsed: bool = False
 
 
 NO_FREEZE = Freeze()

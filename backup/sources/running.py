@@ -14,7 +14,7 @@ from typing import Self
 
 from backup import decide
 from backup.decide import Bitmap, Sight
-from backup.errors import BackupError, Interrupted, SourceError, UsageError
+from backup.errors import BackupError, Interrupted, Locked, SourceError, UsageError
 from backup.interrupts import to_the_end
 from backup.manifest import LowerFile
 from backup.qemu import fleece, images, leftovers
@@ -25,6 +25,12 @@ from backup.qemu.monitor import Monitor, Refused
 from backup.sources.base import NO_FREEZE, Freeze, Moved, Opened, Owner, Wish
 
 _THAW_TRIES = 3
+_ELSEWHERE = {
+    "inmigrate": "it waits for a machine to be migrated to it",
+    "finish-migrate": "it is being migrated to another QEMU",
+    "postmigrate": "it was migrated to another QEMU",
+}
+"""States (RunState) in which the images are another QEMU's to write, and what is read here may be long out of date."""
 
 
 class Running:
@@ -54,7 +60,8 @@ class Running:
     ) -> None:
         self.socket = socket
         self.sources = tuple(NodeSource(self, node) for node in nodes)
-        self._scratch = scratch
+        # QEMU keeps the name for a run in whatever folder, which looks there after this one was cut off.
+        self._scratch = None if scratch is None else scratch.absolute()
         self._reserve = reserve
         self._freeze = freeze
         self._monitor: Monitor | None = None
@@ -62,6 +69,11 @@ class Running:
 
     def __enter__(self) -> Self:
         self._monitor = Monitor(self.socket)
+        try:
+            self.require_here()
+        except BaseException:
+            self._monitor.close()
+            raise
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -72,6 +84,22 @@ class Running:
         """The connection, inside the `with`."""
         assert self._monitor is not None
         return self._monitor
+
+    def require_here(self) -> None:
+        """
+        Make sure that the machine's disks are this QEMU's.
+
+        Raises
+        ------
+        SourceError
+            They are not: the machine was migrated, and QEMU reads on from images that it does not own.
+        """
+        why_not = _ELSEWHERE.get(self.monitor.command("query-status")["status"])
+        if why_not is not None:
+            raise SourceError(
+                f"the machine does not run in the QEMU of {self.socket}: {why_not}",
+                hint="back it up through the QMP socket of the QEMU that runs it",
+            )
 
     def blocks(self) -> Blocks:
         """QEMU's block graph of this moment."""
@@ -103,7 +131,12 @@ class Running:
         bitmaps = list(_unpublished(blocks, owner))
         if not found and not bitmaps:
             return done
-        owner.require_alone()
+        try:
+            owner.require_alone()
+        except Locked:
+            if found.in_the_way or bitmaps:
+                raise
+            return done  # only descriptors, which a paused QEMU keeps after each run
         stopped = leftovers.stopped_guest(blocks, found)
         done += leftovers.remove(self.monitor, found, own_server=None)
         if stopped and leftovers.resume(self.monitor):
@@ -154,6 +187,7 @@ class Running:
                 fleece.frozen_instant(self.monitor, own, targets, Room(self._reserve, repository), freezing) as instant,
             ):
                 moment.instant = instant
+                self.require_here()  # from now on no migration ends: our jobs are in its way
                 granularities = [_settled(*pair) for pair in zip(self.sources, wishes, strict=True)]
                 for number, granularity in enumerate(granularities):
                     export = instant.open(number)
@@ -168,12 +202,13 @@ class Running:
             raise
 
     def _require_different(self) -> None:
-        owners: dict[str, str] = {}
+        owners: dict[str, NodeSource] = {}
         for source in self.sources:
-            other = owners.setdefault(source.node.name, source.text)
-            if other != source.text:
+            other = owners.setdefault(source.node.name, source)
+            if other is not source:
                 raise UsageError(
-                    f"{other} and {source.text} are the same disk, node {source.node.name}", hint="name each disk once"
+                    f"{other.text} and {source.text} are the same disk, node {source.node.name}",
+                    hint="name each disk once",
                 )
 
     def _target(self, source: NodeSource, wish: Wish) -> Target:
@@ -246,8 +281,12 @@ class NodeSource:
         return sight.fulls_only
 
     def remove_bitmap(self, name: str) -> None:
-        """Remove a bitmap; QEMU writes that to the image at once."""
-        self._host.monitor.command("block-dirty-bitmap-remove", {"node": self.node.name, "name": name})
+        """Remove a bitmap; QEMU writes that to the image at once.  One in an image that it may not write stays."""
+        try:
+            self._host.monitor.command("block-dirty-bitmap-remove", {"node": self.node.name, "name": name})
+        except Refused as error:
+            if "readonly" not in error.text:
+                raise
 
     def qemu_version(self) -> str | None:
         """The running QEMU's."""
@@ -318,7 +357,10 @@ class _Freezing:
             if self._no_agent is not None:
                 raise self._no_agent
             with Agent(self._freeze.agent) as agent:
-                if agent.frozen():
+                frozen = agent.frozen()
+                if self._freeze.rehearsed:
+                    return
+                if frozen:
                     agent.thaw()
                 self._asked = time.monotonic()
                 agent.freeze()
@@ -375,6 +417,10 @@ def _why_volatile(node: Node) -> str | None:
         return f"QEMU keeps no bitmap in a {node.driver} image when it ends"
     if node.details.get("compat") == "0.10":
         return "QEMU keeps no bitmap in a qcow2 image of version 2 when it ends"
+    if node.read_only:
+        return "QEMU keeps no bitmap in an image that it has open read-only when it ends"
+    if node.size == 0:
+        return "QEMU keeps no bitmap in an image of no bytes when it ends"
     return None
 
 
