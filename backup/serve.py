@@ -124,7 +124,8 @@ def _chain(machine: Machine, point: str, disk: str) -> Chain:
 def commands(uri: str, where: Address, *, writable: bool) -> dict[str, str]:
     """Shell commands that look inside, by the program's name."""
     if where.socket is not None:
-        guestfish, client = f"nbd://?socket={where.socket}", ["-unix", str(where.socket), "/dev/nbd0"]
+        guestfish = uri.replace("nbd+unix:///", "nbd://", 1)  # libguestfs' spelling
+        client = ["-unix", str(where.socket), "/dev/nbd0"]
     else:
         host, port = uri.removeprefix("nbd://").removesuffix("/").rsplit(":", 1)
         guestfish, client = f"nbd://{host}:{port}", [host.strip("[]"), port, "/dev/nbd0"]

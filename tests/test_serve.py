@@ -9,6 +9,7 @@ import subprocess
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from forge import flipped, replaced
@@ -166,6 +167,8 @@ def test_a_socket_of_the_users_own(night, tmp_path, name):
         assert (other.rc, len(other.stderr.splitlines())) == (2, 2)
         assert "exists already" in other.stderr
         assert int(run("nbdinfo", "--size", server.uri)) == 4 * MIB
+        guestfish = shlex.split(server.document["commands"]["guestfish"])
+        assert guestfish[-2] == f"nbd://?socket={quote(os.fsencode(path))}"
         drive = shlex.split(server.document["commands"]["qemu"])[-1].removeprefix("format=raw,")
         options = f"driver=raw,{drive.partition(',if=')[0]}"
         told = subprocess.run(["qemu-img", "info", "--image-opts", options], check=True, capture_output=True).stdout
