@@ -19,6 +19,7 @@ from backup.chain import Chain
 from backup.errors import BackupError, Failed, NotFound, UsageError
 from backup.manifest import Manifest
 from backup.qemu import folders, images, servers
+from backup.qemu.programs import filename
 from backup.qemu.servers import Address, Lent
 from backup.repository import Machine
 
@@ -123,13 +124,25 @@ def _chain(machine: Machine, point: str, disk: str) -> Chain:
 def commands(uri: str, where: Address, *, writable: bool) -> dict[str, str]:
     """Shell commands that look inside, by the program's name."""
     if where.socket is not None:
-        guestfish, client = f"nbd://?socket={where.socket}", ["-unix", str(where.socket), "/dev/nbd0"]
+        guestfish = uri.replace("nbd+unix:///", "nbd://", 1)  # libguestfs' spelling
+        client = ["-unix", str(where.socket), "/dev/nbd0"]
     else:
         host, port = uri.removeprefix("nbd://").removesuffix("/").rsplit(":", 1)
         guestfish, client = f"nbd://{host}:{port}", [host.strip("[]"), port, "/dev/nbd0"]
-    drive = f"file={uri.replace(',', ',,')},format=raw,if=virtio{'' if writable else ',snapshot=on'}"
+    drive = f"format=raw,{_qemu_file(uri, where)},if=virtio{'' if writable else ',snapshot=on'}"
     return {
         "guestfish": shlex.join(["guestfish", "--rw" if writable else "--ro", "--format=raw", "-a", guestfish, "-i"]),
         "nbd-client": shlex.join(["nbd-client", *client]),
         "qemu": shlex.join(["qemu-system-x86_64", "-m", "2G", "-drive", drive]),
     }
+
+
+def _qemu_file(uri: str, where: Address) -> str:
+    """
+    The export as options of QEMU's -drive.
+
+    A socket's name not as part of a URI: QEMU 10 decodes that twice, and refuses what is not UTF-8.
+    """
+    if where.socket is None:
+        return f"file={uri}"
+    return f"file.driver=nbd,file.server.type=unix,file.server.path={filename(where.socket).replace(',', ',,')}"

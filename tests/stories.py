@@ -233,16 +233,23 @@ def alone(mounted: Path, body: Callable[[], None], size: str = "40M") -> None:
         _mount(mounted, size)
         body()
 
-    with apart(mount_first):
-        pass
+    try:
+        with apart(mount_first):
+            pass
+    finally:
+        if os.path.ismount(mounted):  # in a chroot, see _mount
+            run("umount", "--lazy", mounted)
 
 
 def _mount(folder: Path, size: str) -> None:
-    """Mount a small file system that only this process and its children see."""
+    """Mount a small file system that only this process and its children see, but for chroots below a shared mount."""
     new_name_space = 0x20000
     if ctypes.CDLL(None, use_errno=True).unshare(new_name_space):
         raise OSError(ctypes.get_errno(), "unshare")
-    run("mount", "--make-rprivate", "/")
+    mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    if any(line.split()[4] == "/" for line in mounts):
+        run("mount", "--make-rprivate", "/")
+    # In a chroot "/" is often no mount point, and then what it lies on can be made private from outside only.
     run("mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder)
 
 

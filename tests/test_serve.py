@@ -9,6 +9,7 @@ import subprocess
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from forge import flipped, replaced
@@ -156,7 +157,7 @@ def test_a_size_that_is_no_multiple_of_512_is_told(tmp_path):
         server.end()
 
 
-@pytest.mark.parametrize("name", ["a b?&'c,d", "\udcff"])
+@pytest.mark.parametrize("name", ["a b?&'c,d", "\udcff", "a%41b"])
 def test_a_socket_of_the_users_own(night, tmp_path, name):
     path = tmp_path / name
     with serving("disk/latest", "--socket", path, "--repo", night.repository) as server:
@@ -166,9 +167,11 @@ def test_a_socket_of_the_users_own(night, tmp_path, name):
         assert (other.rc, len(other.stderr.splitlines())) == (2, 2)
         assert "exists already" in other.stderr
         assert int(run("nbdinfo", "--size", server.uri)) == 4 * MIB
-        drive = shlex.split(server.document["commands"]["qemu"])[-1].removeprefix("file=")
-        name = drive.partition(",format=")[0].replace(",,", ",")
-        told = subprocess.run(["qemu-img", "info", name], check=True, capture_output=True).stdout
+        guestfish = shlex.split(server.document["commands"]["guestfish"])
+        assert guestfish[-2] == f"nbd://?socket={quote(os.fsencode(path))}"
+        drive = shlex.split(server.document["commands"]["qemu"])[-1].removeprefix("format=raw,")
+        options = f"driver=raw,{drive.partition(',if=')[0]}"
+        told = subprocess.run(["qemu-img", "info", "--image-opts", options], check=True, capture_output=True).stdout
         assert b"virtual size: 4 MiB" in told
         assert server.end(signal.SIGHUP)[0] == 0
     assert not path.exists()
@@ -392,7 +395,7 @@ def test_commands_for_a_port():
     found = commands(where.uri, where, writable=True)
     assert shlex.split(found["guestfish"])[1:] == ["--rw", "--format=raw", "-a", "nbd://[::1]:10809", "-i"]
     assert shlex.split(found["nbd-client"]) == ["nbd-client", "::1", "10809", "/dev/nbd0"]
-    assert "snapshot" not in found["qemu"]
+    assert shlex.split(found["qemu"])[-1] == "format=raw,file=nbd://[::1]:10809/,if=virtio"
 
 
 # QEMU boots from a point

@@ -42,7 +42,10 @@ def works(system: System) -> None:
     if not shutil.which("guestfish"):
         pytest.skip("guestfish is not installed: `tools/setup guest` installs it")
     version = system.kernel.name.removeprefix("vmlinuz-")
-    run("depmod", "-b", CACHE / "root", version)
+    # Debian 12 has a kernel's modules below /lib, Debian 13 below /usr/lib.
+    [builtin] = CACHE.glob("root/**/modules.builtin")
+    modules = builtin.parent
+    run("depmod", "-b", modules.parents[2], version)
     if not Path("/lib/modules").exists():  # supermin wants to copy the folder's permissions
         try:
             Path("/lib/modules").mkdir()
@@ -54,7 +57,7 @@ def works(system: System) -> None:
         LIBGUESTFS_CACHEDIR=str(CACHE / "appliance"),
         SUPERMIN_KERNEL=str(system.kernel),
         SUPERMIN_KERNEL_VERSION=version,
-        SUPERMIN_MODULES=str(CACHE / "root/lib/modules" / version),
+        SUPERMIN_MODULES=str(modules),
     )
 
 
