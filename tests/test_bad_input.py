@@ -175,6 +175,15 @@ def test_anything_else_in_the_place_of_a_file_is_damage_at_once(copied, tmp_path
     assert set(before) <= set(os.listdir(full.parent))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_prune_removes_nothing_where_anything_else_has_the_place_of_a_data_file(copied, tmp_path, kind):
+    folder = copied.repository / "disk"
+    replace_by(folder / copied.newest["disks"][0]["data"]["file"], kind, tmp_path / "elsewhere")
+    before = sorted(os.listdir(folder))
+    require_two_lines(call_pybackup(["prune", "--keep-last", "1", "--batch", "1", "--repo", copied.repository]), 12)
+    assert sorted(os.listdir(folder)) == before
+
+
 HUGE = 1 << 60
 
 
