@@ -456,7 +456,7 @@ def read_manifest_whole(path: Path) -> tuple[Manifest, bytes]:
     """Read one manifest (see `read_raw`), and its bytes."""
     try:
         content = _read(path, _MAX_MANIFEST)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise NotFound(
             f"there is no manifest {path}", hint="see `pybackup list` for the points that there are"
         ) from None

@@ -284,6 +284,20 @@ def test_terminal_codes_in_names_that_users_or_guests_chose_reach_no_terminal(tm
         assert "bug" not in done.stderr
 
 
+def test_a_path_that_the_system_refuses_to_look_at_is_no_bug(copied, tmp_path):
+    """A name too long for any file system stands for a folder that may not be entered, as these tests run as root."""
+    refused, repository = tmp_path / ("x" * 256), ("--repo", copied.repository)
+    newest = f"disk/{copied.newest['point']}"
+    require_two_lines(call_pybackup(["show", refused]), 10)
+    require_two_lines(call_pybackup(["verify", refused.with_name(f"{refused.name}.json")]), 12)
+    require_two_lines(call_pybackup(["show", copied.image / "x.json"]), 10)
+    require_two_lines(call_pybackup(["map", "--image", refused]), 13)
+    require_two_lines(call_pybackup(["full", "--image", refused, "--machine", "m", "--disk", "d", *repository]), 13)
+    require_two_lines(call_pybackup(["restore", newest, refused, *repository]), 1)
+    require_two_lines(call_pybackup(["restore", newest, refused, "--force", *repository]), 1)
+    require_two_lines(call_pybackup(["get", newest, "/etc", refused / "x", *repository]), 2)
+
+
 def test_verify_in_a_folder_with_a_hostile_name_prints_it_harmlessly(copied, tmp_path):
     (copied.repository / "disk").rename(copied.repository / f"x{ESCAPE}")
     path = next((copied.repository / f"x{ESCAPE}").glob("*.json"))
