@@ -222,7 +222,7 @@ def _pairs(said: bytes) -> list[tuple[str, str]]:
 def target_of(path: str, dest: Path) -> Path:
     """Where a path of the guest is put: in `dest`, where that is a folder, or under that name."""
     name = PurePosixPath(absolute(path)).name
-    return dest / name if name not in {"", ".."} and dest.is_dir() else dest
+    return dest / name if name not in {"", ".."} and os.path.isdir(dest) else dest
 
 
 def require_new(target: Path) -> None:
@@ -236,7 +236,7 @@ def require_new(target: Path) -> None:
     """
     if os.path.lexists(target):
         raise UsageError(f"{target} exists", hint="name what does not exist yet, or a folder to put it in")
-    if not target.parent.is_dir():
+    if not os.path.isdir(target.parent):
         raise UsageError(f"there is no folder {target.parent}", hint="make it first, or name another")
     if not os.access(target.parent, os.W_OK | os.X_OK):
         raise Failed(f"{target.parent} cannot be written", hint="check the permissions there, or name another folder")

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from backup import manifest as manifests
+from backup.digests import open_plain
 from backup.errors import BackupError, Damaged, Failed, Locked, NotFound
 from backup.manifest import DiskEntry, Manifest
 from backup.names import MARKER, check_name, name_problem
@@ -455,7 +456,7 @@ def read_manifest_whole(path: Path) -> tuple[Manifest, bytes]:
     """Read one manifest (see `read_raw`), and its bytes."""
     try:
         content = _read(path, _MAX_MANIFEST)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise NotFound(
             f"there is no manifest {path}", hint="see `pybackup list` for the points that there are"
         ) from None
@@ -591,8 +592,8 @@ _MARKER_HINT = 'bring it back from a copy; every manifest beside it names the id
 def _is_held(path: Path) -> bool:
     """Does anybody hold a flock on the file?"""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except FileNotFoundError:
+        fd = open_plain(path)
+    except NotFound:
         return False
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -109,7 +109,7 @@ def _refuse_repository(machine: Machine, target: str) -> None:
     """Refuse to restore over backups or between them, whatever way the target is written."""
     place = Path(os.path.realpath(target))
     for folder in (place, *place.parents):
-        beside = folder.exists() and machine.exists() and folder.samefile(machine.path)
+        beside = os.path.exists(folder) and machine.exists() and folder.samefile(machine.path)
         if beside or os.path.lexists(folder / MARKER):
             raise UsageError(f"{target} lies among the backups in {folder}", hint="restore to a place outside of it")
 

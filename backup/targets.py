@@ -79,14 +79,14 @@ def refuse_existing(path: Path, *, force: bool) -> None:
     UsageError
         It exists and --force was not given, or it is no file.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UsageError(
             f"{path} is a folder", hint="name the file to make, or leave --disk out to restore all disks into a folder"
         )
     if os.path.lexists(path):
         if not force:
             raise UsageError(f"{path} exists", hint="name another target, or use --force to replace it")
-        if path.exists() and not path.is_file():
+        if os.path.exists(path) and not os.path.isfile(path):
             raise UsageError(f"{path} is neither a file nor a block device", hint="name another target")
 
 

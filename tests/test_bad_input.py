@@ -175,6 +175,15 @@ def test_anything_else_in_the_place_of_a_file_is_damage_at_once(copied, tmp_path
     assert set(before) <= set(os.listdir(full.parent))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_prune_removes_nothing_where_anything_else_has_the_place_of_a_data_file(copied, tmp_path, kind):
+    folder = copied.repository / "disk"
+    replace_by(folder / copied.newest["disks"][0]["data"]["file"], kind, tmp_path / "elsewhere")
+    before = sorted(os.listdir(folder))
+    require_two_lines(call_pybackup(["prune", "--keep-last", "1", "--batch", "1", "--repo", copied.repository]), 12)
+    assert sorted(os.listdir(folder)) == before
+
+
 HUGE = 1 << 60
 
 
@@ -273,6 +282,20 @@ def test_terminal_codes_in_names_that_users_or_guests_chose_reach_no_terminal(tm
         for line in (done.stdout + done.stderr).split("\n"):
             assert line.isprintable(), (command, line)
         assert "bug" not in done.stderr
+
+
+def test_a_path_that_the_system_refuses_to_look_at_is_no_bug(copied, tmp_path):
+    """A name too long for any file system stands for a folder that may not be entered, as these tests run as root."""
+    refused, repository = tmp_path / ("x" * 256), ("--repo", copied.repository)
+    newest = f"disk/{copied.newest['point']}"
+    require_two_lines(call_pybackup(["show", refused]), 10)
+    require_two_lines(call_pybackup(["verify", refused.with_name(f"{refused.name}.json")]), 12)
+    require_two_lines(call_pybackup(["show", copied.image / "x.json"]), 10)
+    require_two_lines(call_pybackup(["map", "--image", refused]), 13)
+    require_two_lines(call_pybackup(["full", "--image", refused, "--machine", "m", "--disk", "d", *repository]), 13)
+    require_two_lines(call_pybackup(["restore", newest, refused, *repository]), 1)
+    require_two_lines(call_pybackup(["restore", newest, refused, "--force", *repository]), 1)
+    require_two_lines(call_pybackup(["get", newest, "/etc", refused / "x", *repository]), 2)
 
 
 def test_verify_in_a_folder_with_a_hostile_name_prints_it_harmlessly(copied, tmp_path):

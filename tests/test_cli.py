@@ -173,6 +173,12 @@ def test_wrong_usage_is_2_and_two_lines(args, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("args", [["--quiet", "--verbose", "list"], ["nonsense"], ["full", "--nonsense"]], ids=" ".join)
+def test_what_fails_before_the_command_is_a_document_too(args):
+    done = run_pybackup([*args, "--json"])
+    assert (done.rc, done.document["error"]["code"]) == (2, 2), done
+
+
 def test_wrong_usage_with_json_is_a_document_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for args in (["list", "--json"], ["list", "--json", "--nonsense"], ["full", "--json", "--repo", "r"]):

@@ -99,6 +99,7 @@ def main() -> NoReturn:
 
 
 def _run(arguments: Sequence[str]) -> int:
+    options.json = "--json" in arguments  # until the command says it: what fails before is a document, too
     try:
         command = _unconverted(typer.main.get_command(app))
         result = command.main(args=list(arguments), prog_name="pybackup", standalone_mode=False)
@@ -106,7 +107,6 @@ def _run(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         raise
     except TyperException as error:
-        options.json = options.json or "--json" in arguments  # the command did not come to say it
         return fail(UsageError(" ".join(error.format_message().split()), hint="see: pybackup --help"))
     except Interrupted as stopped:
         return fail(stopped)

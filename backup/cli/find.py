@@ -74,7 +74,7 @@ def point(text: str, repo: Path | None) -> tuple[Machine, Manifest]:
     from backup.repository import Machine, read_manifest
 
     path = Path(text)
-    if path.is_file() or path.is_symlink() or text.endswith(".json"):
+    if os.path.isfile(path) or os.path.islink(path) or text.endswith(".json"):
         return Machine(path.absolute().parent), read_manifest(path)
     name, slash, point = text.rpartition("/")
     if not slash or "/" in name:

@@ -84,7 +84,7 @@ def detect_format(path: Path) -> str:
     Raises
     ------
     SourceError
-        The image cannot be read.
+        There is no image, or it cannot be read.
     """
     try:
         # A pipe in the image's place must not hang us.
@@ -93,6 +93,8 @@ def detect_format(path: Path) -> str:
             if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
                 raise SourceError(f"{path} is neither a file nor a block device", hint="check the image's path")
             magic = file.read(4)
+    except (FileNotFoundError, NotADirectoryError):
+        raise SourceError(f"there is no image {path}", hint="check --image, or `image:` in the configuration") from None
     except OSError as error:
         raise SourceError(
             f"{path} cannot be read: {error.strerror}", hint="check the image's path and permissions"

@@ -127,9 +127,8 @@ class ImageSource:
 
     def guessed_format(self) -> str | None:
         """Qcow2 or raw, unless the format was given."""
-        if not self.path.exists():
-            raise SourceError(f"there is no image {self.path}", hint="check --image, or `image:` in the configuration")
-        return None if self.format else images.detect_format(self.path)
+        found = images.detect_format(self.path)
+        return None if self.format else found
 
     def look(self) -> Sight:
         """Ask qemu-img."""
