@@ -28,7 +28,7 @@ from backup.digests import CACHED
 from backup.extents import Mask, Offsets, distinct
 from backup.index import NOBODY, Index
 from backup.pages import pages
-from backup.plan import Plan
+from backup.plan import Plan, cut_cluster
 from backup.qcow2 import COMPRESSED, PART, Codec, Reader
 from backup.qemu.nbd import Export
 
@@ -231,6 +231,7 @@ class Rescanned:
     def __init__(self, content: Content, sink: Sink) -> None:
         self._comparison = _Comparison(content)
         self._sink = sink
+        self._always = cut_cluster(content.size, content.index.chain.size, content.cluster_size)
         self._lock = threading.Lock()
         self.differing = 0
         """Bytes, in whole clusters, clipped at the disk's size."""
@@ -238,14 +239,16 @@ class Rescanned:
     def write(self, clusters: Offsets, data: memoryview) -> int:
         """Hand on the clusters that differ; returns how many of these are all zeroes."""
         differ = self._comparison.beside(clusters, data).any(axis=1)
-        if not differ.any():
-            return 0
         numbers = clusters[differ]
-        self._count(int(numbers[-1]) + 1, len(numbers))
-        if differ.all():
-            return self._sink.write(numbers, data)
-        rows = np.frombuffer(data, np.uint8).reshape(len(clusters), -1)[differ]
-        return self._sink.write(numbers, rows.reshape(-1).data)
+        if len(numbers):
+            self._count(int(numbers[-1]) + 1, len(numbers))
+        stored = differ if self._always is None else differ | (clusters == self._always)
+        if not stored.any():
+            return 0
+        if stored.all():
+            return self._sink.write(clusters, data)
+        rows = np.frombuffer(data, np.uint8).reshape(len(clusters), -1)[stored]
+        return self._sink.write(clusters[stored], rows.reshape(-1).data)
 
     def zero(self, first_cluster: int, count: int) -> None:
         """Hand on: a rescan's plan has zeroes only where the chain holds data."""

@@ -46,6 +46,9 @@ Bytes asked about at once: below 4 GiB, as lengths have 32 bits in block status 
 largest cluster.
 """
 
+_SECTOR = 512
+"""Bytes; the size of a qcow2 image is a multiple of it."""
+
 _NEAR = 64 << 20
 """
 Dirty runs closer than this (bytes) share one question about allocation.  A server reads about one table for it (a table
@@ -199,7 +202,8 @@ def plan_incremental(
     bitmap : str
         Exact name of the bitmap that records since the parent point.
     parent_size : int
-        The disk's exact size at the parent point; from there on, rounded down to a cluster, everything is dirty.
+        The disk's exact size at the parent point; from there on, rounded down to a cluster, everything is dirty.  So is
+        the cluster in which the disk was cut (see `cut_cluster`).
     chain : HeldData or None
         The parent chain, to check zeroes against (trap 4); None leaves that check out, and asks about allocation only
         where something is dirty.
@@ -208,8 +212,9 @@ def plan_incremental(
         about the others anyway.
     """
     builder = _Builder(source.size, cluster_size)
-    grown = _grown(source.size, parent_size, cluster_size)
-    found = _dirty_windows(source, cluster_size, bitmap, grown, everywhere=chain is not None)
+    cut = cut_cluster(source.size, parent_size, cluster_size)
+    dirty_from = _grown(source.size, parent_size, cluster_size) if cut is None else cut * cluster_size
+    found = _dirty_windows(source, cluster_size, bitmap, dirty_from, everywhere=chain is not None)
     for window in _one_behind(found):
         touched = window.touched
         zero = _zero_where(source, window, cluster_size)
@@ -279,6 +284,16 @@ def plan_of(clusters: Offsets, size: int, cluster_size: int) -> Plan:
     return builder.plan()
 
 
+def cut_cluster(size: int, parent_size: int, cluster_size: int) -> int | None:
+    """
+    Number of the disk's last cluster, where it must be stored whatever it holds; None where it need not.
+
+    A qcow2 file ends at a multiple of 512.  Where a disk was cut elsewhere, QEMU would show the parent's bytes between
+    the disk's end and the file's, and again behind that end when the disk has grown later.
+    """
+    return size // cluster_size if size < parent_size and size % _SECTOR else None
+
+
 def _grown(size: int, parent_size: int, cluster_size: int) -> int:
     """The byte from which on everything is dirty, since the disk grew; `size` where it did not."""
     return parent_size - parent_size % cluster_size if size > parent_size else size
@@ -332,19 +347,19 @@ class _Window:
 
 
 def _dirty_windows(
-    source: BlockStatus, cluster_size: int, bitmap: str | None, grown: int, *, everywhere: bool
+    source: BlockStatus, cluster_size: int, bitmap: str | None, dirty_from: int, *, everywhere: bool
 ) -> Iterator[_Window]:
     """
     Yield every window; each one's allocation and the next one's dirty ranges are asked for by then.
 
-    Allocation matters near what is dirty, or `everywhere`; from `grown` on all is dirty.  Without a bitmap nothing else
-    is.
+    Allocation matters near what is dirty, or `everywhere`; from `dirty_from` on all is dirty.  Without a bitmap nothing
+    else is.
     """
     for (start, end), following in _with_following(extents.windows(0, source.size, WINDOW)):
         status = Runs.uniform(start, end, 0) if bitmap is None else source.dirty(bitmap, start, end)
         if bitmap is not None and following is not None:
             source.expect_dirty(bitmap, *following)
-        starts, ends = extents.with_dirty_from(status, grown).having(DIRTY)
+        starts, ends = extents.with_dirty_from(status, dirty_from).having(DIRTY)
         touched = _touched(starts, ends, start, cluster_size, _clusters(end - start, cluster_size))
         asked = ((start, end),) if everywhere else tuple(_near(touched, start, end, cluster_size))
         for low, high in asked:

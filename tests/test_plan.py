@@ -82,6 +82,13 @@ def naive_kinds(
     return found
 
 
+def naive_dirty_from(size: int, parent: int, cluster: int) -> int | None:
+    """From which byte on all is dirty: a disk that grew, or was cut where no sector ends."""
+    if size > parent:
+        return parent // cluster * cluster
+    return size // cluster * cluster if size < parent and size % 512 else None
+
+
 def naive_totals(kinds: dict[int, int], cluster_size: int, size: int) -> tuple[int, int]:
     """Bytes of data and of zeroes, clipped at the disk's end."""
     sums = {DATA: 0, ZERO: 0}
@@ -185,6 +192,14 @@ def test_a_disk_that_shrank_or_stayed_has_nothing_dirty_at_its_end(old):
     assert not kinds_of(plan_incremental(ModelSource(disk), CLUSTER, "b", parent_size=old, chain=None))
 
 
+def test_the_cluster_in_which_a_disk_was_cut_is_read_unless_a_qcow2_file_can_end_there():
+    for size, expected in ((3 * CLUSTER - 700, {2: DATA}), (3 * CLUSTER - 512, {}), (3 * CLUSTER, {})):
+        source = ModelSource(disk_of((size, CLEAN_DATA)))
+        assert kinds_of(plan_incremental(source, CLUSTER, "b", parent_size=4 * CLUSTER, chain=None)) == expected
+    zero = ModelSource(disk_of((CLUSTER, CLEAN_DATA), (700, CLEAN_ZERO)))
+    assert kinds_of(plan_incremental(zero, CLUSTER, "b", parent_size=4 * CLUSTER, chain=None)) == {1: ZERO}
+
+
 @st.composite
 def _changes(draw: st.DrawFn) -> tuple[int, np.ndarray, np.ndarray, Disk, bool]:
     """Cluster size, the parent's bytes, the disk's now, what a server says of it, and whether zeroes were missed."""
@@ -232,7 +247,7 @@ def test_the_parent_and_a_plan_give_the_disk(case, window, check):
     held = Chain(parent, cluster) if check or missed else None
     with mock.patch.object(plan, "WINDOW", window * cluster):
         made = plan_incremental(ModelSource(disk), cluster, "b", parent_size=len(parent), chain=held)
-    grown = len(parent) // cluster * cluster if len(now) > len(parent) else None
+    grown = naive_dirty_from(len(now), len(parent), cluster)
     expected = naive_kinds(disk, cluster, grown=grown, held=held)
     assert np.array_equal(applied(made, parent, now), now)
     assert kinds_of(made) == expected
@@ -550,11 +565,11 @@ def test_a_spot_check_may_look_at_what_is_clean_and_not_compared_as_zero(case, w
         made = plan_incremental(ModelSource(disk), cluster, "b", parent_size=len(parent), chain=held, sampler=sampler)
         plain = plan_incremental(ModelSource(disk), cluster, "b", parent_size=len(parent), chain=held)
     assert kinds_of(made) == kinds_of(plain)
-    grown = len(parent) // cluster if disk.size > len(parent) else 1 << 30
+    grown = naive_dirty_from(disk.size, len(parent), cluster)
     expected = {
         number
         for number, zero in enumerate(reads_as_zero(disk, cluster))
-        if number < grown
+        if (grown is None or number < grown // cluster)
         and not disk.bitmaps["b"][number * cluster : (number + 1) * cluster].any()
         and not (check and zero)
     }
