@@ -35,7 +35,13 @@ tries, that many seconds apart.
 
 
 class ImageLocked(SourceError):
-    """QEMU's lock says that another program uses the image."""
+    """QEMU's lock says that another program uses the image, or a file below it."""
+
+    def __init__(self, path: Path | str, why: str) -> None:
+        super().__init__(
+            f"{path} is in use by another program: {why}",
+            hint="if a machine runs on it: use --qmp, or shut it down; else wait for the other program",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,8 +324,5 @@ def image_error(path: Path, stderr: str) -> BackupError:
     """What a program's complaint about an image means."""
     text = one_line(stderr)
     if "lock" in text and ("Failed to get" in text or "Is another process using" in text):
-        return ImageLocked(
-            f"{path} is in use by another program: {text}",
-            hint="if a machine runs on it: use --qmp, or shut it down; else wait for the other program",
-        )
+        return ImageLocked(path, text)
     return SourceError(f"{path} cannot be used: {text}", hint=f"look at it with: qemu-img info --backing-chain {path}")

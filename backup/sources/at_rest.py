@@ -15,7 +15,7 @@ from backup import plan
 from backup.decide import Bitmap, Sight
 from backup.errors import SourceError, UsageError
 from backup.manifest import LowerFile
-from backup.qemu import images, programs, servers
+from backup.qemu import images, locks, programs, servers
 from backup.qemu.nbd import Export
 from backup.sources.base import Moved, Opened, Owner, Source, Wish
 
@@ -89,11 +89,11 @@ class AtRest:
         for source, wish in zip(self._sources, wishes, strict=True):
             if wish.start is not None:
                 source.start_bitmap(wish.start)
-        with ExitStack() as locks:
+        with ExitStack() as held:
             opened = []
             for source, wish in zip(self._sources, wishes, strict=True):
                 asked = [name for name in (wish.read, wish.start) if name is not None]
-                opened.append(locks.enter_context(source.opened(wish.sight, asked, lanes)))
+                opened.append(held.enter_context(source.opened(wish.sight, asked, lanes)))
             yield LockedMoment(tuple(map(_settled, self._sources, wishes, opened)))
 
 
@@ -176,8 +176,9 @@ class ImageSource:
 
     @contextmanager
     def opened(self, sight: Sight, bitmaps: Sequence[str], lanes: int) -> Iterator[Export]:
-        """Serve it with qemu-nbd; QEMU's lock keeps writers out until it is closed."""
+        """Serve it with qemu-nbd; QEMU's locks keep writers out of all its files until it is closed."""
         with (
+            locks.no_writers([sight.path, *(layer.path for layer in sight.lower)]),
             servers.served(
                 self.path, sight.format, bitmaps, lanes + _STATUS_CONNECTIONS, meanwhile=images.qemu_version
             ) as uri,
