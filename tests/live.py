@@ -329,7 +329,8 @@ def below_the_guest(machine: Machine, name: str) -> None:
 
 def blockdev(disk: Disk) -> dict[str, Any]:
     """The disk's node, for blockdev-add; QEMU takes its names of options with dashes or underscores."""
-    storage = {"driver": "file", "node-name": f"{disk.node}-file", "filename": str(disk.image), "discard": "unmap"}
+    driver = "host_device" if disk.image.is_block_device() else "file"
+    storage = {"driver": driver, "node-name": f"{disk.node}-file", "filename": str(disk.image), "discard": "unmap"}
     return {"driver": disk.format, "node-name": disk.node, "file": storage, "discard": "unmap"}
 
 

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from lab import KIB, MIB, call_pybackup, make_image
+from lab import KIB, MIB, call_pybackup, make_image, run
 from live import Disk, Machine, Nights, Step, blockdev, kinds, private_tmp, stopped_at
 
 
@@ -122,6 +122,25 @@ def test_a_disk_that_is_read_only_for_some_nights(tmp_path):
         nights.require_rescans("is missing")
         nights.require_sound()
         nights.require_own_bitmap_alone()
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not os.path.exists("/dev/loop-control"), reason="needs root and loop devices")
+def test_a_block_device_needs_a_scratch_folder(tmp_path):
+    """Its own, /dev, is in memory, which a guest that writes much would fill."""
+    backing = make_image(tmp_path / "backing.tmp", MIB, image_format="raw")
+    device = run("losetup", "-f", "--show", backing).strip()
+    try:
+        with Machine(tmp_path, Disk("x", Path(device), bytearray(MIB), "raw")) as machine, private_tmp(machine.place):
+            nights = Nights.of(machine.start())
+            refused = nights.backup("full")
+            assert (refused.rc, "--scratch" in refused.stderr, device in refused.stderr) == (13, True, True), refused
+            done = nights.backup_of("full", "--node", device, "--disk", "x", "--scratch", machine.place)
+            assert done.rc == 3, done
+            machine.write("x", 70_000, 1000, 0x22)
+            nights.options = ("--scratch", machine.place)
+            nights.require_incremental("--no-fallback")
+    finally:
+        run("losetup", "-d", device)
 
 
 def test_a_disk_that_another_job_copies_is_refused_for_that_reason_and_the_job_goes_on(machine):

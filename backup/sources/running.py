@@ -225,7 +225,8 @@ class Running:
 
     def _folder_of(self, image: str) -> Path:
         folder = os.path.dirname(image)
-        if not image.startswith("/") or not os.path.isdir(folder):
+        # A block device's folder is /dev, which is in memory.
+        if not image.startswith("/") or not os.path.isdir(folder) or Path(image).is_block_device():
             raise SourceError(
                 f"no scratch folder is named, and {image} is no local file whose folder could serve",
                 hint="name one with --scratch (`scratch:` in the configuration)",
