@@ -171,6 +171,23 @@ def test_after_a_cut_nothing_is_left_when_the_machine_can_be_reached_again(night
     nights.require_own_bitmap_alone()
 
 
+def test_after_a_cut_a_guest_that_our_scratch_folder_stopped_goes_on(nights, monkeypatch):
+    resumed, execute = [], Monitor.command
+    monkeypatch.setattr(leftovers, "stopped_guest", lambda blocks, found: bool(found.jobs))
+    monkeypatch.setattr(leftovers, "resume", resumed.append)
+    with Cable(nights.machine) as cable:
+
+        def command(self, name, arguments=None):
+            if name == "block-export-add":
+                cable.cut()
+            return execute(self, name, arguments)
+
+        monkeypatch.setattr(Monitor, "command", command)
+        assert call_pybackup(through(cable, nights)).rc == 13
+    assert len(resumed) == 1
+    nights.require_nothing_left()
+
+
 def test_a_connection_that_is_cut_when_all_is_read_is_a_point_with_a_warning(nights):
     held = nights.machine.held()
     with Cable(nights.machine) as cable, stopped_at(READ, through(cable, nights)) as run:

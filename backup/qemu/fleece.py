@@ -418,7 +418,10 @@ class Instant:
         try:
             with Monitor(self._monitor.path) as again:
                 found = leftovers.find(again, [self._own])
+                stopped = leftovers.stopped_guest(query_blocks(again), found)
                 leftovers.remove(again, found, own_server=self._serving, hung_up=self._drain)
+                if stopped:
+                    leftovers.resume(again)
         except SourceError as error:
             _log.info("after the connection was lost: %s", error.message)
 
