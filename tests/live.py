@@ -106,6 +106,8 @@ class Machine:
 
     iothread = False
     """Do the disks have an iothread?  Then HMP's qemu-io cannot play the guest: QEMU 7.2 aborts at some of it."""
+    user: int | None = None
+    """The user that QEMU runs as, with no right but its own; None: ours."""
     werror = "auto"
     """What the devices do when a write fails; QEMU's own way is to stop the guest where there is no space."""
     awaited = False
@@ -162,7 +164,12 @@ class Machine:
         bios = self.place / "bios"
         bios.write_bytes(SLEEPY_BIOS)
         # stdbuf: what HMP's qemu-io says goes to standard output; setpriv: no QEMU is left when the tests are killed.
-        command: list[str | Path] = ["setpriv", "--pdeathsig", "KILL", "stdbuf", "-oL", QEMU]
+        command: list[str | Path] = ["setpriv", "--pdeathsig", "KILL"]
+        if self.user is not None:
+            command += [f"--reuid={self.user}", f"--regid={self.user}", "--clear-groups"]
+            for path in (self.place, *(disk.image for disk in self.disks.values())):
+                os.chown(path, self.user, self.user)
+        command += ["stdbuf", "-oL", QEMU]
         command += ["-machine", "q35", "-accel", "tcg", "-m", "32", "-nodefaults", "-display", "none"]
         command += ["-bios", bios]
         for address in sockets:
@@ -329,7 +336,8 @@ def below_the_guest(machine: Machine, name: str) -> None:
 
 def blockdev(disk: Disk) -> dict[str, Any]:
     """The disk's node, for blockdev-add; QEMU takes its names of options with dashes or underscores."""
-    storage = {"driver": "file", "node-name": f"{disk.node}-file", "filename": str(disk.image), "discard": "unmap"}
+    driver = "host_device" if disk.image.is_block_device() else "file"
+    storage = {"driver": driver, "node-name": f"{disk.node}-file", "filename": str(disk.image), "discard": "unmap"}
     return {"driver": disk.format, "node-name": disk.node, "file": storage, "discard": "unmap"}
 
 

@@ -52,6 +52,12 @@ def throttled():
     return blocks(nodes, edges, [device("throttle0", qdev="/machine/peripheral/vd0/virtio-backend")])
 
 
+def test_a_relative_files_name_with_a_colon_is_no_protocols():
+    nodes = [named("disk0", file="a:b.qcow2"), named("file0", "file", "a:b.qcow2"), named("nbd0", "nbd", "nbd:x")]
+    found = blocks(nodes, ["disk0 file0 file"])
+    assert (found.storage("disk0").file, found.nodes["nbd0"].file) == ("./a:b.qcow2", "nbd:x")
+
+
 def test_a_drive_without_a_medium_is_said_to_be_empty():
     drives = [{"device": "", "qdev": "/machine/peripheral/cd0", "io-status": "ok", "tray_open": False}]
     found = Blocks.of([named("disk0")], drives, {"nodes": [], "edges": []})

@@ -33,7 +33,8 @@ from live import (
     wait_until,
 )
 
-from backup.qemu import monitor
+from backup.qemu import leftovers, monitor
+from backup.qemu.fleece import Instant
 from backup.qemu.monitor import Monitor
 
 COPYING = Step("PartFile.put", "after", module="backup.datafile")
@@ -168,6 +169,23 @@ def test_after_a_cut_nothing_is_left_when_the_machine_can_be_reached_again(night
     nights.require_nothing_left()
     nights.require_making_up("--no-fallback")
     nights.require_own_bitmap_alone()
+
+
+def test_after_a_cut_a_guest_that_our_scratch_folder_stopped_goes_on(nights, monkeypatch):
+    resumed, execute = [], Monitor.command
+    monkeypatch.setattr(leftovers, "stopped_guest", lambda blocks, found: bool(found.jobs))
+    monkeypatch.setattr(leftovers, "resume", resumed.append)
+    with Cable(nights.machine) as cable:
+
+        def command(self, name, arguments=None):
+            if name == "block-export-add":
+                cable.cut()
+            return execute(self, name, arguments)
+
+        monkeypatch.setattr(Monitor, "command", command)
+        assert call_pybackup(through(cable, nights)).rc == 13
+    assert len(resumed) == 1
+    nights.require_nothing_left()
 
 
 def test_a_connection_that_is_cut_when_all_is_read_is_a_point_with_a_warning(nights):
@@ -491,6 +509,17 @@ def test_a_guest_that_goes_on_after_an_error_is_not_given_more_of_them(nights, s
     assert nights.points() == points
     nights.machine.write("a", 0, 4 * MIB, 0x53)
     nights.require_making_up("--no-fallback")
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_guest_that_is_stopped_is_resumed_only_where_the_scratch_folder_was_full(nights, monkeypatch, full):
+    """Else its own disk was the reason, or its administrator."""
+    resumed = []
+    monkeypatch.setattr(Instant, "_events", lambda self: {"STOP"})
+    monkeypatch.setattr(leftovers, "is_full", lambda folder: full)
+    monkeypatch.setattr(leftovers, "resume", resumed.append)
+    assert nights.backup("incremental", "--no-fallback").rc == 0
+    assert len(resumed) == full
 
 
 def test_a_scratch_folder_is_known_to_later_runs_by_its_whole_name(nights, monkeypatch):

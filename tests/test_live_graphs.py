@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from lab import KIB, MIB, call_pybackup, make_image
+from lab import KIB, MIB, call_pybackup, make_image, run
 from live import Disk, Machine, Nights, Step, blockdev, kinds, private_tmp, stopped_at
 
 
@@ -122,6 +122,56 @@ def test_a_disk_that_is_read_only_for_some_nights(tmp_path):
         nights.require_rescans("is missing")
         nights.require_sound()
         nights.require_own_bitmap_alone()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_a_qemu_that_runs_as_another_user_may_open_neither_the_scratch_file_nor_the_socket(tmp_path):
+    """It is passed both; only its images are its own."""
+    with tempfile.TemporaryDirectory(prefix="live-", dir="/tmp") as name:
+        folder = Path(name)
+        folder.chmod(0o711)
+        with Machine.of(folder, "a", "b") as machine, private_tmp(machine.place):
+            machine.user = 65534
+            nights = Nights.of(machine.start())
+            assert os.stat(f"/proc/{machine.process.pid}").st_uid == 65534
+            machine.write("a", 0, MIB, 0x21)
+            nights.full()
+            machine.write("b", 0, 2 * MIB, 0x22)
+            nights.require_incremental("--no-fallback")
+            private = tmp_path / "scratch"
+            private.mkdir(mode=0o700)
+            step, held = Step("PartFile.put", "before", module="backup.datafile"), machine.held()
+            with stopped_at(step, nights.arguments("full", "--scratch", private)) as run_:
+                machine.write("a", 0, MIB, 0x23)
+                run_.send_signal(signal.SIGCONT)
+                assert run_.wait(60) == 0
+            [new] = nights.points() - set(nights.references)
+            nights.references[new] = held
+            with stopped_at(step, nights.arguments("incremental")) as run_:
+                run_.kill()
+            nights.require_cleaned()
+            machine.crash()
+            nights.require_rescans("is missing", "inconsistent")
+            nights.require_sound()
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not os.path.exists("/dev/loop-control"), reason="needs root and loop devices")
+def test_a_block_device_needs_a_scratch_folder(tmp_path):
+    """Its own, /dev, is in memory, which a guest that writes much would fill."""
+    backing = make_image(tmp_path / "backing.tmp", MIB, image_format="raw")
+    device = run("losetup", "-f", "--show", backing).strip()
+    try:
+        with Machine(tmp_path, Disk("x", Path(device), bytearray(MIB), "raw")) as machine, private_tmp(machine.place):
+            nights = Nights.of(machine.start())
+            refused = nights.backup("full")
+            assert (refused.rc, "--scratch" in refused.stderr, device in refused.stderr) == (13, True, True), refused
+            done = nights.backup_of("full", "--node", device, "--disk", "x", "--scratch", machine.place)
+            assert done.rc == 3, done
+            machine.write("x", 70_000, 1000, 0x22)
+            nights.options = ("--scratch", machine.place)
+            nights.require_incremental("--no-fallback")
+    finally:
+        run("losetup", "-d", device)
 
 
 def test_a_disk_that_another_job_copies_is_refused_for_that_reason_and_the_job_goes_on(machine):

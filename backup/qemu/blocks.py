@@ -191,13 +191,19 @@ def _node(found: Mapping[str, Any]) -> Node:
         name=found["node-name"],
         driver=found["drv"],
         size=int(image["virtual-size"]),
-        file=found["file"],
+        file=_plain(found["drv"], found["file"]),
         # An internal bitmap of QEMU's own has no name.
         bitmaps=tuple(_bitmap(bitmap) for bitmap in found.get("dirty-bitmaps", ()) if bitmap.get("name")),
         details=image.get("format-specific", {}).get("data", {}),
         stored=int(image.get("actual-size", 0)),
         read_only=bool(found["ro"]),
     )
+
+
+def _plain(driver: str, file: str) -> str:
+    """A file's name in which no colon can be taken for the end of a protocol's name."""
+    relative = driver == "file" and not file.startswith(("/", "json:"))
+    return f"./{file}" if relative else file
 
 
 def _bitmap(found: Mapping[str, Any]) -> NodeBitmap:

@@ -389,11 +389,13 @@ class Instant:
         """Remove all, exports first: readers must not get what a disk holds now for what it held."""
         with self._undoing:
             self._leave()
+            full = any(leftovers.is_full(fd) for fd in self._fds)
             stopped = self._stopped_the_guest()
             found = leftovers.find(self._monitor, [self._own])
             leftovers.remove(self._monitor, found, own_server=self._serving, hung_up=self._drain)
             self._serving = False
-            if stopped or "STOP" in self._events():
+            # It may have been stopped only now; but a guest that its own disk's error stopped is not ours to resume.
+            if stopped or (full and "STOP" in self._events()):
                 leftovers.resume(self._monitor)
 
     def _failed_the_guest(self) -> bool:
@@ -416,7 +418,10 @@ class Instant:
         try:
             with Monitor(self._monitor.path) as again:
                 found = leftovers.find(again, [self._own])
+                stopped = leftovers.stopped_guest(query_blocks(again), found)
                 leftovers.remove(again, found, own_server=self._serving, hung_up=self._drain)
+                if stopped:
+                    leftovers.resume(again)
         except SourceError as error:
             _log.info("after the connection was lost: %s", error.message)
 

@@ -69,11 +69,6 @@ class Running:
 
     def __enter__(self) -> Self:
         self._monitor = Monitor(self.socket)
-        try:
-            self.require_here()
-        except BaseException:
-            self._monitor.close()
-            raise
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -123,8 +118,11 @@ class Running:
         ------
         Locked
             There is something, and a run of another machine of the repository, to which it may belong.
+        SourceError
+            The machine's disks are not this QEMU's.
         """
         done = self._thaw_leftover()
+        self.require_here()
         # Dry runs and `map`, which belong to no repository, have zeroes for its id.
         found = leftovers.find(self.monitor, [f"{OURS}{short}-" for short in (owner.short_id, "0" * 8)])
         blocks = self.blocks()
@@ -176,6 +174,7 @@ class Running:
             A disk changed since it was looked at.
         """
         del lanes
+        self.require_here()
         self._require_different()
         targets = [self._target(source, wish) for source, wish in zip(self.sources, wishes, strict=True)]
         freezing = _Freezing(self._freeze, self._no_agent)
@@ -226,7 +225,8 @@ class Running:
 
     def _folder_of(self, image: str) -> Path:
         folder = os.path.dirname(image)
-        if not image.startswith("/") or not os.path.isdir(folder):
+        # A block device's folder is /dev, which is in memory.
+        if not image.startswith("/") or not os.path.isdir(folder) or Path(image).is_block_device():
             raise SourceError(
                 f"no scratch folder is named, and {image} is no local file whose folder could serve",
                 hint="name one with --scratch (`scratch:` in the configuration)",
