@@ -170,11 +170,12 @@ class Running:
     def _require_different(self) -> None:
         owners: dict[str, str] = {}
         for source in self.sources:
-            other = owners.setdefault(source.node.name, source.text)
-            if other != source.text:
+            node = source.node.name
+            if node in owners:
                 raise UsageError(
-                    f"{other} and {source.text} are the same disk, node {source.node.name}", hint="name each disk once"
+                    f"{owners[node]} and {source.text} are the same disk, node {node}", hint="name each disk once"
                 )
+            owners[node] = source.text
 
     def _target(self, source: NodeSource, wish: Wish) -> Target:
         node = source.node
