@@ -280,6 +280,7 @@ class Machine:
                 sync_folder(self.path.parent)
             fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, self.modes.file)
         try:
+            allow(fd, self.modes.file)
             with explained(self.path / "lock"):
                 _flock(fd, self.name)
             yield

@@ -263,6 +263,21 @@ def test_a_signal_during_the_first_backup_leaves_an_empty_machine(tmp_path):
     assert call_pybackup(arguments(night)).rc == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_while_the_program_is_imported_ends_it_without_a_traceback(number):
+    struck_import = (
+        "import os, sys\n"
+        "class Striker:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == 'typer': os.kill(os.getpid(), {int(number)})\n"
+        "sys.meta_path.insert(0, Striker())\n"
+        "from backup.__main__ import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", struck_import, "list"], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-number, "", "")
+
+
 def length_of_a_run(night: Night) -> float:
     began = time.monotonic()
     subprocess.run([PYBACKUP, *arguments(night)], check=True, capture_output=True)

@@ -38,6 +38,15 @@ def test_a_throttled_disk_is_backed_up_below_its_filter(machine):
     nights.require_sound()
 
 
+@pytest.mark.parametrize("again", ["a", "dev-a"])
+def test_one_disk_under_two_names_is_refused_before_anything_is_changed(machine, again):
+    nights = Nights.of(machine)
+    done = nights.backup_of("full", "--node", "a", "--disk", "a", "--node", again, "--disk", "x")
+    assert done.rc == 2, done
+    assert f"a and {again} are the same disk" in done.stderr
+    assert machine.bitmaps("a") == {}
+
+
 @pytest.mark.parametrize("name", ["a:b.qcow2", "a b,c=d.qcow2", "ä-%41.qcow2"])
 def test_an_image_of_an_odd_name_is_found_and_backed_up(tmp_path, name):
     image = make_image(tmp_path / name, MIB)
