@@ -131,7 +131,7 @@ class Space:
 
     def frames(self, lengths: U64) -> Packing:
         """Reserve bytes for frames of these lengths (bytes each, at least one frame)."""
-        ends = np.cumsum(lengths)
+        ends = np.cumsum(lengths, dtype=np.uint64)  # named for numpy 2.5, whose stubs take it for signed
         starts = ends - lengths
         total = int(ends[-1])
         self._packed += total
