@@ -170,15 +170,21 @@ def require_nothing_left(night: Night) -> None:
 
 
 def users(image: Path) -> list[str]:
-    """Command lines of the programs that name the image."""
+    """
+    Command lines of the programs that name the image, and of QEMU's that are about to end.
+
+    Such a one has no command line any more, but its files, and locks, for another moment.
+    """
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            about = path.with_name("stat").read_text()
         except OSError:
             continue
-        if str(image) in line:
-            found.append(line)
+        ending = not line and "(qemu-" in about and ") Z" not in about
+        if str(image) in line or ending:
+            found.append(line or about)
     return found
 
 
