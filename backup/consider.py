@@ -11,8 +11,9 @@ from backup import chain as chains
 from backup import copier, datafile, decide
 from backup.chain import Chain
 from backup.decide import Claim, Decision, Sight
-from backup.errors import BackupError, NotFound, SourceError, UsageError
+from backup.errors import BackupError, Damaged, NotFound, SourceError, UsageError
 from backup.manifest import Manifest
+from backup.memory import known_damage, recall
 from backup.repository import Contents, Machine
 from backup.sources.base import Host, Source
 
@@ -109,12 +110,23 @@ def consider(machine: Machine, contents: Contents, request: Request, disk: DiskR
 
 
 def _last_chain(machine: Machine, contents: Contents, point: str, disk: str) -> Chain | BackupError:
-    """The chain of the disk's newest point, its files looked at; or what is wrong with it."""
+    """
+    The chain of the disk's newest point, its files looked at; or what is wrong with it, as far as that shows, or a
+    verify has found it.
+
+    Raises
+    ------
+    Failed
+        This process may not open the files, or not so many: that says nothing about them.
+    """
     try:
         chain = chains.build(contents.manifests, point, disk, contents.damaged)
-        with datafile.peeked_files(machine.path, chain):
-            return chain
     except BackupError as error:
+        return error
+    try:
+        with datafile.peeked_files(machine.path, chain):
+            return known_damage(recall(machine), [link.entry.data for link in chain.links]) or chain
+    except (Damaged, NotFound) as error:
         return error
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from backup import digests
-from backup.errors import BackupError
+from backup.errors import BackupError, Damaged
 from backup.manifest import DataFile, moment_of
 from backup.repository import Machine, allow, sync_folder
 
@@ -67,6 +67,16 @@ def record_of(memory: Memory, data: DataFile) -> Record | None:
     """What is remembered of a data file; None where that was another file of the same name."""
     found = memory.get(data.file)
     return found if found is not None and found.digest == data.digest else None
+
+
+def known_damage(memory: Memory, files: Iterable[DataFile]) -> Damaged | None:
+    """Damage of one of these files that a verify has found; None: none is known."""
+    for data in files:
+        record = record_of(memory, data)
+        if record is not None and record.code == Damaged.exit_code:
+            found = f"{record.problem} (found by verify, {record.checked})"
+            return Damaged(found, hint="bring the file back from a copy of the repository, then run pybackup verify")
+    return None
 
 
 def recall(machine: Machine) -> Memory:

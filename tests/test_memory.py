@@ -2,13 +2,15 @@
 
 import json
 import random
+import subprocess
 import threading
 import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from forge import flipped, replaced
-from lab import MIB, Night, call_pybackup, check_repository, write
+from lab import MIB, PYBACKUP, Night, call_pybackup, check_repository, write
+from lies import data_file, flip
 
 from backup import memory
 from backup.manifest import timestamp
@@ -331,3 +333,42 @@ def test_a_backup_and_its_tidying_up_leave_the_memory_alone(night):
     assert (folder(night) / "verified").read_bytes() == before
     assert read_and_skipped(verify(night, "--older-than", "1d")) == (1, 3)
     check_repository(night.repository)
+
+
+# What is known to be damaged is not built upon
+
+
+def test_the_night_after_a_verify_that_found_damage_begins_a_new_chain(tmp_path):
+    night = Night.with_incremental(tmp_path)
+    path = data_file(night.repository, night.newest)
+    flip(path, path.stat().st_size - 100)
+    assert night.incremental().rc == 0  # nobody knows
+    assert call_pybackup(["verify", "--repo", night.repository]).rc == 12
+    refused = night.incremental("--no-fallback")
+    assert (refused.rc, "found by verify" in refused.stderr) == (14, True), refused
+    done = night.incremental()
+    assert (done.rc, done.disk["kind"]) == (3, "full"), done
+    assert "the chain is broken" in done.disk["reason"]
+    assert f"{path.name} is damaged" in done.disk["reason"]
+    night.require_incremental("--no-fallback")
+
+
+def test_what_was_brought_back_and_verified_is_built_upon_again(tmp_path):
+    night = Night.with_incremental(tmp_path)
+    path = data_file(night.repository, night.newest)
+    for rc in (12, 0):
+        flip(path, path.stat().st_size - 100)
+        assert call_pybackup(["verify", "--repo", night.repository]).rc == rc
+    night.require_incremental("--no-fallback")
+
+
+def test_a_chain_that_this_process_cannot_open_is_not_called_broken(tmp_path):
+    night = Night.with_incremental(tmp_path)
+    arguments = ["incremental", "--image", night.image, "--repo", night.repository, "--bitmap", "b1"]
+    before = sorted(night.repository.rglob("*.json"))
+    command = ["prlimit", "--nofile=16:16", PYBACKUP, *arguments]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 1, done
+    assert "Too many open files" in done.stderr
+    assert sorted(night.repository.rglob("*.json")) == before
+    night.require_incremental("--no-fallback")
