@@ -89,7 +89,9 @@ def consider(machine: Machine, contents: Contents, request: Request, disk: DiskR
     """
     newest = chains.newest_manifest(contents.manifests.values(), disk.name)
     _check_claim(disk, newest, contents)
-    if newest is not None:
+    if newest is None:
+        _check_first_format(disk)
+    else:
         _check_format(disk, newest)
     sight = disk.source.look()
     if request.named_by_path:
@@ -156,6 +158,21 @@ def _check_claim(disk: DiskRequest, newest: Manifest | None, contents: Contents)
         f"--since {since} is not the newest point of disk {disk.name}, which is {newest.point}",
         hint="a chain grows only at its end; without --since everything is read",
     )
+
+
+def _check_first_format(disk: DiskRequest) -> None:
+    """
+    Refuse to begin a chain with the bytes of a container, such as a vmdk, that holds the disk.
+
+    Later a raw disk may begin with what its guest likes.
+    """
+    found = disk.source.foreign_format()
+    if found is not None:
+        raise UsageError(
+            f"the image of disk {disk.name} looks like a {found}, and pybackup reads qcow2 and raw images",
+            hint=f"serve the disk that is in it, qemu-nbd -r -t -f {found} IMAGE, and name that with --nbd; or say "
+            "that the bytes of the file are the disk: --image-format raw (`format: raw`)",
+        )
 
 
 def _check_format(disk: DiskRequest, newest: Manifest) -> None:

@@ -487,3 +487,18 @@ def test_help_and_version():
     assert not re.search(r"\w\.\.\.$", done.stdout, re.MULTILINE), "a summary that does not fit into its line"
     assert "[[" not in call_pybackup(["verify", "--help"]).stdout
     assert re.fullmatch(r"pybackup \d+\.\d+\.\d+\S*\n", call_pybackup(["--version"]).stdout)
+
+
+def test_what_the_system_refuses_is_no_bug(tmp_path):
+    """In a folder that is gone; and where there may be no more memory for threads."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    script = f"cd {gone} && rmdir {gone} && exec {PYBACKUP} restore m/latest out.raw --repo {tmp_path}"
+    done = subprocess.run(["sh", "-c", script], check=False, capture_output=True, text=True)
+    assert "bug" not in done.stderr
+    assert len(done.stderr.splitlines()) == 2
+    from backup.cli.state import explained
+
+    assert "gives no more threads" in explained(RuntimeError("can't start new thread")).message
+    assert explained(PermissionError(13, "Permission denied", "/x/y")).message == "/x/y: Permission denied"
+    assert "a bug" in explained(RuntimeError("something else")).message

@@ -4,6 +4,7 @@ The options before the command, which every command looks at, and how an error i
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,18 @@ def explained(error: Exception) -> BackupError:
         return error
     if isinstance(error, MemoryError):
         found = Failed("there is not enough memory", hint="lower connections, requests or request_size")
+    elif isinstance(error, OSError) and error.strerror:
+        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+        found = Failed(
+            f"{where}{error.strerror}",
+            hint="the system refuses; see what is there, and whether the current folder still exists. "
+            "Run again with --debug before the command to see where",
+        )
+    elif isinstance(error, RuntimeError) and "start new thread" in str(error):
+        found = Failed(
+            "the system gives no more threads",
+            hint="raise the limit of processes or memory (ulimit -u, -v; systemd's TasksMax), or lower workers",
+        )
     else:
         found = Failed(
             f"a bug in pybackup: {type(error).__name__}: {error}",

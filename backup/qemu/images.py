@@ -27,6 +27,22 @@ from backup.qemu.truncation import may_be_cut_off
 _T = TypeVar("_T")
 QCOW2, RAW = "qcow2", "raw"
 _QCOW2_MAGIC = b"QFI\xfb"
+_HEAD = 128
+_FOREIGN = (
+    (0, b"KDMV", "vmdk"),
+    (0, b"COWD", "vmdk"),
+    (0, b"# Disk DescriptorFile", "vmdk"),
+    (0, b"vhdxfile", "vhdx"),
+    (0, b"conectix", "vpc"),
+    (0, b"QED\0", "qed"),
+    (0, b"WithoutFreeSpace", "parallels"),
+    (0, b"WithouFreSpacExt", "parallels"),
+    (64, b"\x7f\x10\xda\xbe", "vdi"),
+)
+"""
+Offset and bytes by which QEMU knows other formats (the probe functions in block/).  Not LUKS: many guests begin their
+raw disks with that.
+"""
 _LOCK_TRIES, _LOCK_PAUSE = 5, 0.3
 """
 Another program's short look at the image (qemu-img info, a killed run's last qemu-img) must not fail a run: that many
@@ -85,27 +101,44 @@ class ImageInfo:
 
 def detect_format(path: Path) -> str:
     """
-    Qcow2 or raw, from the first four bytes.
+    Qcow2 or raw, from the first bytes.
 
     Raises
     ------
     SourceError
         There is no image, or it cannot be read.
     """
+    return QCOW2 if _head(path).startswith(_QCOW2_MAGIC) else RAW
+
+
+def foreign_format(path: Path) -> str | None:
+    """
+    The format of other programs that the first bytes are of, by QEMU's name for it; None: of none.
+
+    Raises
+    ------
+    SourceError
+        As `detect_format`.
+    """
+    head = _head(path)
+    return next((name for at, magic, name in _FOREIGN if head[at:].startswith(magic)), None)
+
+
+def _head(path: Path) -> bytes:
+    """The first bytes of an image, as many as tell formats apart."""
     try:
         # A pipe in the image's place must not hang us.
         with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
             mode = os.fstat(file.fileno()).st_mode
             if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
                 raise SourceError(f"{path} is neither a file nor a block device", hint="check the image's path")
-            magic = file.read(4)
+            return file.read(_HEAD)
     except (FileNotFoundError, NotADirectoryError):
         raise SourceError(f"there is no image {path}", hint="check --image, or `image:` in the configuration") from None
     except OSError as error:
         raise SourceError(
             f"{path} cannot be read: {error.strerror}", hint="check the image's path and permissions"
         ) from None
-    return QCOW2 if magic == _QCOW2_MAGIC else RAW
 
 
 def require_whole(path: Path) -> None:

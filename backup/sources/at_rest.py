@@ -125,6 +125,10 @@ class ImageSource:
         """Yes."""
         return True
 
+    def foreign_format(self) -> str | None:
+        """Another program's, unless the format was given."""
+        return None if self.format else images.foreign_format(self.path)
+
     def guessed_format(self) -> str | None:
         """Qcow2 or raw, unless the format was given."""
         found = images.detect_format(self.path)
@@ -204,8 +208,12 @@ class NbdSource:
         """No: they are their owner's."""
         return False
 
-    def guessed_format(self) -> str | None:
+    def foreign_format(self) -> str | None:
         """None: a server shows bytes, whatever it has them from."""
+        return None
+
+    def guessed_format(self) -> str | None:
+        """None, as of a foreign one."""
         return None
 
     def look(self) -> Sight:

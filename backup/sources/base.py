@@ -22,6 +22,9 @@ class Source(Protocol):
     def owns_bitmaps(self) -> bool:
         """Are its bitmaps ours to add and remove?"""
 
+    def foreign_format(self) -> str | None:
+        """The format of another program that the first bytes are of, where nobody named one; None: of none."""
+
     def guessed_format(self) -> str | None:
         """The format as its first bytes tell it, where nobody named one; nothing is opened by QEMU for it."""
 

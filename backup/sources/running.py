@@ -253,6 +253,10 @@ class NodeSource:
         """Yes."""
         return True
 
+    def foreign_format(self) -> str | None:
+        """None: QEMU shows the disk, whatever the image is."""
+        return None
+
     def guessed_format(self) -> str | None:
         """None: QEMU has the image open already, in the format that it was told."""
         return None
