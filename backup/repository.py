@@ -110,12 +110,8 @@ class Repository:
             The folder holds other things and no marker.
         """
         with explained(path):
-            if not os.path.lexists(path):
-                path.parent.mkdir(mode=modes.folder, parents=True, exist_ok=True)
-                make_folder(path, modes.folder)
-            if path.is_dir() and all(_is_nothing(name) for name in os.listdir(path)):
-                document = {"format": FORMAT, "version": VERSION, "id": identity or os.urandom(16).hex()}
-                _write_marker(path / MARKER, (json.dumps(document, indent=2) + "\n").encode(), modes.file)
+            if _is_free(path):
+                _make(path, modes, identity or os.urandom(16).hex())
         return cls.open(path, modes)
 
     @classmethod
@@ -129,7 +125,7 @@ class Repository:
             The folder holds other things and no marker.
         """
         with explained(path):
-            if not os.path.lexists(path) or (path.is_dir() and all(_is_nothing(name) for name in os.listdir(path))):
+            if _is_free(path):
                 return cls(path, identity, modes)
         return cls.open(path, modes)
 
@@ -515,6 +511,25 @@ def _write_temporary(path: Path, content: bytes, mode: int) -> None:
         file.write(content)
         file.flush()
         os.fsync(fd)
+
+
+def _is_free(path: Path) -> bool:
+    """Is there nothing yet, or an empty folder?"""
+    return not os.path.lexists(path) or (path.is_dir() and all(_is_nothing(name) for name in os.listdir(path)))
+
+
+def _make(path: Path, modes: Modes, identity: str) -> None:
+    """Make a repository where there is none, and the folders that lead to it; all their names last."""
+    # The repository's folder counts as new where it is there: a first run may have been cut off before it lasted.
+    new = [path, *(folder for folder in path.absolute().parents if not os.path.lexists(folder))]
+    if not os.path.lexists(path):
+        path.parent.mkdir(mode=modes.folder, parents=True, exist_ok=True)
+        make_folder(path, modes.folder)
+    document = {"format": FORMAT, "version": VERSION, "id": identity}
+    _write_marker(path / MARKER, (json.dumps(document, indent=2) + "\n").encode(), modes.file)
+    for folder in new:
+        with suppress(PermissionError):  # a folder of others', which we may write to and not read
+            sync_folder(folder.parent)
 
 
 def _write_marker(path: Path, content: bytes, mode: int) -> None:

@@ -73,6 +73,21 @@ def test_a_fresh_file_system_and_what_a_killed_first_run_left_count_as_empty(tmp
     assert Repository.open(tmp_path).machine_names() == []
 
 
+@pytest.mark.parametrize("there", ["", "a", "a/b/repo"], ids=["no folder", "some", "left by a killed run"])
+def test_the_names_of_all_new_folders_last_in_theirs(tmp_path, monkeypatch, there):
+    (tmp_path / there).mkdir(parents=True, exist_ok=True)
+    synced, real = [], os.fsync
+
+    def fsync(fd):
+        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    Repository.open_or_create(tmp_path / "a/b/repo")
+    new = {"": ["a/b", "a", ""], "a": ["a/b", "a"], "a/b/repo": ["a/b"]}[there]
+    assert {str(tmp_path / folder) for folder in new} <= set(synced)
+
+
 def test_first_runs_at_the_same_time_agree_on_one_id(tmp_path):
     found, start = [], threading.Barrier(8)
 
