@@ -23,6 +23,7 @@ import os
 import re
 import socket
 import stat
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -43,6 +44,8 @@ _MAX_MARKER = 64 << 10
 _T = TypeVar("_T")
 _TRIES = 20
 """How often a folder is read that a prune changes meanwhile."""
+_PATIENCE = 0.5
+"""Seconds to wait for a machine's lock: another machine's run may only be looking whether anybody has it."""
 _ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -175,10 +178,8 @@ class Ownership:
             One is.
         """
         for name in self.repository.machine_names():
-            other = self.repository.machine(name)
-            if name != self.machine and os.path.lexists(other.path / "lock"):
-                with other.lock():
-                    pass
+            if name != self.machine:
+                self.repository.machine(name).require_free()
 
 
 class Machine:
@@ -281,6 +282,25 @@ class Machine:
             yield
         finally:
             os.close(fd)
+
+    def require_free(self) -> None:
+        """
+        Make sure that no run has the machine's lock, and leave what it says as it is.
+
+        Raises
+        ------
+        Locked
+            One has it.
+        """
+        with explained(self.path / "lock"):
+            try:
+                fd = os.open(self.path / "lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            except FileNotFoundError:
+                return
+            try:
+                _flock(fd, self.name, shared=True)
+            finally:
+                os.close(fd)
 
     def points_in_use(self) -> set[str]:
         """
@@ -619,18 +639,30 @@ def _is_held(path: Path) -> bool:
     return False
 
 
-def _flock(fd: int, machine: str) -> None:
+def _flock(fd: int, machine: str, *, shared: bool = False) -> None:
+    """Take a machine's lock, and say in it who has it; `shared`: only for a look, which writes nothing."""
+    until = time.monotonic() + _PATIENCE
+    while not _try_flock(fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
+        if time.monotonic() > until:
+            holder = os.pread(fd, 200, 0).decode("ascii", "replace").strip() or "an unknown process"
+            raise Locked(
+                f"machine {machine} is locked by another run ({holder})",
+                hint="wait for that run to end; the lock is freed by itself when the process ends",
+            )
+        time.sleep(_PATIENCE / 20)
+    if not shared:
+        with suppress(OSError):  # a full disk: the lock holds all the same, only its holder is not named
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"host {socket.gethostname()} pid {os.getpid()}\n".encode("ascii", "replace"), 0)
+
+
+def _try_flock(fd: int, kind: int) -> bool:
+    """Take an flock at once; False where somebody else's is in the way."""
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(fd, 200, 0).decode("ascii", "replace").strip() or "an unknown process"
-        raise Locked(
-            f"machine {machine} is locked by another run ({holder})",
-            hint="wait for that run to end; the lock is freed by itself when the process ends",
-        ) from None
-    with suppress(OSError):  # a full disk: the lock holds all the same, only its holder is not named
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"host {socket.gethostname()} pid {os.getpid()}\n".encode("ascii", "replace"), 0)
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # the latter, where the file system has fcntl's locks for it (NFS)
+        return False
+    return True
 
 
 @contextmanager

@@ -133,6 +133,30 @@ def test_a_run_against_a_held_lock_ends_with_11_and_changes_nothing(tmp_path):
     assert night.state() == before
 
 
+def test_a_look_whether_other_machines_are_locked_writes_nothing(tmp_path):
+    repository = Repository.open_or_create(tmp_path / "repo")
+    first = repository.machine("web1")
+    with first.lock():
+        repository.ownership("web1").require_alone()
+    (first.path / "lock").write_text("host far pid 1\n")
+    repository.ownership("web2").require_alone()
+    assert (first.path / "lock").read_text() == "host far pid 1\n"
+    with first.lock(), pytest.raises(Locked, match="web1 is locked"):
+        repository.ownership("web2").require_alone()
+
+
+def test_a_lock_that_somebody_only_looks_at_is_waited_for(tmp_path):
+    machine = Repository.open_or_create(tmp_path / "repo").machine("web1")
+    with machine.lock():
+        pass
+    fd = os.open(machine.path / "lock", os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_SH)
+    looking = threading.Timer(0.1, os.close, [fd])
+    looking.start()
+    with machine.lock():
+        looking.join()
+
+
 def test_a_killed_holders_lock_is_free(tmp_path):
     path = tmp_path / "repo"
     Repository.open_or_create(path)
