@@ -255,16 +255,22 @@ class _Run:
         """The disk with what its backup becomes where planning or copying showed that it cannot be what it was."""
         changed = replace(disk, decision=decision)
         self._require_allowed(changed)
+        self._require_writable(disk.sight, decision)
         return changed
 
     def _decide(self, disk: DiskRequest, *, start_bitmaps: bool) -> _Disk:
         seen = consider(self.machine, self.contents, self.request, disk, self._short_id)
         sight, decision = seen.sight, seen.decision
-        image = qcow2.Image(sight.size, self.request.cluster_size, None, zstd=self.request.level is not None)
-        qcow2.require_writable(image)
+        self._require_writable(sight, decision)
         starts = start_bitmaps and self.request.family and disk.source.why_no_bitmap(sight) is None
         started = decide.bitmap_name(self.request.family or "", self._short_id, self.point) if starts else None
         return _Disk(disk, sight, decision, started)
+
+    def _require_writable(self, sight: Sight, decision: Decision) -> None:
+        """Refuse a disk that no data file can hold; its clusters are the chain's, and only a full's the configured."""
+        parent = decision.parent
+        cluster_size = self.request.cluster_size if parent is None else parent.cluster_size
+        qcow2.require_writable(qcow2.Image(sight.size, cluster_size, None, zstd=self.request.level is not None))
 
     @property
     def _short_id(self) -> str:
