@@ -24,8 +24,8 @@ import re
 import socket
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -44,6 +44,9 @@ _MAX_MARKER = 64 << 10
 _T = TypeVar("_T")
 _TRIES = 20
 """How often a folder is read that a prune changes meanwhile."""
+IN_USE = "in use"
+UNTOLD = "no telling whether it is in use"
+"""Why a point stays that would go: somebody serves it or looks into it; the file system does not say (and why)."""
 _PATIENCE = 0.5
 """Seconds to wait for a machine's lock: another machine's run may only be looking whether anybody has it."""
 _ID = re.compile(r"[0-9a-f]{32}")
@@ -302,18 +305,39 @@ class Machine:
             finally:
                 os.close(fd)
 
-    def points_in_use(self) -> set[str]:
+    def points_in_use(self) -> dict[str, str]:
         """
-        The points whose data files somebody needs for longer (`pybackup serve`): they must stay as they are.
+        The points that must stay as they are, and why: somebody needs their files for longer (`pybackup serve`), which
+        is IN_USE, or there is no telling: UNTOLD, and the reason.
 
-        Who needs a chain holds a shared flock on each of its data files, and then reads the manifests again.  Call it
-        under the lock.
+        Who needs a chain holds a shared flock on each of its digest files, and then reads the manifests again; older
+        programs hold the data files.
         """
         if not self.exists():
-            return set()
+            return {}
         with explained(self.path):
-            names = [name for name in os.listdir(self.path) if manifests.is_data_name(name) and name.endswith(".qcow2")]
-        return {name.rsplit(".", 2)[1] for name in names if _is_held(self.path / name)}
+            names = sorted(os.listdir(self.path))  # digest files first
+        used: dict[str, str] = {}
+        for name in names:
+            point = manifests.point_of(name)
+            if point is not None and point not in used:
+                with _alone([self.path / name]) as why_not:
+                    if why_not is not None:
+                        used[point] = why_not
+        return used
+
+    @contextmanager
+    def unused(self, *disks: DiskEntry) -> Iterator[str | None]:
+        """
+        Keep readers from the files of these disks' points until the block ends, in which they may be removed or
+        replaced; where it yields a reason, as in `points_in_use`, they must stay.
+
+        A reader either had them before, and is seen, or gets them afterwards, and sees by the manifests what changed.
+        """
+        # The digest file first: once it is ours, no reader starts a QEMU, whom a lock on the data file might disturb.
+        names = [name for disk in disks for name in (disk.data.digests, disk.data.file)]
+        with _alone([self.path / name for name in names]) as why_not:
+            yield why_not
 
     def remove_leftovers(self, contents: Contents) -> list[str]:
         """
@@ -624,19 +648,33 @@ def _identity(content: bytes, marker: Path) -> str:
 _MARKER_HINT = 'bring it back from a copy; every manifest beside it names the id as "repository"'
 
 
-def _is_held(path: Path) -> bool:
-    """Does anybody hold a flock on the file?"""
+@contextmanager
+def _alone(paths: Sequence[Path]) -> Iterator[str | None]:
+    """Have files to ourselves until the block ends, those that there are; yields why we have not, if so."""
+    with ExitStack() as stack:
+        found = (_why_held(path, stack) for path in paths)
+        yield next((why for why in found if why is not None), None)
+
+
+def _why_held(path: Path, stack: ExitStack) -> str | None:
+    """Lock a file until the stack ends; why not, where somebody else has a lock on it, or there is no telling."""
     try:
-        fd = open_plain(path)
+        fd = _open_to_lock(path)
     except NotFound:
-        return False
+        return None
+    stack.callback(os.close, fd)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return None if _try_flock(fd, fcntl.LOCK_EX) else IN_USE
+    except OSError as error:
+        return f"{UNTOLD}: {error.strerror}"
+
+
+def _open_to_lock(path: Path) -> int:
+    """Open a file for writing if we may: on NFS, only so it can be locked exclusively (flock(2))."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
-        return True  # held; or there is no telling, and then nothing is removed either
-    finally:
-        os.close(fd)
-    return False
+        return open_plain(path)
 
 
 def _flock(fd: int, machine: str, *, shared: bool = False) -> None:
