@@ -3,7 +3,8 @@ Decisions: whether a disk's next backup may be an incremental, and why not.
 
 A bitmap is named for the point it starts from, `FAMILY.REPO8.POINT` (design.md, "The bitmap's life").  The newest point
 P of a disk can only be continued by P's bitmap, and only when that bitmap is in the image itself, recording and
-consistent.  Everything else is a full, with its reason.  Pure functions over values.
+consistent.  Where the chain is sound, everything else is a rescan, or a full if that is wanted; without a chain it is a
+full.  Each with its reason.  Pure functions over values.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ class ByteCounts:
 
 @dataclass(frozen=True, slots=True)
 class LowerFile:
-    """A file below the source in its backing chain, as it was: a change there means a full."""
+    """A file below the source in its backing chain, as it was: no bitmap of the source sees a change there."""
 
     path: str
     size: int
