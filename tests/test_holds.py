@@ -16,7 +16,7 @@ from contextlib import ExitStack
 
 import pytest
 from histories import History
-from lab import call_pybackup
+from lab import call_pybackup, make_image
 
 from backup import chain, datafile, prune, serve
 from backup.cli.render import Quiet
@@ -121,15 +121,20 @@ def test_what_an_older_program_serves_stays(history):
     assert report.removed == 2
 
 
-def test_points_of_which_there_is_no_telling_stay_with_a_warning(history, monkeypatch):
+def no_locks(monkeypatch) -> None:
+    """Have the file system give no locks, but for the machine's."""
     real = fcntl.flock
 
     def flock(fd, operation):
-        if operation & fcntl.LOCK_EX and not os.readlink(f"/proc/self/fd/{fd}").endswith("lock"):
+        if operation & fcntl.LOCK_EX and os.readlink(f"/proc/self/fd/{fd}").endswith((".b3", ".qcow2")):
             raise OSError(errno.ENOLCK, "No locks available")
         real(fd, operation)
 
     monkeypatch.setattr(fcntl, "flock", flock)
+
+
+def test_points_of_which_there_is_no_telling_stay_with_a_warning(history, monkeypatch):
+    no_locks(monkeypatch)
     before = history.listing()
     done = call_pybackup(["prune", "--keep-last", "1", "--batch", "1", "--repo", history.machine.path.parent])
     assert done.rc == 3, done
@@ -138,6 +143,20 @@ def test_points_of_which_there_is_no_telling_stay_with_a_warning(history, monkey
         "pybackup: warning: m: 3 points not removed: no telling whether it is in use: No locks available"
     )
     assert history.listing() == before
+
+
+def test_a_backup_whose_prune_cannot_tell_warns_as_well(tmp_path, monkeypatch):
+    image = make_image(tmp_path / "disk.qcow2", "1M")
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        f"repository: {tmp_path / 'repo'}\nretention: {{last: 1, batch: 1, after_backup: true}}\n"
+        f"machines: {{m: {{disks: {{vda: {{image: {image}}}}}}}}}\n"
+    )
+    assert call_pybackup(["--config", config, "full"]).rc == 0
+    no_locks(monkeypatch)
+    done = call_pybackup(["--config", config, "full", "--json"])
+    assert done.rc == 3, done
+    assert done.machine["warnings"] == ["1 point not removed: no telling whether it is in use: No locks available"]
 
 
 def during(monkeypatch, step: str, action) -> None:
@@ -195,8 +214,7 @@ def test_a_reader_that_comes_in_an_exchange_waits_and_sees_its_end(history, monk
     def read() -> None:
         started.set()
         with ExitStack() as held:
-            for link in before.links:
-                datafile._hold(held, history.machine.path / link.entry.data.digests)
+            datafile._hold(held, history.machine.path / before.newest.entry.data.digests)
             order.append("held")
 
     started = threading.Event()
