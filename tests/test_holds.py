@@ -18,8 +18,9 @@ import pytest
 from histories import History
 from lab import call_pybackup, make_image
 
-from backup import chain, datafile, prune, serve
+from backup import chain, datafile, guestfiles, prune, serve
 from backup.cli.render import Quiet
+from backup.errors import Failed, NotFound
 from backup.exchange import settle
 from backup.prune import Request
 from backup.retention import Batch, Policy
@@ -233,6 +234,24 @@ def test_a_reader_that_comes_in_an_exchange_waits_and_sees_its_end(history, monk
     reader.join()
     assert order == ["exchange", "held"]
     assert chain.build(history.manifests(), newest, "vda") != before
+
+
+@pytest.mark.parametrize("number", [0, 3], ids=["removed", "rewritten"])
+def test_files_of_a_chain_that_a_prune_changes_just_then_are_not_called_missing(history, monkeypatch, number):
+    point, real = points(history)[number], datafile.held
+
+    def held(*args):
+        prune.prune(history.machine, NEWEST, Quiet())
+        return real(*args)
+
+    monkeypatch.setattr(datafile, "held", held)
+    with (
+        pytest.raises(Failed if number else NotFound) as stopped,
+        guestfiles.opened(history.machine, point, "vda", None),
+    ):
+        pass
+    assert "changed while it was opened" in stopped.value.message or point in stopped.value.message
+    assert ".b3" not in stopped.value.message
 
 
 def test_an_exchange_that_was_cut_off_is_taken_back_where_somebody_uses_the_former_file(history, monkeypatch):
