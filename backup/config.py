@@ -73,7 +73,8 @@ class DiskConfig:
     a device or an image of the machine's running QEMU) is set.
 
     `format` is the image's, None when the file says itself.  `bitmap` is the exact name of a bitmap on someone else's
-    NBD server; of an image, the machine's family counts.
+    NBD server, which no backup by a configuration continues from: none says which point it starts from; of an image,
+    the machine's family counts.
     """
 
     name: str

@@ -159,11 +159,16 @@ def consolidate(machine: Machine, merge: Merge, *, workers: int, progress: Progr
         with closing(PeekedDataFile(machine.path, waiting)) as peeked:
             qcow2.check(peeked.reader)
     except BaseException:
-        with suppress(OSError):
-            for name in (merge.file, merge.digests):
-                (machine.path / name).unlink(missing_ok=True)
+        discard(machine, merge)
         raise
     return entry
+
+
+def discard(machine: Machine, merge: Merge) -> None:
+    """Remove the files of a merge that did not come to its end, or is not needed; what stays, the next run removes."""
+    with suppress(OSError):
+        for name in (merge.file, merge.digests):
+            (machine.path / name).unlink(missing_ok=True)
 
 
 def _entry(merge: Merge, data: DataFile) -> DiskEntry:

@@ -155,13 +155,25 @@ def create(open_repository: Callable[[], Repository], request: Request, progress
                 lambda contents: _Run(machine, contents, repository.identity, request, progress).rehearse(),
                 doubtful=lambda report: bool(report.warnings),
             )
-    with machine.lock(), request.host:
-        contents = settle(machine)
-        run = _Run(machine, contents, repository.identity, request, progress)
-        removed = request.host.recover(repository.ownership(request.machine))
-        if removed:
-            run.notes.append(f"removed what a run that was cut off had left in QEMU: {', '.join(removed)}")
-        return run.take()
+    run: _Run | None = None
+    try:
+        with machine.lock(), request.host:
+            contents = settle(machine)
+            run = _Run(machine, contents, repository.identity, request, progress)
+            removed = request.host.recover(repository.ownership(request.machine))
+            if removed:
+                run.notes.append(f"removed what a run that was cut off had left in QEMU: {', '.join(removed)}")
+            return run.take()
+    except Interrupted as stopped:
+        stopped.hint = _after_stop(request.machine, run)
+        raise
+
+
+def _after_stop(machine: str, run: _Run | None) -> str:
+    """What a run that a signal stopped has left, for people."""
+    if run is not None and run.published is not None:
+        return f"point {run.point} is published; what it replaces is removed by the next run"
+    return f"no point was published of machine {machine}, and earlier ones are untouched; run the command again"
 
 
 class _Run:
@@ -203,10 +215,6 @@ class _Run:
                 return self._attempt()
             except Moved as moved:
                 _log.info("%s: %s; once more", self.request.machine, moved.message)
-            except Interrupted as stopped:
-                if self.published is not None:
-                    stopped.hint = f"point {self.point} is published; what it replaces is removed by the next run"
-                raise
             # A copy of the image may hold this try's bitmap, which must not be taken for one of the next try's point.
             self.point = self._new_point()
         raise SourceError(
@@ -255,16 +263,22 @@ class _Run:
         """The disk with what its backup becomes where planning or copying showed that it cannot be what it was."""
         changed = replace(disk, decision=decision)
         self._require_allowed(changed)
+        self._require_writable(disk.sight, decision)
         return changed
 
     def _decide(self, disk: DiskRequest, *, start_bitmaps: bool) -> _Disk:
         seen = consider(self.machine, self.contents, self.request, disk, self._short_id)
         sight, decision = seen.sight, seen.decision
-        image = qcow2.Image(sight.size, self.request.cluster_size, None, zstd=self.request.level is not None)
-        qcow2.require_writable(image)
+        self._require_writable(sight, decision)
         starts = start_bitmaps and self.request.family and disk.source.why_no_bitmap(sight) is None
         started = decide.bitmap_name(self.request.family or "", self._short_id, self.point) if starts else None
         return _Disk(disk, sight, decision, started)
+
+    def _require_writable(self, sight: Sight, decision: Decision) -> None:
+        """Refuse a disk that no data file can hold; its clusters are the chain's, and only a full's the configured."""
+        parent = decision.parent
+        cluster_size = self.request.cluster_size if parent is None else parent.cluster_size
+        qcow2.require_writable(qcow2.Image(sight.size, cluster_size, None, zstd=self.request.level is not None))
 
     @property
     def _short_id(self) -> str:

@@ -148,14 +148,6 @@ class PeekedDataFile:
             raise Damaged(f"a data file ends before byte {offset + length}", hint=_FROM_COPY)
         return content
 
-    def hold(self) -> bool:
-        """Keep `prune` from the file while it is open (`Machine.points_in_use`); False where there are no locks."""
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_SH)
-        except OSError:
-            return False
-        return True
-
     def close(self) -> None:
         """Close the file."""
         if self._fd >= 0:
@@ -203,10 +195,23 @@ def held(folder: Path, chain: Chain) -> Iterator[bool]:
     """
     Keep `prune` from a chain's files, which are checked as by `peeked`; False where the file system has no locks.
 
-    What is held may have been changed just before: the manifests are to be read again.
+    What is held may have been changed just before: the manifests are to be read again.  The locks are on the digest
+    files, which QEMU does not open: on NFS an flock is one of fcntl's, and would keep QEMU from the data files.
     """
-    with peeked_files(folder, chain) as files:
-        yield all(file.hold() for file in files)
+    with peeked_files(folder, chain):
+        pass
+    with ExitStack() as stack:
+        yield all(_hold(stack, folder / link.entry.data.digests) for link in chain.links)
+
+
+def _hold(stack: ExitStack, path: Path) -> bool:
+    fd = digests.open_plain(path)
+    stack.callback(os.close, fd)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH)  # a prune that replaces the file just now ends in a moment
+    except OSError:
+        return False
+    return True
 
 
 class DataFileMaker:

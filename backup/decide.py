@@ -3,7 +3,8 @@ Decisions: whether a disk's next backup may be an incremental, and why not.
 
 A bitmap is named for the point it starts from, `FAMILY.REPO8.POINT` (design.md, "The bitmap's life").  The newest point
 P of a disk can only be continued by P's bitmap, and only when that bitmap is in the image itself, recording and
-consistent.  Everything else is a full, with its reason.  Pure functions over values.
+consistent.  Where the chain is sound, everything else is a rescan, or a full if that is wanted; without a chain it is a
+full.  Each with its reason.  Pure functions over values.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ class Sight:
     """
     What a source shows of a disk, taken at one moment.
 
-    `size` is exact, in bytes.  `no_bitmaps` and `fulls_only` say why it can hold no bitmap, or why no bitmap would see
-    all writes; `volatile` why a bitmap lasts no longer than the running QEMU.  `lower` are the files of its backing
-    chain, `lower_bitmaps` the bitmaps in those.
+    `size` is exact, in bytes.  `no_bitmaps` says why it can hold no bitmap, `unseen_writes` why no bitmap would see all
+    writes, `volatile` why a bitmap lasts no longer than the running QEMU.  `lower` are the files of its backing chain,
+    `lower_bitmaps` the bitmaps in those.
     """
 
     kind: str
@@ -47,7 +48,7 @@ class Sight:
     size: int
     bitmaps: tuple[Bitmap, ...] = ()
     no_bitmaps: str | None = None
-    fulls_only: str | None = None
+    unseen_writes: str | None = None
     volatile: str | None = None
     lower: tuple[LowerFile, ...] = ()
     lower_bitmaps: tuple[str, ...] = ()
@@ -189,7 +190,7 @@ def why_lied(bitmap: str, point: str, differing: int, checked: int, offset: int)
 
 
 def _and_then(sight: Sight, unusable: str) -> str:
-    why = sight.fulls_only or sight.no_bitmaps
+    why = sight.unseen_writes or sight.no_bitmaps
     later = "a full as well" if unusable == FULL else f"a {unusable}"
     return f"; every later one is {later}: {why}" if why else ""
 
@@ -208,8 +209,8 @@ def _decide_claim(sight: Sight, last: Chain, claim: Claim, unusable: str) -> Dec
 
 def _why_not(sight: Sight, parent: DiskEntry, name: str, short_id: str) -> str | None:
     """Why the bitmap `name` cannot continue the parent point; None when it can."""
-    if sight.fulls_only or sight.no_bitmaps:
-        return sight.fulls_only or sight.no_bitmaps
+    if sight.unseen_writes or sight.no_bitmaps:
+        return sight.unseen_writes or sight.no_bitmaps
     if sight.lower != parent.source.lower:
         return _lower_changed(parent.source.lower, sight.lower)
     bitmap = sight.bitmap(name)

@@ -14,13 +14,13 @@ The tree of errors, with exit codes and hints.
 
 Every error says what happened, with the values, and what to do about it: `pybackup: error: MESSAGE` and
 `pybackup: hint: HINT`.  They are raised where a fault is found and caught in one place, `backup.cli.app.main`;
-any other exception is a bug and keeps its traceback.
+any other exception is a bug, of which --debug shows the traceback.
 """
 
 from __future__ import annotations
 
 WARNINGS_EXIT_CODE = 3
-"""Exit code of a run that made its points but warned on the way (a fallback to full, for example)."""
+"""Exit code of a run that made its points but warned on the way (a fallback to a rescan, for example)."""
 
 
 class BackupError(Exception):
@@ -73,7 +73,7 @@ class SourceError(BackupError):
 
 
 class BitmapUnusable(BackupError):
-    """The bitmap cannot be continued from and the user forbade the fallback to a full."""
+    """The bitmap cannot be continued from, and the user forbade the fallback to a rescan or a full."""
 
     exit_code = 14
 
@@ -83,11 +83,12 @@ class Interrupted(BaseException):
     The run was stopped by a signal.
 
     It comes between any two lines, so it is no BackupError and, like KeyboardInterrupt, not even an Exception: whoever
-    takes an error for a damaged manifest or a failed machine, and goes on, must not take this for one.
+    takes an error for a damaged manifest or a failed machine, and goes on, must not take this for one.  Its hint holds
+    for every command; those that change the repository say more.
     """
 
     def __init__(self, signal_number: int) -> None:
         self.message = f"stopped by signal {signal_number}"
-        self.hint = "no point was published and earlier points are untouched; run the command again"
+        self.hint = "no point was harmed by that; run the command again"
         self.exit_code = 128 + signal_number
         super().__init__(self.message)

@@ -9,7 +9,8 @@ One data file in another's place, whole at every instant: how prune puts a rewri
 
 Between 2 and 4 readers tell by the file's backing name which entry holds (`repository.as_stored`); both chains are
 whole, since the points that the former file builds on go only afterwards.  What a run leaves that was cut off, the next
-one completes or takes back: the file that waits has the digests that its manifest lists, or it is no such file.
+one completes or takes back: the file that waits has the digests that its manifest lists, or it is no such file.  It
+takes back as well what somebody has begun to use meanwhile.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def exchange(machine: Machine, manifest: Manifest, entry: DiskEntry) -> Manifest
     """
     Let the data file that waits, `entry`'s, take the place of the one that its disk has; call it under the lock.
 
-    `manifest` is the point's.  The waiting file and its digest file are fsynced already.
+    `manifest` is the point's, and nobody uses its file (`Machine.unused`).  The one that waits and its digest file are
+    fsynced already.
 
     Returns
     -------
@@ -91,15 +93,21 @@ def _settle(machine: Machine, manifest: Manifest) -> None:
 def _settled(machine: Machine, disk: DiskEntry) -> DiskEntry:
     """Bring the file of an exchange that was cut off to its place, or leave the former one; the entry that holds."""
     path = machine.path / disk.data.file
-    if not is_exchanged(machine.path, disk):
-        if not _waits(machine, disk):
-            _log.info("%s: took back the exchange of %s, which was cut off", machine.name, path.name)
-            return disk.restored()
-        with explained(machine.path):
-            os.rename(path.with_name(path.name + NEW), path)
-            sync_folder(machine.path)
+    if not is_exchanged(machine.path, disk) and not (_waits(machine, disk) and _take_place(machine, disk)):
+        _log.info("%s: took back the exchange of %s, which was cut off", machine.name, path.name)
+        return disk.restored()
     _log.info("%s: completed the exchange of %s, which was cut off", machine.name, path.name)
     return replace(disk, replaces=None)
+
+
+def _take_place(machine: Machine, disk: DiskEntry) -> bool:
+    """Let the file that waits take the former one's name, unless somebody uses that."""
+    path = machine.path / disk.data.file
+    with machine.unused(disk.restored()) as why_not, explained(machine.path):
+        if why_not is None:
+            os.rename(path.with_name(path.name + NEW), path)
+            sync_folder(machine.path)
+    return why_not is None
 
 
 def _waits(machine: Machine, disk: DiskEntry) -> bool:

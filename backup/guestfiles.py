@@ -13,7 +13,7 @@ import shutil
 import stat
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -154,10 +154,16 @@ def opened(machine: Machine, point: str, disk: str, filesystem: str | None) -> I
         The chain is broken; libguestfs is not installed or does not work.
     """
     chain = _chain(machine, point, disk)
-    with datafile.held(machine.path, chain), guestfish.started(machine.path / chain.newest.entry.data.file) as fish:
-        fish.ask("run")
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(datafile.held(machine.path, chain))
+        except BackupError:
+            if _chain(machine, point, disk) == chain:
+                raise
         if _chain(machine, point, disk) != chain:
             raise Failed(f"the chain of point {point} changed while it was opened", hint="run the command again")
+        fish = stack.enter_context(guestfish.started(machine.path / chain.newest.entry.data.file))
+        fish.ask("run")
         yield GuestFiles(fish, mount(fish, mounts(fish, filesystem)))
 
 

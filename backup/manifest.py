@@ -27,8 +27,8 @@ NAME_PATTERN = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}"
 POINT_PATTERN = r"[0-9]{8}T[0-9]{6}Z-[0-9a-f]{8}"
 
 _POINT = re.compile(POINT_PATTERN)
-_DATA = re.compile(NAME_PATTERN + r"\." + POINT_PATTERN + r"\.qcow2")
-_DIGESTS = re.compile(NAME_PATTERN + r"\." + POINT_PATTERN + r"\.(?:([1-9][0-9]{0,8})\.)?b3")
+_DATA = re.compile(NAME_PATTERN + r"\.(?P<point>" + POINT_PATTERN + r")\.qcow2")
+_DIGESTS = re.compile(NAME_PATTERN + r"\.(?P<point>" + POINT_PATTERN + r")\.(?:(?P<rewritten>[1-9][0-9]{0,8})\.)?b3")
 _NAME = re.compile(NAME_PATTERN)
 _RANDOM = re.compile(r"[0-9a-f]{32}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -103,7 +103,7 @@ class ByteCounts:
 
 @dataclass(frozen=True, slots=True)
 class LowerFile:
-    """A file below the source in its backing chain, as it was: a change there means a full."""
+    """A file below the source in its backing chain, as it was: no bitmap of the source sees a change there."""
 
     path: str
     size: int
@@ -222,6 +222,12 @@ def is_data_name(text: str) -> bool:
     return _DATA.fullmatch(text.removesuffix(NEW)) is not None or _DIGESTS.fullmatch(text) is not None
 
 
+def point_of(file: str) -> str | None:
+    """The point whose data file or digest file has this name; None where it can be none's."""
+    match = _DATA.fullmatch(file) or _DIGESTS.fullmatch(file)
+    return match["point"] if match else None
+
+
 def data_name(disk: str, point: str) -> str:
     """The name of a disk's data file."""
     return f"{disk}.{point}.qcow2"
@@ -235,7 +241,7 @@ def digest_name(disk: str, point: str, rewritten: int) -> str:
 def generation(digest_file: str) -> int:
     """How often prune has rewritten the data file that a digest file of this name is of."""
     match = _DIGESTS.fullmatch(digest_file)
-    return int(match[1] or 0) if match else 0
+    return int(match["rewritten"] or 0) if match else 0
 
 
 def encode(manifest: Manifest) -> bytes:

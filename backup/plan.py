@@ -402,12 +402,9 @@ class _Builder:
         self.dirty += dirty
         if not kinds.any():
             return
-        self._count(start, kinds, 1)
+        self.data += self.bytes(start, kinds == DATA)
+        self.zero += self.bytes(start, kinds == ZERO)
         self.windows.append(_Packed.of(start // self.cluster_size, kinds))
-
-    def _count(self, start: int, kinds: Kinds, sign: int) -> None:
-        self.data += sign * self.bytes(start, kinds == DATA)
-        self.zero += sign * self.bytes(start, kinds == ZERO)
 
     def bytes(self, start: int, mask: Mask) -> int:
         """Bytes of the set clusters of a window that starts at byte `start`, clipped at the disk's size."""

@@ -11,21 +11,21 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from backup import chain as chains
 from backup import retention
-from backup.consolidate import Estimate, Merge, consolidate, estimate
+from backup.consolidate import Estimate, Merge, consolidate, discard, estimate
 from backup.errors import BackupError, Failed, Interrupted
 from backup.exchange import exchange, settle
 from backup.manifest import Manifest
 from backup.progress import Progress
-from backup.repository import Contents, Machine, explained, read_manifest
+from backup.repository import UNTOLD, Contents, Machine, explained, read_manifest
 from backup.retention import Batch, Moment, Policy
 from backup.thin import Remove, Rewrite, Thinning, thin
-from backup.units import show_size
+from backup.units import counted, show_size
 
 _log = logging.getLogger(__name__)
 
@@ -125,7 +125,8 @@ def prune(machine: Machine, request: Request, progress: Progress) -> Report:
 def _rehearse(machine: Machine, request: Request) -> Report:
     run = machine.seen(lambda contents: _Run(machine, request, contents))
     lacking = run.lacking()
-    return run.report() if lacking is None else replace(run.report(), warnings=(lacking.error.message,))
+    found = run.report()
+    return found if lacking is None else replace(found, warnings=(*found.warnings, lacking.error.message))
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +146,7 @@ class _Run:
         self.request = request
         self.manifests = dict(contents.manifests)
         self.reasons = dict(retention.keep(map(_moment, self.manifests.values()), request.policy))
-        for point in machine.points_in_use() & self.manifests.keys():  # of whole chains, so that none is rewritten
-            self.reasons[point] = (*self.reasons.get(point, ()), "in use")
+        self._keep_used()
         self.thinning: Thinning = thin(self.manifests, self.reasons, request.batch)
         rewrites = [step for step in self.thinning.steps if isinstance(step, Rewrite)]
         self.estimates = {step: estimate(machine, _merge(self.manifests, step)) for step in rewrites}
@@ -161,17 +161,65 @@ class _Run:
             if isinstance(step, Rewrite):
                 self._rewrite(step, progress)
             else:
-                self.machine.remove_point(self.manifests.pop(step.point))
-                _log.info("%s: removed point %s", self.machine.name, step.point)
+                self._remove(step.point)
         if lacking is not None:
             raise lacking.error
         return self.report(before - _stored(self.manifests))
 
     def _rewrite(self, step: Rewrite, progress: Progress) -> None:
         merge = _merge(self.manifests, step)
-        _log.info("%s: %s/%s takes over %d points", self.machine.name, step.point, step.disk, len(step.merged))
-        entry = consolidate(self.machine, merge, workers=self.request.workers, progress=progress)
-        self.manifests[step.point] = exchange(self.machine, self.manifests[step.point], entry)
+        former = merge.newest.entry
+        with self.machine.unused(former) as why_not:
+            pass
+        if why_not is None:
+            _log.info("%s: %s/%s takes over %d points", self.machine.name, step.point, step.disk, len(step.merged))
+            entry = consolidate(self.machine, merge, workers=self.request.workers, progress=progress)
+            with self.machine.unused(former) as why_not:  # that may have taken hours
+                if why_not is None:
+                    self.manifests[step.point] = exchange(self.machine, self.manifests[step.point], entry)
+        if why_not is not None:
+            discard(self.machine, merge)
+            del self.estimates[step]
+            self._keep(step.point, why_not)
+
+    def _remove(self, point: str) -> None:
+        """Remove a point; it stays where somebody uses it, or a point builds on it that could not be rewritten."""
+        manifest = self.manifests[point]
+        with self.machine.unused(*manifest.disks) as why_not:
+            why_not = why_not or self._why_needed(point)
+            if why_not is None:
+                self.machine.remove_point(self.manifests.pop(point))
+                _log.info("%s: removed point %s", self.machine.name, point)
+        if why_not is not None:
+            self._keep(point, why_not)
+
+    def _why_needed(self, point: str) -> str | None:
+        builds = (
+            manifest.point
+            for manifest in self.manifests.values()
+            for disk in manifest.disks
+            if disk.parent is not None and disk.parent.point == point
+        )
+        child = next(builds, None)
+        return None if child is None else f"point {child} builds on it"
+
+    def _keep_used(self) -> None:
+        """Keep the points that are in use: whole chains, so that none of those is rewritten."""
+        for point, why in self.machine.points_in_use().items():
+            if point in self.manifests:
+                self._keep(point, why)
+
+    def _keep(self, point: str, why: str) -> None:
+        """Have a point stay, for this reason as well."""
+        before = self.reasons.get(point, ())
+        if why not in before:
+            self.reasons[point] = (*before, why)
+
+    def _untold(self) -> Iterator[str]:
+        """A warning of points that only stay as there is no telling: a repository must not grow without a word."""
+        why = [reasons[0] for reasons in self.reasons.values() if reasons[0].startswith(UNTOLD)]
+        if why:
+            yield f"{counted(len(why), 'point')} not removed: {why[0]}"
 
     def lacking(self) -> _Lacking | None:
         """The first step for which there is less space than it needs, after what the steps before it free."""
@@ -210,13 +258,14 @@ class _Run:
             points=tuple(self._point(manifest) for manifest in ordered),
             rewrites=tuple(self._rewritten(step, found) for step, found in self.estimates.items()),
             freed_bytes=freed,
+            warnings=tuple(self._untold()),
         )
 
     def _point(self, manifest: Manifest) -> PointReport:
         point = manifest.point
         batch = self.request.batch
         action, reasons = KEEP, self.reasons.get(point, ())
-        if point in self.thinning.going:
+        if point in self.thinning.going and not reasons:
             action = REMOVE
         elif point in self.thinning.waiting:
             action = WAIT

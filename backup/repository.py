@@ -23,8 +23,9 @@ import os
 import re
 import socket
 import stat
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -43,6 +44,11 @@ _MAX_MARKER = 64 << 10
 _T = TypeVar("_T")
 _TRIES = 20
 """How often a folder is read that a prune changes meanwhile."""
+IN_USE = "in use"
+UNTOLD = "no telling whether it is in use"
+"""Why a point stays that would go: somebody serves it or looks into it; the file system does not say (and why)."""
+_PATIENCE = 0.5
+"""Seconds to wait for a machine's lock: another machine's run may only be looking whether anybody has it."""
 _ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -110,12 +116,8 @@ class Repository:
             The folder holds other things and no marker.
         """
         with explained(path):
-            if not os.path.lexists(path):
-                path.parent.mkdir(mode=modes.folder, parents=True, exist_ok=True)
-                make_folder(path, modes.folder)
-            if path.is_dir() and all(_is_nothing(name) for name in os.listdir(path)):
-                document = {"format": FORMAT, "version": VERSION, "id": identity or os.urandom(16).hex()}
-                _write_marker(path / MARKER, (json.dumps(document, indent=2) + "\n").encode(), modes.file)
+            if _is_free(path):
+                _make(path, modes, identity or os.urandom(16).hex())
         return cls.open(path, modes)
 
     @classmethod
@@ -129,7 +131,7 @@ class Repository:
             The folder holds other things and no marker.
         """
         with explained(path):
-            if not os.path.lexists(path) or (path.is_dir() and all(_is_nothing(name) for name in os.listdir(path))):
+            if _is_free(path):
                 return cls(path, identity, modes)
         return cls.open(path, modes)
 
@@ -179,10 +181,8 @@ class Ownership:
             One is.
         """
         for name in self.repository.machine_names():
-            other = self.repository.machine(name)
-            if name != self.machine and os.path.lexists(other.path / "lock"):
-                with other.lock():
-                    pass
+            if name != self.machine:
+                self.repository.machine(name).require_free()
 
 
 class Machine:
@@ -287,18 +287,58 @@ class Machine:
         finally:
             os.close(fd)
 
-    def points_in_use(self) -> set[str]:
+    def require_free(self) -> None:
         """
-        The points whose data files somebody needs for longer (`pybackup serve`): they must stay as they are.
+        Make sure that no run has the machine's lock, and leave what it says as it is.
 
-        Who needs a chain holds a shared flock on each of its data files, and then reads the manifests again.  Call it
-        under the lock.
+        Raises
+        ------
+        Locked
+            One has it.
+        """
+        with explained(self.path / "lock"):
+            try:
+                fd = os.open(self.path / "lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            except FileNotFoundError:
+                return
+            try:
+                _flock(fd, self.name, shared=True)
+            finally:
+                os.close(fd)
+
+    def points_in_use(self) -> dict[str, str]:
+        """
+        The points that must stay as they are, and why: somebody needs their files for longer (`pybackup serve`), which
+        is IN_USE, or there is no telling: UNTOLD, and the reason.
+
+        Who needs a chain holds a shared flock on each of its digest files, and then reads the manifests again; older
+        programs hold the data files.
         """
         if not self.exists():
-            return set()
+            return {}
         with explained(self.path):
-            names = [name for name in os.listdir(self.path) if manifests.is_data_name(name) and name.endswith(".qcow2")]
-        return {name.rsplit(".", 2)[1] for name in names if _is_held(self.path / name)}
+            names = sorted(os.listdir(self.path))  # digest files first
+        used: dict[str, str] = {}
+        for name in names:
+            point = manifests.point_of(name)
+            if point is not None and point not in used:
+                with _alone([self.path / name]) as why_not:
+                    if why_not is not None:
+                        used[point] = why_not
+        return used
+
+    @contextmanager
+    def unused(self, *disks: DiskEntry) -> Iterator[str | None]:
+        """
+        Keep readers from the files of these disks' points until the block ends, in which they may be removed or
+        replaced; where it yields a reason, as in `points_in_use`, they must stay.
+
+        A reader either had them before, and is seen, or gets them afterwards, and sees by the manifests what changed.
+        """
+        # The digest file first: once it is ours, no reader starts a QEMU, whom a lock on the data file might disturb.
+        names = [name for disk in disks for name in (disk.data.digests, disk.data.file)]
+        with _alone([self.path / name for name in names]) as why_not:
+            yield why_not
 
     def remove_leftovers(self, contents: Contents) -> list[str]:
         """
@@ -518,6 +558,25 @@ def _write_temporary(path: Path, content: bytes, mode: int) -> None:
         os.fsync(fd)
 
 
+def _is_free(path: Path) -> bool:
+    """Is there nothing yet, or an empty folder?"""
+    return not os.path.lexists(path) or (path.is_dir() and all(_is_nothing(name) for name in os.listdir(path)))
+
+
+def _make(path: Path, modes: Modes, identity: str) -> None:
+    """Make a repository where there is none, and the folders that lead to it; all their names last."""
+    # The repository's folder counts as new where it is there: a first run may have been cut off before it lasted.
+    new = [path, *(folder for folder in path.absolute().parents if not os.path.lexists(folder))]
+    if not os.path.lexists(path):
+        path.parent.mkdir(mode=modes.folder, parents=True, exist_ok=True)
+        make_folder(path, modes.folder)
+    document = {"format": FORMAT, "version": VERSION, "id": identity}
+    _write_marker(path / MARKER, (json.dumps(document, indent=2) + "\n").encode(), modes.file)
+    for folder in new:
+        with suppress(PermissionError):  # a folder of others', which we may write to and not read
+            sync_folder(folder.parent)
+
+
 def _write_marker(path: Path, content: bytes, mode: int) -> None:
     """Write the marker, unless another first run was faster: its id is in bitmaps' names already."""
     temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}{_TEMPORARY}")
@@ -590,33 +649,59 @@ def _identity(content: bytes, marker: Path) -> str:
 _MARKER_HINT = 'bring it back from a copy; every manifest beside it names the id as "repository"'
 
 
-def _is_held(path: Path) -> bool:
-    """Does anybody hold a flock on the file?"""
+@contextmanager
+def _alone(paths: Sequence[Path]) -> Iterator[str | None]:
+    """Have files to ourselves until the block ends, those that there are; yields why we have not, if so."""
+    with ExitStack() as stack:
+        found = (_why_held(path, stack) for path in paths)
+        yield next((why for why in found if why is not None), None)
+
+
+def _why_held(path: Path, stack: ExitStack) -> str | None:
+    """Lock a file until the stack ends; why not, where somebody else has a lock on it, or there is no telling."""
     try:
-        fd = open_plain(path)
+        fd = _open_to_lock(path)
     except NotFound:
-        return False
+        return None
+    stack.callback(os.close, fd)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return None if _try_flock(fd, fcntl.LOCK_EX) else IN_USE
+    except OSError as error:
+        return f"{UNTOLD}: {error.strerror}"
+
+
+def _open_to_lock(path: Path) -> int:
+    """Open a file for writing if we may: on NFS, only so it can be locked exclusively (flock(2))."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
-        return True  # held; or there is no telling, and then nothing is removed either
-    finally:
-        os.close(fd)
-    return False
+        return open_plain(path)
 
 
-def _flock(fd: int, machine: str) -> None:
+def _flock(fd: int, machine: str, *, shared: bool = False) -> None:
+    """Take a machine's lock, and say in it who has it; `shared`: only for a look, which writes nothing."""
+    until = time.monotonic() + _PATIENCE
+    while not _try_flock(fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
+        if time.monotonic() > until:
+            holder = os.pread(fd, 200, 0).decode("ascii", "replace").strip() or "an unknown process"
+            raise Locked(
+                f"machine {machine} is locked by another run ({holder})",
+                hint="wait for that run to end; the lock is freed by itself when the process ends",
+            )
+        time.sleep(_PATIENCE / 20)
+    if not shared:
+        with suppress(OSError):  # a full disk: the lock holds all the same, only its holder is not named
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"host {socket.gethostname()} pid {os.getpid()}\n".encode("ascii", "replace"), 0)
+
+
+def _try_flock(fd: int, kind: int) -> bool:
+    """Take an flock at once; False where somebody else's is in the way."""
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(fd, 200, 0).decode("ascii", "replace").strip() or "an unknown process"
-        raise Locked(
-            f"machine {machine} is locked by another run ({holder})",
-            hint="wait for that run to end; the lock is freed by itself when the process ends",
-        ) from None
-    with suppress(OSError):  # a full disk: the lock holds all the same, only its holder is not named
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"host {socket.gethostname()} pid {os.getpid()}\n".encode("ascii", "replace"), 0)
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # the latter, where the file system has fcntl's locks for it (NFS)
+        return False
+    return True
 
 
 @contextmanager

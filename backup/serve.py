@@ -2,7 +2,7 @@
 Serve: a point's disk over NBD at once, by a qemu-nbd of our own on the chain's data files.
 
 Nothing is copied and no digest is read: the manifests, the files' lengths and their heads are checked, and QEMU checks
-each compressed cluster as it is read.  While it runs, a shared flock on each data file keeps `prune` from them.
+each compressed cluster as it is read.  While it runs, a shared flock on each digest file keeps `prune` from them.
 """
 
 from __future__ import annotations

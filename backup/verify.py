@@ -120,7 +120,8 @@ def stored_bytes(machine: Machine, points: Sequence[str] | None, choice: Choice 
             else [(link.point, link.entry) for link in result.links]
         )
         due = [link for link in links if is_due(memories.record_of(memory, link[1].data), choice, deep=deep)]
-        sizes.update({(point, entry.name): entry.data.size for point, entry in due})
+        there = [link for link in due if glance(machine.path, link[1].data) is None]
+        sizes.update({(point, entry.name): entry.data.size for point, entry in there})
     return round(sum(sizes.values()) * choice.share)
 
 
@@ -231,10 +232,13 @@ def _verify(
     for check in checks:
         check.skipped = not is_due(memories.record_of(memory, check.entry.data), choice, deep=deep)
     due = [check for check in checks if not check.skipped]
-    _sample(due, choice.share)
     for check in checks:
-        if check.is_unread and (problem := glance(machine.path, check.entry.data)) is not None:
+        unread = check.skipped or choice.share < 1
+        if unread and (problem := glance(machine.path, check.entry.data)) is not None:
             check.wrong[0] = problem
+            check.blocks = []
+    # A manifest may claim any length; lots are drawn only where the file has it.
+    _sample([check for check in due if not check.wrong], choice.share)
     run = _Run(machine.path, due, deep=deep, progress=progress, pace=pace)
     try:
         run.run(workers)
@@ -332,7 +336,7 @@ class _Check:
 
     @property
     def is_unread(self) -> bool:
-        """Is nothing of it read?  It was left out, or no lot fell on it."""
+        """Is nothing of it read?  It was left out, or not what it should be at a glance, or no lot fell on it."""
         return self.skipped or self.blocks == []
 
     @property

@@ -8,9 +8,11 @@ import sys
 
 import pytest
 from forge import rewrite
-from lab import KIB, MIB, Night, call_pybackup, make_image, restore_and_cmp, run, run_pybackup, write
+from lab import KIB, MIB, PYBACKUP, Night, call_pybackup, make_image, restore_and_cmp, run, run_pybackup, write
 
+from backup import verify
 from backup.qemu.truncation import may_be_cut_off
+from backup.repository import Machine
 
 ESCAPE = "\x1b[2J\x1b]0;owned\x07"
 
@@ -223,6 +225,19 @@ def test_a_hostile_manifest_with_a_valid_digest_gets_nowhere(copied, tmp_path, k
     assert tree(copied.repository) == before
     full = next(point for point in path.parent.glob("*.json") if point != path)
     assert call_pybackup(["restore", full, tmp_path / "r.raw"]).rc == 0
+
+
+def test_a_length_that_no_file_has_holds_up_no_sample_and_no_progress_bar(copied):
+    path = copied.repository / "disk" / f"{copied.newest['point']}.json"
+    rewrite(path, set_data(size=HUGE))
+    machine = Machine(copied.repository / "disk")
+    for choice in (verify.ALL, verify.Choice(share=0.05)):
+        assert verify.stored_bytes(machine, None, choice) < 1 << 30
+    # In a process of its own, which can be ended: the loop that this is about has no end.
+    command = [PYBACKUP, "verify", "--sample", "5%", "--repo", copied.repository]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 12, done
+    assert f"bytes where its manifest says {HUGE}" in done.stderr + done.stdout
 
 
 def test_the_highest_possible_sequence_is_not_passed_silently(copied):

@@ -929,6 +929,20 @@ def test_a_dry_run_refuses_what_a_run_refuses(tmp_path):
     assert bitmaps(image) == {}
 
 
+def test_clusters_that_are_too_small_for_the_disk_are_refused_with_the_next_full_only(tmp_path):
+    night = Night(make_image(tmp_path / "disk.qcow2", "9T"), tmp_path / "repo")
+    night.full()
+    config = tmp_path / "c.yaml"
+    config.write_text("cluster_size: 4K\n")
+    options = ["--image", night.image, "--repo", night.repository, "--bitmap", "b1", "--json"]
+    write(night.image, "write -P 1 8T 64k")
+    done = call_pybackup(["--config", config, "incremental", *options])
+    assert (done.rc, done.disk["kind"], done.disk["dirty_bytes"]) == (0, "incremental", 65536), done
+    assert call_pybackup(["--config", config, "full", *options]).rc == 2
+    (night.repository / "disk" / f"disk.{done.machine['point']}.qcow2").unlink()
+    assert call_pybackup(["--config", config, "incremental", *options]).rc == 2  # which would have to be a full
+
+
 def test_the_socket_of_a_served_image_lies_in_a_private_folder_that_goes_with_it(tmp_path):
     image = make_image(tmp_path / "disk.qcow2", "1M")
     with servers.served(image, "qcow2", [], 2) as uri:

@@ -65,10 +65,9 @@ def test_the_example_loads_and_means_what_it_says():
         ),
         MachineConfig(
             "db1",
-            (DiskConfig("vda", nbd="nbd+unix:///vda?socket=/run/db1.sock", bitmap="b0"),),
-            "b2",
+            (DiskConfig("vda", nbd="nbd+unix:///vda?socket=/run/db1.sock"),),
+            "b1",
             Compression(None),
-            "fail",
             retention=Retention(Policy(daily=30), Batch()),
         ),
         MachineConfig(
@@ -77,7 +76,7 @@ def test_the_example_loads_and_means_what_it_says():
                 DiskConfig("vda", node="virtio0"),
                 DiskConfig("vdb", node="/var/lib/libvirt/images/mail1-data.qcow2"),
             ),
-            "b1",
+            "b2",
             Compression(1),
             qmp=Path("/run/mail1.qmp"),
             agent=Path("/run/mail1.qga"),

@@ -93,7 +93,7 @@ def test_the_first_point_is_a_full_and_no_fallback():
     assert decided(SOUND, None) == Decision(FULL, "first point of this disk")
 
 
-@pytest.mark.parametrize("which", ["no_bitmaps", "fulls_only"])
+@pytest.mark.parametrize("which", ["no_bitmaps", "unseen_writes"])
 def test_the_first_point_of_a_disk_without_bitmaps_says_that_all_others_are_fulls(which):
     found = decided(replace(SOUND, bitmaps=(), **{which: "it is raw"}), None)
     assert (found.kind, found.fallback) == (FULL, False)
@@ -112,7 +112,7 @@ def test_a_chain_ends_at_max_chain_and_that_is_no_fallback(length, kind):
         assert found.reason == f"the chain has {length} points and max_chain is 3"
 
 
-@pytest.mark.parametrize("which", ["no_bitmaps", "fulls_only"])
+@pytest.mark.parametrize("which", ["no_bitmaps", "unseen_writes"])
 def test_an_image_whose_bitmaps_prove_nothing_is_read_whole_even_if_one_is_there(which):
     require_fallback(decided(replace(SOUND, **{which: "it is so"}), chain()), "it is so")
 

@@ -32,7 +32,7 @@ class Costs:
         self._watch(monkeypatch, repository, "_read", lambda path, _: Path(path).suffix)
         self._watch(monkeypatch, digests, "open_plain", lambda path: Path(path).suffix)
         self._watch(monkeypatch, Reader, "entries", lambda *_: "tables")
-        self._watch(monkeypatch, repository, "_is_held", lambda _: "held")
+        self._watch(monkeypatch, repository, "_why_held", lambda *_: "held")
 
     def _watch(self, monkeypatch, owner, name: str, kind) -> None:
         real = getattr(owner, name)

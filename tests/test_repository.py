@@ -72,6 +72,21 @@ def test_a_fresh_file_system_and_what_a_killed_first_run_left_count_as_empty(tmp
     assert Repository.open(tmp_path).machine_names() == []
 
 
+@pytest.mark.parametrize("there", ["", "a", "a/b/repo"], ids=["no folder", "some", "left by a killed run"])
+def test_the_names_of_all_new_folders_last_in_theirs(tmp_path, monkeypatch, there):
+    (tmp_path / there).mkdir(parents=True, exist_ok=True)
+    synced, real = [], os.fsync
+
+    def fsync(fd):
+        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    Repository.open_or_create(tmp_path / "a/b/repo")
+    new = {"": ["a/b", "a", ""], "a": ["a/b", "a"], "a/b/repo": ["a/b"]}[there]
+    assert {str(tmp_path / folder) for folder in new} <= set(synced)
+
+
 def test_first_runs_at_the_same_time_agree_on_one_id(tmp_path):
     found, start = [], threading.Barrier(8)
 
@@ -115,6 +130,30 @@ def test_a_run_against_a_held_lock_ends_with_11_and_changes_nothing(tmp_path):
     assert done.rc == 11
     assert done.machine["error"]["code"] == 11
     assert night.state() == before
+
+
+def test_a_look_whether_other_machines_are_locked_writes_nothing(tmp_path):
+    repository = Repository.open_or_create(tmp_path / "repo")
+    first = repository.machine("web1")
+    with first.lock():
+        repository.ownership("web1").require_alone()
+    (first.path / "lock").write_text("host far pid 1\n")
+    repository.ownership("web2").require_alone()
+    assert (first.path / "lock").read_text() == "host far pid 1\n"
+    with first.lock(), pytest.raises(Locked, match="web1 is locked"):
+        repository.ownership("web2").require_alone()
+
+
+def test_a_lock_that_somebody_only_looks_at_is_waited_for(tmp_path):
+    machine = Repository.open_or_create(tmp_path / "repo").machine("web1")
+    with machine.lock():
+        pass
+    fd = os.open(machine.path / "lock", os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_SH)
+    looking = threading.Timer(0.1, os.close, [fd])
+    looking.start()
+    with machine.lock():
+        looking.join()
 
 
 def test_a_killed_holders_lock_is_free(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from lab import CLUSTER, MIB, Night, Result, bitmaps, call_pybackup, make_image, restore_and_cmp, run, write
 from lies import configured, data_file, flip, lie_to, stored_at
 from live import Machine, Nights, private_tmp
@@ -234,6 +235,24 @@ def test_an_nbd_server_needs_neither_a_bitmap_nor_a_word(tmp_path):
         done = call_pybackup([*config, "incremental", "--nbd", uri, "--bitmap", "b0", *given])
     assert (done.rc, done.disk["rescan"], done.disk["dirty_bytes"]) == (3, True, 0)
     assert "--since POINT" in done.disk["reason"]
+
+
+def test_the_examples_nbd_disk_is_backed_up_night_after_night(tmp_path):
+    """Whatever bitmap of the server's is named with it: no configuration can say which point that starts from."""
+    example = yaml.safe_load((Path(__file__).parent.parent / "config.example.yaml").read_text())
+    db1 = example["machines"]["db1"]
+    image = make_image(tmp_path / "disk.qcow2", "2M")
+    found = []
+    for night, bitmap in enumerate([{}, {}, {"bitmap": "b0"}]):
+        write(image, f"write -P {night + 1} 128k 512")
+        with qemu_nbd(image) as uri:
+            db1["disks"]["vda"] = {"nbd": uri, **bitmap}
+            config = {**example, "repository": str(tmp_path / "repo"), "machines": {"db1": db1}}
+            (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+            done = call_pybackup(["--config", tmp_path / "c.yaml", "incremental", "--json"])
+        found.append((done.rc, done.disk["kind"], done.disk["rescan"]))
+        restore_and_cmp(tmp_path / "repo", "db1/latest", image)
+    assert found == [(0, "full", False), (3, "incremental", True), (3, "incremental", True)]
 
 
 def test_a_running_machine_that_was_killed_loses_its_bitmaps_and_not_its_chain(tmp_path):

@@ -180,6 +180,7 @@ def _prune_after(report: Report, repository: Path, config: Config) -> Report:
         pruned = pruning.prune_one(repository, report.machine, wanted, config, render.Quiet())
     except Exception as error:  # noqa: BLE001 - the point is made, and whatever keeps it from being thinned is shown
         return replace(report, warnings=(*report.warnings, f"not pruned: {explained(error).message}"))
+    report = replace(report, warnings=(*report.warnings, *pruned.warnings))
     if not pruned.removed:
         return report
     return replace(report, notes=(*report.notes, render.prune_line(pruned, dry_run=False)))

@@ -94,7 +94,7 @@ class ImageInfo:
     size: int
     bitmaps: tuple[Bitmap, ...]
     no_bitmaps: str | None
-    fulls_only: str | None
+    unseen_writes: str | None
     lower: tuple[Layer, ...]
     lower_bitmaps: tuple[str, ...]
 
@@ -194,7 +194,7 @@ def image_info(path: Path, image_format: str) -> ImageInfo:
         size=size,
         bitmaps=tuple(_bitmap(found) for found in data.get("bitmaps", ())),
         no_bitmaps=_why_no_bitmaps(image_format, data, size),
-        fulls_only=why_fulls_only([_data(layer) for layer in layers], lower),
+        unseen_writes=why_unseen_writes([_data(layer) for layer in layers], lower),
         lower=lower,
         lower_bitmaps=tuple(found["name"] for layer in layers[1:] for found in _data(layer).get("bitmaps", ())),
     )
@@ -220,7 +220,7 @@ def _why_no_bitmaps(image_format: str, data: Mapping[str, Any], size: int) -> st
     return None
 
 
-def why_fulls_only(details: Sequence[Mapping[str, Any]], lower: Sequence[Layer]) -> str | None:
+def why_unseen_writes(details: Sequence[Mapping[str, Any]], lower: Sequence[Layer]) -> str | None:
     """
     Why writes may pass unseen by a bitmap of the topmost image and by the stat of those below; None when they cannot.
 
@@ -241,7 +241,7 @@ def look_at(name: str) -> Layer:
     try:
         status = os.stat(name)
     except OSError:
-        return Layer(name, 0, 0, 0)  # not a local file (a network source, json:...): see why_fulls_only
+        return Layer(name, 0, 0, 0)  # not a local file (a network source, json:...): see why_unseen_writes
     if not stat.S_ISREG(status.st_mode):
         return Layer(name, 0, 0, 0)  # a block device's stat does not show writes
     return Layer(os.path.abspath(name), status.st_size, status.st_mtime_ns, status.st_ino)

@@ -149,7 +149,7 @@ class ImageSource:
             size=info.size,
             bitmaps=tuple(Bitmap(b.name, b.granularity, b.recording, b.inconsistent) for b in info.bitmaps),
             no_bitmaps=info.no_bitmaps,
-            fulls_only=info.fulls_only,
+            unseen_writes=info.unseen_writes,
             lower=tuple(LowerFile(layer.path, layer.size, layer.mtime_ns, layer.inode) for layer in info.lower),
             lower_bitmaps=info.lower_bitmaps,
         )
@@ -164,7 +164,7 @@ class ImageSource:
 
     def why_no_bitmap(self, sight: Sight) -> str | None:
         """A raw image, a version 2 qcow2 and an image with an external data file get none."""
-        return sight.fulls_only or sight.no_bitmaps
+        return sight.unseen_writes or sight.no_bitmaps
 
     def start_bitmap(self, name: str) -> None:
         """Add a recording, persistent bitmap."""

@@ -274,7 +274,7 @@ class NodeSource:
             format=node.driver if node.driver == images.QCOW2 else images.RAW,
             size=node.size,
             bitmaps=tuple(_bitmaps(node)),
-            fulls_only=images.why_fulls_only([link.details for link in chain], lower),
+            unseen_writes=images.why_unseen_writes([link.details for link in chain], lower),
             volatile=_why_volatile(node),
             lower=tuple(LowerFile(layer.path, layer.size, layer.mtime_ns, layer.inode) for layer in lower),
             lower_bitmaps=tuple(bitmap.name for link in chain[1:] for bitmap in link.bitmaps),
@@ -282,7 +282,7 @@ class NodeSource:
 
     def why_no_bitmap(self, sight: Sight) -> str | None:
         """An image with an external data file gets none."""
-        return sight.fulls_only
+        return sight.unseen_writes
 
     def remove_bitmap(self, name: str) -> None:
         """Remove a bitmap; QEMU writes that to the image at once.  One in an image that it may not write stays."""
