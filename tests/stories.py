@@ -53,7 +53,7 @@ CALLS = (*NAME_CALLS, *DATA_CALLS)
 
 
 _PARSER = typer.main.get_command(app.app)
-"""The command line's, made once for all commands: to make it takes longer than most of them."""
+"""The command line's."""
 
 
 @dataclass(frozen=True, slots=True)
