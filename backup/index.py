@@ -25,8 +25,8 @@ NOBODY = -1
 _NEAR_TABLES = 4
 """So many missing L2 tables between two are passed over with them: that is quicker than one walk for each."""
 
-UNALLOCATED, ZERO = 0, 1
-"""What a data file holds for a cluster, where that is no data (backup.qcow2 has the other codes)."""
+ZERO = 1
+"""What a data file holds for a cluster that reads as zeroes; more is data (backup.qcow2 has the codes)."""
 
 
 class ClusterFile(Protocol):
@@ -35,11 +35,11 @@ class ClusterFile(Protocol):
     def allocated_tables(self) -> Mask:
         """One flag for each L2 table, of `cluster_size // 8` guest clusters: False where all are unallocated."""
 
-    def entries(self, first: int, count: int) -> npt.NDArray[np.uint64]:
-        """L2 entries of guest clusters."""
+    def allocated(self, first: int, count: int) -> tuple[Offsets, npt.NDArray[np.uint64]]:
+        """Those of `count` guest clusters with L2 entries other than 0, counted from `first`; and these entries."""
 
     def kinds(self, entries: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint8]:
-        """Codes: 0 unallocated, 1 zero, more: data."""
+        """Codes of entries other than 0: 1 zero, more: data."""
 
 
 class Index:
@@ -68,21 +68,10 @@ class Index:
         least = ZERO if zeroes else ZERO + 1
         holders = np.full(count, NOBODY, dtype=np.int16)
         found = np.zeros(count, dtype=np.uint64)
-        open_ = np.ones(count, dtype=np.bool_)
-        tables = slice(first // self._per_table, -(-(first + count) // self._per_table))
-        for number in np.flatnonzero(self._tables[:, tables].any(axis=1)).tolist():
-            file = self._files[number]
-            for low, high in self._held_by(number, first, first + count):
-                if not open_[low - first : high - first].any():
-                    continue
-                entries = file.entries(low, high - low)
-                some = np.flatnonzero(entries != 0)  # few in most tables; numpy finds True five times as fast
-                places, entries = some + (low - first), entries[some]
-                kinds = file.kinds(entries)
-                data = open_[places] & (kinds >= least)
-                holders[places[data]] = number
-                found[places[data]] = entries[data]
-                open_[places] &= kinds == UNALLOCATED
+        for number, places, entries, kinds in self._visible(first, count):
+            some = kinds >= least
+            holders[places[some]] = number
+            found[places[some]] = entries[some]
         return holders, found
 
     def resolve_some(self, clusters: Offsets) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.uint64]]:
@@ -101,18 +90,42 @@ class Index:
             for table in distinct(tables[there[number] & shown & open_]).tolist():
                 places = np.flatnonzero((tables == table) & shown & open_)
                 low, high = int(clusters[places[0]]), int(clusters[places[-1]])
-                entries = self._files[number].entries(low, high - low + 1)[clusters[places] - low]
+                entries = _picked(*self._files[number].allocated(low, high - low + 1), clusters[places] - low)
                 kinds = self._files[number].kinds(entries)
                 data = kinds > ZERO
                 holders[places[data]] = number
                 found[places[data]] = entries[data]
-                open_[places] = kinds == UNALLOCATED
+                open_[places] = entries == 0
         return holders, found
 
     def holds_data(self, first: int, count: int) -> Mask:
         """For each of `count` clusters from `first`: does the chain hold data there?"""
-        held: Mask = self.resolve(first, count)[0] != NOBODY
+        held = np.zeros(count, dtype=np.bool_)
+        for _, places, _, kinds in self._visible(first, count):
+            held[places] = kinds > ZERO
         return held
+
+    def _visible(
+        self, first: int, count: int
+    ) -> Iterator[tuple[int, Offsets, npt.NDArray[np.uint64], npt.NDArray[np.uint8]]]:
+        """
+        What links have of `count` clusters from `first` that no newer one hides.
+
+        Yields a link's number, clusters counted from `first`, their entries and their kinds; a link several times.
+        """
+        hidden = np.zeros(count, dtype=np.bool_)
+        tables = slice(first // self._per_table, -(-(first + count) // self._per_table))
+        for number in np.flatnonzero(self._tables[:, tables].any(axis=1)).tolist():
+            file = self._files[number]
+            for low, high in self._held_by(number, first, first + count):
+                if hidden[low - first : high - first].all():
+                    continue
+                places, entries = file.allocated(low, high - low)
+                places = places + (low - first)
+                shown = ~hidden[places]
+                hidden[places] = True
+                places, entries = places[shown], entries[shown]
+                yield number, places, entries, file.kinds(entries)
 
     def _held_by(self, number: int, first: int, end: int) -> Iterator[tuple[int, int]]:
         """Ranges of clusters in [first, end), below the link's limit, in which it has L2 tables."""
@@ -126,6 +139,15 @@ class Index:
         lows, highs = lows[np.append(True, far)[: len(lows)]], highs[np.append(far, True)[: len(highs)]]
         for low, high in zip((lows + skipped).tolist(), (highs + skipped).tolist(), strict=True):
             yield max(first, low * per), min(end, high * per)
+
+
+def _picked(places: Offsets, entries: npt.NDArray[np.uint64], wanted: Offsets) -> npt.NDArray[np.uint64]:
+    """The entries of the wanted places; 0 of one that is not among `places`.  Both are ascending."""
+    at = np.searchsorted(places, wanted)
+    there = np.append(places, -1)[at] == wanted
+    picked = np.zeros(len(wanted), dtype=np.uint64)
+    picked[there] = entries[at[there]]
+    return picked
 
 
 def _as_rows(masks: Sequence[Mask]) -> Mask:

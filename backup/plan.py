@@ -219,14 +219,16 @@ def plan_incremental(
         touched = window.touched
         zero = _zero_where(source, window, cluster_size)
         kinds = np.zeros(len(touched), dtype=np.uint8)
-        kinds[touched] = DATA
-        kinds[touched & zero] = ZERO
+        if window.dirty:
+            kinds[touched] = DATA
+            kinds[touched & zero] = ZERO
         if sampler is not None:
             sampler.offer(window.start // cluster_size, ~touched if chain is None else ~(touched | zero))
         if chain is not None:
             missed = _held(chain, zero & ~touched, window.start // cluster_size, cluster_size)
-            kinds[missed] = ZERO
-            builder.missed += builder.bytes(window.start, missed)
+            if missed.any():
+                kinds[missed] = ZERO
+                builder.missed += builder.bytes(window.start, missed)
         builder.add(window.start, window.dirty, kinds)
     return builder.plan()
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 
+import numpy as np
+import numpy.typing as npt
+
 from backup.qcow2 import PART, Codec, Image, Reader, Writer
 
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
@@ -104,6 +107,14 @@ def require_equal(path: Path, data: bytes) -> None:
     raw.unlink()
 
 
+def entries_of(reader: Reader, first: int, count: int) -> npt.NDArray[np.uint64]:
+    """The L2 entries of guest clusters, also those that are 0."""
+    places, found = reader.allocated(first, count)
+    entries = np.zeros(count, np.uint64)
+    entries[places] = found
+    return entries
+
+
 def read_disk(reader: Reader, parent: bytes) -> bytes:
     """The disk as our own reader sees it, over a parent's bytes; the rounded size."""
     image = reader.image
@@ -111,7 +122,7 @@ def read_disk(reader: Reader, parent: bytes) -> bytes:
     codec = Codec(size, None)
     disk = pad(parent, size)[: image.clusters * size]
     disk += bytes(image.clusters * size - len(disk))
-    entries = reader.entries(0, image.clusters)
+    entries = entries_of(reader, 0, image.clusters)
     offsets, lengths = reader.spans(entries)
     for index, kind in enumerate(reader.kinds(entries).tolist()):
         found = reader.read(int(offsets[index]), int(lengths[index])) if kind >= 2 else bytes(size)

@@ -98,10 +98,11 @@ class FakeFile:
     def allocated_tables(self):
         return np.array([any(self.codes[at : at + C // 8]) for at in range(0, len(self.codes), C // 8)], dtype=bool)
 
-    def entries(self, first, count):
+    def allocated(self, first, count):
         assert first + count <= len(self.codes), "asked beyond the file's end"
         self.asked += count
-        return np.array(self.codes[first : first + count], dtype=np.uint64)
+        codes = np.array(self.codes[first : first + count], dtype=np.uint64)
+        return codes.nonzero()[0], codes[codes != 0]
 
     def kinds(self, entries):
         return entries.astype(np.uint8)

@@ -13,6 +13,7 @@ from forge import flipped, replaced
 from histories import History, assert_same
 from hypothesis import given
 from hypothesis import strategies as st
+from qcow2_oracles import entries_of
 
 from backup import chain as chains
 from backup import consolidate as consolidating
@@ -72,7 +73,7 @@ class Built(History):
             self.machine.path, chains.Chain("vda", (chains.Link("", 1, entry),)), whole=False
         ) as index:
             [file] = index._files
-            return file.kinds(file.entries(0, -(-entry.size // self.cluster))).tolist()
+            return file.kinds(entries_of(file, 0, -(-entry.size // self.cluster))).tolist()
 
 
 @pytest.fixture
@@ -144,7 +145,7 @@ def test_a_disk_that_shrank_for_good_keeps_no_tail_in_its_last_cluster(built):
     assert built.kinds(entry) == [COMPRESSED] * 3
     with datafile.opened(built.machine.path, chains.build(built.manifests(), newest, "vda")) as [file]:
         reader = file.reader
-        offset, length = (int(value[0]) for value in reader.spans(reader.entries(2, 1)))
+        offset, length = (int(value[0]) for value in reader.spans(entries_of(reader, 2, 1)))
         content = bytearray(CLUSTER)
         Codec(CLUSTER, None).decode_into(memoryview(reader.read(offset, length)), memoryview(content))
     assert content == b"\1" * 100 + bytes(CLUSTER - 100)

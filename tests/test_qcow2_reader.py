@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qcow2_oracles import GIB, KIB, MIB, TIB, FileSink, decode, open_reader, read_disk, run, write_image
+from qcow2_oracles import GIB, KIB, MIB, TIB, FileSink, decode, entries_of, open_reader, read_disk, run, write_image
 
 from backup.errors import Damaged
 from backup.qcow2 import COMPRESSED, RAW, Codec, Image, Reader, Writer, check
@@ -123,7 +123,7 @@ def test_hostile_headers_are_refused_quickly_and_cheaply(sample, noise, patch, a
     start = time.monotonic()
     with suppress(Damaged):
         reader = reader_of(data)
-        entries = reader.entries(0, min(2048, reader.image.clusters))
+        entries = entries_of(reader, 0, min(2048, reader.image.clusters))
         reader.spans(entries)
         check(reader)
     assert time.monotonic() - start < 5
@@ -159,21 +159,21 @@ def test_entries_cross_tables_and_missing_tables_read_as_unallocated(tmp_path):
         writer.write(first, bytearray(b"%4d" % (first % 1000) * KIB), codec)
     writer.finish()
     reader = open_reader(path)
-    found = {first: reader.entries(first, 1)[0] for first in (0, 511, 512, 1535, 5_000_000)}
+    found = {first: entries_of(reader, first, 1)[0] for first in (0, 511, 512, 1535, 5_000_000)}
     assert (reader.kinds(np.array(list(found.values()))) == COMPRESSED).all()
-    everything = reader.entries(0, 2000)
+    everything = entries_of(reader, 0, 2000)
     assert everything.nonzero()[0].tolist() == [0, 511, 512, 1535]
     assert [everything[i] for i in (0, 511, 512, 1535)] == [found[i] for i in (0, 511, 512, 1535)]
-    assert reader.entries(4_999_990, 20).nonzero()[0].tolist() == [10]
+    assert entries_of(reader, 4_999_990, 20).nonzero()[0].tolist() == [10]
     assert reader.allocated_tables().nonzero()[0].tolist() == [0, 1, 2, 5_000_000 // 512]
-    assert not reader.entries(0, 0).size
+    assert not entries_of(reader, 0, 0).size
     with pytest.raises(ValueError, match="a disk that has"):
-        reader.entries(reader.image.clusters - 1, 2)
+        entries_of(reader, reader.image.clusters - 1, 2)
 
 
 def test_a_span_holds_its_frame_and_ends_on_a_sector(sample):
     reader = reader_of(sample)
-    entries = reader.entries(0, reader.image.clusters)
+    entries = entries_of(reader, 0, reader.image.clusters)
     kinds = reader.kinds(entries)
     offsets, lengths = reader.spans(entries)
     packed = kinds == COMPRESSED
@@ -215,9 +215,9 @@ def table_of(sample: bytearray, guest: int) -> int:
 def test_a_malformed_entry_is_damage(sample, guest, entry):
     reader = reader_of(changed(sample, table_of(sample, guest), u64(entry)))
     with pytest.raises(Damaged, match=f"guest cluster {guest}: not a valid entry"):
-        reader.entries(guest, 1)
+        entries_of(reader, guest, 1)
     with pytest.raises(Damaged, match=f"guest cluster {guest}: not a valid entry"):
-        reader.entries(0, reader.image.clusters)  # several tables at a time
+        entries_of(reader, 0, reader.image.clusters)  # several tables at a time
     with pytest.raises(Damaged):
         check(reader)
 
@@ -228,7 +228,7 @@ def test_a_compressed_entry_in_a_file_without_compression_is_damage(tmp_path):
     data = bytearray(path.read_bytes())
     reader = reader_of(changed(data, table_of(data, 3), u64(1 << 62 | 8192)))
     with pytest.raises(Damaged, match="guest cluster 3"):
-        reader.entries(0, 5)
+        entries_of(reader, 0, 5)
 
 
 def test_a_mapping_beyond_the_disk_is_damage(tmp_path):
@@ -236,7 +236,7 @@ def test_a_mapping_beyond_the_disk_is_damage(tmp_path):
     write_image(path, Image(MIB, 4 * KIB, None, zstd=True), b"x" * MIB)
     data = bytearray(path.read_bytes())
     with pytest.raises(Damaged, match="beyond the disk's 256"):
-        reader_of(changed(data, table_of(data, 256), u64(1))).entries(0, 1)
+        entries_of(reader_of(changed(data, table_of(data, 256), u64(1))), 0, 1)
 
 
 @pytest.mark.parametrize("entry", [1 << 62 | 4096, 4096, 1 << 63 | 4097, 1 << 63 | 1 << 50, 1 << 63, 1])
@@ -263,7 +263,7 @@ def qemu_finds_it_sound(tmp_path: Path, data: bytearray) -> bool:
 
 def raw_offset(sample: bytearray, guest: int) -> int:
     reader = reader_of(sample)
-    entries = reader.entries(guest, 1)
+    entries = entries_of(reader, guest, 1)
     assert reader.kinds(entries)[0] == RAW
     return int(reader.spans(entries)[0][0])
 
@@ -340,7 +340,7 @@ def test_a_deep_check_decodes_every_frame(sample):
     reader = reader_of(sample)
     codec = Codec(4 * KIB, None)
     check(reader, codec)
-    entries = reader.entries(15_900, 12)
+    entries = entries_of(reader, 15_900, 12)
     offset = int(reader.spans(entries)[0][5])
     wrong = changed(sample, offset + 600, bytes([sample[offset + 600] ^ 4]))
     check(reader_of(wrong))
@@ -378,7 +378,7 @@ def test_reading_across_a_huge_disk_keeps_few_tables(tmp_path):
     tracemalloc.start()
     try:
         for first in range(0, 1 << 20, 8192):
-            assert reader.entries(first, 8192).nonzero()[0].tolist() == [0]
+            assert entries_of(reader, first, 8192).nonzero()[0].tolist() == [0]
         assert tracemalloc.get_traced_memory()[0] < 200 * KIB  # a table has 64 KiB; a chain has hundreds of readers
     finally:
         tracemalloc.stop()
@@ -398,6 +398,6 @@ def test_neighbouring_ranges_of_a_table_read_it_once(tmp_path):
 
     reader = Reader(read_at, len(data), "a.qcow2")
     before = len(reads)
-    held = [reader.entries(first, 1024).any() for first in range(0, 16384, 1024)]
+    held = [entries_of(reader, first, 1024).any() for first in range(0, 16384, 1024)]
     assert [number for number, any_ in enumerate(held) if any_] == [0, 8]
     assert len(reads) - before == 2

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from backup.errors import Damaged
 from backup.qcow2.codec import Codec
 from backup.qcow2.layout import COMPRESSED, RAW, READS_AS_ZERO, U16, U64
-from backup.qcow2.reader import Reader
+from backup.qcow2.reader import Reader, Table
 
 WINDOW = 1 << 24
 """Host clusters counted in one walk over the tables (5 bytes of memory each): 1 TiB of a file with 64 KiB clusters."""
@@ -47,8 +47,8 @@ def check(reader: Reader, codec: Codec | None = None, *, window: int = WINDOW) -
     for start in range(0, clusters, window):
         _check_window(reader, blocks, _Uses(reader, start, min(window, clusters - start)))
     if codec is not None:
-        for index, _, table in reader.tables():
-            _decode_table(reader, codec, index * reader.image.table_entries, table)
+        for table in reader.tables():
+            _decode_table(reader, codec, table)
 
 
 class _Uses:
@@ -102,15 +102,15 @@ def _check_window(reader: Reader, blocks: U64, uses: _Uses) -> None:
     l1_clusters = -(-reader.image.tables * 8 // reader.image.cluster_size)
     uses.add_whole(np.zeros(1, np.uint64), "the header")
     uses.add_whole(_clusters(header.l1_offset // int(size), l1_clusters), "the L1 table")
-    table = _clusters(header.refcount_table_offset // int(size), header.refcount_table_clusters)
-    uses.add_whole(table, "the refcount table")
+    counts = _clusters(header.refcount_table_offset // int(size), header.refcount_table_clusters)
+    uses.add_whole(counts, "the refcount table")
     uses.add_whole(blocks[blocks != 0] // size, "a refcount block")
-    for index, offset, entries in reader.tables():
-        uses.add_whole(np.full(1, offset, np.uint64) // size, f"L2 table {index}")
-        stored = entries[entries > READS_AS_ZERO]  # few in most tables
+    for table in reader.tables():
+        uses.add_whole(np.full(1, table.offset, np.uint64) // size, f"L2 table {table.index}")
+        stored = table.entries[table.entries > READS_AS_ZERO]
         codes = reader.kinds(stored)
         offsets, lengths = reader.spans(stored)
-        uses.add_whole(offsets[codes == RAW] // size, f"a guest cluster of L2 table {index}")
+        uses.add_whole(offsets[codes == RAW] // size, f"a guest cluster of L2 table {table.index}")
         packed = codes == COMPRESSED
         first = offsets[packed] // size
         # A well-formed frame is too short to touch a third cluster between its first and its last.
@@ -137,15 +137,16 @@ def _stored(reader: Reader, blocks: U64, start: int, count: int) -> U16:
     return counts[:count]
 
 
-def _decode_table(reader: Reader, codec: Codec, first: int, entries: U64) -> None:
-    """Decode every frame of an L2 table, reading neighbours at once; `first` is its first guest cluster."""
-    packed = np.flatnonzero(reader.kinds(entries) == COMPRESSED)
-    offsets, lengths = reader.spans(entries[packed])
+def _decode_table(reader: Reader, codec: Codec, table: Table) -> None:
+    """Decode every frame of an L2 table, reading neighbours at once."""
+    is_packed = reader.kinds(table.entries) == COMPRESSED
+    guests = table.index * reader.image.table_entries + table.places[is_packed]
+    offsets, lengths = reader.spans(table.entries[is_packed])
     order = np.argsort(offsets)
     buffer, start = b"", 0
     cluster = memoryview(bytearray(reader.image.cluster_size))
     for guest, offset, length in zip(
-        packed[order].tolist(), offsets[order].tolist(), lengths[order].tolist(), strict=True
+        guests[order].tolist(), offsets[order].tolist(), lengths[order].tolist(), strict=True
     ):
         if offset + length > start + len(buffer):
             start = offset
@@ -153,4 +154,4 @@ def _decode_table(reader: Reader, codec: Codec, first: int, entries: U64) -> Non
         try:
             codec.decode_into(memoryview(buffer)[offset - start : offset - start + length], cluster)
         except Damaged as error:
-            raise reader.damaged(f"guest cluster {first + guest}, at {offset}: {error.message}") from error
+            raise reader.damaged(f"guest cluster {guest}, at {offset}: {error.message}") from error
