@@ -35,10 +35,11 @@ class Request:
     What to back up and how.
 
     `wanted` is decide.FULL, INCREMENTAL or RESCAN; `unusable` (FULL or RESCAN) what an incremental becomes where no
-    bitmap continues a sound chain, unless `fallback` forbids it; `spot_check` the number of clean clusters that an
-    incremental reads again.  `host` holds the disks' sources, in the order of `disks`; `family` names the bitmaps to
-    keep (None: none); `level` is zstd's, None for no compression; `cluster_size` in bytes counts for fulls;
-    `named_by_path` says that the machine's name was taken from the image's, not given.
+    bitmap continues a sound chain, unless `fallback` forbids it; `begin` allows a disk's first full in its place;
+    `spot_check` the number of clean clusters that an incremental reads again.  `host` holds the disks' sources, in the
+    order of `disks`; `family` names the bitmaps to keep (None: none); `level` is zstd's, None for no compression;
+    `cluster_size` in bytes counts for fulls; `named_by_path` says that the machine's name was taken from the image's,
+    not given.
     """
 
     machine: str
@@ -53,6 +54,7 @@ class Request:
     spot_check: int = 64
     unusable: str = decide.RESCAN
     fallback: bool = True
+    begin: bool = True
     dry_run: bool = False
     named_by_path: bool = False
     copying: copier.Settings = field(default_factory=copier.Settings)

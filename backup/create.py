@@ -252,9 +252,15 @@ class _Run:
         return disks
 
     def _require_allowed(self, disk: _Disk) -> None:
+        name = f"disk {disk.name} of machine {self.request.machine}"
+        if disk.decision.first and not self.request.begin:
+            raise BitmapUnusable(
+                f"{name} has no point yet, and needs a full",
+                hint="run it without --no-fallback once, or run `pybackup full`",
+            )
         if disk.decision.fallback and not self.request.fallback:
             raise BitmapUnusable(
-                f"disk {disk.name} of machine {self.request.machine} needs a {disk.decision.way}: "
+                f"{name} needs a {disk.decision.way}: "
                 f"{disk.decision.reason.removeprefix('rescan: ')}",
                 hint="run it without --no-fallback, or run `pybackup rescan` or `pybackup full`",
             )

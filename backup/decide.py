@@ -72,13 +72,14 @@ class Decision:
     What one disk's backup will be.
 
     `kind` is FULL or INCREMENTAL.  `fallback` is true where there was a point to continue, and it could not be in the
-    way that was wanted.  `parent` is set for an incremental only, and with it either `read`, the exact name of the
+    way that was wanted; `first` where there was none.  `parent` is set for an incremental only, and with it either `read`, the exact name of the
     bitmap that says what changed, or `rescan`: all is read and compared with the parent.
     """
 
     kind: str
     reason: str
     fallback: bool = False
+    first: bool = False
     parent: Chain | None = None
     read: str | None = None
     claimed: bool = False
@@ -136,7 +137,7 @@ def decide(
     if wanted == FULL:
         return Decision(FULL, "asked for")
     if last is None:
-        return Decision(FULL, "first point of this disk" + _and_then(sight, unusable))
+        return Decision(FULL, "first point of this disk" + _and_then(sight, unusable), first=True)
     if isinstance(last, BackupError):
         return broken(last)
     if len(last.links) >= max_chain:

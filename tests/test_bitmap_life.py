@@ -841,9 +841,24 @@ def test_a_disk_added_to_a_machine_does_not_force_a_full_of_its_neighbours(machi
     done = call_pybackup(["--config", machine, "incremental", "--json"])
     assert [disk["kind"] for disk in done.machine["disks"]] == ["incremental", "incremental", "full"]
     assert done.rc == 0, "a first point is no fallback"
+    assert call_pybackup(["--config", machine, "incremental", "--no-fallback"]).rc == 0
     machine.write_text(text)
     assert call_pybackup(["--config", machine, "incremental", "--no-fallback"]).rc == 0
     restored_both(tmp_path)
+
+
+def test_no_fallback_forbids_a_disks_first_full_too(machine, tmp_path):
+    """Also that of a disk that was added: `on_unusable_bitmap: fail` does not, or no cron job could begin with it."""
+    write(make_image(tmp_path / "vdc.qcow2", "1M"), "write -P 3 0 10k")
+    text = machine.read_text()
+    machine.write_text(text + f"      vdc: {{image: {tmp_path / 'vdc.qcow2'}}}\n")
+    before = sorted((tmp_path / "repo").rglob("*"))
+    refused = call_pybackup(["--config", machine, "incremental", "--no-fallback"])
+    assert (refused.rc, "disk vdc of machine web1 has no point yet" in refused.stderr) == (14, True), refused
+    assert (sorted((tmp_path / "repo").rglob("*")), bitmaps(tmp_path / "vdc.qcow2")) == (before, {})
+    machine.write_text(machine.read_text() + "on_unusable_bitmap: fail\n")
+    done = call_pybackup(["--config", machine, "incremental", "--json"])
+    assert (done.rc, [disk["kind"] for disk in done.machine["disks"]]) == (0, ["incremental", "incremental", "full"])
 
 
 def test_disks_that_are_exchanged_in_the_configuration_are_not_taken_for_each_other(machine, tmp_path):

@@ -90,7 +90,7 @@ def test_a_full_that_was_asked_for_is_no_fallback_however_sound_the_bitmap():
 
 
 def test_the_first_point_is_a_full_and_no_fallback():
-    assert decided(SOUND, None) == Decision(FULL, "first point of this disk")
+    assert decided(SOUND, None) == Decision(FULL, "first point of this disk", first=True)
 
 
 @pytest.mark.parametrize("which", ["no_bitmaps", "unseen_writes"])

@@ -365,6 +365,7 @@ def _request(
         spot_check=config.spot_check,
         unusable=RESCAN if unusable == "rescan" else FULL,
         fallback=options.fallback and unusable != "fail",
+        begin=options.fallback,
         dry_run=options.dry_run,
         named_by_path=named_by_path,
         copying=Settings(
