@@ -260,8 +260,7 @@ class _Run:
             )
         if disk.decision.fallback and not self.request.fallback:
             raise BitmapUnusable(
-                f"{name} needs a {disk.decision.way}: "
-                f"{disk.decision.reason.removeprefix('rescan: ')}",
+                f"{name} needs a {disk.decision.way}: {disk.decision.reason.removeprefix('rescan: ')}",
                 hint="run it without --no-fallback, or run `pybackup rescan` or `pybackup full`",
             )
 

@@ -72,8 +72,8 @@ class Decision:
     What one disk's backup will be.
 
     `kind` is FULL or INCREMENTAL.  `fallback` is true where there was a point to continue, and it could not be in the
-    way that was wanted; `first` where there was none.  `parent` is set for an incremental only, and with it either `read`, the exact name of the
-    bitmap that says what changed, or `rescan`: all is read and compared with the parent.
+    way that was wanted; `first` where there was none.  `parent` is set for an incremental only, and with it either
+    `read`, the exact name of the bitmap that says what changed, or `rescan`: all is read and compared with the parent.
     """
 
     kind: str
