@@ -142,10 +142,10 @@ class Config:
     All settings.  Sizes in bytes.
 
     `path` is the file they came from, None for the defaults.  At most `requests` are in flight on each of
-    `connections`, each of at most `request_size` bytes; how many is found out while copying.  `workers` compress and
-    hash; None means one for each core.  A source is read at no more than `limit` bytes a second.  `max_chain` is the
-    number of points after which an incremental becomes a full.  An incremental reads `spot_check` clean clusters again.
-    `group_read` lets the group read the repository (0640 and 0750 instead of 0600 and 0700).
+    `connections`, each of at most `request_size` bytes.  `workers` is the number of cores to keep busy; None means all.
+    A source is read at no more than `limit` bytes a second.  `max_chain` is the number of points after which an
+    incremental becomes a full.  An incremental reads `spot_check` clean clusters again.  `group_read` lets the group
+    read the repository (0640 and 0750 instead of 0600 and 0700).
     """
 
     path: Path | None = None

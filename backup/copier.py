@@ -1,12 +1,15 @@
 """
 The copier: runs a plan, reading from a source and storing into a sink, several requests at a time.
 
-    plan -> batches (ascending) -> lanes: one thread per connection, reads in flight
-                                -> queue -> workers: zero test, compression, digests, writing
+    plan -> batches (ascending) -> threads, each: read a batch through a connection, reads in flight,
+                                   then store it: zero test, compression, digests, writing
+
+A thread stores what it has read, which is in the processor's cache still, and others read meanwhile.  Where there are
+fewer connections than threads, one is handed on with the next batch under way.
 
 Every byte is moved, hashed and compressed by code that releases the GIL.  Memory is bounded by the number of buffers,
-which are made once and go round, the one that came back last first: it is still in the processor's cache.  The first
-error, or a signal in the calling thread, stops all threads promptly.
+which are made once and go round, the one that came back last first.  The first error, or a signal in the calling
+thread, stops all threads promptly.
 """
 
 from __future__ import annotations
@@ -28,20 +31,18 @@ from backup.plan import DATA, Plan, cluster_runs
 
 _TICK = 0.1
 """Seconds between looks at the stop flag: how long a stop may take to be noticed."""
-_IDLE = 0.01
-"""Seconds between looks of a connection that is not needed at whether it is."""
 
 
 class Lane(Protocol):
-    """One connection to the source; used by one thread."""
+    """One connection to the source; used by one thread at a time."""
 
     in_flight: int
 
     def submit(self, offset: int, view: memoryview, token: object) -> None:
         """Start to read len(view) bytes at offset."""
 
-    def wait(self, milliseconds: int) -> list[object]:
-        """Tokens of the reads that finished, after at most so long."""
+    def wait(self, milliseconds: int, enough: int) -> list[object]:
+        """Tokens of the reads that finished, as soon as `enough` have, or after so long."""
 
 
 class Sink(Protocol):
@@ -65,9 +66,9 @@ class Settings:
     """
     How much happens at once.
 
-    Each of `connections` has at most `requests` reads in flight, each of at most `request_size` bytes; `workers`
-    threads hash, compress and write.  Buffers take no more than `buffer_limit` bytes.  The source is read at no more
-    than `limit` bytes a second (None: as fast as it can).
+    Each of `connections` has at most `requests` reads in flight, each of at most `request_size` bytes; `workers` is the
+    number of cores to keep busy.  Buffers take no more than `buffer_limit` bytes.  The source is read at no more than
+    `limit` bytes a second (None: as fast as it can).
     """
 
     connections: int = 4
@@ -81,10 +82,14 @@ class Settings:
         """The same with no more than `most` reads in flight on a connection (None: as many as there are)."""
         return self if most is None else replace(self, requests=min(self.requests, most))
 
+    def threads(self, lanes: int) -> int:
+        """One for each connection, and one more than there are cores: while one waits for the disk, others go on."""
+        return max(self.workers + 1, lanes)
+
     def buffers(self, lanes: int, batch: int) -> int:
-        """Number of buffers of `batch` bytes: for all reads in flight, and two for each core's worker."""
-        wanted = -(-lanes * self.requests * self.request_size // batch) + 2 * self.workers
-        return max(2, min(wanted, self.buffer_limit // batch))
+        """Number of buffers of `batch` bytes: one for each thread, and for reads ahead of them."""
+        wanted = self.threads(lanes) + -(-lanes * self.requests * self.request_size // batch)
+        return max(1, min(wanted, self.buffer_limit // batch))
 
     def batch(self, data: int, cluster_size: int, most: int) -> int:
         """
@@ -111,7 +116,7 @@ class Piece:
 
 @dataclass(slots=True)
 class Batch:
-    """Pieces that share a buffer: one hand-over from a lane to a worker, also for scattered small runs."""
+    """Pieces that share a buffer, so that scattered small runs are read and stored together."""
 
     pieces: list[Piece]
     buffer: memoryview = field(default_factory=lambda: memoryview(b""))
@@ -121,90 +126,6 @@ class Batch:
     def first(self) -> int:
         """Lowest guest offset."""
         return self.pieces[0].offset
-
-
-class Depth:
-    """
-    How many reads are in flight: doubled for as long as that reads faster, halved where it does not.
-
-    Many connections with deep queues hide the latency of a distant server.  With one on this machine they only drive
-    its buffers and ours out of the processor's cache, and threads wait for each other: one connection reads fastest.
-
-    Parameters
-    ----------
-    lanes, requests : int
-        Connections, and the most that each may have in flight.
-    """
-
-    _FIRST = 8
-    """In flight on a connection before another one is used."""
-    _BETTER = 1.1
-    """Deeper must be faster by this factor; shallower may not be slower by its root."""
-    _REST, _LONGEST_REST = 4, 64
-    """Measurements between two trials; doubled after each that changed nothing."""
-
-    def __init__(self, lanes: int, requests: int) -> None:
-        self._least = self.now = min(self._FIRST, requests)
-        self._lanes = lanes
-        self._most = lanes * requests
-        self._before: tuple[int, float] | None = None  # depth and rate that the one on trial is measured against
-        self._rest, self._left = self._REST, 0
-        self._deeper = True
-
-    def of(self, lane: int) -> int:
-        """Reads that a connection, counted from 0, should have in flight; 0 for one that is not needed."""
-        used = min(self._lanes, -(-self.now // self._least))
-        return -(-self.now // used) if lane < used else 0
-
-    def measured(self, rate: float) -> None:
-        """Take note of the rate (of any unit) at the depth of now, and choose the next."""
-        if self._before is None:
-            self._left -= 1
-            if self._left < 0:
-                self._try(rate)
-            return
-        depth, known = self._before
-        if rate >= known * (self._BETTER if self.now > depth else self._BETTER**-0.5):
-            self._rest = self._REST
-            self._try(rate)  # on in the same direction
-            return
-        self.now = depth
-        self._settle()
-
-    def _try(self, rate: float) -> None:
-        wanted = min(self.now * 2, self._most) if self._deeper else max(self.now // 2, self._least)
-        if wanted == self.now:
-            self._settle()
-            return
-        self._before = self.now, rate
-        self.now = wanted
-
-    def _settle(self) -> None:
-        self._before = None
-        self._left, self._rest = self._rest, min(self._rest * 2, self._LONGEST_REST)
-        self._deeper = not self._deeper or self.now == self._least
-
-
-class _Meter:
-    """Measures how fast reads arrive and steers a Depth by it.  Used under a lock."""
-
-    _SECONDS = 0.04
-    """At least so long, and at least so many reads, make one measurement."""
-    _READS = 32
-
-    def __init__(self, depth: Depth) -> None:
-        self._depth = depth
-        self._began = time.perf_counter()
-        self._reads = 0
-
-    def arrived(self, reads: int) -> None:
-        self._reads += reads
-        if self._reads < self._READS:
-            return
-        now = time.perf_counter()
-        if now - self._began >= self._SECONDS:
-            self._depth.measured(self._reads / (now - self._began))
-            self._began, self._reads = now, 0
 
 
 def copy(
@@ -226,116 +147,211 @@ def copy(
     int
         Bytes of clusters that were read as data and turned out to be all zeroes.
     """
-    run = _Run(plan, sink, settings, len(lanes), max_request)
-    threads = [threading.Thread(target=run.guard, args=(run.read, lane, number)) for number, lane in enumerate(lanes)]
-    # One more than there are cores for: while one waits for the disk, the others compress.
-    workers = [threading.Thread(target=run.guard, args=(run.work,)) for _ in range(settings.workers + 1)]
+    run = _Run(plan, sink, settings, lanes, max_request)
+    threads = [threading.Thread(target=run.work) for _ in range(run.threads)]
     try:
-        for thread in threads + workers:
+        for thread in threads:
             thread.start()
-        _await(threads, run, progress)
-        for _ in workers:
-            run.ready.put(None)
-        _await(workers, run, progress)
+        for thread in threads:
+            # join() with a time limit lets this thread notice signals and draw progress.
+            while thread.is_alive() and not run.stop.is_set():
+                thread.join(_TICK)
+                progress(run.done)
     finally:
         run.stop.set()
-        for thread in threads + workers:
+        for thread in threads:
             if thread.ident is not None:
                 thread.join()
     if run.error is not None:
         raise run.error
+    if run.done != plan.totals.data:
+        raise RuntimeError(f"{run.done} bytes were stored of {plan.totals.data}")
     progress(run.done)
     return min(run.found_zero * plan.cluster_size, plan.totals.data)  # the disk's last cluster may be partial
 
 
-def _await(threads: Sequence[threading.Thread], run: _Run, progress: Callable[[int], None]) -> None:
-    # join() with a time limit lets this thread notice signals and draw progress.
-    for thread in threads:
-        while thread.is_alive() and not run.stop.is_set():
-            thread.join(_TICK)
-            progress(run.done)
+@dataclass(slots=True)
+class _Channel:
+    """
+    A connection and what was begun on it.
+
+    `begun` are batches of which answers are missing, the oldest first; `waiting` are reads not asked for yet, and `due`
+    is when the first of them may be (None: that was not found out yet).
+    """
+
+    lane: Lane
+    begun: deque[Batch] = field(default_factory=deque)
+    waiting: deque[tuple[int, memoryview, Batch]] = field(default_factory=deque)
+    due: float | None = None
+
+    @property
+    def enough(self) -> int:
+        """Answers to wait for: until it pays to ask for more, or a batch is whole.  A look at each would cost more."""
+        return max(1, self.lane.in_flight // 2) if self.waiting else self.begun[0].waiting
+
+    def arrived(self, tokens: list[object]) -> list[Batch]:
+        """Take note of answers; the batches that are whole now."""
+        for batch in tokens:
+            assert isinstance(batch, Batch)
+            batch.waiting -= 1
+        whole = [batch for batch in self.begun if not batch.waiting]
+        for batch in whole:
+            self.begun.remove(batch)
+        return whole
+
+
+class _Jobs:
+    """
+    What threads do next, first in, first out: read on through a channel, or store a batch that is whole.
+
+    Safe to use from several threads.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._jobs: queue.SimpleQueue[_Channel | Batch | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self.idle = 0
+        """Threads that wait, less what waits for them: above 0, what is put is taken at once."""
+
+    def take(self, stop: threading.Event) -> _Channel | Batch | None:
+        """Wait for a job; None: there will be no more, or `stop` is set."""
+        with self._lock:
+            self.idle += 1
+        while not stop.is_set():
+            try:
+                return self._jobs.get(timeout=_TICK)
+            except queue.Empty:
+                continue
+        return None
+
+    def put(self, job: _Channel | Batch) -> None:
+        with self._lock:
+            self.idle -= 1
+            self._jobs.put(job)
+
+    def offer(self, job: _Channel) -> bool:
+        """Put a job if a thread waits for it."""
+        with self._lock:
+            if self.idle <= 0:
+                return False
+            self.idle -= 1
+            self._jobs.put(job)
+            return True
+
+    def end(self) -> None:
+        """Let all threads go."""
+        for _ in range(self._threads):
+            self._jobs.put(None)
 
 
 class _Run:
     """What the threads of one copy share."""
 
-    def __init__(self, plan: Plan, sink: Sink, settings: Settings, lanes: int, max_request: int) -> None:
+    def __init__(self, plan: Plan, sink: Sink, settings: Settings, lanes: Sequence[Lane], max_request: int) -> None:
         self.plan = plan
         self.sink = sink
-        self.request_size = min(settings.request_size, max_request)
         self.stop = threading.Event()
-        self._over = threading.Event()  # no batch is left to begin
         self.error: BaseException | None = None
         self.done = 0
         self.found_zero = 0
-        self.ready: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
+        self._request_size = min(settings.request_size, max_request)
+        self._requests = settings.requests
         self._batch = settings.batch(plan.totals.data, plan.cluster_size, sink.batch)
         # No more buffers than there is data for: an idle night needs none.
-        count = max(1, min(settings.buffers(lanes, self._batch), -(-plan.totals.data // self._batch)))
+        count = max(1, min(settings.buffers(len(lanes), self._batch), -(-plan.totals.data // self._batch)))
         self._free = _Stack([pages(self._batch) for _ in range(count)])
+        self.threads = min(count, settings.threads(len(lanes)))
+        self._jobs = _Jobs(self.threads)
+        channels = [_Channel(lane) for lane in lanes[: self.threads]]
+        for channel in channels:
+            self._jobs.put(channel)
+        self._open = len(channels)
         self._lock = threading.Lock()
         self._batches: Iterator[Batch] | None = self._cut()
         self._outstanding: dict[int, None] = {}
         self._issued = 0
         self._pace = Pace(settings.limit)
-        self._depth = Depth(lanes, settings.requests)
-        self._meter = _Meter(self._depth)
 
-    def guard(self, work: Callable[..., None], *args: object) -> None:
-        """Run `work`; its first error stops the whole copy."""
+    def work(self) -> None:
+        """Read batches and store them until there are no more; the first error stops the whole copy."""
         try:
-            work(*args)
+            while (job := self._jobs.take(self.stop)) is not None:
+                batch = self._read(job) if isinstance(job, _Channel) else job
+                if batch is not None:
+                    self._store(batch)
         except BaseException as error:  # noqa: BLE001 - carried to the calling thread, which raises it
             with self._lock:
                 self.error = self.error or error
             self.stop.set()
 
-    def read(self, lane: Lane, number: int) -> None:
+    def _read(self, channel: _Channel) -> Batch | None:
         """
-        Keep reads in flight on one connection until the batches end.
+        Read through a channel until a batch is whole, and leave the channel to others; None: there is no more.
 
         What was asked for is taken as it comes, whatever else is waited for: a running machine's QEMU that has to stop
-        its guest for a moment waits for those answers to be taken.
+        its guest for a moment waits for those answers to be taken.  So the channel is left only when it has none under
+        way or another thread takes it, and no more than a batch is asked for while none would.
         """
-        waiting: deque[tuple[int, memoryview, Batch]] = deque()
-        due: float | None = None  # when the first of these may be read
+        lane = channel.lane
+        whole: list[Batch] = []
         while not self.stop.is_set():
-            # What was begun is read to its end, also when the connection is not needed any more.
-            depth = self._depth.of(number) or bool(waiting)
-            while lane.in_flight < depth:
-                if not waiting and self._batches is not None:
-                    batch = self._next(patient=lane.in_flight == 0)
-                    if batch is not None:
-                        waiting.extend(_requests(batch, self.request_size))
-                if not waiting:
-                    break
-                due = self._pace.due(len(waiting[0][1])) if due is None else due
-                if not self._in_time(due, patient=lane.in_flight == 0):
-                    break
-                lane.submit(*waiting.popleft())
-                due = None
+            if not whole:
+                self._ask(channel)
             if lane.in_flight:
-                self._arrived(lane.wait(int(_TICK * 1000)))
-            elif self._batches is None and not waiting:
-                return
-            elif not depth:
-                self._over.wait(_IDLE)
+                whole += channel.arrived(lane.wait(int(_TICK * 1000), channel.enough))
+            if lane.in_flight:
+                if whole and self._jobs.offer(channel):
+                    break
+            elif whole:
+                self._jobs.put(channel)
+                break
+            elif self._batches is None and not channel.begun:
+                self._close()
+                break
+        for batch in whole[1:]:
+            self._jobs.put(batch)
+        return whole[0] if whole else None
 
-    def _in_time(self, due: float, *, patient: bool) -> bool:
-        """Is it that late, or (`patient`) will it be so before the copy is to stop?"""
-        left = due - time.monotonic()
-        return left <= 0 or (patient and not self.stop.wait(left))
+    def _close(self) -> None:
+        """A channel is needed no more."""
+        with self._lock:
+            self._open -= 1
+            self._end_if_done()
 
-    def work(self) -> None:
-        """Store batches until there are no more."""
-        while not self.stop.is_set():
-            try:
-                batch = self.ready.get(timeout=_TICK)
-            except queue.Empty:
-                continue
-            if batch is None:
+    def _end_if_done(self) -> None:
+        """Let all threads go when the last channel is closed and the last batch stored; under the lock."""
+        if not self._open and not self._outstanding:
+            self._jobs.end()
+
+    def _ask(self, channel: _Channel) -> None:
+        """Have as many reads in flight as may be."""
+        while channel.lane.in_flight < self._requests:
+            if not (channel.waiting or self._begin(channel)) or not self._in_time(channel):
                 return
-            self._store(batch)
+            channel.lane.submit(*channel.waiting.popleft())
+
+    def _begin(self, channel: _Channel) -> bool:
+        """Begin a batch, if there is one and a buffer for it; ahead of another only if a thread could go on with it."""
+        ahead = bool(channel.begun)
+        if self._batches is None or (ahead and self._jobs.idle <= 0):
+            return False
+        batch = self._next(patient=not ahead)
+        if batch is None:
+            return False
+        channel.begun.append(batch)
+        channel.waiting.extend(_requests(batch, self._request_size))
+        return True
+
+    def _in_time(self, channel: _Channel) -> bool:
+        """May the next read be asked for already?  Waits for that where no answer is to come meanwhile."""
+        if channel.due is None:
+            channel.due = self._pace.due(len(channel.waiting[0][1]))
+        left = channel.due - time.monotonic()
+        if left > 0 and (channel.lane.in_flight or self.stop.wait(left)):
+            return False
+        channel.due = None
+        return True
 
     def _next(self, *, patient: bool) -> Batch | None:
         """The next batch with a buffer, or None: no buffer just now, or (then _batches is None) no more batches."""
@@ -350,18 +366,8 @@ class _Run:
                 self._issued = batch.pieces[-1].offset + batch.pieces[-1].length
                 return batch
             self._batches = None
-            self._over.set()
         self._free.push(buffer)
         return None
-
-    def _arrived(self, tokens: list[object]) -> None:
-        for batch in tokens:
-            assert isinstance(batch, Batch)
-            batch.waiting -= 1
-            if not batch.waiting:
-                self.ready.put(batch)
-        with self._lock:
-            self._meter.arrived(len(tokens))
 
     def _store(self, batch: Batch) -> None:
         cluster = self.plan.cluster_size
@@ -378,6 +384,7 @@ class _Run:
             low = next(iter(self._outstanding), self._issued)
             self.found_zero += zeroes
             self.done += sum(piece.length for piece in batch.pieces)
+            self._end_if_done()
         self.sink.completed_below(low // cluster)
 
     def _cut(self) -> Iterator[Batch]:

@@ -357,7 +357,7 @@ def extents_from_reply(entries: list[int], start: int, end: int, uri: str) -> Ru
 
 
 class Lane:
-    """One connection with reads in flight.  Used by one thread."""
+    """One connection with reads in flight.  Used by one thread at a time."""
 
     def __init__(self, binding: Any, handle: nbd.NBD, uri: str) -> None:
         self._nbd = binding
@@ -388,9 +388,9 @@ class Lane:
             raise source_error(self._uri, error) from None
         self.in_flight += 1
 
-    def wait(self, milliseconds: int) -> list[object]:
+    def wait(self, milliseconds: int, enough: int) -> list[object]:
         """
-        Wait for reads to finish, at most so long, and return their tokens.
+        Wait until `enough` reads have finished, at most so long, and return the tokens of all that have.
 
         Raises
         ------
@@ -401,7 +401,7 @@ class Lane:
         deadline = time.monotonic() + milliseconds / 1000
         try:
             # Each call takes what a socket holds just now, a small part of a read: back to it with no detour.
-            while not finished and poll(milliseconds) and time.monotonic() < deadline:
+            while len(finished) < enough and poll(milliseconds) and time.monotonic() < deadline:
                 pass
         except self._nbd.Error as error:
             raise source_error(self._uri, error) from None
