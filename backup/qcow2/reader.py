@@ -189,8 +189,9 @@ class Reader:
 
     def _cached_tables(self, indices: Sequence[int]) -> Iterator[Table]:
         """Yield the L2 tables with these numbers, ascending; the latest of all is kept."""
-        if self._latest is not None and self._latest.index in indices[:1]:
-            yield self._latest
+        latest = self._latest  # another thread may replace it
+        if latest is not None and latest.index in indices[:1]:
+            yield latest
             indices = indices[1:]
         for some in self._together(indices):
             tables = self._read_tables(some)
