@@ -30,7 +30,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import IO
 
-import typer.main
 from lab import bitmaps, run
 
 import backup.audit
@@ -50,10 +49,6 @@ DATA_CALLS = ("pwrite64", "write", "fsync", "ftruncate")
 NAME_CALLS = ("rename", "unlink", "openat")
 CALLS = (*NAME_CALLS, *DATA_CALLS)
 """System calls by which the program changes a repository, and those by which it begins to: each is a step."""
-
-
-_PARSER = typer.main.get_command(app.app)
-"""The command line's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +107,6 @@ def spawn(args: Sequence[str], output: tuple[int, int], *, stopped: bool, clock:
         sys.argv = ["pybackup", *args]
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
-        typer.main.get_command = lambda _: _PARSER
         if clock is not None:
             backup.create.datetime = _Clock.of(clock)
         if stopped:

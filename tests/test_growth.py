@@ -31,7 +31,7 @@ class Costs:
         self.count: Counter[str] = Counter()
         self._watch(monkeypatch, repository, "_read", lambda path, _: Path(path).suffix)
         self._watch(monkeypatch, digests, "open_plain", lambda path: Path(path).suffix)
-        self._watch(monkeypatch, Reader, "entries", lambda *_: "tables")
+        self._watch(monkeypatch, Reader, "allocated", lambda *_: "tables")
         self._watch(monkeypatch, repository, "_why_held", lambda *_: "held")
 
     def _watch(self, monkeypatch, owner, name: str, kind) -> None:
