@@ -80,7 +80,7 @@ def test_the_configurations_limit_holds_but_for_a_restore(night, tmp_path):
     began = time.monotonic()
     assert call_pybackup(["--config", config, "verify", "--repo", night.repository]).rc == 0
     assert time.monotonic() - began >= 1.0
-    assert took["verify"] >= 1.2
+    assert took["verify"] >= 1.0
     assert max(took["copy"], took["restore"]) < 8, "the option wins, and a restore waits for none but its own"
 
 
