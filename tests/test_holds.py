@@ -87,10 +87,10 @@ def no_writing(monkeypatch) -> None:
     """Let nobody write to files that are there already: another user owns them."""
     real = os.open
 
-    def read_only(path, flags, *more):
+    def read_only(path, flags, *more, **folder):  # rmtree passes dir_fd since Python 3.13
         if str(path).endswith((".b3", ".qcow2")) and flags & os.O_ACCMODE == os.O_RDWR:
             raise PermissionError(errno.EACCES, "Permission denied")
-        return real(path, flags, *more)
+        return real(path, flags, *more, **folder)
 
     monkeypatch.setattr(os, "open", read_only)
 
