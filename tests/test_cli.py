@@ -173,6 +173,82 @@ def test_wrong_usage_is_2_and_two_lines(args, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
+def commands():
+    """The commands by their names, as typer makes them."""
+    import typer
+
+    from backup.cli import app
+
+    return typer.main.get_command(app.app).commands
+
+
+def test_an_option_that_takes_one_value_and_is_given_twice_is_wrong_usage(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tried = set()
+    for name, command in commands().items():
+        for option in command.params:
+            if option.param_type_name == "option" and not option.is_flag and not option.multiple:
+                [spelled] = option.opts
+                for args in ([name, spelled, "a", spelled, "b"], [name, f"{spelled}=a", "x", f"{spelled}=a"]):
+                    done = call_pybackup(args)
+                    assert (done.rc, done.stdout) == (2, ""), args
+                    assert done.stderr.splitlines() == [
+                        f"pybackup: error: {spelled} is given twice",
+                        f"pybackup: hint: it takes one value; see: pybackup {name} --help",
+                    ]
+                    tried.add(spelled)
+    assert {"--image", "--repo", "--bitmap", "--config", "--format", "--keep-daily", "--max-age"} <= tried
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_configuration_before_and_after_the_command_is_given_twice(config):
+    done = call_pybackup(["--config", config, "list", "--config", config])
+    assert (done.rc, "--config is given twice" in done.stderr) == (2, True)
+
+
+def test_flags_may_be_given_twice(config):
+    assert (
+        call_pybackup(["--quiet", "--config", config, "full", "--quiet", "--dry-run", "--dry-run", "--quiet"]).rc == 0
+    )
+
+
+def test_common_options_are_taken_before_and_after_every_command(config):
+    assert call_pybackup(["--config", config, "full"]).rc == 0
+    for given in ("--quiet", "--verbose", "--debug"):
+        after, before = (
+            call_pybackup(["verify", given, "--config", config]),
+            call_pybackup([given, "verify", "--config", config]),
+        )
+        assert (after.rc, before.rc) == (0, 0)
+        assert (after.stdout, after.stderr) == (before.stdout, before.stderr)
+        assert (after.stdout == "") == (given == "--quiet")
+    assert (
+        call_pybackup(["--json", "list", "--config", config]).document
+        == call_pybackup(["--config", config, "list", "--json"]).document
+    )
+    for args in (["--quiet", "list", "--verbose"], ["list", "--quiet", "--verbose"]):
+        assert call_pybackup(args).rc == 2
+    for name in commands():
+        shown = call_pybackup([name, "--help"]).stdout
+        for option in ("--config FILE", "--quiet", "--verbose", "--debug", "--json"):
+            assert shown.count(f"\n  {option}  ") == 1, (name, option)
+
+
+def test_what_every_command_says_with_json_is_a_document(config):
+    assert call_pybackup(["--config", config, "full"]).rc == 0
+    for command in (["pin", "a/latest"], ["unpin", "a/latest"], ["check-config"]):
+        done = call_pybackup([*command, "--config", config, "--json"])
+        assert (done.rc, done.stderr, type(done.document)) == (0, "", dict), done
+
+
+@pytest.mark.parametrize("args", [["show"], ["full", "--nonsense"], ["list", "--repo"]], ids=" ".join)
+def test_a_usage_error_names_the_commands_own_help(args):
+    done = call_pybackup(args)
+    assert done.rc == 2
+    assert done.stderr.splitlines()[1] == f"pybackup: hint: see: pybackup {args[0]} --help"
+    assert call_pybackup(["nonsense"]).stderr.splitlines()[1] == "pybackup: hint: see: pybackup --help"
+
+
 @pytest.mark.parametrize("args", [["--quiet", "--verbose", "list"], ["nonsense"], ["full", "--nonsense"]], ids=" ".join)
 def test_what_fails_before_the_command_is_a_document_too(args):
     done = run_pybackup([*args, "--json"])

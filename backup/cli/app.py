@@ -11,17 +11,16 @@ import functools
 import signal
 import sys
 from collections import UserDict
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
 import backup
 from backup.cli import backups, inside, points, process, render
-from backup.cli.find import path_of
-from backup.cli.state import explained, fail, options, show_error
+from backup.cli.state import COMMON, explained, fail, given_twice, options, show_error
 from backup.errors import Failed, Interrupted, UsageError
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -54,21 +53,101 @@ _STYLE: dict[str, Any] = {
 }
 
 
+if TYPE_CHECKING:
+    _Base = TyperCommand
+else:
+    _Base = object  # so that it goes before a command's class as well as before a group's
+
+
+class _Parsed(_Base):
+    """
+    How the program and each of its commands are parsed.
+
+    Parameters are taken as the parser found them: texts, lists of texts, flags.  typer would have pydantic convert
+    each, also one that was not given, and the import of pydantic takes longer than that of typer.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments of the program, or those of a command; the common options go to `options`."""
+        options.program = ctx.command_path
+        parameters: list[Any] = self.get_params(ctx)  # with --help, which the context brings
+        _require_once(self.make_parser(ctx).parse_args(list(args))[2])
+        for parameter in parameters:
+            parameter.process_value = functools.partial(_as_found, parameter, parameter.process_value)
+        rest = super().parse_args(ctx, args)
+        if ctx.parent is None:
+            options.take(ctx.params, {})
+        else:
+            # A command's function has parameters for its own options only.
+            common = {name: ctx.params.pop(name) for name in COMMON}
+            options.take(ctx.parent.params, {**ctx.params, **common})
+        return rest
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options of --help: those that every command has stand in a section of their own."""
+        shown: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": [], "Common options": []}
+        for parameter in self.get_params(ctx):
+            common = ctx.parent is not None and parameter.name in (*COMMON, "help")
+            own = "Arguments" if parameter.param_type_name == "argument" else "Options"
+            if (record := parameter.get_help_record(ctx)) is not None:
+                # typer names the type of an argument: "MACHINE <list[str]>".
+                name = parameter.metavar if own == "Arguments" and parameter.metavar else record[0]
+                shown["Common options" if common else own].append((name, record[1]))
+        for title, records in shown.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
+class _Command(_Parsed, TyperCommand):
+    """A command."""
+
+
 class _Made(UserDict[str, Any]):
     """Commands that typer makes of their functions when they are looked up: making all of them takes 0.03 s."""
 
+    def __init__(self, functions: Mapping[str, Callable[..., None]], common: Sequence[Any]) -> None:
+        super().__init__(functions)
+        self._common = common
+
     def __getitem__(self, name: str) -> Any:
         alone = typer.Typer(add_completion=False, **_STYLE)
-        alone.command(name)(self.data[name])
-        return _unconverted(typer.main.get_command(alone))
+        alone.command(name, cls=_Command)(self.data[name])
+        command = typer.main.get_command(alone)
+        command.params.extend(self._common)
+        return command
 
 
-class _Group(TyperGroup):
+class _Group(_Parsed, TyperGroup):
     """The program: one command of many."""
 
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
-        self.commands = _Made(COMMANDS)
+        self.commands = _Made(COMMANDS, [parameter for parameter in self.params if parameter.name in COMMON])
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options, and after them the commands."""
+        super().format_options(ctx, formatter)
+        self.format_commands(ctx, formatter)
+
+
+def _require_once(given: Sequence[Any]) -> None:
+    """Refuse an option that takes one value and is given twice: the first value would be dropped in silence."""
+    seen = set()
+    for parameter in given:
+        if parameter.param_type_name != "option" or parameter.multiple or parameter.is_flag:
+            continue  # a flag that is given twice says the same twice
+        if parameter.name in seen:
+            raise given_twice(parameter.opts[0])
+        seen.add(parameter.name)
+
+
+def _as_found(parameter: Any, convert: Callable[[Any, Any], Any], context: Any, value: Any) -> Any:
+    """A parameter's value; the error of a missing one, and what is done about flags, are typer's own matter."""
+    if isinstance(value, bool) or (parameter.required and not value):
+        return convert(context, value)
+    found = list(value) if isinstance(value, tuple) else value
+    return found if parameter.callback is None else parameter.callback(context, parameter, found)
 
 
 app = typer.Typer(
@@ -86,24 +165,17 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback()
-def _global(
+def _common(
     config: Annotated[str | None, typer.Option("--config", metavar="FILE", help="The configuration.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Say more.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but warnings and errors.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    del version
-    if verbose and quiet:
-        raise UsageError("--verbose together with --quiet", hint="choose one")
-    options.config = path_of(config)
-    options.verbose, options.quiet, options.debug = verbose, quiet, debug
-    if verbose or debug:
-        import logging
-
-        logging.basicConfig(level=logging.INFO, format="pybackup: %(message)s")
+    """Declare the options that the program and every command have (`COMMON`), which `_Parsed` reads, and --version."""
 
 
 def main() -> NoReturn:
@@ -121,42 +193,18 @@ def main() -> NoReturn:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    options.json = "--json" in arguments  # until the command says it: what fails before is a document, too
+    options.reset(json="--json" in arguments)  # what fails before the options are parsed is a document, too
     try:
-        command = _unconverted(typer.main.get_command(app))
+        command = typer.main.get_command(app)
         result = command.main(args=list(arguments), prog_name="pybackup", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except BrokenPipeError:
         raise
     except TyperException as error:
-        return fail(UsageError(" ".join(error.format_message().split()), hint="see: pybackup --help"))
+        return fail(UsageError(" ".join(error.format_message().split()), hint=f"see: {options.program} --help"))
     except Interrupted as stopped:
         return fail(stopped)
     except typer.Abort:
         return fail(Interrupted(signal.SIGINT))
     except Exception as error:  # noqa: BLE001 - shown, and in the exit code
         return fail(explained(error))
-
-
-def _unconverted(command: Any) -> Any:
-    """
-    A command whose parameters are taken as the parser found them: texts, lists of them, flags.
-
-    typer would have pydantic convert each, also one that was not given; its import takes longer than typer's own.
-    """
-    command.parse_args = functools.partial(_parse, command, command.parse_args)
-    return command
-
-
-def _parse(command: Any, parse: Callable[[Any, list[str]], Any], context: Any, arguments: list[str]) -> Any:
-    for parameter in command.get_params(context):  # with --help, which the context brings
-        parameter.process_value = functools.partial(_as_found, parameter, parameter.process_value)
-    return parse(context, arguments)
-
-
-def _as_found(parameter: Any, convert: Callable[[Any, Any], Any], context: Any, value: Any) -> Any:
-    """A parameter's value; the error of a missing one, and what is done about flags, are typer's own matter."""
-    if isinstance(value, bool) or (parameter.required and not value):
-        return convert(context, value)
-    found = list(value) if isinstance(value, tuple) else value
-    return found if parameter.callback is None else parameter.callback(context, parameter, found)

@@ -22,7 +22,6 @@ from backup.cli.parameters import (
     FreezeFlag,
     Image,
     ImageFormat,
-    Json,
     Limit,
     MachineName,
     MachineNames,
@@ -62,7 +61,6 @@ def full(
     compression: CompressionText = None,
     limit: Limit = None,
     dry_run: DryRun = False,
-    json: Json = False,
 ) -> None:
     """Back up everything, and begin a chain."""
     _back_up("full", **locals())
@@ -87,7 +85,6 @@ def incremental(
     limit: Limit = None,
     no_fallback: NoFallback = False,
     dry_run: DryRun = False,
-    json: Json = False,
 ) -> None:
     """Back up what changed since the newest point.  Everything is read where that cannot be known."""
     _back_up("incremental", **locals())
@@ -110,17 +107,15 @@ def rescan(
     compression: CompressionText = None,
     limit: Limit = None,
     dry_run: DryRun = False,
-    json: Json = False,
 ) -> None:
     """Back up what differs from the newest point.  Everything is read and compared."""
     _back_up("rescan", **locals())
 
 
-def _back_up(wanted: str, *, repo: str | None, json: bool, **parameters: Any) -> None:
+def _back_up(wanted: str, *, repo: str | None, **parameters: Any) -> None:
     from backup.cli import requests, settings
     from backup.repository import Repository
 
-    options.json = json
     config = find.config()
     given = requests.Options.of(wanted, **parameters)
     find.require_format(given.image_format)
@@ -139,12 +134,12 @@ def _back_up(wanted: str, *, repo: str | None, json: bool, **parameters: Any) ->
             outcome = _prune_after(outcome, path, config)
         outcomes.append((request, outcome))
         try:
-            _show_outcome(request, outcome, json, several=len(made) > 1)
+            _show_outcome(request, outcome, several=len(made) > 1)
         except (Failed, BrokenPipeError) as error:
             unshown = error  # the other machines are backed up all the same
     if unshown is not None:
         raise unshown
-    if json:
+    if options.json:
         render.document(
             [
                 render.failure_object(request.machine, outcome)
@@ -186,7 +181,7 @@ def _prune_after(report: Report, repository: Path, config: Config) -> Report:
     return replace(report, notes=(*report.notes, render.prune_line(pruned, dry_run=False)))
 
 
-def _show_outcome(request: Request, outcome: Report | BackupError, json: bool, *, several: bool) -> None:
+def _show_outcome(request: Request, outcome: Report | BackupError, *, several: bool) -> None:
     if isinstance(outcome, BackupError):
         show_error(outcome, of=request.machine if several else None)
         return
@@ -194,11 +189,11 @@ def _show_outcome(request: Request, outcome: Report | BackupError, json: bool, *
         render.warning(f"{outcome.machine}: {warning}")
     if options.quiet:
         return
-    if not json:
+    if not options.json:
         for text in render.report_lines(outcome, dry_run=request.dry_run):
             render.line(text)
     for note in outcome.notes:
-        render.note(note, to_stderr=json)
+        render.note(note, to_stderr=options.json)
     render.flush()
 
 
@@ -216,16 +211,14 @@ def audit(
     repo: Repo = None,
     bitmap: BitmapName = None,
     limit: Limit = None,
-    json: Json = False,
 ) -> None:
     """Hold disks, read whole, against their newest points.  12 where those, or the bitmaps since, lie."""
     _audit(**locals())
 
 
-def _audit(*, repo: str | None, json: bool, **parameters: Any) -> None:
+def _audit(*, repo: str | None, **parameters: Any) -> None:
     from backup.cli import requests
 
-    options.json = json
     config = find.config()
     given = requests.Options.of("audit", **parameters)
     find.require_format(given.image_format)
@@ -235,8 +228,8 @@ def _audit(*, repo: str | None, json: bool, **parameters: Any) -> None:
     for request in made:
         outcome = _audit_one(repository, request)
         outcomes.append((request, outcome))
-        _show_audit(request, outcome, json, several=len(made) > 1)
-    if json:
+        _show_audit(request, outcome, several=len(made) > 1)
+    if options.json:
         render.document(
             [
                 render.audit_failure_object(request.machine, outcome)
@@ -259,13 +252,13 @@ def _audit_one(repository: Repository, request: Request) -> Audit | BackupError:
         return explained(error)
 
 
-def _show_audit(request: Request, outcome: Audit | BackupError, json: bool, *, several: bool) -> None:
+def _show_audit(request: Request, outcome: Audit | BackupError, *, several: bool) -> None:
     if isinstance(outcome, BackupError):
         show_error(outcome, of=request.machine if several else None)
         return
     for warning in outcome.warnings:
         render.warning(f"{outcome.machine}: {warning}")
-    if not json and not options.quiet:
+    if not options.json and not options.quiet:
         for text in render.audit_lines(outcome):
             render.line(text)
         render.flush()
@@ -297,20 +290,18 @@ def map_(
     scratch: Scratch = None,
     bitmap: Annotated[str | None, typer.Option("--bitmap", metavar="EXACT-NAME", help="The bitmap to show.")] = None,
     totals: Annotated[bool, typer.Option("--totals", help="Sums only.")] = False,
-    json: Json = False,
 ) -> None:
     """Show a source as the planner sees it.  Dirty or clean, data, zero or hole, in bytes."""
     from backup import mapping
     from backup.cli import requests
 
-    options.json = json
     find.require_format(image_format)
     place = requests.Place(path_of(image), image_format, nbd, path_of(qmp), node, path_of(scratch))
     with requests.open_disk(place, bitmap, find.config_or_default(), render.warning) as export:
         if totals:
             sums = mapping.map_totals(export, bitmap)
-            render.document(asdict(sums)) if json else render.map_sums(sums)
-        elif json:
+            render.document(asdict(sums)) if options.json else render.map_sums(sums)
+        elif options.json:
             render.map_objects(mapping.read_map(export, bitmap))
         else:
             render.map_table(mapping.read_map(export, bitmap), bitmap)
@@ -320,19 +311,17 @@ def clean(
     qmp: Annotated[str, typer.Option("--qmp", metavar="SOCKET", help="The QMP socket of the machine's QEMU.")],
     agent: AgentSocket = None,
     repo: Repo = None,
-    json: Json = False,
 ) -> None:
     """Remove what cut-off runs left in a running QEMU.  Jobs, exports, nodes, bitmaps of no point, a frozen guest."""
     from backup.cli import requests
     from backup.sources.base import Freeze
     from backup.sources.running import Running
 
-    options.json = json
     repository = find.repository(path_of(repo))
     known = path_of(agent) or requests.agent_of(Path(qmp), find.config_or_default())
     with Running(Path(qmp), [], freeze=Freeze(known)) as host:
         removed = list(host.recover(repository.ownership(None)))
-    if json:
+    if options.json:
         render.document({"removed": removed})
     elif not options.quiet:
         for what in removed or ["nothing: there was nothing of this repository's"]:
@@ -347,7 +336,15 @@ def check_config() -> None:
             "there is no configuration", hint="write one like config.example.yaml and name it with --config"
         )
     disks = sum(len(machine.disks) for machine in config.machines)
-    if not options.quiet:
+    if options.json:
+        render.document(
+            {
+                "path": str(config.path),
+                "repository": None if config.repository is None else str(config.repository),
+                "machines": {machine.name: [disk.name for disk in machine.disks] for machine in config.machines},
+            }
+        )
+    elif not options.quiet:
         render.line(
             f"{render.plain(config.path)}: {len(config.machines)} machine{'s' * (len(config.machines) != 1)}, "
             f"{disks} disk{'s' * (disks != 1)}, repository {render.plain(config.repository or 'not named')}"

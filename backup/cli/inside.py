@@ -15,7 +15,6 @@ from backup.cli import find, render
 from backup.cli.find import path_of
 from backup.cli.parameters import (
     Filesystem,
-    Json,
     Manifest_,
     PointDisk,
     Repo,
@@ -38,27 +37,25 @@ def serve(
     ] = None,
     writable: Annotated[bool, typer.Option("--writable", help="Let clients write; it is thrown away.")] = False,
     repo: Repo = None,
-    json: Json = False,
 ) -> None:
     """Serve a point's disk over NBD until Ctrl-C.  At once: nothing is copied."""
     from backup import serve as serving
 
-    options.json = json
     where = serving.address(path_of(socket), port, bind)
     machine, found = find.point(manifest, path_of(repo))
     name = serving.choose_disk(found, disk)
     with serving.serving(machine, found.point, name, where, writable=writable) as served:
         try:
-            _show_served(found, name, served, writable, json)
+            _show_served(found, name, served, writable)
             served.server.wait()
         except Interrupted:
             return  # that is how it is meant to end
 
 
-def _show_served(point: Manifest, disk: str, served: Served, writable: bool, json: bool) -> None:
+def _show_served(point: Manifest, disk: str, served: Served, writable: bool) -> None:
     if not served.protected:
         render.warning("the repository's file system has no locks: nothing keeps prune from what is served")
-    if json:
+    if options.json:
         render.document(render.served_object(point, disk, served, writable))
     elif not options.quiet:
         for text in render.served_lines(point, disk, served, writable):
@@ -72,19 +69,17 @@ def files(
     disk: PointDisk = None,
     filesystem: Filesystem = None,
     repo: Repo = None,
-    json: Json = False,
 ) -> None:
     """List a folder of the guest's files at a point.  Needs libguestfs."""
     from backup import guestfiles
     from backup.serve import choose_disk
 
-    options.json = json
     guestfiles.absolute(path)
     machine, found = find.point(manifest, path_of(repo))
     with guestfiles.opened(machine, found.point, choose_disk(found, disk), filesystem) as guest:
         entries = guest.list(path)
     _warn(guest.unmounted)
-    if json:
+    if options.json:
         render.document([asdict(entry) for entry in entries])
     else:
         render.files_table(entries)
@@ -98,13 +93,11 @@ def get(
     disk: PointDisk = None,
     filesystem: Filesystem = None,
     repo: Repo = None,
-    json: Json = False,
 ) -> None:
     """Bring a guest's file or folder back from a point.  Needs libguestfs."""
     from backup import guestfiles
     from backup.serve import choose_disk
 
-    options.json = json
     machine, found = find.point(manifest, path_of(repo))
     target = guestfiles.target_of(path, Path(dest))
     guestfiles.require_new(target)
@@ -112,7 +105,7 @@ def get(
         fetched = guest.get(path, target)
     warnings = [*guest.unmounted, *(f"left out, being no file, folder or link: {name}" for name in fetched.left_out)]
     _warn(warnings)
-    if json:
+    if options.json:
         render.document({"path": path, "target": str(target), "error": None, **asdict(fetched)})
     elif not options.quiet:
         render.line(render.fetched_line(path, target, fetched))

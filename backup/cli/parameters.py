@@ -12,7 +12,6 @@ MachineNames = Annotated[
     list[str] | None, typer.Argument(metavar="MACHINE", help="All, where none is named.", show_default=False)
 ]
 Repo = Annotated[str | None, typer.Option("--repo", metavar="DIR", help="The repository's folder.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 Image = Annotated[str | None, typer.Option("--image", metavar="FILE", help="An image that no machine has open.")]
 ImageFormat = Annotated[
     str | None,

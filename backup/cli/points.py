@@ -18,7 +18,6 @@ from backup.cli import find, render
 from backup.cli.find import path_of
 from backup.cli.parameters import (
     DryRun,
-    Json,
     Limit,
     MachineNames,
     Manifest_,
@@ -47,9 +46,8 @@ def _keep(what: str) -> Any:
     return typer.Option(f"--keep-{what}", metavar="N", help=_KEEPS[what])
 
 
-def list_(machines: MachineNames = None, repo: Repo = None, json: Json = False) -> None:
+def list_(machines: MachineNames = None, repo: Repo = None) -> None:
     """List the points that there are."""
-    options.json = json
     found: list[tuple[Manifest, Path]] = []
     damaged = False
     for machine in find.machines(find.repository(path_of(repo)), machines):
@@ -59,7 +57,7 @@ def list_(machines: MachineNames = None, repo: Repo = None, json: Json = False) 
             render.warning(error.message)
         ordered = sorted(contents.manifests.values(), key=lambda manifest: manifest.sequence)
         found.extend((manifest, machine.path / f"{manifest.point}.json") for manifest in ordered)
-    if json:
+    if options.json:
         render.document([render.point_object(manifest, path) for manifest, path in found])
     elif found:
         render.points_table([manifest for manifest, _ in found])
@@ -69,12 +67,10 @@ def list_(machines: MachineNames = None, repo: Repo = None, json: Json = False) 
 def show(
     manifest: Manifest_,
     repo: Repo = None,
-    json: Json = False,
 ) -> None:
     """Show a point.  Its disks, where they came from, and their chains."""
     from backup import chain as chains
 
-    options.json = json
     machine, found = find.point(manifest, path_of(repo))
     contents = machine.contents()
     links: dict[str, list[str] | BackupError] = {}
@@ -85,7 +81,7 @@ def show(
         except BackupError as error:
             links[disk.name] = error
     path = machine.path / f"{found.point}.json"
-    if json:
+    if options.json:
         shown = {
             name: render.error_object(link) if isinstance(link, BackupError) else link for name, link in links.items()
         }
@@ -102,13 +98,11 @@ def restore(
     force: Annotated[bool, typer.Option("--force", help="Replace what TARGET holds.")] = False,
     repo: Repo = None,
     limit: WriteLimit = None,
-    json: Json = False,
 ) -> None:
     """Bring a point's disk back, checking every digest on the way."""
     from backup import restore as restoring
     from backup.cli import settings
 
-    options.json = json
     find.require_format(format_)
     machine, found = find.point(manifest, path_of(repo))
     config = find.config_or_default()
@@ -131,9 +125,9 @@ def restore(
             )
         seconds = time.monotonic() - began
         done.append({"name": name, "target": path, **asdict(restored), "seconds": round(seconds, 3)})
-        if not json and not options.quiet:
+        if not options.json and not options.quiet:
             render.line(render.restored_line(f"{found.machine}/{name}", path, restored.size, seconds))
-    if json:
+    if options.json:
         render.document({"machine": found.machine, "point": found.point, "error": None, "disks": done})
 
 
@@ -151,13 +145,11 @@ def verify(
         str | None, typer.Option("--sample", metavar="5%", help="Only a random share of the 4 MiB blocks.")
     ] = None,
     limit: Limit = None,
-    json: Json = False,
 ) -> None:
     """Re-read backups and find every changed byte.  12 for damage, 10 for something missing."""
     from backup import verify as verifying
     from backup.cli import settings
 
-    options.json = json
     config = find.config_or_default()
     workers, most = settings.workers(config), settings.limit(limit, config)
     choice = _choice(older_than, sample, deep=deep)
@@ -179,7 +171,7 @@ def verify(
     problems = [problem for result in found for problem in result.problems]
     names = ("points", "files", "bytes", "skipped", "sampled")
     sums = {name: sum(getattr(result, name) for result in found) for name in names}
-    if json:
+    if options.json:
         render.document({**sums, "deep": deep, "problems": render.problem_objects(problems)})
     elif not options.quiet:
         render.line(
@@ -214,7 +206,6 @@ def copy_(
     repo: Repo = None,
     limit: Limit = None,
     dry_run: DryRun = False,
-    json: Json = False,
 ) -> None:
     """Copy points to a second place.  Only what is missing there, every digest checked on the way."""
     from backup import replicate
@@ -222,7 +213,6 @@ def copy_(
     from backup.repository import Repository
     from backup.verify import exit_code
 
-    options.json = json
     [(machine, points)] = find.points([what], path_of(repo))
     config = find.config_or_default()
     most = settings.limit(limit, config)
@@ -246,7 +236,7 @@ def copy_(
                 advance=progress.advance,
                 limit=most,
             )
-    if json:
+    if options.json:
         render.document(render.replicated_object(machine.name, other, done, dry_run=dry_run))
     elif not options.quiet:
         seconds = None if dry_run else time.monotonic() - began
@@ -262,14 +252,12 @@ def status(
         str | None, typer.Option("--max-age", metavar="26h", help="Exit with 1 where a newest point is older.")
     ] = None,
     repo: Repo = None,
-    json: Json = False,
 ) -> None:
     """Tell how old each disk's newest point is, and what to do.  1 too old, 12 damaged, 10 nothing there."""
     from backup import status as states
     from backup.cli import settings
     from backup.units import parse_duration
 
-    options.json = json
     limits = states.Limits(datetime.now(UTC), None if max_age is None else parse_duration(max_age))
     config = find.config() if repo is None else find.config_or_default()
     repository = find.repository(path_of(repo))
@@ -282,12 +270,12 @@ def status(
     if not found:
         raise NotFound(f"the repository {repository.path} has no machine", hint="pybackup full makes a first point")
     code = states.exit_code(found)
-    if json:
+    if options.json:
         render.document(render.status_object(found, code, states.summary(found), limits.max_age))
     elif not options.quiet:
         render.line(render.plain(states.summary(found)))
         render.status_table(found, limits.now)
-    if code and (json or options.quiet):
+    if code and (options.json or options.quiet):
         render.warning(states.summary(found))
     raise typer.Exit(code)
 
@@ -311,12 +299,10 @@ def prune(
     ] = None,
     repo: Repo = None,
     dry_run: DryRun = False,
-    json: Json = False,
 ) -> None:
     """Remove the points that no --keep option names.  Those that stay take over what they need of them."""
     from backup.cli import pruning, settings
 
-    options.json = json
     counts = {
         "last": keep_last,
         "hourly": keep_hourly,
@@ -343,8 +329,8 @@ def prune(
             continue
         outcomes.append(outcome)
         objects.append(render.pruned_object(outcome, dry_run=dry_run))
-        _show_pruned(outcome, dry_run=dry_run, json=json)
-    if json:
+        _show_pruned(outcome, dry_run=dry_run)
+    if options.json:
         render.document(objects)
     raise typer.Exit(common_code(outcomes))
 
@@ -355,10 +341,10 @@ def _names(repository: Path, machines: Sequence[str] | None) -> list[str]:
     return [machine.name for machine in find.machines(Repository.open(repository), machines)]
 
 
-def _show_pruned(report: PruneReport, *, dry_run: bool, json: bool) -> None:
+def _show_pruned(report: PruneReport, *, dry_run: bool) -> None:
     for warning in report.warnings:
         render.warning(f"{report.machine}: {warning}")
-    if json or options.quiet:
+    if options.json or options.quiet:
         return
     if dry_run or options.verbose:
         render.prune_table(report)
@@ -380,6 +366,8 @@ def _set_pin(manifest: str, repo: str | None, *, pinned: bool) -> None:
 
     machine, found = find.point(manifest, path_of(repo))
     changed = pruning.set_pin(machine, found.point, pinned=pinned)
-    if not options.quiet:
+    if options.json:
+        render.document({"machine": found.machine, "point": found.point, "pinned": pinned, "changed": changed})
+    elif not options.quiet:
         state = "pinned" if pinned else "not pinned"
         render.line(f"point {found.point} of machine {found.machine} is {state}{'' if changed else ' already'}")

@@ -1,22 +1,25 @@
 """
-The options before the command, which every command looks at, and how an error is shown.
+The options that every command has, and how an error is shown.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from backup.cli import render
-from backup.errors import WARNINGS_EXIT_CODE, BackupError, Failed, Interrupted
+from backup.errors import WARNINGS_EXIT_CODE, BackupError, Failed, Interrupted, UsageError
+
+COMMON = ("config", "verbose", "quiet", "debug", "json")
+"""Options that are taken before the command and after it."""
 
 
 @dataclass(slots=True)
 class Options:
-    """The options before the command."""
+    """The common options, wherever they stood, and --repo, which hints repeat."""
 
     config: Path | None = None
     verbose: bool = False
@@ -24,9 +27,50 @@ class Options:
     debug: bool = False
     json: bool = False
     """The command was asked for JSON: then errors are a document too."""
+    repo: str | None = None
+    program: str = "pybackup"
+    """What is being parsed: pybackup, or one of its commands, such as pybackup list."""
+
+    def reset(self, *, json: bool) -> None:
+        """Nothing is parsed yet; `json`: whether --json seems to be among the arguments."""
+        self.config = self.repo = None
+        self.verbose = self.quiet = self.debug = False
+        self.json = json
+        self.program = "pybackup"
+
+    def take(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+        """
+        Take the options before the command, and after it once those are parsed as well.
+
+        Raises
+        ------
+        UsageError
+            They contradict each other.
+        """
+        configs = [found["config"] for found in (before, after) if found.get("config") is not None]
+        self.config = Path(configs[0]) if configs else None
+        self.verbose, self.quiet, self.debug = (
+            bool(before[name] or after.get(name)) for name in ("verbose", "quiet", "debug")
+        )
+        if after:
+            self.json = before["json"] or after["json"]
+            self.repo = after.get("repo")
+        if len(configs) > 1:
+            raise given_twice("--config")
+        if self.verbose and self.quiet:
+            raise UsageError("--verbose together with --quiet", hint="choose one")
+        if self.verbose or self.debug:
+            import logging
+
+            logging.basicConfig(level=logging.INFO, format="pybackup: %(message)s")
 
 
 options = Options()
+
+
+def given_twice(option: str) -> UsageError:
+    """The error of an option that takes one value and was given two."""
+    return UsageError(f"{option} is given twice", hint=f"it takes one value; see: {options.program} --help")
 
 
 class Warned(Protocol):
@@ -48,7 +92,7 @@ def explained(error: Exception) -> BackupError:
         found = Failed(
             f"{where}{error.strerror}",
             hint="the system refuses; see what is there, and whether the current folder still exists. "
-            "Run again with --debug before the command to see where",
+            "Run again with --debug to see where",
         )
     elif isinstance(error, RuntimeError) and "start new thread" in str(error):
         found = Failed(
@@ -58,7 +102,7 @@ def explained(error: Exception) -> BackupError:
     else:
         found = Failed(
             f"a bug in pybackup: {type(error).__name__}: {error}",
-            hint="run again with --debug before the command, and report it",
+            hint="run again with --debug, and report it",
         )
     found.__cause__ = error
     return found
