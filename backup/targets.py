@@ -2,7 +2,8 @@
 Targets of a restore: a file (raw or qcow2), a block device, an NBD export.
 
 A file appears under its name only when it is whole.  A device or an export cannot; it needs --force, is refused when it
-is too small before a byte is written, and gets its zeroes written, as nobody knows what it holds.
+is too small before a byte is written, and gets its zeroes written, as its old contents are unknown.  A file or a device
+that a QEMU has open is refused, also with --force.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from backup import qcow2
+from backup import openers, qcow2
 from backup.errors import BackupError, Failed, UsageError
+from backup.former import Former, claim
 from backup.output import Output, write_all
 from backup.qemu import nbd
 
@@ -94,11 +96,23 @@ def refuse_existing(path: Path, *, force: bool) -> None:
 def _file(path: Path, size: int, image_format: str, cluster_size: int, *, force: bool) -> Iterator[Target]:
     refuse_existing(path, force=force)
     path = Path(os.path.realpath(path))
+    with Former(path) as former:
+        former.claim()
+        with _new_file(path, former, size, image_format, cluster_size, force=force) as target:
+            yield target
+
+
+@contextmanager
+def _new_file(
+    path: Path, former: Former, size: int, image_format: str, cluster_size: int, *, force: bool
+) -> Iterator[Target]:
+    """A file that takes the name of the former when it is whole."""
     part = path.with_name(f".pybackup-{os.urandom(8).hex()}.part")
     with _explained(path):
         fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     output = Output(fd, part, grows=image_format != RAW)
     try:
+        former.pass_on(fd)  # before hours of writing: this user may not be allowed to
         if image_format == RAW:
             target: RawFile | Qcow2File = RawFile(fd, output, size, path)
         else:
@@ -107,8 +121,10 @@ def _file(path: Path, size: int, image_format: str, cluster_size: int, *, force:
         with _explained(path):
             target.finish()
             os.fsync(fd)
-            if not force:
-                refuse_existing(path, force=False)
+            refuse_existing(path, force=force)
+            if former.claim():
+                former.pass_on(fd)
+                os.fsync(fd)
             os.rename(part, path)
             folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
             try:
@@ -133,6 +149,8 @@ def _device(path: Path, size: int, image_format: str, *, force: bool) -> Iterato
                 raise
             raise Failed(f"{path} is in use (mounted, or part of something)", hint="unmount it first") from None
     try:
+        claim(fd, str(path))
+        _refuse_writers(fd, path)
         with _explained(path):
             _require_room(str(path), os.lseek(fd, 0, os.SEEK_END), size)
         yield Device(fd, path)
@@ -140,6 +158,14 @@ def _device(path: Path, size: int, image_format: str, *, force: bool) -> Iterato
             os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _refuse_writers(fd: int, path: Path) -> None:
+    found = openers.writers(os.fstat(fd).st_rdev)
+    if found:
+        raise Failed(
+            f"{path} is open for writing in {', '.join(found)}", hint="end that program first, or name another target"
+        )
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """
-QEMU's own lock on an image's file, taken by us: against writers where QEMU would let them in.
+QEMU's own lock on an image's file, taken by us: against writers where QEMU would let them in, and before a file is
+replaced or overwritten, against every QEMU.
 
 With read locks on single bytes of a file (of its open file description, fcntl(2)) each QEMU tells the others what it
 does there and what it lets nobody else do (block/file-posix.c, raw_apply_lock_bytes):
@@ -19,7 +20,7 @@ import fcntl
 import os
 import stat
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from backup.qemu.images import ImageLocked, patiently
@@ -27,6 +28,8 @@ from backup.qemu.images import ImageLocked, patiently
 _USED, _GRANTED_TO_NOBODY = 100, 200
 _WRITE, _RESIZE = 1, 3
 """Numbers of the permissions (BLK_PERM_...)."""
+_PERMISSIONS = 5
+"""All of them: QEMU uses one at least of every file that a guest, a job or a server has open."""
 _FLOCK = struct.Struct("hhqqi4x")
 """struct flock: type, whence, start, length, process (0 for an open file description's lock)."""
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
@@ -66,23 +69,50 @@ def _opened(file: str) -> int | None:
     return None
 
 
+def claim(fd: int, file: str) -> None:
+    """
+    Refuse a file that any QEMU has open, for reading or writing, and keep every QEMU from opening it.
+
+    The claim ends when the caller closes `fd` (open for reading); to claim again through the same descriptor only looks
+    again.  Another pybackup that reads the file as its source, or claims it, counts as a QEMU does.
+
+    Raises
+    ------
+    ImageLocked
+        A QEMU has it open.
+    """
+    every = [(_GRANTED_TO_NOBODY, _PERMISSIONS)]
+    patiently(lambda: _tell_and_look(fd, file, every, [(_USED, _PERMISSIONS), *every], "a QEMU has it open"))
+
+
 def _lock(fd: int, file: str) -> None:
-    """First tell, then look, as QEMU does: of two that come at once, one at least sees the other."""
+    own = [(_GRANTED_TO_NOBODY + permission, 1) for permission in (_WRITE, _RESIZE)]
+    others = [(_USED + permission, 1) for permission in (_WRITE, _RESIZE)]
+    _tell_and_look(fd, file, own, others, "a QEMU has it open for writing")
+
+
+def _tell_and_look(
+    fd: int, file: str, own: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]], why: str
+) -> None:
+    """
+    Lock the bytes `own` (start, length) and refuse the file where another program has a lock on the bytes `others`.
+
+    First tell, then look, as QEMU does: of two that come at once, one at least sees the other.
+    """
     try:
-        for permission in (_WRITE, _RESIZE):
-            fcntl.fcntl(
-                fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, _GRANTED_TO_NOBODY + permission, 1, 0)
-            )
-        used = any(_is_used(fd, permission) for permission in (_WRITE, _RESIZE))
+        for start, length in own:
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, start, length, 0))
+        used = any(_is_locked(fd, start, length) for start, length in others)
     except OSError as error:
         if error.errno in _NO_LOCKS:
             return
         raise ImageLocked(file, error.strerror or "it is locked") from None
     if used:
-        raise ImageLocked(file, "a QEMU has it open for writing")
+        raise ImageLocked(file, why)
 
 
-def _is_used(fd: int, permission: int) -> bool:
-    asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, _USED + permission, 1, 0)
+def _is_locked(fd: int, start: int, length: int) -> bool:
+    """Does another open file description have a lock on any of these bytes?"""
+    asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
     found: tuple[int, ...] = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))
     return found[0] != fcntl.F_UNLCK

@@ -1,0 +1,52 @@
+"""Which programs have a block device open, as /proc tells: of all processes for root, of their own for others."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+
+
+def writers(device: int) -> list[str]:
+    """
+    Name the other programs that have the block device of this number (st_rdev) open for writing: "qemu-kvm (4711)".
+
+    QEMU's locks belong to a device node and not to the device, and a libvirt machine has nodes of its own: their locks
+    cannot be seen from outside.
+    """
+    return [f"{_name(pid)} ({pid})" for pid in _pids() if any(_writes(pid, fd, device) for fd in _descriptors(pid))]
+
+
+def _pids() -> Iterator[int]:
+    try:
+        names = os.listdir("/proc")
+    except OSError:
+        return
+    yield from (int(name) for name in names if name.isdigit() and int(name) != os.getpid())
+
+
+def _descriptors(pid: int) -> list[str]:
+    try:
+        return os.listdir(f"/proc/{pid}/fd")
+    except OSError:  # another user's, or it has ended
+        return []
+
+
+def _writes(pid: int, fd: str, device: int) -> bool:
+    try:
+        status = os.stat(f"/proc/{pid}/fd/{fd}")
+        if not stat.S_ISBLK(status.st_mode) or status.st_rdev != device:
+            return False
+        with open(f"/proc/{pid}/fdinfo/{fd}") as file:
+            flags = next((line.split()[1] for line in file if line.startswith("flags:")), "0")
+    except OSError:
+        return False
+    return int(flags, 8) & os.O_ACCMODE != os.O_RDONLY
+
+
+def _name(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/comm", errors="replace") as file:
+            return file.read().strip()
+    except OSError:
+        return "a program"
