@@ -225,6 +225,12 @@ def _why_not(sight: Sight, parent: DiskEntry, name: str, short_id: str) -> str |
         return f"bitmap {name} is in use by another operation in QEMU"
     if not bitmap.persistent and not sight.volatile:
         return f"bitmap {name} is not persistent, as pybackup makes it: someone else made this one"
+    recorded = parent.bitmap.granularity
+    if None not in (bitmap.granularity, recorded) and bitmap.granularity != recorded:
+        return (
+            f"bitmap {name} has a granularity of {bitmap.granularity} bytes, and pybackup's had {recorded}: "
+            "another program removed the bitmap and added one of the same name"
+        )
     return None
 
 

@@ -185,6 +185,13 @@ def test_a_bitmap_removed_and_another_added_with_a_plain_name(night):
     assert "b1" in bitmaps(night.image), "it is not ours to remove"
 
 
+def test_a_bitmap_removed_and_added_again_under_our_name_with_another_granularity(night):
+    bitmap(night.image, "--remove", night.own_bitmap)
+    write(night.image, "write -P 0x36 3M 9k")
+    run("qemu-img", "bitmap", "--add", "-g", "4096", night.image, night.own_bitmap)
+    night.require_fallback("granularity of 4096")
+
+
 def test_a_bitmap_that_a_crash_left_inconsistent(night):
     with held_for_writing(night.image) as machine:
         guest_writes(night.image, "write -P 0x32 3M 9k")

@@ -16,22 +16,31 @@ def named(name, driver="qcow2", file=None, **image):
     }
 
 
-def device(node, *, qdev="", name="", status="ok"):
-    return {"device": name, "qdev": qdev, "io-status": status, "inserted": {"node-name": node}}
+def device(node, *, qdev="", name="", status="ok", writes=True, shares=False):
+    root = {"perm": ["write"] * writes, "shared-perm": ["write"] * shares}
+    return {"device": name, "qdev": qdev, "io-status": status, "inserted": {"node-name": node}, "root": root}
 
 
-def blocks(nodes, edges, devices=()):
-    """Edges are "parent child name"; a block backend stands above each device's node, as in QEMU's graph."""
+def blocks(nodes, edges, devices=(), exported=()):
+    """
+    Edges are "parent child name", and " write" where the parent writes.
+
+    A block backend stands above each device's node, as in QEMU's graph.
+    """
     numbers = {node["node-name"]: number for number, node in enumerate(nodes)}
     graph_nodes = [{"id": number, "name": name, "type": "block-driver"} for name, number in numbers.items()]
     graph_edges = [
-        {"parent": numbers[parent], "child": numbers[child], "name": kind}
-        for parent, child, kind in (edge.split() for edge in edges)
+        {"parent": numbers[parent], "child": numbers[child], "name": kind, "perm": perm, "shared-perm": []}
+        for parent, child, kind, *perm in (edge.split() for edge in edges)
     ]
     for number, found in enumerate(devices, len(nodes)):
-        graph_nodes.append({"id": number, "name": found["qdev"], "type": "block-backend"})
-        graph_edges.append({"parent": number, "child": numbers[found["inserted"]["node-name"]], "name": "root"})
-    return Blocks.of(nodes, devices, {"nodes": graph_nodes, "edges": graph_edges})
+        root = found.pop("root")
+        graph_nodes.append({"id": number, "name": found["device"] or found["qdev"], "type": "block-backend"})
+        child = numbers[found["inserted"]["node-name"]]
+        graph_edges.append({"parent": number, "child": child, "name": "root", **root})
+    return Blocks.of(
+        nodes, devices, {"nodes": graph_nodes, "edges": graph_edges}, [{"node-name": node} for node in exported]
+    )
 
 
 def resolved(found, text):

@@ -121,6 +121,20 @@ def test_a_missing_bitmap_is_a_fallback():
     require_fallback(decided(replace(SOUND, bitmaps=()), chain()), NAME, "missing")
 
 
+@pytest.mark.parametrize("recorded", [4096, 1 << 20])
+def test_a_bitmap_of_another_granularity_than_the_recorded_one_was_made_by_another_program(recorded):
+    changed = entry()
+    newest = replace(changed, bitmap=replace(changed.bitmap, granularity=recorded))
+    require_fallback(decided(SOUND, chain(newest)), NAME, "granularity of 65536", str(recorded), "another program")
+
+
+@pytest.mark.parametrize(("shown", "recorded"), [(None, 65536), (65536, None)])
+def test_a_granularity_that_is_not_known_proves_nothing(shown, recorded):
+    changed = entry()
+    newest = replace(changed, bitmap=replace(changed.bitmap, granularity=recorded))
+    assert decided(replace(SOUND, bitmaps=(Bitmap(NAME, shown),)), chain(newest)).read == NAME
+
+
 @pytest.mark.parametrize(
     "other",
     [

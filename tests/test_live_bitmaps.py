@@ -229,6 +229,14 @@ def test_a_bitmap_removed_and_added_again_by_a_user_who_forgot_to_make_it_persis
     nights.require_fallback("persistent", only=["a"])
 
 
+def test_a_bitmap_removed_and_added_again_under_our_name_with_another_granularity(nights):
+    machine, name = nights.machine, nights.own_bitmap
+    machine.monitor("block-dirty-bitmap-remove", node="a", name=name)
+    machine.write("a", 3 * MIB, 1000, 0x36)
+    machine.monitor("block-dirty-bitmap-add", node="a", name=name, persistent=True, granularity=4096)
+    nights.require_fallback("granularity of 4096", only=["a"])
+
+
 def test_a_disabled_bitmap(nights):
     nights.machine.monitor("block-dirty-bitmap-disable", node="b", name=nights.own_bitmap)
     nights.require_fallback("is disabled", only=["b"])

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from backup.errors import Failed
+from backup.qemu import sockets
 
 _DELIMITER = b"\xff"
 """Never part of JSON in UTF-8: resets the agent's parser, and stands before its answer to a sync."""
@@ -137,7 +138,7 @@ class Agent:
     def _connect(self) -> None:
         self._socket.settimeout(self._timeout)
         try:
-            self._socket.connect(str(self._path))
+            sockets.connect(self._socket, self._path)
         except BlockingIOError:  # the queue of a unix socket is full: others are waiting already
             raise AgentError(f"the guest agent's socket {self._path} is busy", hint=_NO_AGENT) from None
         except OSError as error:

@@ -106,6 +106,7 @@ def query_blocks(monitor: Monitor) -> Blocks:
         monitor.command("query-named-block-nodes", {"flat": True}),
         monitor.command("query-block"),
         monitor.command("x-debug-query-block-graph"),
+        monitor.command("query-block-exports"),
     )
 
 

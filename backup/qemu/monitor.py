@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -21,9 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from qemu.qmp import ConnectError, EventListener, ExecInterruptedError, ExecuteError, QMPClient, QMPError
+from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient, QMPError
+from qemu.qmp.message import Message
 
 from backup.errors import SourceError
+from backup.qemu import answers, sockets
 
 _log = logging.getLogger(__name__)
 # The library tells each failure to its logger; we tell it to the user, once.
@@ -37,16 +40,35 @@ _COMMAND_SECONDS = 120.0
 """A transaction waits for all requests of the guest that are under way, on whatever storage."""
 _HUNG_SECONDS = 5.0
 """For each command after one that had no answer: what tidies up asks a QEMU that hangs again and again."""
+_LONGEST_MESSAGE = 6 << 20
+"""
+Bytes of one message of the peer's, and of all events that wait.
+
+QEMU's longest answer has one or two KiB for each node.  A JSON text takes up to thirty times its length in memory.
+"""
+_MOST_EVENTS = 10_000
+"""Events that wait for `Monitor.events`, which is called several times a second while a disk is read."""
+_MOST_SHOWN = 500
+"""Characters of the peer's own words in an error."""
+
+
+_UNUSED = {errno.ENOENT, errno.ECONNREFUSED}
+"""Errors of connecting to a socket that is not there, or that a QEMU left when it was killed."""
 
 
 class Refused(SourceError):
     """QEMU answered a command with an error; `text` is QEMU's."""
 
     def __init__(self, command: str, text: str) -> None:
+        text = text[:_MOST_SHOWN]
         busy = "block job" in text
         hint = "wait for that job of another program to end, or end it" if busy else "see the machine's log"
         super().__init__(f"QEMU refused {command}: {text}", hint=hint)
         self.text = text
+
+
+class NotListening(SourceError):
+    """There is no socket, or no process listens on it any more: the machine is off."""
 
 
 class MonitorLost(SourceError):
@@ -80,9 +102,12 @@ class Monitor:
         self.path = path
         self._peer = 0
         self._hung = False
-        self._client = QMPClient("pybackup")
-        self._listener = EventListener()
-        self._client.register_listener(self._listener)
+        self._client = QMPClient("pybackup", readbuflen=_LONGEST_MESSAGE)
+        # The library's listeners keep each event for ever; a filter sees all of them, and lets none through.
+        self._client.events.event_filter = self._heard
+        self._events: list[Event] = []
+        self._waiting_bytes = 0
+        self._overrun = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="qmp", daemon=True)
         self._thread.start()
@@ -128,6 +153,8 @@ class Monitor:
             QEMU answered with an error.
         MonitorLost
             The connection ended before the answer; whether the command was executed is not known.
+        SourceError
+            The answer is none of QEMU's.
         """
         _log.info("qmp: %s %s", name, dict(arguments or {}))
         return self._answer(name, self._client.execute(name, arguments))
@@ -150,12 +177,34 @@ class Monitor:
         return self._answer(name, send())
 
     def events(self) -> list[Event]:
-        """Events since the last call, in order."""
+        """
+        Events since the last call, in order.
+
+        Raises
+        ------
+        MonitorLost
+            There were so many that some were lost.
+        """
 
         async def take() -> list[Event]:
-            return [Event(str(found["event"]), _mapping(found.get("data"))) for found in self._listener.clear()]
+            taken, self._events, self._waiting_bytes = self._events, [], 0
+            return taken
 
-        return self._run(take(), _COMMAND_SECONDS)
+        taken = self._run(take(), _COMMAND_SECONDS)
+        if self._overrun:
+            raise MonitorLost(
+                f"the QMP peer at {self.path} sends events faster than they can be read", hint="is it a QEMU's socket?"
+            )
+        return taken
+
+    def _heard(self, event: Message) -> bool:
+        """Keep an event, unless too many wait already; False, so that the library keeps none."""
+        self._waiting_bytes += len(bytes(event))
+        if len(self._events) >= _MOST_EVENTS or self._waiting_bytes > _LONGEST_MESSAGE:
+            self._overrun = True
+        else:
+            self._events.append(Event(str(event["event"]), _mapping(event.get("data"))))
+        return False
 
     def alive(self) -> bool:
         """Is the connection still there, as far as is known?"""
@@ -176,10 +225,12 @@ class Monitor:
         connection = socket.socket(socket.AF_UNIX)
         try:
             connection.settimeout(_GREETING_SECONDS)
-            connection.connect(os.fspath(self.path))
+            sockets.connect(connection, self.path)
             self._peer, _, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
             connection.settimeout(0)
             self._run(self._client.connect(connection), _GREETING_SECONDS)
+            assert self._client.greeting is not None
+            answers.require_version(self._client.greeting.QMP.version)
         except (NoAnswer, TimeoutError):
             connection.close()
             raise SourceError(
@@ -187,19 +238,25 @@ class Monitor:
                 hint="a QMP socket serves one client at a time: give the machine a second one, "
                 "-qmp unix:PATH,server=on,wait=off",
             ) from None
-        except (ConnectError, OSError) as error:
+        except OSError as error:
             connection.close()
-            cause = getattr(error, "exc", error)
-            why = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
+            unused = error.errno in _UNUSED
+            raise (NotListening if unused else SourceError)(
+                f"the QMP socket {self.path} cannot be used: {error.strerror or error}", hint=_hint(error)
+            ) from None
+        except ConnectError as error:
+            connection.close()
+            why = str(error.exc) or type(error.exc).__name__
             raise SourceError(
-                f"the QMP socket {self.path} cannot be used: {why}",
-                hint="is the machine running? --qmp names the socket of its option -qmp unix:PATH,server=on,wait=off",
+                f"the QMP socket {self.path} cannot be used: {why[:_MOST_SHOWN]}", hint=answers.NOT_QEMU
             ) from None
 
     def _answer(self, name: str, execution: Coroutine[Any, Any, object]) -> Any:
         seconds = _HUNG_SECONDS if self._hung else _COMMAND_SECONDS
         try:
-            return self._run(execution, seconds)
+            answer = self._run(execution, seconds)
+            answers.require_form(name, answer)
+            return answer
         except ExecuteError as error:
             raise Refused(name, error.error.error.desc) from None
         except NoAnswer:
@@ -219,6 +276,14 @@ class Monitor:
         except BaseException:
             future.cancel()
             raise
+
+
+def _hint(error: OSError) -> str:
+    if error.errno == errno.ENAMETOOLONG:
+        return "give the socket a shorter name"
+    if error.errno in {errno.EACCES, errno.EPERM}:
+        return "run pybackup as root, or as the user who owns the socket"
+    return "is the machine running? --qmp names the socket of its option -qmp unix:PATH,server=on,wait=off"
 
 
 def _mapping(found: object) -> Mapping[str, Any]:

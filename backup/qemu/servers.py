@@ -16,7 +16,7 @@ from typing import IO
 from urllib.parse import quote
 
 from backup.errors import BackupError, Failed, SourceError, UsageError
-from backup.qemu import programs
+from backup.qemu import programs, sockets
 from backup.qemu.folders import private_folder
 from backup.qemu.images import QCOW2, image_error, patiently
 from backup.qemu.programs import Process, dies_with_us, filename
@@ -25,8 +25,6 @@ _START_SECONDS = 30.0
 """How long a server may take to listen: it opens a whole backing chain first."""
 _Where = str | tuple[str, int]
 """A Unix socket's path, or a TCP address and port."""
-_LONGEST_SOCKET = 107
-"""Bytes, of unix(7)'s sun_path."""
 
 
 @contextmanager
@@ -106,10 +104,10 @@ class Address:
                 raise UsageError(
                     f"{self.socket} exists already", hint="name another, or remove it if a killed run left it"
                 )
-            if len(os.fsencode(filename(self.socket))) > _LONGEST_SOCKET:
+            if len(os.fsencode(filename(self.socket))) > sockets.LONGEST:
                 raise UsageError(
                     f"{self.socket} is too long for a socket",
-                    hint=f"the kernel allows {_LONGEST_SOCKET} bytes; name a shorter path",
+                    hint=f"the kernel allows {sockets.LONGEST} bytes; name a shorter path",
                 )
         try:
             with socket.socket(_family(self.where)) as probe:

@@ -1,0 +1,164 @@
+"""
+The form of QEMU's answers: types, ranges and lengths of all values that this program uses, checked on arrival.
+
+The peer on a QMP socket may be another program, or a QEMU that behaves unexpectedly.  Code that uses an answer relies
+on these checks.  The forms follow QEMU's QAPI schema; keys that are not named here are ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from backup.errors import SourceError
+
+Shape = Callable[[object, str], None]
+"""Checks a value; the text says where the value stands, for the error."""
+
+NOT_QEMU = "does the socket belong to a QEMU (-qmp unix:PATH,server=on,wait=off), and not to another program?"
+"""What to do about a peer that does not talk as QEMU does."""
+
+_MOST_BYTES = 1 << 62
+"""A disk's size that this program can handle (as in a manifest)."""
+_MOST_ENTRIES = 20_000
+"""Of a list: QEMU shows a handful of entries for each disk."""
+
+
+class _Odd(Exception):
+    """A value has another form."""
+
+
+def _text(most: int) -> Shape:
+    def check(value: object, where: str) -> None:
+        if type(value) is not str:
+            raise _Odd(f"{where} is no text")
+        if len(value) > most:
+            raise _Odd(f"{where} has {len(value)} characters")
+        # The system takes neither as a part of a name.
+        if "\0" in value or any("\ud800" <= char <= "\udfff" for char in value):
+            raise _Odd(f"{where} has a character that no name can have")
+
+    return check
+
+
+def _number(low: int, high: int) -> Shape:
+    def check(value: object, where: str) -> None:
+        if type(value) is not int:
+            raise _Odd(f"{where} is no whole number")
+        if not low <= value <= high:
+            raise _Odd(f"{where} is not between {low} and {high}")
+
+    return check
+
+
+def _flag(value: object, where: str) -> None:
+    if type(value) is not bool:
+        raise _Odd(f"{where} is neither true nor false")
+
+
+def _each(shape: Shape) -> Shape:
+    def check(value: object, where: str) -> None:
+        if type(value) is not list:
+            raise _Odd(f"{where} is no list")
+        if len(value) > _MOST_ENTRIES:
+            raise _Odd(f"{where} has {len(value)} entries")
+        for number, entry in enumerate(value):
+            shape(entry, f"{where}[{number}]")
+
+    return check
+
+
+def _object(needed: Mapping[str, Shape], optional: Mapping[str, Shape] | None = None) -> Shape:
+    def check(value: object, where: str) -> None:
+        if type(value) is not dict:
+            raise _Odd(f"{where} is no object")
+        for key, shape in needed.items():
+            if key not in value:
+                raise _Odd(f"{where} has no {key!r}")
+            shape(value[key], f"{where}.{key}")
+        for key, shape in (optional or {}).items():
+            if key in value:
+                shape(value[key], f"{where}.{key}")
+
+    return check
+
+
+_NAME, _FILE = _text(4096), _text(64 << 10)
+_BYTES = _number(0, _MOST_BYTES)
+_ID = _number(0, (1 << 64) - 1)
+
+_BITMAP = _object(
+    {
+        "granularity": _number(1, 1 << 32),
+        "count": _BYTES,
+        "recording": _flag,
+        "persistent": _flag,
+        "busy": _flag,
+    },
+    {"name": _NAME, "inconsistent": _flag},
+)
+_FORMAT = _object({}, {"compat": _NAME, "encrypt": _object({"format": _NAME})})
+_IMAGE = _object(
+    {"virtual-size": _BYTES},
+    {"actual-size": _BYTES, "format-specific": _object({}, {"data": _FORMAT})},
+)
+_NODE = _object(
+    {"node-name": _NAME, "drv": _NAME, "ro": _flag, "file": _FILE, "image": _IMAGE},
+    {"dirty-bitmaps": _each(_BITMAP)},
+)
+_DEVICE = _object(
+    {"device": _NAME},
+    {"qdev": _NAME, "io-status": _NAME, "inserted": _object({"node-name": _NAME})},
+)
+_GRAPH_NODE = _object({"id": _ID, "type": _NAME, "name": _NAME})
+_GRAPH_EDGE = _object({"parent": _ID, "child": _ID, "name": _NAME, "perm": _each(_NAME), "shared-perm": _each(_NAME)})
+
+_ANSWERS: Mapping[str, Shape] = {
+    "add-fd": _object({"fdset-id": _ID}),
+    "query-block": _each(_DEVICE),
+    "query-block-exports": _each(_object({"id": _NAME, "node-name": _NAME})),
+    "query-fdsets": _each(_object({"fdset-id": _ID, "fds": _each(_object({}, {"opaque": _FILE}))})),
+    "query-iothreads": _each(_object({})),
+    "query-jobs": _each(_object({"id": _NAME, "status": _NAME})),
+    "query-named-block-nodes": _each(_NODE),
+    "query-status": _object({"status": _NAME}),
+    "x-debug-query-block-graph": _object({"nodes": _each(_GRAPH_NODE), "edges": _each(_GRAPH_EDGE)}),
+}
+"""The answers that this program uses, by command."""
+
+_GREETING = _object({"qemu": _object(dict.fromkeys(("major", "minor", "micro"), _number(0, 1 << 31)))})
+
+
+def require_form(command: str, answer: object) -> None:
+    """
+    Check the answer to a command.
+
+    Raises
+    ------
+    SourceError
+        The answer lacks something, or a value in it has another form than QEMU's schema says.
+    """
+    shape = _ANSWERS.get(command)
+    if shape is not None:
+        _require(shape, answer, command)
+
+
+def require_version(version: object) -> None:
+    """
+    Check the version that a greeting holds.
+
+    Raises
+    ------
+    SourceError
+        It is none of QEMU's.
+    """
+    _require(_GREETING, version, "the greeting's version")
+
+
+def _require(shape: Shape, value: object, what: str) -> None:
+    try:
+        shape(value, what)
+    except _Odd as odd:
+        raise SourceError(
+            f"the QMP peer's answer is not one of QEMU's: {odd}",
+            hint=NOT_QEMU,
+        ) from None
