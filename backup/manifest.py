@@ -2,20 +2,23 @@
 Manifests: the JSON that describes a point and makes it exist (FORMAT.md, "The manifest").
 
 A manifest ends in a digest of all its bytes before that digest, so that any changed byte is found.  Values are frozen;
-`encode` and `decode` are pure.  Unknown fields are kept out of the way (a later program may add some);
-a newer `version` is refused.
+`encode` and `decode` are pure.  `decode` checks every field (types, ranges, lengths, characters): what it returns holds
+nothing that pybackup does not write.  Unknown fields are ignored (a later program may add some); a newer `version` is
+refused.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from functools import cached_property
 
-from backup import digests
-from backup.errors import BackupError, Damaged, Failed
+from backup import digests, documents
+from backup.documents import DIGEST, RANDOM, WORD, BadDocument, Fields, shown
+from backup.errors import Damaged, Failed
 
 FORMAT = "pybackup manifest"
 VERSION = 2
@@ -30,12 +33,14 @@ _POINT = re.compile(POINT_PATTERN)
 _DATA = re.compile(NAME_PATTERN + r"\.(?P<point>" + POINT_PATTERN + r")\.qcow2")
 _DIGESTS = re.compile(NAME_PATTERN + r"\.(?P<point>" + POINT_PATTERN + r")\.(?:(?P<rewritten>[1-9][0-9]{0,8})\.)?b3")
 _NAME = re.compile(NAME_PATTERN)
-_RANDOM = re.compile(r"[0-9a-f]{32}")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
-_MAX_BYTES = 64 << 20
-_MAX_DISK = 1 << 62
-
-T = TypeVar("T")
+_COMPRESSION = re.compile(r"none|zstd(:-?[0-9]{1,3})?")
+_MAX_FILE = 1 << 56
+"""Bytes that a qcow2's offsets reach."""
+_MAX_TABLE = 4 << 20
+"""Entries of an L1 table (QEMU: QCOW_MAX_L1_SIZE)."""
+_MAX_GRANULARITY = 1 << 40
+_MAX_NANOSECONDS = 1 << 94
+"""Of 64 bits of seconds; file systems return any of them for a damaged inode."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +165,7 @@ class DiskEntry:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Manifest:
     """One point of a machine; one that is `pinned` is never pruned."""
 
@@ -190,21 +195,22 @@ class Manifest:
 
     def disk(self, name: str) -> DiskEntry | None:
         """The entry of a disk, or None where the point does not hold it."""
-        return next((disk for disk in self.disks if disk.name == name), None)
+        return self._by_name.get(name)
+
+    @cached_property
+    def _by_name(self) -> Mapping[str, DiskEntry]:
+        """Each disk is asked for by its name: in a list of thousands that would take the square of the time."""
+        return {disk.name: disk for disk in self.disks}
+
+
+def max_disk_size(cluster_size: int) -> int:
+    """The largest disk, in bytes, that a data file with clusters of this size can hold."""
+    return _MAX_TABLE * (cluster_size // 8) * cluster_size
 
 
 def new_point_id(now: datetime, random_hex: str) -> str:
     """Make a point's id: UTC to the second for people, eight random hex digits for uniqueness; never for ordering."""
     return f"{now.astimezone(UTC):%Y%m%dT%H%M%SZ}-{random_hex}"
-
-
-def moment_of(text: str) -> datetime | None:
-    """Read a time as it stands in a manifest (UTC); None where it is none."""
-    try:
-        found = datetime.fromisoformat(text)
-    except ValueError:
-        return None
-    return found.astimezone(UTC) if found.tzinfo is not None else None
 
 
 def timestamp(moment: datetime) -> str:
@@ -245,16 +251,31 @@ def generation(digest_file: str) -> int:
 
 
 def encode(manifest: Manifest) -> bytes:
-    """The manifest as JSON text, its own digest last."""
+    """
+    Write the manifest as JSON text, its own digest last.
+
+    Raises
+    ------
+    Failed
+        It is larger than a manifest may be.
+    """
     document = {"format": FORMAT, "version": manifest.version, **asdict(manifest), "digest": "0" * 64}
     text = json.dumps(document, indent=2, ensure_ascii=True) + "\n"
-    head = text.removesuffix(_tail("0" * 64)).encode("ascii")
-    return head + _tail(digests.digest(head).hex()).encode("ascii")
+    head = text.encode("ascii").removesuffix(_tail("0" * 64))
+    if len(text) > documents.MAX_BYTES:
+        raise Failed(
+            f"the manifest of {len(manifest.disks)} disks of machine {manifest.machine} has {len(text)} bytes, more "
+            f"than {documents.MAX_BYTES}",
+            hint="divide the disks between several machines: --machine NAME, or `machines:` in the configuration",
+        )
+    return head + _tail(digests.digest(head).hex())
 
 
 def decode(content: bytes, name: str) -> Manifest:
     """
     Read a manifest; `name` is for messages.
+
+    The digest comes before the parser: of bytes that are not what was written, nothing else is looked at.
 
     Raises
     ------
@@ -263,181 +284,124 @@ def decode(content: bytes, name: str) -> Manifest:
     Failed
         A newer program wrote it.
     """
-    if len(content) > _MAX_BYTES:
-        raise _damaged(name, f"it has {len(content)} bytes")
     try:
-        document = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(name, f"it is not JSON ({error})") from None
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise _damaged(name, f'its "format" is not "{FORMAT}"')
-    tail = _tail(str(document.get("digest"))).encode("ascii", "replace")
-    head = content.removesuffix(tail)
-    if len(head) == len(content) or digests.digest(head).hex() != document.get("digest"):
-        raise _damaged(name, "its bytes do not match its digest")
-    # After the digest, which all versions end in: a flipped bit must not pass for a newer version.
-    _check_version(document.get("version"), name)
-    try:
-        return _manifest(document)
-    except (_BadField, RecursionError) as error:
-        raise _damaged(name, str(error)) from None
+        _require_digest(content)
+        document = documents.parse(content)
+        if document.get("format") != FORMAT:
+            raise BadDocument(f'its "format" is not "{FORMAT}"')
+        # After the digest, which all versions end in: a flipped bit must not pass for a newer version.
+        _require_version(document.get("version"), name)
+        return _manifest(Fields(document, "manifest"))
+    except BadDocument as error:
+        raise Damaged(
+            f"manifest {name} is damaged: {error}",
+            hint="bring the file back from a copy of the repository; points that do not build on it are unharmed",
+        ) from None
 
 
-def _tail(digest: str) -> str:
-    return f',\n  "digest": "{digest}"\n}}\n'
+def _tail(digest: str) -> bytes:
+    return f',\n  "digest": "{digest}"\n}}\n'.encode("ascii")
 
 
-def _check_version(version: object, name: str) -> None:
+def _require_digest(content: bytes) -> None:
+    """Make sure that the content ends in the digest of all bytes before that end."""
+    if len(content) > documents.MAX_BYTES:
+        raise BadDocument(f"it has {len(content)} bytes, more than {documents.MAX_BYTES}")
+    length = len(content) - len(_tail("0" * 64))
+    if length < 0 or content[length:] != _tail(digests.digest(memoryview(content)[:length]).hex()):
+        raise BadDocument("its bytes do not match its digest")
+
+
+def _require_version(version: object, name: str) -> None:
     if type(version) is int and version > VERSION:
         raise Failed(
-            f"{name} has format version {version}; this program reads versions up to {VERSION}",
+            f"{name} has format version {shown(version)}; this program reads versions up to {VERSION}",
             hint="upgrade pybackup; nothing was changed",
         )
     if type(version) is not int or version < 1:
-        raise _damaged(name, f"its version is {_shown(version)}")
+        raise BadDocument(f"its version is {shown(version)}")
 
 
-def _damaged(name: str, why: str) -> BackupError:
-    return Damaged(
-        f"manifest {name} is damaged: {why}",
-        hint="bring the file back from a copy of the repository; points that do not build on it are unharmed",
-    )
-
-
-def _shown(value: object) -> str:
-    """A value in a message; a hostile one may have megabytes."""
-    text = repr(value)
-    return text if len(text) <= 100 else text[:100] + "..."
-
-
-class _BadField(Exception):
-    """A field is missing or has the wrong type or form."""
-
-
-class _Fields:
-    """
-    Takes typed fields out of a JSON object.
-
-    Each run reads all manifests of a machine, of which there may be a thousand: what is right is found right by one
-    look, and where it was, as `place` and the place of what it lies in, is put into words only for an error.
-    """
-
-    __slots__ = ("_outer", "_place", "_value")
-
-    def __init__(self, value: object, place: str, outer: _Fields | None = None) -> None:
-        self._place = place
-        self._outer = outer
-        if not isinstance(value, dict):
-            raise _BadField(f"{self.where()} is not an object")
-        self._value: dict[str, Any] = value
-
-    def where(self) -> str:
-        return self._place if self._outer is None else f"{self._outer.where()}.{self._place}"
-
-    def take(self, key: str, kind: type[T]) -> T:
-        value = self._value.get(key)
-        if type(value) is not kind:
-            raise _BadField(f"{self.where()}.{key} is {_shown(value)}, not {kind.__name__}")
-        return value
-
-    def optional(self, key: str, kind: type[T]) -> T | None:
-        return None if self._value.get(key) is None else self.take(key, kind)
-
-    def number(self, key: str, low: int = 0, high: int = _MAX_DISK) -> int:
-        value = self._value.get(key)
-        if type(value) is int and low <= value <= high:
-            return value
-        raise _BadField(f"{self.where()}.{key} is {self.take(key, int)}, not between {low} and {high}")
-
-    def matching(self, key: str, pattern: re.Pattern[str]) -> str:
-        value = self._value.get(key)
-        if type(value) is str and pattern.fullmatch(value):
-            return value
-        shown = _shown(self.take(key, str))
-        raise _BadField(f"{self.where()}.{key} is {shown}, which pybackup does not write there")
-
-    def inner(self, key: str) -> _Fields:
-        return _Fields(self._value.get(key), key, self)
-
-    def items(self, key: str) -> list[_Fields]:
-        return [_Fields(value, f"{key}[{i}]", self) for i, value in enumerate(self.take(key, list))]
-
-
-def _manifest(document: dict[str, Any]) -> Manifest:
-    fields = _Fields(document, "manifest")
-    disks = tuple(_disk(item) for item in fields.items("disks"))
+def _manifest(fields: Fields) -> Manifest:
+    point = fields.matching("point", _POINT)
+    disks = tuple(_disk(item, point) for item in fields.items("disks"))
     if len({disk.name for disk in disks}) != len(disks) or not disks:
-        raise _BadField("manifest.disks is empty or names a disk twice")
+        raise BadDocument("manifest.disks is empty or names a disk twice")
     return Manifest(
-        point=fields.matching("point", _POINT),
+        point=point,
         sequence=fields.number("sequence", low=1),
         machine=fields.matching("machine", _NAME),
-        repository=fields.matching("repository", _RANDOM),
-        started=fields.take("started", str),
-        finished=fields.take("finished", str),
-        program=fields.take("program", str),
+        repository=fields.matching("repository", RANDOM),
+        started=fields.time("started"),
+        finished=fields.time("finished"),
+        program=fields.matching("program", WORD),
         disks=disks,
-        pinned=bool(fields.optional("pinned", bool)),
+        pinned=fields.has("pinned") and fields.take("pinned", bool),
     )
 
 
-def _disk(fields: _Fields) -> DiskEntry:
+def _disk(fields: Fields, point: str) -> DiskEntry:
+    name = fields.matching("name", _NAME)
     kind, parent = _kind(fields)
-    former = None if fields.optional("replaces", dict) is None else _former(fields.inner("replaces"))
+    data = _data(fields.inner("data"), name, point)
     return DiskEntry(
-        name=fields.matching("name", _NAME),
+        name=name,
         kind=kind,
-        reason=fields.take("reason", str),
-        size=fields.number("size"),
-        identity=fields.matching("identity", _RANDOM),
+        reason=fields.text("reason"),
+        size=fields.number("size", high=max_disk_size(data.cluster_size)),
+        identity=fields.matching("identity", RANDOM),
         parent=parent,
         bitmap=_bitmap(fields.inner("bitmap")),
-        data=_data(fields.inner("data")),
+        data=data,
         bytes=_counts(fields.inner("bytes")),
         source=_source(fields.inner("source")),
-        replaces=former,
+        replaces=_former(fields.inner("replaces"), name, point) if fields.has("replaces") else None,
     )
 
 
-def _kind(fields: _Fields) -> tuple[str, Parent | None]:
+def _kind(fields: Fields) -> tuple[str, Parent | None]:
     kind = fields.take("kind", str)
-    parent = None if fields.optional("parent", dict) is None else fields.inner("parent")
+    parent = fields.inner("parent") if fields.has("parent") else None
     if kind not in KINDS or (kind == "incremental") != (parent is not None):
-        raise _BadField(f"a disk's kind is {_shown(kind)} and its parent {'missing' if parent is None else 'given'}")
+        raise BadDocument(f"a disk's kind is {shown(kind)} and its parent {'missing' if parent is None else 'given'}")
     if parent is None:
         return kind, None
-    return kind, Parent(parent.matching("point", _POINT), parent.matching("identity", _RANDOM))
+    return kind, Parent(parent.matching("point", _POINT), parent.matching("identity", RANDOM))
 
 
-def _former(fields: _Fields) -> Former:
+def _former(fields: Fields, disk: str, point: str) -> Former:
     kind, parent = _kind(fields)
-    return Former(kind, fields.take("reason", str), parent, _data(fields.inner("data")))
+    return Former(kind, fields.text("reason"), parent, _data(fields.inner("data"), disk, point))
 
 
-def _bitmap(fields: _Fields) -> BitmapRecord:
+def _bitmap(fields: Fields) -> BitmapRecord:
     return BitmapRecord(
-        read=fields.optional("read", str),
-        started=fields.optional("started", str),
-        granularity=fields.optional("granularity", int),
+        read=fields.optional_text("read"),
+        started=fields.optional_text("started"),
+        granularity=fields.number("granularity", 1, _MAX_GRANULARITY) if fields.has("granularity") else None,
         claimed=fields.take("claimed", bool),
     )
 
 
-def _data(fields: _Fields) -> DataFile:
+def _data(fields: Fields, disk: str, point: str) -> DataFile:
     cluster_size = fields.number("cluster_size", 4096, 2 << 20)
     if cluster_size & (cluster_size - 1):
-        raise _BadField(f"the cluster size {cluster_size} is no power of two")
+        raise BadDocument(f"the cluster size {cluster_size} is no power of two")
+    file, listed = fields.matching("file", _DATA), fields.matching("digests", _DIGESTS)
+    # Whoever removes a point removes these: they must be its own.
+    if file != data_name(disk, point) or listed != digest_name(disk, point, generation(listed)):
+        raise BadDocument(f"{fields.where()} names {file} and {listed}, which are not disk {disk}'s of point {point}")
     return DataFile(
-        file=fields.matching("file", _DATA),
-        size=fields.number("size", low=1),
-        digests=fields.matching("digests", _DIGESTS),
-        digest=fields.matching("digest", _DIGEST),
+        file=file,
+        size=fields.number("size", low=1, high=_MAX_FILE),
+        digests=listed,
+        digest=fields.matching("digest", DIGEST),
         cluster_size=cluster_size,
-        compression=fields.take("compression", str),
+        compression=fields.matching("compression", _COMPRESSION),
     )
 
 
-def _counts(fields: _Fields) -> ByteCounts:
+def _counts(fields: Fields) -> ByteCounts:
     return ByteCounts(
         dirty=fields.number("dirty"),
         data=fields.number("data"),
@@ -447,18 +411,21 @@ def _counts(fields: _Fields) -> ByteCounts:
     )
 
 
-def _source(fields: _Fields) -> SourceRecord:
-    lower = tuple(
-        LowerFile(
-            item.take("path", str), item.number("size"), item.take("mtime_ns", int), item.number("inode", 0, 1 << 64)
-        )
-        for item in fields.items("lower")
-    )
+def _source(fields: Fields) -> SourceRecord:
     return SourceRecord(
-        kind=fields.take("kind", str),
-        path=fields.take("path", str),
-        format=fields.take("format", str),
-        consistency=fields.take("consistency", str),
-        qemu=fields.optional("qemu", str),
-        lower=lower,
+        kind=fields.matching("kind", WORD),
+        path=fields.text("path"),
+        format=fields.matching("format", WORD),
+        consistency=fields.matching("consistency", WORD),
+        qemu=fields.optional_text("qemu"),
+        lower=tuple(_lower(item) for item in fields.items("lower")),
+    )
+
+
+def _lower(fields: Fields) -> LowerFile:
+    return LowerFile(
+        path=fields.text("path"),
+        size=fields.number("size"),
+        mtime_ns=fields.number("mtime_ns", -_MAX_NANOSECONDS, _MAX_NANOSECONDS),
+        inode=fields.number("inode", 0, (1 << 64) - 1),
     )

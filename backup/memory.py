@@ -7,7 +7,9 @@ now (its digest tells) means no more than that the file is verified again.
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import io
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -15,17 +17,18 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
-from backup import digests
-from backup.errors import BackupError, Damaged
-from backup.manifest import DataFile, moment_of
+from backup import digests, documents
+from backup.documents import DIGEST, BadDocument, Fields, moment_of, shown
+from backup.errors import BackupError, Damaged, NotFound
+from backup.manifest import DataFile, is_data_name
 from backup.repository import Machine, allow, sync_folder
 
 NAME = "verified"
 FORMAT = "pybackup verified"
-VERSION = 1
-_MAX_BYTES = 256 << 20
+VERSION = 2
+_MAX_BYTES = 32 << 20
+"""Of a thousand points with a hundred disks each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +90,8 @@ def recall(machine: Machine) -> Memory:
         return {}
     try:
         with open(fd, "rb") as file:
-            return decode(file.read(_MAX_BYTES))
+            size = os.fstat(fd).st_size
+            return decode(file.read(size)) if size <= _MAX_BYTES else {}
     except OSError:
         return {}
 
@@ -105,6 +109,8 @@ def remember(machine: Machine, found: Memory, present: Collection[str] | None) -
         with _alone(machine.path / f"{NAME}.tmp", machine.modes.file) as fd:
             known = {**recall(machine), **found}
             content = encode({name: record for name, record in known.items() if present is None or name in present})
+            if len(content) > _MAX_BYTES:
+                raise OSError(errno.EFBIG, f"it takes {len(content)} bytes, more than {_MAX_BYTES}")
             os.ftruncate(fd, 0)
             with open(fd, "wb", closefd=False) as file:
                 file.write(content)
@@ -148,31 +154,77 @@ def _is_still(path: Path, fd: int) -> bool:
 
 
 def encode(memory: Memory) -> bytes:
-    """The memory as JSON text, with a digest of what it says."""
-    files = {name: asdict(memory[name]) for name in sorted(memory)}
-    document = {"format": FORMAT, "version": VERSION, "files": files, "digest": _digest(files)}
-    return (json.dumps(document, indent=2) + "\n").encode()
+    """Write the memory as a line of JSON for what it is, one for each record, and one with the digest of all before."""
+    lines = [
+        json.dumps({"format": FORMAT, "version": VERSION}),
+        *(json.dumps({"file": name, **asdict(memory[name])}) for name in sorted(memory)),
+    ]
+    head = "".join(f"{line}\n" for line in lines).encode("ascii")
+    return head + _tail(head)
 
 
 def decode(content: bytes) -> Memory:
-    """Read what `encode` wrote; nothing where it is anything else."""
+    """
+    Read what `encode` wrote; nothing where it is anything else.
+
+    The digest comes before the parser, and each line is parsed on its own, so that no more memory is taken than records
+    take.
+    """
     try:
-        document = json.loads(content)
-        if (document["format"], document["version"]) != (FORMAT, VERSION):
-            return {}
-        if document["digest"] != _digest(document["files"]):
-            return {}
-        return {name: _record(fields) for name, fields in document["files"].items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        if content.startswith(_FIRST_LINE):
+            return dict(_records(content))
+        return _decode_version_1(content)
+    except (BadDocument, RecursionError):
         return {}
 
 
-def _record(fields: Any) -> Record:
-    known = {name: fields[name] for name in Record.__slots__}
-    if not isinstance(known["checked"], str) or type(known["code"]) is not int:
-        raise TypeError
-    return Record(**known)
+_FIRST_LINE = json.dumps({"format": FORMAT, "version": VERSION}).encode("ascii") + b"\n"
 
 
-def _digest(files: object) -> str:
-    return digests.digest(json.dumps(files, sort_keys=True, separators=(",", ":")).encode()).hex()
+def _tail(head: bytes | memoryview) -> bytes:
+    return json.dumps({"digest": digests.digest(head).hex()}).encode("ascii") + b"\n"
+
+
+def _records(content: bytes) -> Iterator[tuple[str, Record]]:
+    end = len(content) - len(_tail(b""))
+    if content[end:] != _tail(memoryview(content)[:end]):
+        raise BadDocument("its bytes do not match its digest")
+    lines = io.BytesIO(content)
+    lines.seek(len(_FIRST_LINE))
+    while lines.tell() < end:
+        fields = Fields(documents.parse(lines.readline()), "record")
+        yield _data_name(fields.text("file")), _record(fields)
+
+
+def _decode_version_1(content: bytes) -> Memory:
+    """What programs before 2026-11-29 wrote: one document, whose digest is over what was parsed."""
+    document = documents.parse(content)
+    if document.get("format") != FORMAT or document.get("version") != 1:
+        raise BadDocument("its format is another")
+    files = document.get("files")
+    canonical = json.dumps(files, sort_keys=True, separators=(",", ":")).encode("ascii")
+    if not isinstance(files, dict) or document.get("digest") != digests.digest(canonical).hex():
+        raise BadDocument("its files do not match its digest")
+    return {_data_name(name): _record(Fields(fields, "record")) for name, fields in files.items()}
+
+
+def _data_name(name: str) -> str:
+    if not is_data_name(name):
+        raise BadDocument(f"{shown(name)} is no data file's name")
+    return name
+
+
+def _record(fields: Fields) -> Record:
+    code, problem = fields.number("code"), fields.optional_text("problem")
+    if code not in _CODES or (code == 0) != (problem is None):
+        raise BadDocument(f"record.code is {code} and its problem {shown(problem)}")
+    return Record(
+        digest=fields.matching("digest", DIGEST),
+        checked=fields.time("checked"),
+        deep=fields.time("deep") if fields.has("deep") else None,
+        code=code,
+        problem=problem,
+    )
+
+
+_CODES = {0, Damaged.exit_code, NotFound.exit_code}

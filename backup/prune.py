@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from backup import chain as chains
 from backup import retention
 from backup.consolidate import Estimate, Merge, consolidate, discard, estimate
+from backup.documents import moment_of
 from backup.errors import BackupError, Failed, Interrupted
 from backup.exchange import exchange, settle
 from backup.manifest import Manifest
@@ -294,7 +295,7 @@ def _moment(manifest: Manifest) -> Moment:
     return Moment(
         manifest.point,
         manifest.sequence,
-        retention.parse_time(manifest.started),
+        moment_of(manifest.started),
         tuple(disk.name for disk in manifest.disks),
         manifest.pinned,
     )

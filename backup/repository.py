@@ -20,7 +20,6 @@ import errno
 import fcntl
 import json
 import os
-import re
 import socket
 import stat
 import time
@@ -30,8 +29,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+from backup import documents
 from backup import manifest as manifests
 from backup.digests import open_plain
+from backup.documents import RANDOM, BadDocument, Fields
 from backup.errors import BackupError, Damaged, Failed, Locked, NotFound
 from backup.manifest import DiskEntry, Manifest
 from backup.names import MARKER, check_name, name_problem
@@ -39,7 +40,6 @@ from backup.names import MARKER, check_name, name_problem
 FORMAT = "pybackup repository"
 VERSION = 1
 _TEMPORARY = ".tmp"
-_MAX_MANIFEST = 64 << 20
 _MAX_MARKER = 64 << 10
 _T = TypeVar("_T")
 _TRIES = 20
@@ -49,7 +49,6 @@ UNTOLD = "no telling whether it is in use"
 """Why a point stays that would go: somebody serves it or looks into it; the file system does not say (and why)."""
 _PATIENCE = 0.5
 """Seconds to wait for a machine's lock: another machine's run may only be looking whether anybody has it."""
-_ID = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,9 +365,22 @@ class Machine:
         return leftovers
 
     def next_sequence(self, contents: Contents) -> int:
-        """One more than the highest; a damaged manifest may have had one above what can be read."""
+        """
+        One more than the highest; a damaged manifest may have had one above what can be read.
+
+        Raises
+        ------
+        Damaged
+            There is no higher one, which no number of backups can have led to.
+        """
         highest = max((point.sequence for point in contents.manifests.values()), default=0)
-        return highest + 1 + len(contents.damaged)
+        found = highest + 1 + len(contents.damaged)
+        if found > documents.MAX_NUMBER:
+            raise Damaged(
+                f"machine {self.name} has a point of sequence {highest}, after which none can follow",
+                hint="back the machine up under another name (--machine); pybackup has not written that manifest",
+            )
+        return found
 
     def publish(self, manifest: Manifest, content: bytes | None = None) -> Path:
         """
@@ -496,7 +508,7 @@ def read_raw(path: Path) -> Manifest:
 def read_manifest_whole(path: Path) -> tuple[Manifest, bytes]:
     """Read one manifest (see `read_raw`), and its bytes."""
     try:
-        content = _read(path, _MAX_MANIFEST)
+        content = _read(path, documents.MAX_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         raise NotFound(
             f"there is no manifest {path}", hint="see `pybackup list` for the points that there are"
@@ -632,18 +644,17 @@ def sync_folder(path: Path) -> None:
 
 def _identity(content: bytes, marker: Path) -> str:
     try:
-        document = json.loads(content)
-    except (ValueError, RecursionError):
-        document = None
-    version = document.get("version") if isinstance(document, dict) else None
-    if type(version) is int and version > VERSION:
-        raise Failed(f"{marker} has format version {version}; this program reads {VERSION}", hint="upgrade pybackup")
-    if not isinstance(document, dict) or document.get("format") != FORMAT or version != VERSION:
-        raise Damaged(f"{marker} is not a repository's marker", hint=_MARKER_HINT)
-    identity = document.get("id")
-    if not isinstance(identity, str) or not _ID.fullmatch(identity):
-        raise Damaged(f"{marker} has no valid id", hint=_MARKER_HINT)
-    return identity
+        document = documents.parse(content)
+        if document.get("format") != FORMAT:
+            raise BadDocument(f'its "format" is not "{FORMAT}"')
+        version = Fields(document, "marker").number("version", low=1)
+        if version > VERSION:
+            raise Failed(
+                f"{marker} has format version {version}; this program reads {VERSION}", hint="upgrade pybackup"
+            )
+        return Fields(document, "marker").matching("id", RANDOM)
+    except BadDocument as error:
+        raise Damaged(f"{marker} is not a repository's marker: {error}", hint=_MARKER_HINT) from None
 
 
 _MARKER_HINT = 'bring it back from a copy; every manifest beside it names the id as "repository"'

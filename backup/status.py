@@ -13,8 +13,9 @@ from pathlib import Path
 
 from backup import chain as chains
 from backup.chain import Chain
+from backup.documents import moment_of
 from backup.errors import BackupError, NotFound
-from backup.manifest import Manifest, moment_of
+from backup.manifest import Manifest
 from backup.memory import Memory, recall, record_of
 from backup.repository import Contents, Machine
 from backup.units import counted, show_age
@@ -152,8 +153,7 @@ def trust_in(chain: Chain, memory: Memory) -> Trust:
 def _disk_status(point: Manifest, disk: str, evidence: Evidence, limits: Limits) -> DiskStatus:
     entry = point.disk(disk)
     assert entry is not None
-    finished = moment_of(point.finished)
-    age = None if finished is None else (limits.now - finished).total_seconds()
+    age = (limits.now - moment_of(point.finished)).total_seconds()
     chain: Chain | None = None
     try:
         chain = chains.build(evidence.contents.manifests, point.point, disk, evidence.contents.damaged)
@@ -167,7 +167,7 @@ def _disk_status(point: Manifest, disk: str, evidence: Evidence, limits: Limits)
         disk=disk,
         point=point.point,
         finished=point.finished,
-        age_seconds=None if age is None else max(age, 0.0),
+        age_seconds=max(age, 0.0),
         chain_points=None if chain is None else len(chain.links),
         stored_bytes=None if chain is None else sum(link.entry.data.size for link in chain.links),
         logical_bytes=entry.size,
@@ -178,7 +178,7 @@ def _disk_status(point: Manifest, disk: str, evidence: Evidence, limits: Limits)
 
 
 def _verdict(
-    machine: str, wrong: BackupError | None, trust: Trust | None, age: float | None, limits: Limits
+    machine: str, wrong: BackupError | None, trust: Trust | None, age: float, limits: Limits
 ) -> tuple[int, str]:
     """The exit code and what to do: what is broken comes before what is old."""
     if wrong is not None:
@@ -187,8 +187,8 @@ def _verdict(
     if trust.code:
         return trust.code, f"{_word(trust.code)} when verified: {trust.problem}; then run pybackup verify {machine}"
     if limits.max_age is not None:
-        if age is None or age < -TOLERANCE:
-            return OLD, "its time is in the future or none: check the clock, then run pybackup incremental"
+        if age < -TOLERANCE:
+            return OLD, "its time is in the future: check the clock, then run pybackup incremental"
         if age > limits.max_age:
             return OLD, f"too old (limit {show_age(limits.max_age)}): run pybackup incremental"
     return 0, f"never verified: run pybackup verify {machine}" if trust.last is None else "nothing"

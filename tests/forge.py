@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from backup import digests
 from backup.manifest import BitmapRecord, ByteCounts, DataFile, DiskEntry, Manifest, Parent, SourceRecord
 
 KIB, MIB = 1 << 10, 1 << 20
+TIME = "2026-11-22T01:00:00Z"
 
 
 def point_id(number):
@@ -35,14 +37,20 @@ def entry(number, parent=None, size=4 * MIB, name="vda", cluster=64 * KIB):
 
 
 def manifest(number, *disks, sequence=None):
-    return Manifest(point_id(number), sequence or number, "m", "0" * 32, "", "", "", disks)
+    return Manifest(point_id(number), sequence or number, "m", "0" * 32, TIME, TIME, "pybackup 0", disks)
 
 
 def signed(document):
     """A document with a valid digest: what a hostile writer would make."""
-    text = json.dumps({**document, "digest": "0" * 64}, indent=2) + "\n"
-    head, tail = text[: text.rindex(',\n  "digest"')].encode(), text[text.rindex(',\n  "digest"') :]
-    return head + tail.replace("0" * 64, digests.digest(head).hex()).encode()
+    return signed_bytes((json.dumps({**document, "digest": "0" * 64}, indent=2) + "\n").encode())
+
+
+def signed_bytes(content):
+    """A manifest whose bytes were changed, with a valid digest."""
+    at = content.rindex(b',\n  "digest"')
+    head, tail = content[:at], content[at:]
+    old = re.search(b"[0-9a-f]{64}", tail)[0]
+    return head + tail.replace(old, digests.digest(head).hex().encode())
 
 
 def rewrite(path: Path, change: Callable[[Any], object]) -> None:

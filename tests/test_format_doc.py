@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import backup
-from backup import digests, manifest, memory, qcow2, repository
+from backup import digests, documents, manifest, memory, qcow2, repository
 from backup.manifest import (
     BitmapRecord,
     ByteCounts,
@@ -44,7 +44,6 @@ def documented(title):
         ("`bytes`", ByteCounts),
         ("`source`", SourceRecord),
         ("An entry of `lower`", LowerFile),
-        ("A record of `files`", memory.Record),
     ],
 )
 def test_fields_of_a_table_are_the_fields_of_the_value_in_order(title, value):
@@ -56,11 +55,20 @@ def test_fields_of_the_manifest_are_what_is_written():
 
 
 def test_fields_of_the_memory_are_what_is_written():
-    written = json.loads(memory.encode({}))
-    assert documented("What `verify` remembers") == list(written)
-    assert f'"{memory.FORMAT}"' in section("What `verify` remembers")
-    assert f"| {memory.VERSION};" in section("What `verify` remembers")
+    record = memory.Record("0" * 64, "2026-11-22T01:00:00Z", None, 0, None)
+    lines = memory.encode({"vda.20261122T010000Z-1f3a09c1.qcow2": record}).decode().splitlines()
+    first, found, last = map(json.loads, lines)
+    assert first == {"format": memory.FORMAT, "version": memory.VERSION}
+    assert json.dumps(first) in section("What `verify` remembers")
+    assert documented("A record of `verified`") == list(found)
+    assert list(last) == ["digest"]
     assert f"`MACHINE/{memory.NAME}`" in TEXT
+
+
+def test_bounds_of_documents_are_the_codes():
+    assert f"A document has at most {documents.MAX_BYTES} bytes" in section("Documents")
+    assert f"at most {documents.MAX_TEXT} characters" in section("Documents")
+    assert f"at most {memory._MAX_BYTES} bytes" in " ".join(section("What `verify` remembers").split())
 
 
 def test_names_and_versions_are_the_codes():

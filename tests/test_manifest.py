@@ -1,15 +1,19 @@
 """Manifests: what is written is read back, and nothing else is."""
 
 import json
+import subprocess
+import sys
+import time
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
-from forge import signed
+from forge import signed, signed_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backup import manifest
-from backup.errors import BackupError, Damaged, Failed
+from backup import documents, manifest
+from backup.errors import BackupError, Damaged, Failed, UsageError
 from backup.manifest import (
     BitmapRecord,
     ByteCounts,
@@ -26,6 +30,7 @@ from backup.manifest import (
     generation,
     is_data_name,
 )
+from backup.qcow2 import layout
 
 POINT, OLDER = "20261122T010000Z-1f3a09c1", "20261121T010000Z-00000001"
 
@@ -34,7 +39,7 @@ def disk(name="vda", **changes):
     entry = DiskEntry(
         name=name,
         kind="incremental",
-        reason="bitmap records",
+        reason="bitmap \x1b records, ö",
         size=1_000_001,
         identity="1" * 32,
         parent=Parent(OLDER, "2" * 32),
@@ -47,7 +52,14 @@ def disk(name="vda", **changes):
 
 
 POINT_1 = Manifest(
-    POINT, 7, "web1", "4" * 32, "2026", "2027", "pybackup 0", (disk(), disk("vdb", parent=None, kind="full"))
+    POINT,
+    7,
+    "web1",
+    "4" * 32,
+    "2026-11-22T01:00:00Z",
+    "2026-11-22T02:00:00Z",
+    "pybackup 0",
+    (disk(), disk("vdb", parent=None, kind="full")),
 )
 
 
@@ -126,6 +138,23 @@ def test_a_field_of_a_later_program_is_ignored():
 
 
 HUGE = 10**30
+ODD_TEXTS = ["a\0b", "\ud800", "\udc00x", "x" * 70_000, 5, ["x"], {}]
+ODD_TIMES = [
+    "",
+    "2026",
+    "2026-11-22T01:00:00",
+    "2026-11-22T01:00:00+00:00",
+    "0001-01-01T00:00:00+14:00",
+    "9999-12-31T23:59:59-14:00",
+    "2026-11-22 01:00:00Z",
+    "2026-02-30T00:00:00Z",
+    "0000-01-01T00:00:00Z",
+    "2026-11-22T25:00:00Z",
+    "2026-11-22T01:00:00Z\n",
+    "٢026-11-22T01:00:00Z",
+    1764000000,
+    None,
+]
 HOSTILE_NAMES = [
     "../../etc/passwd",
     "/etc/passwd",
@@ -165,6 +194,27 @@ CASES = [
     (["disks"], []),
     (["disks"], {}),
     (["disks"], [None]),
+    *[(["started"], time) for time in ODD_TIMES],
+    *[(["finished"], time) for time in ODD_TIMES],
+    *[(["program"], text) for text in ("", " ", "a\n", "\x1b[2J", "x" * 65, "ä", 5)],
+    *[(["disks", 0, "source", key], text) for key in ("kind", "format", "consistency") for text in ("", "a\n", 5)],
+    *[(["disks", 0, "source", key], text) for key in ("path", "qemu") for text in ODD_TEXTS],
+    *[(["disks", 0, "bitmap", key], text) for key in ("read", "started") for text in ODD_TEXTS],
+    *[(["disks", 0, "bitmap", "granularity"], number) for number in (0, -65536, HUGE, "65536", 1.0, True)],
+    *[(["disks", 0, "source", "lower", 0, "path"], text) for text in ODD_TEXTS],
+    *[(["disks", 0, "source", "lower", 0, "inode"], number) for number in (-1, 1 << 64, 1.5, "7")],
+    *[(["disks", 0, "source", "lower", 0, "mtime_ns"], number) for number in (HUGE, -HUGE, 1.5, None)],
+    *[(["disks", 0, "reason"], text) for text in ODD_TEXTS],
+    *[(["disks", 0, "data", "compression"], text) for text in ("", "zstd:", "zstd:x", "lzma", "none\n", 1)],
+    (["disks", 0, "size"], (2 << 50) + 1),  # clusters of 64 KiB end at 2 PiB
+    (["disks", 0, "data", "size"], 1 << 57),
+    # The files of another point or disk, which a prune of this point would remove.
+    (["disks", 0, "data", "file"], f"vda.{OLDER}.qcow2"),
+    (["disks", 0, "data", "file"], f"vdb.{POINT}.qcow2"),
+    (["disks", 0, "data", "digests"], f"vda.{OLDER}.b3"),
+    (["disks", 0, "data", "digests"], f"vdb.{POINT}.b3"),
+    (["pinned"], 1),
+    (["pinned"], "no"),
     (["disks", 0, "source", "lower"], [5]),
     (["disks", 0, "bytes", "zero"], -1),
     (["disks", 0, "bitmap", "claimed"], "no"),
@@ -177,7 +227,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("path", "value"), CASES, ids=lambda value: ascii(value)[:40])
+@pytest.mark.parametrize(("path", "value"), CASES, ids=lambda value: ascii(value)[:60])
 def test_a_hostile_field_under_a_valid_digest_is_refused_briefly(path, value):
     with pytest.raises(BackupError) as caught:
         decode(changed(path, value), "m")
@@ -205,6 +255,89 @@ def test_a_missing_field_is_damage(path):
     del inner[last]
     with pytest.raises(Damaged):
         decode(signed(document), "m")
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (b'"sequence": 7', b'"sequence": 7, "sequence": 7'),
+        (b'"sequence": 7', b'"sequence": 7, "later": NaN'),
+        (b'"sequence": 7', b'"sequence": 7, "later": -Infinity'),
+        (b'"sequence": 7', b'"sequence": ' + b"9" * 5000),
+        (b'"sequence": 7', b'"sequence": 7, "later": ' + b"[" * 100_000 + b"]" * 100_000),
+        (b'"sequence": 7', '"sequence": 7, "later": "ö"'.encode()),
+        (b'"sequence": 7', b'"sequence": 7, "later": "\xff"'),
+        (b"{\n", b"[\n{\n"),
+    ],
+    ids=["twice", "nan", "infinity", "digits", "deep", "utf-8", "bytes", "list"],
+)
+def test_what_only_some_parsers_take_is_damage_under_a_valid_digest(before, after):
+    content = encode(POINT_1)
+    assert before in content
+    with pytest.raises(Damaged) as caught:
+        decode(signed_bytes(content.replace(before, after, 1)), "m")
+    assert len(caught.value.message) < 400
+    assert "digest" not in caught.value.message
+
+
+def test_of_bytes_that_are_not_what_was_written_nothing_is_parsed(monkeypatch):
+    monkeypatch.setattr(documents, "parse", lambda _: pytest.fail("the parser saw them"))
+    for content in (b"[]", b"[" * 1000, encode(POINT_1)[:-1], encode(POINT_1).replace(b"web1", b"web2")):
+        with pytest.raises(Damaged, match="do not match its digest"):
+            decode(content, "m")
+
+
+def test_the_largest_manifest_takes_less_than_300_mib():
+    """The worst that a parser can be given are lists in lists."""
+    code = (
+        "import resource, sys\n"
+        "from forge import signed_bytes\n"
+        "from backup import documents, manifest\n"
+        "from backup.errors import Damaged\n"
+        "text = b'[' + b'[[[[[[[[]]]]]]]],' * (documents.MAX_BYTES // 17 - 10) + b'[]]'\n"
+        "content = signed_bytes(b'{\\n  \"x\": ' + text + b',\\n  \"digest\": \"' + b'0' * 64 + b'\"\\n}\\n')\n"
+        "assert documents.MAX_BYTES - 300 < len(content) <= documents.MAX_BYTES\n"
+        "try: manifest.decode(content, 'm')\n"
+        "except Damaged as error: assert 'format' in error.message, error.message\n"
+        "else: sys.exit(1)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 300
+
+
+def test_a_larger_document_is_refused_unread():
+    with pytest.raises(Damaged, match="more than"):
+        decode(b" " * (documents.MAX_BYTES + 1), "m")
+
+
+def test_the_largest_disk_is_the_largest_that_a_data_file_can_hold():
+    for cluster_size in (4096, 65536, 2 << 20):
+        size = manifest.max_disk_size(cluster_size)
+        layout.require_writable(layout.Image(size, cluster_size, None, True))
+        with pytest.raises(UsageError):
+            layout.require_writable(layout.Image(size + 1, cluster_size, None, True))
+
+
+def test_more_disks_than_a_manifest_can_hold_are_an_error_before_anything_is_written():
+    many = replace(POINT_1, disks=tuple(disk(f"vd{number}") for number in range(6000)))
+    with pytest.raises(Failed, match="6000 disks of machine web1"):
+        encode(many)
+
+
+def test_each_of_thousands_of_disks_is_found_at_once():
+    many = replace(POINT_1, disks=tuple(disk(f"vd{number}") for number in range(2000)))
+    assert decode(encode(many), "m") == many
+    assert [many.disk(f"vd{number}") for number in range(2000)] == list(many.disks)
+    assert many.disk("vda") is None
+    began = time.process_time()
+    for _ in range(50):
+        for entry in many.disks:
+            many.disk(entry.name)
+    assert time.process_time() - began < 1  # a search of the list takes 5 s and more
 
 
 # What prune adds

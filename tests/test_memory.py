@@ -185,7 +185,7 @@ def test_a_broken_chains_files_are_not_remembered_as_sound(night):
 
 def test_two_runs_at_once_keep_what_both_found(night):
     machine = Machine(folder(night))
-    names = [f"f{number}" for number in range(40)]
+    names = [f"vda.20261122T010000Z-{number:08x}.qcow2" for number in range(40)]
 
     def remember(name):
         assert memory.remember(machine, {name: Record("0" * 64, ago(), None, 0, None)}, None) is None

@@ -1,13 +1,14 @@
 """Status says of each disk how old its newest point is and what to do next, in words and by its exit code."""
 
 import json
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from forge import entry, manifest, replaced, rewrite
 from lab import Night, call_pybackup, run_pybackup, write
 
-from backup import memory, status
+from backup import digests, memory, status
 from backup.errors import Damaged
 from backup.memory import Record
 from backup.repository import Contents
@@ -196,7 +197,7 @@ def record(code=0, problem=None, digest="0" * 64, checked="2026-11-20T00:00:00Z"
 
 def test_what_is_broken_comes_before_what_is_old():
     [old] = assess(two_points())
-    assert (old.code, old.next[:11]) == (1, "its time is")  # a forged manifest has none
+    assert (old.code, old.next[:7]) == (1, "too old")
     [broken] = assess(two_points(), problem=Damaged("x", hint="y"))
     assert (broken.code, broken.next) == (12, "damaged: x")
 
@@ -221,15 +222,14 @@ def test_a_chain_is_as_verified_as_its_files():
 
 
 def test_a_memory_that_was_changed_or_is_of_another_version_is_none():
-    known = {"a.qcow2": record(), "b.qcow2": record(12, "it\nis")}
+    known = {entry(1).data.file: record(), entry(2).data.file: record(12, "it\nis")}
     content = memory.encode(known)
     assert memory.decode(content) == known
     for at in range(len(content)):
         changed = content[:at] + bytes([content[at] ^ 2]) + content[at + 1 :]
-        assert memory.decode(changed) in ({}, known), at  # white space is no content
-    newer = json.loads(content) | {"version": 2}
+        assert memory.decode(changed) == {}, at
     for other in (
-        json.dumps(newer).encode(),
+        signed_lines(content.replace(b'"version": 2', b'"version": 3')),
         b"",
         b"[]",
         b"{}",
@@ -239,3 +239,68 @@ def test_a_memory_that_was_changed_or_is_of_another_version_is_none():
         b"[" * 100_000,
     ):
         assert memory.decode(other) == {}
+
+
+def signed_lines(content):
+    """A memory whose lines were changed, with a valid digest."""
+    head = content[: content.rindex(b'{"digest"')]
+    return head + json.dumps({"digest": digests.digest(head).hex()}).encode() + b"\n"
+
+
+def version_1(files):
+    """A memory as programs before 2026-11-29 wrote it."""
+    digest = digests.digest(json.dumps(files, sort_keys=True, separators=(",", ":")).encode()).hex()
+    document = {"format": memory.FORMAT, "version": 1, "files": files, "digest": digest}
+    return (json.dumps(document, indent=2) + "\n").encode()
+
+
+def test_a_memory_of_an_older_program_is_read():
+    known = {entry(1).data.file: record(), entry(2).data.file: record(12, "it\nis")}
+    assert memory.decode(version_1({name: asdict(found) for name, found in known.items()})) == known
+
+
+ODD_RECORDS = [
+    {"deep": 5},
+    {"deep": "yesterday"},
+    {"checked": None},
+    {"checked": "0001-01-01T00:00:00+14:00"},
+    {"checked": "2026-02-30T00:00:00Z"},
+    {"code": 256, "problem": "damaged"},
+    {"code": 1 << 70, "problem": "x"},
+    {"code": -1, "problem": "x"},
+    {"code": 12.0, "problem": "x"},
+    {"code": True, "problem": "x"},
+    {"code": 12},
+    {"problem": "sound, and yet"},
+    {"code": 12, "problem": ["x"]},
+    {"code": 12, "problem": "a\0b"},
+    {"code": 12, "problem": "\ud800"},
+    {"digest": "0" * 63},
+]
+
+
+@pytest.mark.parametrize("odd", ODD_RECORDS, ids=ascii)
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_record_that_verify_does_not_write_is_no_memory_under_a_valid_digest(odd, version):
+    name = entry(1).data.file
+    fields = {**asdict(record()), **odd}
+    if version == 1:
+        assert memory.decode(version_1({name: fields})) == {}
+    else:
+        content = memory.encode({name: record()})
+        before = json.dumps({"file": name, **asdict(record())}).encode()
+        changed = signed_lines(content.replace(before, json.dumps({"file": name, **fields}).encode()))
+        assert changed != content
+        assert memory.decode(changed) == {}
+
+
+@pytest.mark.parametrize("name", ["", "a.qcow2", "../" + entry(1).data.file, entry(1).data.file + "\0", "lock"])
+def test_a_record_of_what_is_no_data_file_is_no_memory(name):
+    assert memory.decode(version_1({name: asdict(record())})) == {}
+
+
+def test_a_memory_of_a_hundred_thousand_files_is_read_within_bounds():
+    known = {entry(number).data.file: record() for number in range(100_000)}
+    content = memory.encode(known)
+    assert len(content) < memory._MAX_BYTES
+    assert memory.decode(content) == known

@@ -523,12 +523,11 @@ def status_table(found: Sequence[DiskStatus], now: datetime) -> None:
 
 
 def _trust_text(trust: Trust, now: datetime) -> str:
-    from backup.manifest import moment_of
+    from backup.documents import moment_of
 
     if trust.last is None:
         return "never"
-    last = moment_of(trust.last)
-    ago = "?" if last is None else f"{show_age(max((now - last).total_seconds(), 0))} ago"
+    ago = f"{show_age(max((now - moment_of(trust.last)).total_seconds(), 0))} ago"
     return f"damaged, {ago}" if trust.code else f"{trust.files} of {trust.of}, {ago}"
 
 

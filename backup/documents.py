@@ -1,0 +1,185 @@
+"""
+Read JSON documents that may hold anything: what they may hold is checked before, while and after they are parsed.
+
+Manifests, the marker and what `verify` remembers lie in a folder that others may be able to write to, and a digest
+proves only that a document is what its last writer wanted.  So each document has a bound on its bytes, which also
+bounds the memory that its values take (the worst, nested empty lists, take 44 times their text), and each field is
+taken by one of the methods of `Fields`, which say what it may be.  Pure.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import datetime
+from typing import Any, NoReturn, TypeVar
+
+MAX_BYTES = 4 << 20
+"""Bytes of a document.  A manifest of a thousand disks has a third of that."""
+MAX_TEXT = 64 << 10
+"""Characters of a text.  A path of Linux has 4096 bytes; messages hold a few of them."""
+MAX_NUMBER = (1 << 62) - 1
+
+DIGEST = re.compile(r"[0-9a-f]{64}")
+RANDOM = re.compile(r"[0-9a-f]{32}")
+WORD = re.compile(r"[!-~]([ -~]{0,62}[!-~])?")
+"""A name or a few words that the program chose itself, such as its own name and version."""
+_TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
+
+T = TypeVar("T")
+
+
+class BadDocument(Exception):
+    """A document is not what it should be; the message says why, in a few words."""
+
+
+def moment_of(text: str) -> datetime:
+    """
+    Read a time of a document, such as "2026-11-22T01:00:00Z".
+
+    Raises
+    ------
+    ValueError
+        The text has another form, or names no moment.
+    """
+    if not _TIME.fullmatch(text):
+        raise ValueError(text)
+    return datetime.fromisoformat(text)
+
+
+def shown(value: object) -> str:
+    """A value in a message; a hostile one may have megabytes."""
+    text = repr(value[:100]) if isinstance(value, str) else repr(value)
+    return text if len(text) <= 100 else text[:100] + "..."
+
+
+def parse(content: bytes) -> dict[str, Any]:
+    """
+    Parse a JSON object in ASCII.
+
+    Refused are also what only some parsers accept or what each of them reads differently: a field that is there twice,
+    NaN and Infinity, and numbers of thousands of digits.
+
+    Raises
+    ------
+    BadDocument
+        It is anything else, or larger than MAX_BYTES.
+    """
+    if len(content) > MAX_BYTES:
+        raise BadDocument(f"it has {len(content)} bytes, more than {MAX_BYTES}")
+    try:
+        document = _DECODER.decode(content.decode("ascii"))
+    except (ValueError, RecursionError) as error:
+        # The text of other errors than JSONDecodeError speaks of Python, not of the document.
+        why = str(error) if isinstance(error, json.JSONDecodeError) else type(error).__name__
+        raise BadDocument(f"it is not JSON ({why})") from None
+    if not isinstance(document, dict):
+        raise BadDocument("it is not a JSON object")
+    return document
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise BadDocument(f"it has the field {shown(next(n for n in found if names.count(n) > 1))} twice")
+    return found
+
+
+def _no_number(text: str) -> NoReturn:
+    raise BadDocument(f"it holds {text}, which is not JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_number)
+
+
+class Fields:
+    """
+    Takes fields out of a JSON object, each of which must be what the method says.
+
+    Each run reads all manifests of a machine, of which there may be a thousand: what is right is found right by one
+    look, and where it was, as `place` and the place of what it lies in, is put into words only for an error.
+
+    Every method raises BadDocument where the field is missing or something else.
+    """
+
+    __slots__ = ("_outer", "_place", "_value")
+
+    def __init__(self, value: object, place: str, outer: Fields | None = None) -> None:
+        self._place = place
+        self._outer = outer
+        if not isinstance(value, dict):
+            raise BadDocument(f"{self.where()} is not an object")
+        self._value: dict[str, Any] = value
+
+    def where(self) -> str:
+        """The object's place in the document."""
+        return self._place if self._outer is None else f"{self._outer.where()}.{self._place}"
+
+    def take(self, key: str, kind: type[T]) -> T:
+        """A value of exactly this type."""
+        value = self._value.get(key)
+        if type(value) is not kind:
+            raise BadDocument(f"{self.where()}.{key} is {shown(value)}, not {kind.__name__}")
+        return value
+
+    def has(self, key: str) -> bool:
+        """Is the field there, and not null?"""
+        return self._value.get(key) is not None
+
+    def number(self, key: str, low: int = 0, high: int = MAX_NUMBER) -> int:
+        """A whole number within bounds."""
+        value = self._value.get(key)
+        if type(value) is int and low <= value <= high:
+            return value
+        raise BadDocument(f"{self.where()}.{key} is {shown(self.take(key, int))}, not between {low} and {high}")
+
+    def matching(self, key: str, pattern: re.Pattern[str]) -> str:
+        """A text of exactly this form."""
+        value = self._value.get(key)
+        if type(value) is str and pattern.fullmatch(value):
+            return value
+        raise self._unwritten(key, self.take(key, str))
+
+    def text(self, key: str) -> str:
+        """
+        A text for people, or a path: no NUL, and no half of a character but those that stand for a byte of a path that
+        is not UTF-8.  It may hold control characters, as paths may: who shows it takes them out.
+        """
+        value = self.take(key, str)
+        if len(value) <= MAX_TEXT and "\0" not in value and (value.isascii() or _is_encodable(value)):
+            return value
+        raise self._unwritten(key, value)
+
+    def optional_text(self, key: str) -> str | None:
+        """A text, or None where the field is missing or null."""
+        return self.text(key) if self.has(key) else None
+
+    def time(self, key: str) -> str:
+        """A time that `moment_of` reads."""
+        value = self.take(key, str)
+        try:
+            moment_of(value)
+        except ValueError:
+            raise self._unwritten(key, value) from None
+        return value
+
+    def inner(self, key: str) -> Fields:
+        """An object in the object."""
+        return Fields(self._value.get(key), key, self)
+
+    def items(self, key: str) -> list[Fields]:
+        """The objects of a list."""
+        return [Fields(value, f"{key}[{i}]", self) for i, value in enumerate(self.take(key, list))]
+
+    def _unwritten(self, key: str, value: str) -> BadDocument:
+        return BadDocument(f"{self.where()}.{key} is {shown(value)}, which pybackup does not write there")
+
+
+def _is_encodable(text: str) -> bool:
+    """Can the text be a name of a file?"""
+    try:
+        text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return False
+    return True
