@@ -19,6 +19,7 @@ from blake3 import blake3
 
 from backup.errors import Damaged, Failed, NotFound
 from backup.readonce import ReadOnce
+from backup.shortage import NOT_DAMAGE
 
 BLOCK = 4 << 20
 """Bytes of the data file under one digest."""
@@ -55,7 +56,7 @@ def open_plain(path: Path) -> int:
     except FileNotFoundError:
         raise NotFound(f"{path} is missing", hint="bring the file back from a copy of the repository") from None
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE):
+        if error.errno in NOT_DAMAGE:
             raise Failed(
                 f"{path} cannot be opened: {error.strerror}",
                 hint="run as the repository's owner; a chain needs as many open files as it has points (ulimit -n)",

@@ -10,7 +10,7 @@ The tree of errors, with exit codes and hints.
     +-- SourceError     13   the source cannot be reached or read
     +-- BitmapUnusable  14   the bitmap cannot be used, and no fallback is allowed
 
-    Interrupted        130   SIGINT; 143 for SIGTERM
+    Interrupted        129   SIGHUP; 130 for SIGINT, 143 for SIGTERM
 
 Every error says what happened, with the values, and what to do about it: `pybackup: error: MESSAGE` and
 `pybackup: hint: HINT`.  They are raised where a fault is found and caught in one place, `backup.cli.app.main`;

@@ -109,7 +109,7 @@ class GuestFiles:
                 with self._fish.stream("download", path) as content:
                     fetched = Fetched(1, _write(content, made), ())
             else:
-                raise Failed(f"{path} is neither a file nor a folder", hint="see: pybackup files")
+                raise Failed(f"{path} is neither a file nor a folder", hint="see: `pybackup files --help`")
             _finish(made, facts["mode"], facts["mtime_sec"], (facts["uid"], facts["gid"]))
             require_new(target)
             os.rename(made, target)
@@ -133,7 +133,7 @@ class GuestFiles:
         except GuestfishError as error:
             if any(why in error.text for why in _NOWHERE):
                 raise NotFound(
-                    f"the guest has no {path}, or a link there leads nowhere", hint="see: pybackup files MANIFEST /"
+                    f"the guest has no {path}, or a link there leads nowhere", hint="see: `pybackup files MANIFEST /`"
                 ) from None
             raise
 
@@ -209,7 +209,7 @@ def mount(fish: Guestfish, places: Sequence[tuple[str, str]]) -> list[str]:
             if not number:
                 raise Failed(
                     f"{device} cannot be mounted: {error.text}",
-                    hint="is it damaged, or of a kind that only its guest knows? see pybackup serve",
+                    hint="is it damaged, or of a kind that only its guest knows? see `pybackup serve --help`",
                 ) from None
             failed.append(f"{device} is not mounted at {place}: {error.text}")
     return failed
@@ -217,7 +217,9 @@ def mount(fish: Guestfish, places: Sequence[tuple[str, str]]) -> list[str]:
 
 def _choices(found: Mapping[str, str]) -> str:
     listed = ", ".join(f"{device} ({kind})" for device, kind in found.items())
-    return f"name one with --filesystem: {listed}" if listed else "an encrypted or empty disk? see pybackup serve"
+    return (
+        f"name one with --filesystem: {listed}" if listed else "an encrypted or empty disk? see `pybackup serve --help`"
+    )
 
 
 def _pairs(said: bytes) -> list[tuple[str, str]]:

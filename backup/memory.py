@@ -78,7 +78,7 @@ def known_damage(memory: Memory, files: Iterable[DataFile]) -> Damaged | None:
         record = record_of(memory, data)
         if record is not None and record.code == Damaged.exit_code:
             found = f"{record.problem} (found by verify, {record.checked})"
-            return Damaged(found, hint="bring the file back from a copy of the repository, then run pybackup verify")
+            return Damaged(found, hint="bring the file back from a copy of the repository, then run `pybackup verify`")
     return None
 
 

@@ -300,7 +300,7 @@ class _Run:
                 raise _Unreadable(
                     NotFound(
                         f"it builds on point {disk.parent.point}, which could not be copied either",
-                        hint="see what is wrong with that point: pybackup verify",
+                        hint="see what is wrong with that point: `pybackup verify`",
                     )
                 )
             try:

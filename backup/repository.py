@@ -36,6 +36,7 @@ from backup.documents import RANDOM, BadDocument, Fields
 from backup.errors import BackupError, Damaged, Failed, Locked, NotFound
 from backup.manifest import DiskEntry, Manifest
 from backup.names import MARKER, check_name, name_problem
+from backup.shortage import NOT_DAMAGE
 
 FORMAT = "pybackup repository"
 VERSION = 1
@@ -513,11 +514,11 @@ def read_manifest_whole(path: Path) -> tuple[Manifest, bytes]:
         raise NotFound(
             f"there is no manifest {path}", hint="see `pybackup list` for the points that there are"
         ) from None
-    except PermissionError as error:
-        raise Failed(
-            f"manifest {path} cannot be read: {error.strerror}", hint="run as the repository's owner"
-        ) from None
     except OSError as error:
+        if error.errno in NOT_DAMAGE:
+            raise Failed(
+                f"manifest {path} cannot be read: {error.strerror}", hint="run as the repository's owner"
+            ) from None
         why = "it is a link" if error.errno == errno.ELOOP else error.strerror
         raise Damaged(
             f"manifest {path} cannot be read: {why}",

@@ -125,9 +125,10 @@ def _new_file(
             if former.claim():
                 former.pass_on(fd)
                 os.fsync(fd)
-            os.rename(part, path)
-            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            # Opened before the rename: once the file has its name, no lack of anything makes the restore a failure.
+            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
+                os.rename(part, path)
                 os.fsync(folder)
             finally:
                 os.close(folder)

@@ -27,7 +27,7 @@ from backup import digests
 from backup import memory as memories
 from backup.chain import Chain
 from backup.digests import BlockCache, CheckedFile, block_count
-from backup.errors import BackupError, Damaged, NotFound
+from backup.errors import BackupError, Damaged, Failed, NotFound
 from backup.manifest import DataFile, DiskEntry, Manifest, timestamp
 from backup.memory import Memory, Record
 from backup.pace import Pace
@@ -155,8 +155,10 @@ def glance(folder: Path, data: DataFile) -> BackupError | None:
     try:
         size = os.stat(folder / data.file, follow_symlinks=False).st_size
         os.stat(folder / data.digests, follow_symlinks=False)
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         return NotFound(f"{error.filename} is missing", hint=_FROM_COPY)
+    except OSError as error:
+        return Failed(f"{error.filename} cannot be looked at: {error.strerror}", hint="run as the repository's owner")
     if size != data.size:
         return Damaged(f"{folder / data.file} has {size} bytes where its manifest says {data.size}", hint=_FROM_COPY)
     return None

@@ -1,5 +1,6 @@
 """The command line as scripts and cron know it: exit codes, JSON, what goes where, which configuration counts."""
 
+import ast
 import fcntl
 import json
 import os
@@ -8,9 +9,12 @@ import re
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from lab import PYBACKUP, Night, bitmaps, call_pybackup, make_image, raw_copy, require_identical, run_pybackup, write
+
+import backup
 
 DISK_FIELDS = ["name", "kind", "reason", "size", "dirty_bytes", "data_bytes", "zero_bytes", "stored_bytes", "seconds"]
 DISK_FIELDS += ["rescan"]
@@ -509,6 +513,51 @@ def test_a_report_that_cannot_be_written_keeps_no_machine_from_its_backup(config
     assert len(list((tmp_path / "repo").glob("*/*.json"))) == 6
 
 
+@pytest.mark.parametrize("command", ["--help", "--version", "list --help", "list --repo repo", "check-config"])
+def test_a_full_standard_output_is_named_by_whatever_is_written_to_it(command, config, tmp_path):
+    assert run_pybackup(["full", "a", "--config", config]).rc == 0
+    done = shell(f"PYBACKUP_CONFIG=c.yaml $P {command} > /dev/full", tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "pybackup: error: standard output cannot be written: No space left on device",
+        "pybackup: hint: what was to be done is done; only its report is lost",
+    ]
+    # A reader that has gone needs no message.
+    done = shell(f"PYBACKUP_CONFIG=c.yaml $P {command} | true; exit ${{PIPESTATUS[0]}}", tmp_path)
+    assert (done.returncode, done.stderr) in {(0, ""), (1, "")}
+
+
+def test_a_pipe_that_breaks_elsewhere_is_not_taken_for_standard_output(monkeypatch):
+    """typer ends the program without a word where it meets EPIPE."""
+    from backup.cli import find
+
+    def broken(_repo):
+        raise BrokenPipeError(32, "Broken pipe", "/run/agent.sock")
+
+    monkeypatch.setattr(find, "repository", broken)
+    done = call_pybackup(["list", "--repo", "r"])
+    assert (done.rc, done.stderr.splitlines()[0]) == (1, "pybackup: error: /run/agent.sock: Broken pipe")
+
+
+def test_a_chain_with_more_points_than_a_process_may_open_files(tmp_path):
+    """The soft limit is raised to the hard one; beyond that, the error is two lines that name the limit."""
+    night = Night.of(tmp_path)
+    night.full()
+    for _ in range(14):
+        assert night.incremental().rc == 0
+    expected = raw_copy(night.image, tmp_path / "expected.raw")
+    command = "$P restore disk/latest r.raw --repo repo"
+    done = shell(f"ulimit -n 20; {command}", tmp_path)
+    assert done.returncode == 1, done
+    error, hint = done.stderr.splitlines()
+    assert error.startswith("pybackup: error: ")
+    assert "Too many open files" in error
+    assert hint.startswith("pybackup: hint: raise the limit of open files, which is 20 for pybackup (ulimit -n")
+    assert {path.name for path in tmp_path.iterdir()} == {"disk.qcow2", "repo", "expected.raw"}
+    assert shell(f"ulimit -Sn 20; {command}", tmp_path).returncode == 0
+    require_identical(expected, tmp_path / "r.raw")
+
+
 def test_closed_standard_streams_and_full_ones(tmp_path):
     night = Night.of(tmp_path)
     repo, image = night.repository, night.image
@@ -531,7 +580,7 @@ def test_a_terminals_encoding_that_lacks_a_name(tmp_path):
 def test_one_signal_ends_it_with_the_signals_code_and_two_lines(tmp_path):
     night = Night.of(tmp_path)
     night.full()
-    for number, code in (("INT", 130), ("TERM", 143)):
+    for number, code in (("HUP", 129), ("INT", 130), ("TERM", 143)):
         script = (
             "import os, signal\nfrom backup.cli import app\nfrom backup import create\n"
             f"create.create = lambda *_: os.kill(os.getpid(), signal.SIG{number})\napp.main()"
@@ -576,5 +625,47 @@ def test_what_the_system_refuses_is_no_bug(tmp_path):
     from backup.cli.state import explained
 
     assert "gives no more threads" in explained(RuntimeError("can't start new thread")).message
+    assert "systemd unit" in explained(RuntimeError("can't start new thread")).hint
     assert explained(PermissionError(13, "Permission denied", "/x/y")).message == "/x/y: Permission denied"
     assert "a bug" in explained(RuntimeError("something else")).message
+
+
+def test_hints_repeat_the_repository_and_the_configuration_that_were_named(config, tmp_path):
+    assert call_pybackup(["--config", config, "full", "a"]).rc == 0
+    repo = tmp_path / "repo"
+    point = "a/20200101T000000Z-00000000"
+
+    def hint(*args):
+        return call_pybackup(args).stderr.splitlines()[-1].removeprefix("pybackup: hint: ")
+
+    assert hint("show", point, "--repo", repo) == f"see: `pybackup list a --repo {repo}`"
+    assert hint("show", point, "--config", config) == f"see: `pybackup list a --config {config}`"
+    assert hint("--config", config, "show", point) == f"see: `pybackup list a --config {config}`"
+    done = call_pybackup(["show", point, "--repo", repo, "--json"])
+    assert done.document["error"]["hint"] == f"see: `pybackup list a --repo {repo}`"
+
+
+def test_which_options_a_command_in_a_hint_gets():
+    from backup.cli.hints import WITHOUT_REPO, complete
+
+    assert complete("see: `pybackup list`", "/a b", "c.yaml") == "see: `pybackup list --repo '/a b' --config c.yaml`"
+    assert complete("`pybackup check-config` checks again", "/r", None) == "`pybackup check-config` checks again"
+    assert complete("`pybackup list --repo /s`", "/r", None) == "`pybackup list --repo /s`"
+    assert complete("give --repo DIR to `qemu-img`", "/r", "c") == "give --repo DIR to `qemu-img`"
+    for name, command in commands().items():
+        takes = any("--repo" in parameter.opts for parameter in command.params)
+        assert takes == (name not in WITHOUT_REPO), name
+
+
+def test_every_command_in_a_hint_stands_in_backquotes():
+    """So it gets the user's --repo (backup.cli.hints)."""
+    names = "|".join(commands())
+    package = Path(backup.__file__).parent
+    seen = 0
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.keyword) and node.arg == "hint":
+                text = ast.unparse(node.value)
+                assert not re.search(rf"(?<!`)pybackup ({names})\b", text), f"{path}: {text}"
+                seen += "`pybackup " in text
+    assert seen > 10

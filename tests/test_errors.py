@@ -1,13 +1,20 @@
 """Errors: one exit code each, two lines, and the same table in the code and the README."""
 
+import errno
+import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
-from backup import errors
+from backup import errors, shortage
 from backup.cli import render
+from backup.cli.state import explained
+from backup.digests import open_plain
 from backup.errors import BackupError, Interrupted
+from backup.qemu import programs
+from backup.repository import read_manifest
 
 CLASSES = [
     value
@@ -24,11 +31,11 @@ def test_every_error_has_an_exit_code_of_its_own():
 
 def test_the_tree_in_the_module_is_the_code():
     documented = dict(re.findall(r"^    (?:\+-- )?(\w+) +(\d+) ", errors.__doc__, flags=re.MULTILINE))
-    assert documented == {**{error.__name__: str(error.exit_code) for error in CLASSES}, "Interrupted": "130"}
+    assert documented == {**{error.__name__: str(error.exit_code) for error in CLASSES}, "Interrupted": "129"}
 
 
 def test_a_signal_ends_as_the_shell_says():
-    assert [Interrupted(number).exit_code for number in (2, 15)] == [130, 143]
+    assert [Interrupted(number).exit_code for number in (1, 2, 15)] == [129, 130, 143]
 
 
 def test_a_signal_is_not_taken_for_an_error_that_may_be_passed_over():
@@ -38,7 +45,7 @@ def test_a_signal_is_not_taken_for_an_error_that_may_be_passed_over():
 def test_the_readme_documents_every_exit_code():
     text = (Path(errors.__file__).parents[1] / "README.md").read_text()
     documented = set(map(int, re.findall(r"\b(\d+)\b", "\n".join(re.findall(r"^\| *\d[\d, ]*\|", text, re.MULTILINE)))))
-    assert {0, 1, 2, 3, 10, 11, 12, 13, 14, 130, 143} <= documented
+    assert {0, 1, 2, 3, 10, 11, 12, 13, 14, 129, 130, 143} <= documented
 
 
 @pytest.mark.parametrize("hostile", ["\x1b[2J", "a\nb", "a\rb", "\x9b31m", "a\u2028b", "\x85", "\u202e", "\udc80"])
@@ -63,3 +70,45 @@ def test_a_list_of_configuration_problems_has_a_line_for_each(capsys):
 def test_the_hint_of_a_signal_says_nothing_of_points_that_nobody_wanted_to_make():
     """It shows for list and verify as well; a backup says that it made none."""
     assert Interrupted(15).hint == "no point was harmed by that; run the command again"
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.EMFILE, "LimitNOFILE"),
+        (errno.ENFILE, "fs.file-max"),
+        (errno.ENOMEM, "MemoryMax"),
+        (errno.EAGAIN, "TasksMax"),
+    ],
+)
+def test_what_keeps_a_program_from_being_started_is_named_by_the_hint(number, words, monkeypatch):
+    def refused(*_args, **_options):
+        raise OSError(number, os.strerror(number), "qemu-img")
+
+    monkeypatch.setattr(programs.subprocess, "Popen", refused)
+    with pytest.raises(errors.Failed) as caught:
+        programs.run(["qemu-img", "info"])
+    assert os.strerror(number) in caught.value.message
+    assert words in explained(caught.value).hint
+    with pytest.raises(OSError, match="qemu-img") as bare:  # guestfish, of whose start nobody else speaks
+        programs.converse(["qemu-img"], sys.stderr, {}, ())
+    assert words in explained(bare.value).hint
+
+
+def test_what_could_not_be_looked_at_is_not_called_damaged():
+    found = explained(errors.Damaged("x.b3 cannot be read: Cannot allocate memory", hint="bring it back"))
+    assert (type(found), found.message) == (errors.Failed, "x.b3 cannot be read: Cannot allocate memory")
+
+
+@pytest.mark.parametrize("number", sorted(shortage.NOT_DAMAGE), ids=errno.errorcode.get)
+def test_a_file_that_cannot_be_opened_for_want_of_something_is_not_called_damaged(number, tmp_path, monkeypatch):
+    path = tmp_path / "20260101T000000Z-00000000.json"
+    path.write_text("{}")
+
+    def refused(*_args, **_options):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(os, "open", refused)
+    for read in (read_manifest, open_plain):
+        with pytest.raises(errors.Failed, match=os.strerror(number)):
+            read(path)

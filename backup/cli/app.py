@@ -21,6 +21,7 @@ from typer.exceptions import TyperException
 import backup
 from backup.cli import backups, inside, points, process, render
 from backup.cli.state import COMMON, explained, fail, given_twice, options, show_error
+from backup.cli.streams import ReaderGone
 from backup.errors import Failed, Interrupted, UsageError
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -101,6 +102,13 @@ class _Parsed(_Base):
 
 class _Command(_Parsed, TyperCommand):
     """A command."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; a broken pipe, which typer takes for standard output's, is one to somebody else."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            raise explained(error) from error
 
 
 class _Made(UserDict[str, Any]):
@@ -184,8 +192,8 @@ def main() -> NoReturn:
     try:
         code = _run(sys.argv[1:])
         render.flush()
-    except BrokenPipeError:
-        code = 1  # the reader has gone (pybackup list | head): not our error, and nothing can be said any more
+    except ReaderGone as gone:
+        code = gone.exit_code
     except Failed as error:
         code = error.exit_code
         show_error(error)
@@ -198,7 +206,7 @@ def _run(arguments: Sequence[str]) -> int:
         command = typer.main.get_command(app)
         result = command.main(args=list(arguments), prog_name="pybackup", standalone_mode=False)
         return result if isinstance(result, int) else 0
-    except BrokenPipeError:
+    except ReaderGone:
         raise
     except TyperException as error:
         return fail(UsageError(" ".join(error.format_message().split()), hint=f"see: {options.program} --help"))

@@ -33,7 +33,7 @@ from backup.cli.parameters import (
     Scratch,
     Since,
 )
-from backup.cli.state import common_code, explained, options, show_error
+from backup.cli.state import common_code, completed, explained, options, show_error
 from backup.errors import WARNINGS_EXIT_CODE, BackupError, BitmapUnusable, Damaged, Failed, UsageError
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def _back_up(wanted: str, *, repo: str | None, **parameters: Any) -> None:
         outcomes.append((request, outcome))
         try:
             _show_outcome(request, outcome, several=len(made) > 1)
-        except (Failed, BrokenPipeError) as error:
+        except Failed as error:
             unshown = error  # the other machines are backed up all the same
     if unshown is not None:
         raise unshown
@@ -262,7 +262,7 @@ def _show_audit(request: Request, outcome: Audit | BackupError, *, several: bool
         for text in render.audit_lines(outcome):
             render.line(text)
         render.flush()
-    render.audit_problems(outcome)
+    render.audit_problems(outcome, completed)
 
 
 def _audit_code(outcomes: Sequence[Audit | BackupError]) -> int:

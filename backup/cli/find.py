@@ -89,11 +89,11 @@ def point(text: str, repo: Path | None) -> tuple[Machine, Manifest]:
         raise Damaged(
             f"machine {name} has a manifest that cannot be read, which may be its latest point: "
             + next(iter(contents.damaged.values())).message,
-            hint=f"name a point: pybackup list {name}",
+            hint=f"name a point: `pybackup list {name}`",
         )
     found = chains.newest_manifest(contents.manifests.values()) if point == "latest" else contents.manifests.get(point)
     if found is None:
-        raise NotFound(f"machine {name} has no point {point}", hint=f"see: pybackup list {name}")
+        raise NotFound(f"machine {name} has no point {point}", hint=f"see: `pybackup list {name}`")
     return machine, found
 
 

@@ -79,7 +79,7 @@ def show(
             chain = chains.build(contents.manifests, found.point, disk.name, contents.damaged)
             links[disk.name] = [link.point for link in chain.links]
         except BackupError as error:
-            links[disk.name] = error
+            links[disk.name] = explained(error)
     path = machine.path / f"{found.point}.json"
     if options.json:
         shown = {
@@ -219,7 +219,7 @@ def copy_(
     source = Repository.open(machine.path.parent)
     contents = machine.contents()
     if not contents.manifests and not contents.damaged:
-        raise NotFound(f"machine {machine.name} has no point", hint="see: pybackup list")
+        raise NotFound(f"machine {machine.name} has no point", hint="see: `pybackup list`")
     place = replicate.open_second(Path(other), source, settings.modes(config), dry_run=dry_run)
     second, point = place.machine(machine.name), points[0] if points else None
     began = time.monotonic()
@@ -268,7 +268,7 @@ def status(
         machine = repository.machine(name) if name in expected else find.machines(repository, [name])[0]
         found += states.look(machine, expected.get(name), limits)
     if not found:
-        raise NotFound(f"the repository {repository.path} has no machine", hint="pybackup full makes a first point")
+        raise NotFound(f"the repository {repository.path} has no machine", hint="`pybackup full` makes a first point")
     code = states.exit_code(found)
     if options.json:
         render.document(render.status_object(found, code, states.summary(found), limits.max_age))

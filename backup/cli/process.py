@@ -4,7 +4,6 @@ Makes a process that may write files out of whatever cron, ssh or a script left 
 
 from __future__ import annotations
 
-import io
 import os
 import resource
 import sys
@@ -12,11 +11,12 @@ from contextlib import suppress
 from typing import NoReturn
 
 from backup import interrupts
+from backup.cli import streams
 
 
 def prepare() -> None:
     """Standard streams, the limit of open files, signals, and threads that nobody needs."""
-    _open_streams()
+    streams.prepare()
     # numpy's OpenBLAS starts a thread for each core when it is imported; we multiply no matrices.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -35,19 +35,3 @@ def end(code: int) -> NoReturn:
     with suppress(OSError, ValueError):
         sys.stderr.flush()
     os._exit(code)
-
-
-def _open_streams() -> None:
-    for fd in range(3):
-        try:
-            os.fstat(fd)
-        except OSError:
-            # Else the first data file would get this number, and a library's message would land in it.
-            os.open(os.devnull, os.O_RDWR)
-    if sys.stdout is None:
-        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - as long as the process
-    if sys.stderr is None:
-        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 - see stdout
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks

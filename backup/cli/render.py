@@ -7,17 +7,17 @@ on standard output.  A bar is drawn on a terminal only; without one there are no
 
 from __future__ import annotations
 
-import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
-from backup.errors import BackupError, Failed, Interrupted, UsageError
+from backup.cli.streams import mute
+from backup.errors import BackupError, Interrupted, UsageError
 from backup.units import counted, show_age, show_duration, show_rate, show_size
 
 if TYPE_CHECKING:
@@ -54,6 +54,13 @@ def error(problem: BackupError | Interrupted, of: str | None = None) -> None:
     _err(f"pybackup: hint: {plain(problem.hint)}")
 
 
+def traceback(problem: BaseException) -> None:
+    """Where an error comes from, for --debug."""
+    from traceback import format_exception
+
+    _err("".join(format_exception(problem)).rstrip())
+
+
 def warning(text: str) -> None:
     """One line on standard error."""
     _err(f"pybackup: warning: {plain(text)}")
@@ -82,44 +89,21 @@ def flush() -> None:
 
     Raises
     ------
-    Failed, BrokenPipeError
-        It cannot be, or its reader is gone; from then on it goes nowhere.
+    Failed
+        It cannot be, or its reader is gone (ReaderGone); from then on it goes nowhere.
     """
-    with _output():
-        sys.stdout.flush()
+    sys.stdout.flush()
 
 
 def _out(text: str) -> None:
-    with _output():
-        sys.stdout.write(text)
-
-
-@contextmanager
-def _output() -> Iterator[None]:
-    try:
-        yield
-    except OSError as problem:
-        _mute(sys.stdout)
-        if isinstance(problem, BrokenPipeError):
-            raise
-        raise Failed(
-            f"standard output cannot be written: {problem.strerror}",
-            hint="what was to be done is done; only its report is lost",
-        ) from None
+    sys.stdout.write(text)
 
 
 def _err(text: str) -> None:
     try:
         sys.stderr.write(text + "\n")
     except OSError:
-        _mute(sys.stderr)  # nobody is left to be told
-
-
-def _mute(stream: TextIO) -> None:
-    # What is still in the stream's buffer would fail again when Python exits, and change the exit code.
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
+        mute(sys.stderr)  # nobody is left to be told
 
 
 def error_object(problem: BackupError | Interrupted) -> dict[str, Any]:
@@ -177,8 +161,8 @@ def _verdict(disk: DiskAudit) -> str:
     return "equal" if disk.size == disk.point_size else f"equal, but {disk.size - disk.point_size:+} bytes long"
 
 
-def audit_problems(found: Audit) -> None:
-    """Two lines for each disk that is not known to be what the chain says."""
+def audit_problems(found: Audit, completed: Callable[[str], str]) -> None:
+    """Two lines for each disk that is not known to be what the chain says; `completed` gives hints their options."""
     for disk in found.disks:
         if disk.verdict == "true":
             continue
@@ -188,13 +172,14 @@ def audit_problems(found: Audit) -> None:
                 f"pybackup: error: {plain(place)}: {disk.differing_bytes} bytes that bitmap {plain(disk.bitmap)} calls "
                 f"clean differ from point {disk.point}: the bitmap lies, or the chain does"
             )
-            _err("pybackup: hint: `pybackup rescan` stores what differs and starts a new bitmap; keep older points")
+            hint = "`pybackup rescan` stores what differs and starts a new bitmap; keep older points"
         else:
             _err(
                 f"pybackup: error: {plain(place)}: {_verdict(disk)}, and whether that changed since point {disk.point} "
                 f"or was missed by it nobody can tell: {plain(disk.why or '')}"
             )
-            _err("pybackup: hint: `pybackup rescan` stores what differs; an audit after it can tell")
+            hint = "`pybackup rescan` stores what differs; an audit after it can tell"
+        _err(f"pybackup: hint: {completed(hint)}")
 
 
 def failure_object(machine: str, problem: BackupError) -> dict[str, Any]:

@@ -4,14 +4,16 @@ The options that every command has, and how an error is shown.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from backup.cli import render
-from backup.errors import WARNINGS_EXIT_CODE, BackupError, Failed, Interrupted, UsageError
+from backup import shortage
+from backup.cli import hints, render
+from backup.errors import WARNINGS_EXIT_CODE, BackupError, Damaged, Failed, Interrupted, UsageError
 
 COMMON = ("config", "verbose", "quiet", "debug", "json")
 """Options that are taken before the command and after it."""
@@ -82,30 +84,41 @@ class Warned(Protocol):
 
 
 def explained(error: Exception) -> BackupError:
-    """What ends a command or a machine's backup, as an error of two lines."""
+    """What ends a command or a machine's backup, as an error of two lines, whose hint has the user's options."""
+    found = _as_backup_error(error)
+    if found is not error:
+        found.__cause__ = error
+    found.hint = completed(found.hint)
+    return found
+
+
+def completed(hint: str) -> str:
+    """A hint, or another text with commands to run, with the options that the user gave."""
+    return hints.complete(hint, options.repo, None if options.config is None else str(options.config))
+
+
+def _as_backup_error(error: Exception) -> BackupError:
     if isinstance(error, BackupError):
+        hint = shortage.hint_for(error.message)
+        if hint is None:
+            return error
+        if isinstance(error, Damaged):  # nobody knows: it could not be looked at
+            return Failed(error.message, hint=hint)
+        error.hint = hint
         return error
     if isinstance(error, MemoryError):
-        found = Failed("there is not enough memory", hint="lower connections, requests or request_size")
-    elif isinstance(error, OSError) and error.strerror:
+        return Failed("there is not enough memory", hint=shortage.NO_MEMORY)
+    if isinstance(error, OSError) and error.strerror:
         where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
-        found = Failed(
-            f"{where}{error.strerror}",
-            hint="the system refuses; see what is there, and whether the current folder still exists. "
-            "Run again with --debug to see where",
+        hint = shortage.NO_PROCESS if error.errno == errno.EAGAIN else shortage.hint_for(error.strerror)
+        otherwise = (
+            "the system refuses; see what is there, and whether the current folder still exists. "
+            "Run again with --debug to see where"
         )
-    elif isinstance(error, RuntimeError) and "start new thread" in str(error):
-        found = Failed(
-            "the system gives no more threads",
-            hint="raise the limit of processes or memory (ulimit -u, -v; systemd's TasksMax), or lower workers",
-        )
-    else:
-        found = Failed(
-            f"a bug in pybackup: {type(error).__name__}: {error}",
-            hint="run again with --debug, and report it",
-        )
-    found.__cause__ = error
-    return found
+        return Failed(f"{where}{error.strerror}", hint=hint or otherwise)
+    if isinstance(error, RuntimeError) and "start new thread" in str(error):
+        return Failed("the system gives no more threads", hint=shortage.NO_PROCESS)
+    return Failed(f"a bug in pybackup: {type(error).__name__}: {error}", hint="run again with --debug, and report it")
 
 
 def fail(error: BackupError | Interrupted) -> int:
@@ -119,9 +132,7 @@ def fail(error: BackupError | Interrupted) -> int:
 def show_error(error: BackupError | Interrupted, of: str | None = None) -> None:
     """Show an error; `of` is the machine, where there are several."""
     if options.debug:
-        import traceback
-
-        traceback.print_exception(error)
+        render.traceback(error)
     render.error(error, of)
 
 

@@ -162,7 +162,7 @@ def started(image: Path) -> Iterator[Guestfish]:
     if not shutil.which("guestfish"):
         raise Failed(
             "guestfish is not installed, and only libguestfs can read a guest's file system without root",
-            hint="apt-get install guestfish (dnf install guestfs-tools); or see pybackup serve",
+            hint="apt-get install guestfish (dnf install guestfs-tools); or see `pybackup serve --help`",
         )
     command = [*dies_with_us(), "guestfish", "--ro", f"--format={QCOW2}", "-a", filename(image)]
     with private_folder() as folder, tempfile.TemporaryFile("w+", errors="replace") as complaints:

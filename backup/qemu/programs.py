@@ -4,6 +4,7 @@ How QEMU's programs, and guestfish, are run: no shell, no way to die of a Ctrl-C
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shlex
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from backup.errors import Failed
+from backup.shortage import NO_PROCESS
 
 _log = logging.getLogger(__name__)
 
@@ -116,7 +118,10 @@ def popen(command: Sequence[str], stderr: int | IO[str], pass_fds: Sequence[int]
             env={**os.environ, **_KEEP_BUFFERS, "LC_ALL": "C"},
         )
     except OSError as error:
-        raise Failed(f"{command[0]} cannot be run: {error.strerror}", hint=_PACKAGE) from None
+        raise Failed(
+            f"{command[0]} cannot be run: {error.strerror}",
+            hint=NO_PROCESS if error.errno == errno.EAGAIN else _PACKAGE,
+        ) from None
 
 
 def one_line(text: str) -> str:
