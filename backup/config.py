@@ -19,7 +19,7 @@ from typing import Literal
 import yaml
 
 from backup.errors import UsageError
-from backup.names import Kind, name_problem
+from backup.names import FOLDER_HINT, Kind, folder_problem, name_problem
 from backup.retention import MAX_COUNT, RULES, Batch, Duration, Policy
 from backup.units import KiB, MiB, parse_size, show_size
 
@@ -230,7 +230,7 @@ def _config(section: _Section, path: Path) -> Config:
     cluster_size = section.size("cluster_size", known.cluster_size, 4 * KiB, 2 * MiB)
     config = Config(
         path=path,
-        repository=section.path("repository"),
+        repository=section.repository(),
         bitmap=bitmap,
         compression=compression,
         cluster_size=cluster_size,
@@ -496,6 +496,14 @@ class _Section:
     def path(self, key: str) -> Path | None:
         """A path; a relative one is relative to the file's folder."""
         text = self._scalar(key, ("str",), "a path")
+        return None if text is None else self._folder / Path(text)
+
+    def repository(self) -> Path | None:
+        """The key `repository`, a folder."""
+        text = self._scalar("repository", ("str",), "a path")
+        if text is not None and (problem := folder_problem(text)):
+            self.problem("repository", f"{text!r} is no folder: {problem} ({FOLDER_HINT})")
+            return None
         return None if text is None else self._folder / Path(text)
 
     def name(self, kind: Kind, key: str) -> str | None:

@@ -139,7 +139,7 @@ def create(open_repository: Callable[[], Repository], request: Request, progress
     Parameters
     ----------
     open_repository : callable
-        Opens the repository; for a real run it makes a missing one, for a dry run it pretends to.
+        Opens the repository.  It must be open to each machine anew: its disk may be gone since the last one's backup.
 
     Raises
     ------

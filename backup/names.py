@@ -1,5 +1,5 @@
 """
-What machines, disks and bitmaps may be called.
+What machines, disks and bitmaps may be called, and which texts name a folder.
 
 A machine's name is a folder in the repository and a disk's name begins its data files' names, so neither may hold a
 slash, begin with a dot, or be long.  A bitmap family's name is followed by a dot, the repository and the point that the
@@ -59,3 +59,35 @@ def name_problem(kind: Kind, text: str) -> str | None:
     if kind == "machine" and text == MARKER:
         return "the repository's marker has that name"
     return None
+
+
+def folder_problem(text: str) -> str | None:
+    """
+    Say why a text cannot name a repository's folder; None where it can.
+
+    As for scp and rsync, a colon before the first slash means another host or another kind of storage.  pybackup writes
+    to folders only: `copy web1 user@host:/srv` must not make a local folder of that name.
+    """
+    if not text:
+        return "it is empty"
+    if ":" in text.partition("/")[0]:
+        return "it names a remote place or a URL, and pybackup keeps repositories in folders only"
+    return None
+
+
+def check_folder(text: str) -> str:
+    """
+    Return `text` when it may name a repository's folder.
+
+    Raises
+    ------
+    UsageError
+        It looks remote.
+    """
+    problem = folder_problem(text)
+    if problem is not None:
+        raise UsageError(f"{text!r} cannot be a repository: {problem}", hint=FOLDER_HINT)
+    return text
+
+
+FOLDER_HINT = "mount the remote place and name its folder; a folder whose name has a colon is written ./NAME"

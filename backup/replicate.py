@@ -3,6 +3,7 @@ Copy: a machine's points to another repository, only what is missing there, ever
 
 Points are published whole, in the order of their sequence, so that at every instant the second place holds chains that
 restore.  A copy has the source's id: its manifests are the same bytes.  What is there already is never overwritten.
+Only `make_second` (`pybackup init --copy-of`) makes a second place: a disk that is not mounted must not become one.
 """
 
 from __future__ import annotations
@@ -20,9 +21,17 @@ from backup.datafile import PartFile, write_digests
 from backup.digests import BlockCache, CheckedFile
 from backup.errors import BackupError, Damaged, Failed, Interrupted, NotFound, UsageError
 from backup.manifest import DataFile, Manifest, encode
-from backup.names import MARKER
 from backup.pace import Pace
-from backup.repository import Contents, Machine, Modes, Repository, as_stored, explained, read_manifest_whole
+from backup.repository import (
+    Contents,
+    Machine,
+    Modes,
+    Repository,
+    as_stored,
+    explained,
+    read_manifest_whole,
+    require_outside,
+)
 from backup.threads import in_threads
 from backup.units import counted, show_size
 from backup.verify import Problem
@@ -42,36 +51,44 @@ class Replicated:
     problems: tuple[Problem, ...]
 
 
-def open_second(path: Path, source: Repository, modes: Modes, *, dry_run: bool = False) -> Repository:
+def make_second(path: Path, source: Repository, modes: Modes) -> Repository:
     """
-    Open the repository to copy to; a new or empty folder becomes one (or, on a dry run, is taken for one), with the
-    source's id.
+    Make an empty repository with the source's id, to copy to.
+
+    Raises
+    ------
+    UsageError, Failed
+        As `Repository.create`.
+    """
+    return Repository.create(path, modes, source.identity)
+
+
+def open_second(path: Path, source: Repository, modes: Modes) -> Repository:
+    """
+    Open the repository to copy to.
 
     Raises
     ------
     UsageError
         It is the source itself, another repository, or lies in one.
+    NotFound
+        There is none: `make_second` makes it, and nothing else does.
     """
-    place = Path(os.path.realpath(path))
-    if place == Path(os.path.realpath(source.path)):
+    if os.path.realpath(path) == os.path.realpath(source.path):
         raise UsageError(f"{path} is the repository itself", hint="name another folder")
-    for folder in place.parents:
-        if os.path.lexists(folder / MARKER):
-            raise UsageError(f"{path} lies in the repository {folder}", hint="name a folder outside of it")
+    require_outside(path)
+    make = f"`pybackup init --copy-of {source.path} {path}`"
     try:
-        opened = Repository.open_or_imagine if dry_run else Repository.open_or_create
-        second = opened(path, modes, source.identity)
+        second = Repository.open(path, modes)
     except NotFound as error:
-        raise NotFound(error.message, hint=_WHERE) from None
+        hint = f"mount its disk if that is missing; {make} makes a second place in a new or empty folder"
+        raise NotFound(error.message, hint=hint) from None
     if second.identity != source.identity:
         raise UsageError(
             f"{path} is another repository (its id is {second.identity[:8]}..., not {source.identity[:8]}...)",
-            hint=_WHERE,
+            hint="copy to an earlier copy of this repository; `pybackup init --copy-of` makes a new one",
         )
     return second
-
-
-_WHERE = "copy to a new or empty folder, or to an earlier copy of this repository"
 
 
 def missing(source: Mapping[str, Manifest], second: Mapping[str, Manifest], wanted: Iterable[str]) -> list[Manifest]:

@@ -20,6 +20,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import socket
 import stat
 import time
@@ -33,7 +34,7 @@ from backup import documents
 from backup import manifest as manifests
 from backup.digests import open_plain
 from backup.documents import RANDOM, BadDocument, Fields
-from backup.errors import BackupError, Damaged, Failed, Locked, NotFound
+from backup.errors import BackupError, Damaged, Failed, Locked, NotFound, UsageError
 from backup.manifest import DiskEntry, Manifest
 from backup.names import MARKER, check_name, name_problem
 from backup.shortage import NOT_DAMAGE
@@ -50,6 +51,7 @@ UNTOLD = "no telling whether it is in use"
 """Why a point stays that would go: somebody serves it or looks into it; the file system does not say (and why)."""
 _PATIENCE = 0.5
 """Seconds to wait for a machine's lock: another machine's run may only be looking whether anybody has it."""
+_UNFINISHED_MARKER = re.compile(re.escape(MARKER) + r"\.[0-9a-f]{8}" + re.escape(_TEMPORARY))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,41 +101,37 @@ class Repository:
         except (FileNotFoundError, NotADirectoryError):
             raise NotFound(
                 f"there is no repository at {path} (no {MARKER} in it)",
-                hint="check --repo and `repository:`; `pybackup full` makes a repository in a new or empty folder",
+                hint=f"mount its disk if that is missing, or name another folder; `pybackup init {path}` makes a "
+                "repository in a new or empty folder",
             ) from None
         except OSError as error:
             raise Failed(f"{marker} cannot be read: {error.strerror}", hint="run as the repository's owner") from None
         return cls(path, _identity(content, marker), modes)
 
     @classmethod
-    def open_or_create(cls, path: Path, modes: Modes = Modes(), identity: str | None = None) -> Repository:
+    def create(cls, path: Path, modes: Modes = Modes(), identity: str | None = None) -> Repository:
         """
-        Open a repository, or make one where the folder is missing or empty, with `identity` or a random id.
+        Make a repository in a new or empty folder, with `identity` or a random id.  Only `pybackup init` does.
 
         Raises
         ------
-        NotFound
-            The folder holds other things and no marker.
+        UsageError
+            There is a repository already, the folder holds other things, or it lies in a repository.
+        Failed
+            It cannot be made.
         """
+        require_outside(path)
         with explained(path):
-            if _is_free(path):
-                _make(path, modes, identity or os.urandom(16).hex())
+            _require_free(path)
+            _make(path, modes, identity or os.urandom(16).hex())
         return cls.open(path, modes)
 
-    @classmethod
-    def open_or_imagine(cls, path: Path, modes: Modes = Modes(), identity: str = "0" * 32) -> Repository:
-        """
-        Open a repository, or pretend that there is an empty one of this identity where `open_or_create` would make it.
-
-        Raises
-        ------
-        NotFound
-            The folder holds other things and no marker.
-        """
-        with explained(path):
-            if _is_free(path):
-                return cls(path, identity, modes)
-        return cls.open(path, modes)
+    def tidy(self) -> None:
+        """Remove what a killed `init` left beside the marker.  Only writers call this."""
+        with suppress(OSError):
+            for name in os.listdir(self.path):
+                if _UNFINISHED_MARKER.fullmatch(name):
+                    os.unlink(self.path / name)
 
     def machine_names(self) -> list[str]:
         """Names of the machines' folders, sorted; a folder that can be no machine's (lost+found) is none."""
@@ -571,45 +569,73 @@ def _write_temporary(path: Path, content: bytes, mode: int) -> None:
         os.fsync(fd)
 
 
-def _is_free(path: Path) -> bool:
-    """Is there nothing yet, or an empty folder?"""
-    return not os.path.lexists(path) or (path.is_dir() and all(_is_nothing(name) for name in os.listdir(path)))
+def require_outside(path: Path) -> None:
+    """
+    Refuse a folder for a repository that lies in another repository.
+
+    Raises
+    ------
+    UsageError
+        It does.
+    """
+    for folder in Path(os.path.realpath(path)).parents:
+        if os.path.lexists(folder / MARKER):
+            raise UsageError(f"{path} lies in the repository {folder}", hint="name a folder outside of it")
+
+
+def _require_free(path: Path) -> None:
+    """Accept a path where nothing is, and an empty folder; the root of a fresh file system is empty too."""
+    if os.path.lexists(path / MARKER):
+        raise _exists_already(path)
+    if not os.path.lexists(path):
+        return
+    if not path.is_dir():
+        raise UsageError(f"{path} is no folder", hint=_NEW_FOLDER)
+    other = sorted(name for name in os.listdir(path) if name != "lost+found" and not _UNFINISHED_MARKER.fullmatch(name))
+    if other:
+        raise UsageError(f"{path} is not empty: it holds {other[0]}", hint=_NEW_FOLDER)
+
+
+def _exists_already(path: Path) -> UsageError:
+    return UsageError(
+        f"there is a repository at {path} already; nothing was changed",
+        hint="use it as it is, or name a new or empty folder",
+    )
+
+
+_NEW_FOLDER = "name a new or empty folder; pybackup mixes its files with no others"
 
 
 def _make(path: Path, modes: Modes, identity: str) -> None:
     """Make a repository where there is none, and the folders that lead to it; all their names last."""
-    # The repository's folder counts as new where it is there: a first run may have been cut off before it lasted.
-    new = [path, *(folder for folder in path.absolute().parents if not os.path.lexists(folder))]
-    if not os.path.lexists(path):
-        path.parent.mkdir(mode=modes.folder, parents=True, exist_ok=True)
-        make_folder(path, modes.folder)
+    # The repository's folder counts as new where it is there: a first `init` may have been cut off before it lasted.
+    new = [folder for folder in path.absolute().parents if not os.path.lexists(folder)]
+    for folder in (*reversed(new), path):
+        if not os.path.lexists(folder):
+            make_folder(folder, modes.folder)
     document = {"format": FORMAT, "version": VERSION, "id": identity}
     _write_marker(path / MARKER, (json.dumps(document, indent=2) + "\n").encode(), modes.file)
-    for folder in new:
+    for folder in (path, *new):
         with suppress(PermissionError):  # a folder of others', which we may write to and not read
             sync_folder(folder.parent)
 
 
 def _write_marker(path: Path, content: bytes, mode: int) -> None:
-    """Write the marker, unless another first run was faster: its id is in bitmaps' names already."""
+    """Write the marker, unless another `init` was faster: its id may be in bitmaps' names already."""
     temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}{_TEMPORARY}")
     try:
         _write_temporary(temporary, content, mode)
         try:
             os.link(temporary, path)
         except FileExistsError:
-            return
-        except OSError:  # a file system without links
-            if not os.path.lexists(path):
-                os.rename(temporary, path)
+            raise _exists_already(path.parent) from None
+        except OSError:  # a file system without links, or a run of the other's repository that tidied up
+            if os.path.lexists(path):
+                raise _exists_already(path.parent) from None
+            os.rename(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
-
-
-def _is_nothing(name: str) -> bool:
-    """Does a folder with only such names count as empty?  A fresh file system's, and what a killed first run left."""
-    return name == "lost+found" or (name.startswith(MARKER + ".") and name.endswith(_TEMPORARY))
 
 
 def _read(path: Path, limit: int) -> bytes:

@@ -38,7 +38,7 @@ class History:
     @classmethod
     def of(cls, folder: Path, seed: object, cluster: int | None = None) -> History:
         rng = random.Random(f"history {seed}")
-        repository = Repository.open_or_create(folder / "repo")
+        repository = Repository.create(folder / "repo")
         machine = repository.machine("m")
         with machine.lock():
             pass

@@ -17,6 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from backup import config as configuration
+from backup.errors import BackupError
+from backup.repository import Repository
+
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 CLUSTER = 64 * KIB
 PYBACKUP = Path(sys.executable).with_name("pybackup")
@@ -54,10 +58,48 @@ def run(*argv: str | Path) -> str:
     return done.stdout
 
 
+def init(args: Sequence[str | Path], cwd: Path | None = None) -> None:
+    """
+    Make the repository that a backup or a copy is to go to, where nothing is yet.
+
+    Only `pybackup init` makes one; most tests are not about that, and begin with their first backup.
+    """
+    words = [str(arg) for arg in args]
+    kind = next((word for word in words if word in {"full", "incremental", "rescan", "copy"}), None)
+    named = _named_repository(words)
+    if kind is None or named is None:
+        return
+    places = [Path(cwd or "", named)]
+    if kind == "copy" and len(words) > words.index("copy") + 2:
+        places.append(Path(cwd or "", words[words.index("copy") + 2]))
+    identity = None
+    for place in places:
+        with contextlib.suppress(BackupError):
+            if not os.path.lexists(place) or os.listdir(place) == []:
+                Repository.create(place, identity=identity)
+            identity = Repository.open(place).identity
+
+
+def _named_repository(words: Sequence[str]) -> str | None:
+    if "--repo" in words[:-1]:
+        return words[words.index("--repo") + 1]
+    if "--config" in words[:-1]:
+        with contextlib.suppress(BackupError):
+            found = configuration.load(Path(words[words.index("--config") + 1])).repository
+            return None if found is None else str(found)
+    return None
+
+
 def run_pybackup(
-    args: Sequence[str | Path], *, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    args: Sequence[str | Path],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    made: bool = True,
 ) -> Result:
-    """Run the command as people do; `env` adds to the environment."""
+    """Run the command as people do; `env` adds to the environment.  `made`: see `init`."""
+    if made:
+        init(args, cwd)
     done = subprocess.run(
         [PYBACKUP, *args],
         check=False,
@@ -71,10 +113,16 @@ def run_pybackup(
     return Result(done.returncode, done.stdout, done.stderr)
 
 
-def call_pybackup(args: Sequence[str | Path]) -> Result:
-    """Run the command line in this process: the same code from the arguments on, without a start's half second."""
+def call_pybackup(args: Sequence[str | Path], *, made: bool = True) -> Result:
+    """
+    Run the command line in this process: the same code from the arguments on, without a start's half second.
+
+    `made`: see `init`.
+    """
     from backup.cli import app, state
 
+    if made:
+        init(args)
     stdout, stderr = io.StringIO(), io.StringIO()
     state.options.json = False
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):

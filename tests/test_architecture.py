@@ -21,7 +21,9 @@ MODULES = {
 ONLY_USERS = {
     "nbd": {"backup.qemu.nbd"},
     "subprocess": {"backup.qemu.programs"},
-    "typer": {f"backup.cli.{module}" for module in ("app", "parameters", "backups", "points", "inside")},
+    "typer": {
+        f"backup.cli.{module}" for module in ("app", "parameters", "backups", "points", "inside", "repositories")
+    },
     "rich": {"backup.cli.render"},
     "yaml": {"backup.config"},
     "zstandard": {"backup.qcow2.codec"},

@@ -180,7 +180,7 @@ def require_restored(folder, link, expected):
 
 
 def test_a_cluster_that_a_shorter_point_cuts_is_zero_behind_the_cut(tmp_path):
-    folder = Repository.open_or_create(tmp_path / "repo").machine("m")
+    folder = Repository.create(tmp_path / "repo").machine("m")
     size, cut = 4 * MIB, 2 * MIB + 512
     with folder.lock():
         full = store(folder, 1, None, size, dict.fromkeys(range(size // C), b"\xaa" * C))
@@ -194,7 +194,7 @@ def test_a_cluster_that_a_shorter_point_cuts_is_zero_behind_the_cut(tmp_path):
 
 def test_sixty_points_open_in_qemu_and_restore(tmp_path):
     random = Random(60)
-    folder = Repository.open_or_create(tmp_path / "repo").machine("m")
+    folder = Repository.create(tmp_path / "repo").machine("m")
     disk = [bytes(C)] * 128
     link = None
     with folder.lock():

@@ -12,7 +12,18 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from lab import PYBACKUP, Night, bitmaps, call_pybackup, make_image, raw_copy, require_identical, run_pybackup, write
+from lab import (
+    PYBACKUP,
+    Night,
+    bitmaps,
+    call_pybackup,
+    init,
+    make_image,
+    raw_copy,
+    require_identical,
+    run_pybackup,
+    write,
+)
 
 import backup
 
@@ -132,7 +143,7 @@ def test_a_dry_run_changes_nothing(tmp_path):
     before = night.image.read_bytes()
     done = night.backup("full", "--bitmap", "b1", "--dry-run")
     assert (done.rc, done.machine["point"], done.disk["kind"]) == (0, None, "full")
-    assert not night.repository.exists()
+    assert all(path.is_file() for path in night.repository.iterdir()), "no folder of a machine was made"
     assert night.image.read_bytes() == before
 
 
@@ -170,7 +181,7 @@ USAGE = [
 def test_wrong_usage_is_2_and_two_lines(args, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PYBACKUP_CONFIG", raising=False)
-    done = call_pybackup(args)
+    done = call_pybackup(args, made=False)
     assert done.rc == 2, done
     assert done.stdout == ""
     assert [line.split(" ")[1] for line in done.stderr.splitlines()] == ["error:", "hint:"]
@@ -194,7 +205,7 @@ def test_an_option_that_takes_one_value_and_is_given_twice_is_wrong_usage(tmp_pa
             if option.param_type_name == "option" and not option.is_flag and not option.multiple:
                 [spelled] = option.opts
                 for args in ([name, spelled, "a", spelled, "b"], [name, f"{spelled}=a", "x", f"{spelled}=a"]):
-                    done = call_pybackup(args)
+                    done = call_pybackup(args, made=False)
                     assert (done.rc, done.stdout) == (2, ""), args
                     assert done.stderr.splitlines() == [
                         f"pybackup: error: {spelled} is given twice",
@@ -295,7 +306,7 @@ def test_list_as_json(tmp_path):
     (tmp_path / "empty").mkdir()
     from backup.repository import Repository
 
-    Repository.open_or_create(tmp_path / "empty")
+    Repository.create(tmp_path / "empty")
     done = run_pybackup(["list", "--json", "--repo", tmp_path / "empty"])
     assert (done.rc, done.stdout, done.stderr) == (0, "[]\n", "")
     taken = [night.full().machine, night.incremental().machine]
@@ -375,6 +386,7 @@ def test_a_terminal_gets_a_bar_that_leaves_nothing_behind_on_standard_output(tmp
     night = Night.of(tmp_path)
     ours, theirs = pty.openpty()
     command = [PYBACKUP, "full", "--image", night.image, "--repo", night.repository, "--bitmap", "b1"]
+    init(command)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, env={**os.environ, "TERM": "xterm"})
     os.close(theirs)
     drawn = b""
@@ -502,6 +514,7 @@ def shell(command, cwd):
 
 
 def test_a_report_that_cannot_be_written_keeps_no_machine_from_its_backup(config, tmp_path):
+    init(["--config", config, "full"])
     done = shell("$P --config c.yaml full > /dev/full", tmp_path)
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 2
@@ -561,6 +574,7 @@ def test_a_chain_with_more_points_than_a_process_may_open_files(tmp_path):
 def test_closed_standard_streams_and_full_ones(tmp_path):
     night = Night.of(tmp_path)
     repo, image = night.repository, night.image
+    init(["full", "--repo", repo])
     done = shell(f"exec <&- >&- 2>&-; $P full --image {image} --repo {repo} --bitmap b1", tmp_path)
     assert done.returncode == 0
     night.require_restored()

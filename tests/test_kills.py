@@ -25,6 +25,7 @@ from lab import (
     bitmaps,
     call_pybackup,
     check_repository,
+    init,
     make_image,
     raw_copy,
     restore_and_cmp,
@@ -153,6 +154,7 @@ def arguments(night: Night) -> list[str | Path]:
 def struck(night: Night, step: Step, number: int, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run an incremental with the signal at that step."""
     command = [sys.executable, "-c", DRIVER, step.spec(number), *arguments(night)]
+    init(command)
     # Files and no pipes: a server that is left behind would keep a pipe open.
     with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
         env = {**os.environ, **environment}

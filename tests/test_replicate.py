@@ -16,6 +16,7 @@ from lab import (
     Night,
     call_pybackup,
     check_repository,
+    init,
     make_image,
     raw_copy,
     restore_and_cmp,
@@ -27,6 +28,7 @@ from test_kills import DATA, DRIVER, REPOSITORY, Step
 
 from backup import replicate
 from backup.errors import Failed
+from backup.names import MARKER
 from backup.repository import Machine
 
 
@@ -87,7 +89,7 @@ def test_a_dry_run_tells_what_a_run_copies_and_makes_nothing(night, tmp_path):
     told = call_pybackup([*given, "--dry-run", "--json"])
     assert (told.rc, told.document["dry_run"], told.document["copied"]) == (0, True, points(night))
     assert "disk: would copy 3 points, " in call_pybackup([*given, "--dry-run"]).stdout
-    assert not other.exists()
+    assert not (other / "disk").exists()
     assert copy(night, f"disk/{points(night)[0]}", other).rc == 0
     before = sorted(other.rglob("*"))
     told = call_pybackup([*given, "--dry-run", "--json"]).document
@@ -199,14 +201,42 @@ def test_where_no_copy_may_go(night, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     done = copy(night, "disk", tmp_path / "full")
-    assert (done.rc, done.stderr.splitlines()[1].split(": ", 2)[2].split(",")[0]) == (
-        10,
-        "copy to a new or empty folder",
-    )
-    assert copy(night, "nobody", tmp_path / "other").rc == 10
-    assert not (tmp_path / "other").exists()
+    assert (done.rc, done.stderr.count(f"pybackup init --copy-of {night.repository} {tmp_path / 'full'}")) == (10, 1)
+    assert os.listdir(tmp_path / "full") == ["file"]
     assert stranger.state() == state
     check_repository(night.repository)
+
+
+@pytest.mark.parametrize("options", [[], ["--dry-run"]], ids=["copy", "dry run"])
+@pytest.mark.parametrize("there", [False, True], ids=["missing", "empty"])
+def test_a_place_that_is_not_mounted_does_not_become_a_second_place(night, tmp_path, there, options):
+    mount_point = tmp_path / "mnt"
+    if there:
+        mount_point.mkdir()
+    for what in ("disk", "disk/latest"):
+        given = ["copy", what, mount_point, "--repo", night.repository, *options]
+        done = call_pybackup(given, made=False)
+        assert (done.rc, len(done.stderr.splitlines())) == (10, 2), done
+        assert f"pybackup init --copy-of {night.repository} {mount_point}" in done.stderr
+    assert not mount_point.exists() or os.listdir(mount_point) == []
+
+
+def test_init_makes_a_second_place_with_the_first_ones_id_and_nothing_else_becomes_one(night, tmp_path):
+    other = tmp_path / "other"
+    made = ["init", "--copy-of", night.repository, other]
+    done = call_pybackup(made)
+    assert (done.rc, done.stderr) == (0, "")
+    run("cmp", night.repository / MARKER, other / MARKER)
+    before = {path: path.read_bytes() for path in other.iterdir()}
+    again = call_pybackup(made)
+    assert (again.rc, len(again.stderr.splitlines())) == (2, 2)
+    assert {path: path.read_bytes() for path in other.iterdir()} == before
+    assert call_pybackup(["copy", "disk", other, "--repo", night.repository], made=False).rc == 0
+    assert call_pybackup(["init", "--copy-of", tmp_path / "none", tmp_path / "third"]).rc == 10
+    for inside in (night.repository / "disk" / "new", other / "new"):
+        assert call_pybackup(["init", "--copy-of", night.repository, inside]).rc == 2
+        assert not inside.exists()
+    assert not (tmp_path / "third").exists()
 
 
 def test_another_point_of_the_same_name_is_never_overwritten(night, tmp_path):
@@ -273,7 +303,7 @@ def test_a_point_that_is_stored_otherwise_there_is_kept_and_built_upon(night, tm
 
 def test_it_waits_for_nobody_there(night, tmp_path):
     other = tmp_path / "other"
-    with replicate.open_second(other, _opened(night), _opened(night).modes).machine("disk").lock():
+    with replicate.make_second(other, _opened(night), _opened(night).modes).machine("disk").lock():
         assert copy(night, "disk", other).rc == 11
     # The first place may be locked: it is only read.
     with Machine(night.repository / "disk").lock():
@@ -385,7 +415,6 @@ def test_a_point_that_prune_is_exchanging_is_copied_as_it_is_stored(night, tmp_p
 
 
 STEPS = [
-    Step(REPOSITORY, "_write_marker", "after"),
     Step(REPOSITORY, "Machine.remove_leftovers", "before"),
     Step(DATA, "PartFile.put", "before", 2),
     Step(DATA, "PartFile.put", "after", 4),
@@ -404,6 +433,7 @@ STEPS = [
 def test_a_copy_that_is_cut_off_is_resumed(night, tmp_path, step, number):
     other = tmp_path / "other"
     command = [sys.executable, "-c", DRIVER, step.spec(number), "copy", "disk", other, "--repo", night.repository]
+    init(command)
     with tempfile.TemporaryFile("w+") as said:
         done = subprocess.run(command, check=False, stdout=said, stderr=said, timeout=60)
         said.seek(0)

@@ -10,10 +10,10 @@ import threading
 
 import pytest
 from forge import entry, manifest
-from lab import PYBACKUP, Night, call_pybackup, make_image, run, write
+from lab import PYBACKUP, Night, call_pybackup, make_image, run, run_pybackup, write
 
 from backup import digests, repository
-from backup.errors import Damaged, Failed, Interrupted, Locked, NotFound
+from backup.errors import Damaged, Failed, Interrupted, Locked, UsageError
 from backup.names import MARKER
 from backup.repository import Modes, Repository
 
@@ -25,50 +25,176 @@ def modes(folder):
     }
 
 
+FOLDERS = (".", "repo", "repo/disk")
+
+
 def back_up_with_umask(tmp_path, umask, *options):
     image = make_image(tmp_path / "disk.qcow2", "1M")
-    done = subprocess.run(
-        [PYBACKUP, *options, "full", "--image", image, "--repo", tmp_path / "repo"],
-        check=False,
-        capture_output=True,
-        preexec_fn=lambda: os.umask(umask),
-    )
-    assert done.returncode == 0, done.stderr
-    return modes(tmp_path / "repo")
+    repo = tmp_path / "new" / "repo"
+    for command in (["init", repo], ["full", "--image", image, "--repo", repo]):
+        done = subprocess.run(
+            [PYBACKUP, *options, *command],
+            check=False,
+            capture_output=True,
+            preexec_fn=lambda: os.umask(umask),
+        )
+        assert done.returncode == 0, done.stderr
+    return modes(tmp_path / "new")
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o077, 0o777])
 def test_only_the_owner_can_read_whatever_the_umask(tmp_path, umask):
     found = back_up_with_umask(tmp_path, umask)
-    assert {name: mode for name, mode in found.items() if mode != 0o600} == {".": 0o700, "disk": 0o700}
-    assert len(found) == 7
+    assert {name: mode for name, mode in found.items() if mode != 0o600} == dict.fromkeys(FOLDERS, 0o700)
+    assert len(found) == len(FOLDERS) + 5
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o077])
 def test_group_read_lets_the_group_read_whatever_the_umask(tmp_path, umask):
     (tmp_path / "c.yaml").write_text("group_read: true\n")
     found = back_up_with_umask(tmp_path, umask, "--config", tmp_path / "c.yaml")
-    assert {name: mode for name, mode in found.items() if mode != 0o640} == {".": 0o750, "disk": 0o750}
-    assert len(found) == 7
+    assert {name: mode for name, mode in found.items() if mode != 0o640} == dict.fromkeys(FOLDERS, 0o750)
+    assert len(found) == len(FOLDERS) + 5
+
+
+def test_init_makes_a_repository_and_tells_where_it_lies(tmp_path):
+    done = call_pybackup(["init", tmp_path / "repo"])
+    identity = json.loads((tmp_path / "repo" / MARKER).read_bytes())["id"]
+    assert (done.rc, done.stderr) == (0, "")
+    mount_point = run("findmnt", "-n", "-o", "TARGET", "-T", str(tmp_path)).strip()
+    assert f"id {identity[:8]}, on the file system {mount_point} with " in done.stdout
+    assert ("root file system" in done.stdout) == (mount_point == "/")
+    shown = call_pybackup(["init", tmp_path / "second", "--json"]).document
+    assert shown["repository"] == str(tmp_path / "second")
+    assert (shown["copy_of"], shown["file_system"]) == (None, mount_point)
+    assert shown["id"] == json.loads((tmp_path / "second" / MARKER).read_bytes())["id"] != identity
+    assert call_pybackup(["--quiet", "init", tmp_path / "third"]).stdout == ""
+    assert call_pybackup(["list", "--repo", tmp_path / "third"]).rc == 0
+
+
+def test_a_second_init_changes_nothing(tmp_path):
+    night = Night.of(tmp_path)
+    night.full()
+    before = {path: path.stat() for path in night.repository.rglob("*")}
+    for inside in ("", "disk", "disk/new", "new/er"):
+        done = call_pybackup(["init", night.repository / inside])
+        assert (done.rc, len(done.stderr.splitlines())) == (2, 2), done
+    assert {path: path.stat() for path in night.repository.rglob("*")} == before
+
+
+COMMANDS = [
+    ["full", "--image", "disk.qcow2"],
+    ["full", "--image", "disk.qcow2", "--dry-run"],
+    ["incremental", "--image", "disk.qcow2", "--bitmap", "b1"],
+    ["rescan", "--image", "disk.qcow2"],
+    ["audit", "--image", "disk.qcow2"],
+    ["list"],
+    ["show", "disk/latest"],
+    ["restore", "disk/latest", "r.raw"],
+    ["verify"],
+    ["copy", "disk", "other"],
+    ["serve", "disk/latest"],
+    ["files", "disk/latest"],
+    ["get", "disk/latest", "/etc", "etc"],
+    ["status"],
+    ["prune", "--keep-last", "1"],
+    ["pin", "disk/latest"],
+    ["unpin", "disk/latest"],
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_where_no_disk_is_mounted_no_command_makes_a_repository(tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    make_image(tmp_path / "disk.qcow2", "1M")
+    (tmp_path / "mnt").mkdir()
+    before = (tmp_path / "disk.qcow2").read_bytes()
+    for place in ("mnt", "mnt/backup"):
+        done = call_pybackup([*command, "--repo", place], made=False)
+        assert (done.rc, len(done.stderr.splitlines())) == (10, 2), done
+        assert f"pybackup init {place}" in done.stderr
+        (tmp_path / "c.yaml").write_text(
+            f"repository: {place}\nbitmap: b1\nmachines: {{disk: {{disks: {{a: {{image: x}}, b: {{image: y}}}}}}}}\n"
+        )
+        done = call_pybackup(["--config", "c.yaml", *command], made=False)
+        assert (done.rc, len(done.stderr.splitlines())) == (10, 2), done
+    assert sorted(os.listdir(tmp_path)) == ["c.yaml", "disk.qcow2", "mnt"]
+    assert os.listdir(tmp_path / "mnt") == []
+    assert (tmp_path / "disk.qcow2").read_bytes() == before
+
+
+def test_all_machines_of_a_repository_that_is_not_there_are_one_error(tmp_path):
+    (tmp_path / "c.yaml").write_text(
+        "repository: none\nbitmap: b1\nmachines: {a: {disks: {d: {image: a}}}, b: {disks: {d: {image: b}}}}\n"
+    )
+    done = run_pybackup(["--config", tmp_path / "c.yaml", "incremental"], made=False)
+    assert (done.rc, done.stdout, len(done.stderr.splitlines())) == (10, "", 2)
+
+
+REMOTE = ["user@host:/srv/backup", "host:backup", "sftp:host:/srv", "s3:bucket/x", "s3://bucket/x", "nbd://h/e", ":x"]
+
+
+@pytest.mark.parametrize("place", REMOTE)
+def test_what_looks_remote_is_no_folder(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    night = Night.of(tmp_path)
+    night.full()
+    before = sorted(os.listdir(tmp_path))
+    commands = [[*command, "--repo", place] for command in COMMANDS]
+    commands += [["copy", "disk", place, "--repo", "repo"], ["init", place]]
+    commands += [["init", "--copy-of", "repo", place], ["init", "--copy-of", place, "second"]]
+    for command in commands:
+        done = call_pybackup(command, made=False)
+        assert (done.rc, len(done.stderr.splitlines())) == (2, 2), done
+        assert repr(place) in done.stderr
+    (tmp_path / "c.yaml").write_text(f"repository: {place!r}\nmachines: {{}}\n")
+    done = call_pybackup(["--config", "c.yaml", "list"], made=False)
+    assert (done.rc, done.stderr.count("line 1")) == (2, 1), done
+    (tmp_path / "c.yaml").unlink()
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_folder_whose_name_has_a_colon_is_named_by_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Night.of(tmp_path)
+    for place in ("./a:b", str(tmp_path / "c:d"), "sub/e:f"):
+        assert call_pybackup(["init", place]).rc == 0
+        assert call_pybackup(["full", "--image", "disk.qcow2", "--repo", place], made=False).rc == 0
+    assert (tmp_path / "a:b" / MARKER).is_file()
+    (tmp_path / "c.yaml").write_text("repository: ./a:b\n")
+    assert len(call_pybackup(["--config", "c.yaml", "list", "--json"]).document) == 1
+
+
+def test_a_run_removes_what_a_killed_init_left_beside_the_marker(tmp_path):
+    night = Night.of(tmp_path)
+    night.full()
+    (night.repository / f"{MARKER}.0123abcd.tmp").write_text("{")
+    (night.repository / f"{MARKER}.old").write_text("mine")
+    assert call_pybackup(["list", "--repo", night.repository]).rc == 0
+    assert (night.repository / f"{MARKER}.0123abcd.tmp").exists(), "a reader must remove nothing"
+    assert night.incremental().rc == 0
+    assert sorted(path.name for path in night.repository.iterdir() if path.is_file()) == [MARKER, f"{MARKER}.old"]
 
 
 def test_a_set_group_id_folder_keeps_its_bit_and_hands_it_on(tmp_path):
     tmp_path.chmod(0o2755)
-    Repository.open_or_create(tmp_path / "repo", Modes(0o640, 0o750))
+    Repository.create(tmp_path / "repo", Modes(0o640, 0o750))
     assert modes(tmp_path / "repo") == {".": 0o2750, MARKER: 0o640}
 
 
 def test_a_folder_that_holds_other_things_is_never_made_a_repository(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(NotFound):
-        Repository.open_or_create(tmp_path)
+    for there in (tmp_path, tmp_path / "thesis.tex"):
+        done = call_pybackup(["init", there])
+        assert (done.rc, len(done.stderr.splitlines())) == (2, 2), done
     assert os.listdir(tmp_path) == ["thesis.tex"]
+    assert (tmp_path / "thesis.tex").read_text() == "x"
 
 
 def test_a_fresh_file_system_and_what_a_killed_first_run_left_count_as_empty(tmp_path):
     (tmp_path / "lost+found").mkdir()
     (tmp_path / f"{MARKER}.0123abcd.tmp").write_text("{")
-    Repository.open_or_create(tmp_path)
+    Repository.create(tmp_path)
     assert Repository.open(tmp_path).machine_names() == []
 
 
@@ -82,25 +208,28 @@ def test_the_names_of_all_new_folders_last_in_theirs(tmp_path, monkeypatch, ther
         real(fd)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    Repository.open_or_create(tmp_path / "a/b/repo")
+    Repository.create(tmp_path / "a/b/repo")
     new = {"": ["a/b", "a", ""], "a": ["a/b", "a"], "a/b/repo": ["a/b"]}[there]
     assert {str(tmp_path / folder) for folder in new} <= set(synced)
 
 
-def test_first_runs_at_the_same_time_agree_on_one_id(tmp_path):
-    found, start = [], threading.Barrier(8)
+def test_of_several_inits_at_the_same_time_one_makes_the_repository(tmp_path):
+    found, refused, start = [], [], threading.Barrier(8)
 
     def first_run():
         start.wait()
-        found.append(Repository.open_or_create(tmp_path / "repo").identity)
+        try:
+            found.append(Repository.create(tmp_path / "repo").identity)
+        except UsageError as error:
+            refused.append(error)
 
     threads = [threading.Thread(target=first_run) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 8
-    assert set(found) == {Repository.open(tmp_path / "repo").identity}
+    assert (len(found), len(refused)) == (1, 7)
+    assert found == [Repository.open(tmp_path / "repo").identity]
     assert os.listdir(tmp_path / "repo") == [MARKER]
 
 
@@ -109,13 +238,15 @@ def test_a_file_system_without_links_gets_its_marker_too(tmp_path, monkeypatch):
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", no_links)
-    identity = Repository.open_or_create(tmp_path / "repo").identity
-    assert Repository.open_or_create(tmp_path / "repo").identity == identity
+    identity = Repository.create(tmp_path / "repo").identity
+    assert Repository.open(tmp_path / "repo").identity == identity
+    with pytest.raises(UsageError):
+        Repository.create(tmp_path / "repo")
     assert os.listdir(tmp_path / "repo") == [MARKER]
 
 
 def test_the_second_writer_is_told_the_first_ones_host_and_pid(tmp_path):
-    machine = Repository.open_or_create(tmp_path / "repo").machine("web1")
+    machine = Repository.create(tmp_path / "repo").machine("web1")
     with machine.lock(), pytest.raises(Locked, match=rf"host \S+ pid {os.getpid()}\b"), machine.lock():
         pass
 
@@ -133,7 +264,7 @@ def test_a_run_against_a_held_lock_ends_with_11_and_changes_nothing(tmp_path):
 
 
 def test_a_look_whether_other_machines_are_locked_writes_nothing(tmp_path):
-    repository = Repository.open_or_create(tmp_path / "repo")
+    repository = Repository.create(tmp_path / "repo")
     first = repository.machine("web1")
     with first.lock():
         repository.ownership("web1").require_alone()
@@ -145,7 +276,7 @@ def test_a_look_whether_other_machines_are_locked_writes_nothing(tmp_path):
 
 
 def test_a_lock_that_somebody_only_looks_at_is_waited_for(tmp_path):
-    machine = Repository.open_or_create(tmp_path / "repo").machine("web1")
+    machine = Repository.create(tmp_path / "repo").machine("web1")
     with machine.lock():
         pass
     fd = os.open(machine.path / "lock", os.O_RDONLY)
@@ -158,7 +289,7 @@ def test_a_lock_that_somebody_only_looks_at_is_waited_for(tmp_path):
 
 def test_a_killed_holders_lock_is_free(tmp_path):
     path = tmp_path / "repo"
-    Repository.open_or_create(path)
+    Repository.create(path)
     code = (
         "import sys, time; from pathlib import Path; from backup.repository import Repository\n"
         f"with Repository.open(Path({str(path)!r})).machine('web1').lock(): print('held', flush=True); time.sleep(60)"
@@ -174,7 +305,7 @@ def test_a_killed_holders_lock_is_free(tmp_path):
 
 
 def test_a_lock_that_is_a_pipe_or_a_link_holds_up_nothing(tmp_path):
-    machine = Repository.open_or_create(tmp_path / "repo").machine("web1")
+    machine = Repository.create(tmp_path / "repo").machine("web1")
     with machine.lock():
         pass
     (machine.path / "lock").unlink()
@@ -194,7 +325,7 @@ def test_the_lock_holds_on_a_full_disk(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", full)
-    machine = Repository.open_or_create(tmp_path / "repo").machine("web1")
+    machine = Repository.create(tmp_path / "repo").machine("web1")
     with machine.lock(), pytest.raises(Locked), machine.lock():
         pass
 
@@ -202,7 +333,7 @@ def test_the_lock_holds_on_a_full_disk(tmp_path, monkeypatch):
 @pytest.mark.parametrize("failing", [1, 2, 3, 4])
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), Interrupted(15)], ids=["error", "signal"])
 def test_a_publish_that_fails_leaves_no_manifest_behind(tmp_path, monkeypatch, failing, error):
-    machine = Repository.open_or_create(tmp_path / "repo").machine("web1")
+    machine = Repository.create(tmp_path / "repo").machine("web1")
     with machine.lock():
         before = sorted(os.listdir(machine.path))
         calls, real = [], os.fsync
@@ -221,7 +352,7 @@ def test_a_publish_that_fails_leaves_no_manifest_behind(tmp_path, monkeypatch, f
 
 
 def test_publish_syncs_the_folder_before_and_after_the_manifest_gets_its_name(tmp_path, monkeypatch):
-    machine = Repository.open_or_create(tmp_path / "repo").machine("web1")
+    machine = Repository.create(tmp_path / "repo").machine("web1")
     done = []
     real_fsync, real_rename = os.fsync, os.rename
     monkeypatch.setattr(os, "fsync", lambda fd: (done.append(os.readlink(f"/proc/self/fd/{fd}")), real_fsync(fd)))
@@ -361,7 +492,7 @@ def test_a_signal_while_manifests_are_read_is_not_taken_for_a_damaged_one(tmp_pa
     def stopped(*_):
         raise Interrupted(15)
 
-    machine = Repository.open_or_create(tmp_path / "repo").machine("web1")
+    machine = Repository.create(tmp_path / "repo").machine("web1")
     with machine.lock():
         machine.publish(manifest(1, entry(1)))
     monkeypatch.setattr(repository, "read_raw", stopped)
@@ -370,7 +501,7 @@ def test_a_signal_while_manifests_are_read_is_not_taken_for_a_damaged_one(tmp_pa
 
 
 def test_a_point_that_no_reader_would_take_is_not_published(tmp_path):
-    machine = Repository.open_or_create(tmp_path / "repo").machine("web1")
+    machine = Repository.create(tmp_path / "repo").machine("web1")
     with machine.lock():
         before = os.listdir(machine.path)
         with pytest.raises(Damaged):
@@ -387,7 +518,7 @@ def test_a_pipe_with_a_writer_is_no_file_of_the_repository(tmp_path):
 
 
 def test_sequence_is_one_more_than_the_highest(tmp_path):
-    machine = Repository.open_or_create(tmp_path / "repo").machine("web1")
+    machine = Repository.create(tmp_path / "repo").machine("web1")
     with machine.lock():
         for number in (5, 2):
             machine.publish(manifest(number, entry(number)))
@@ -395,7 +526,7 @@ def test_sequence_is_one_more_than_the_highest(tmp_path):
 
 
 def test_a_renamed_manifest_is_damage(tmp_path):
-    machine = Repository.open_or_create(tmp_path / "repo").machine("web1")
+    machine = Repository.create(tmp_path / "repo").machine("web1")
     with machine.lock():
         machine.publish(manifest(1, entry(1))).rename(machine.path / "20261122T010000Z-00000009.json")
     [error] = machine.contents().damaged.values()

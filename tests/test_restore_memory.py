@@ -25,7 +25,7 @@ SIZE = TABLES * 512 * MIB
 def sparse(tmp_path, monkeypatch):
     """A point of 24 GiB with one cluster in every L2 table, restored in windows of 4 tables."""
     monkeypatch.setattr(restore, "_WINDOW", 4 * C // 8)
-    folder = Repository.open_or_create(tmp_path / "repo").machine("m")
+    folder = Repository.create(tmp_path / "repo").machine("m")
     with folder.lock():
         store(folder, 1, None, SIZE, {8192 * n + n: bytes([n + 1]) * C for n in range(TABLES)})
     return folder.path / f"{point_id(1)}.json"

@@ -75,7 +75,8 @@ def worked_example() -> None:
     dirty = {n for e in extents if e["dirty"] for n in range(e["start"], e["start"] + e["length"])}
     check(dirty == set(range(2 << 20, (2 << 20) + CLUSTER)), f"dirty are exactly 65536 bytes at 2097152: {extents}")
 
-    say("A full, a write, and an incremental of the one cluster:")
+    say("A repository, a full, a write, and an incremental of the one cluster:")
+    run("pybackup init backups")
     run("pybackup full --image disk.qcow2 --repo backups --bitmap b1")
     run("qemu-io -f qcow2 -c 'write -P 0x33 512k 512' disk.qcow2")
     run("pybackup incremental --image disk.qcow2 --repo backups --bitmap b1")

@@ -19,12 +19,13 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
 import backup
-from backup.cli import backups, inside, points, process, render
+from backup.cli import backups, inside, points, process, render, repositories
 from backup.cli.state import COMMON, explained, fail, given_twice, options, show_error
 from backup.cli.streams import ReaderGone
 from backup.errors import Failed, Interrupted, UsageError
 
 COMMANDS: dict[str, Callable[..., None]] = {
+    "init": repositories.init,
     "full": backups.full,
     "incremental": backups.incremental,
     "rescan": backups.rescan,

@@ -5,6 +5,7 @@ The commands that look at disks: full, incremental, rescan, audit, map; and clea
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from backup.cli import find, render
-from backup.cli.find import path_of
+from backup.cli.find import folder_of, path_of
 from backup.cli.parameters import (
     AgentSocket,
     BitmapName,
@@ -119,13 +120,17 @@ def _back_up(wanted: str, *, repo: str | None, **parameters: Any) -> None:
     config = find.config()
     given = requests.Options.of(wanted, **parameters)
     find.require_format(given.image_format)
-    made = requests.make_requests(given, config)
-    path = settings.repository_path(path_of(repo), config)
+    path = settings.repository_path(folder_of(repo), config)
     modes = settings.modes(config)
 
     def open_repository() -> Repository:
-        return (Repository.open_or_imagine if given.dry_run else Repository.open_or_create)(path, modes)
+        return Repository.open(path, modes)
 
+    if not given.dry_run:
+        with suppress(BackupError):  # what is wrong with the command is said before a repository that is missing
+            open_repository().tidy()
+    made = requests.make_requests(given, config)
+    open_repository()  # where there is none, one error is enough for all machines
     outcomes = []
     unshown: Exception | None = None
     for request in made:
@@ -223,7 +228,7 @@ def _audit(*, repo: str | None, **parameters: Any) -> None:
     given = requests.Options.of("audit", **parameters)
     find.require_format(given.image_format)
     made = requests.make_requests(given, config)
-    repository = find.repository(path_of(repo))
+    repository = find.repository(folder_of(repo))
     outcomes = []
     for request in made:
         outcome = _audit_one(repository, request)
@@ -317,7 +322,7 @@ def clean(
     from backup.sources.base import Freeze
     from backup.sources.running import Running
 
-    repository = find.repository(path_of(repo))
+    repository = find.repository(folder_of(repo))
     known = path_of(agent) or requests.agent_of(Path(qmp), find.config_or_default())
     with Running(Path(qmp), [], freeze=Freeze(known)) as host:
         removed = list(host.recover(repository.ownership(None)))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from backup.cli.state import options
 from backup.errors import Damaged, NotFound, UsageError
+from backup.names import check_folder
 
 if TYPE_CHECKING:
     from backup.config import Config
@@ -114,3 +115,15 @@ def points(what: Sequence[str], repo: Path | None) -> list[tuple[Machine, list[s
 def path_of(text: str | None) -> Path | None:
     """A path, where one was given."""
     return None if text is None else Path(text)
+
+
+def folder_of(text: str | None) -> Path | None:
+    """
+    A repository's folder, where one was given.
+
+    Raises
+    ------
+    UsageError
+        The text looks remote.
+    """
+    return None if text is None else Path(check_folder(text))

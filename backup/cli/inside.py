@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from backup.cli import find, render
-from backup.cli.find import path_of
+from backup.cli.find import folder_of, path_of
 from backup.cli.parameters import (
     Filesystem,
     Manifest_,
@@ -42,7 +42,7 @@ def serve(
     from backup import serve as serving
 
     where = serving.address(path_of(socket), port, bind)
-    machine, found = find.point(manifest, path_of(repo))
+    machine, found = find.point(manifest, folder_of(repo))
     name = serving.choose_disk(found, disk)
     with serving.serving(machine, found.point, name, where, writable=writable) as served:
         try:
@@ -75,7 +75,7 @@ def files(
     from backup.serve import choose_disk
 
     guestfiles.absolute(path)
-    machine, found = find.point(manifest, path_of(repo))
+    machine, found = find.point(manifest, folder_of(repo))
     with guestfiles.opened(machine, found.point, choose_disk(found, disk), filesystem) as guest:
         entries = guest.list(path)
     _warn(guest.unmounted)
@@ -98,7 +98,7 @@ def get(
     from backup import guestfiles
     from backup.serve import choose_disk
 
-    machine, found = find.point(manifest, path_of(repo))
+    machine, found = find.point(manifest, folder_of(repo))
     target = guestfiles.target_of(path, Path(dest))
     guestfiles.require_new(target)
     with guestfiles.opened(machine, found.point, choose_disk(found, disk), filesystem) as guest:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from backup.cli import find, render
-from backup.cli.find import path_of
+from backup.cli.find import folder_of
 from backup.cli.parameters import (
     DryRun,
     Limit,
@@ -26,6 +26,7 @@ from backup.cli.parameters import (
 )
 from backup.cli.state import common_code, explained, options, show_error
 from backup.errors import WARNINGS_EXIT_CODE, BackupError, NotFound, UsageError
+from backup.names import check_folder
 
 if TYPE_CHECKING:
     from backup.manifest import Manifest
@@ -50,7 +51,7 @@ def list_(machines: MachineNames = None, repo: Repo = None) -> None:
     """List the points that there are."""
     found: list[tuple[Manifest, Path]] = []
     damaged = False
-    for machine in find.machines(find.repository(path_of(repo)), machines):
+    for machine in find.machines(find.repository(folder_of(repo)), machines):
         contents = machine.contents()
         for error in contents.damaged.values():
             damaged = True
@@ -71,7 +72,7 @@ def show(
     """Show a point.  Its disks, where they came from, and their chains."""
     from backup import chain as chains
 
-    machine, found = find.point(manifest, path_of(repo))
+    machine, found = find.point(manifest, folder_of(repo))
     contents = machine.contents()
     links: dict[str, list[str] | BackupError] = {}
     for disk in found.disks:
@@ -104,7 +105,7 @@ def restore(
     from backup.cli import settings
 
     find.require_format(format_)
-    machine, found = find.point(manifest, path_of(repo))
+    machine, found = find.point(manifest, folder_of(repo))
     config = find.config_or_default()
     # Not the configuration's limit: on the day of a restore everybody waits for it.
     workers, most = settings.workers(config), None if limit is None else settings.limit(limit, config)
@@ -155,7 +156,7 @@ def verify(
     choice = _choice(older_than, sample, deep=deep)
     found: list[Verified] = []
     with render.progress(wanted=not options.quiet) as progress:
-        for machine, points in find.points(what or [], path_of(repo)):
+        for machine, points in find.points(what or [], folder_of(repo)):
             progress.begin(machine.name, verifying.stored_bytes(machine, points, choice, deep=deep))
             found.append(
                 verifying.verify_machine(
@@ -202,7 +203,7 @@ def _choice(older_than: str | None, sample: str | None, *, deep: bool) -> Choice
 
 def copy_(
     what: Annotated[str, typer.Argument(metavar="MACHINE[/POINT]", help="A machine, or a point and its chain.")],
-    other: Annotated[str, typer.Argument(metavar="OTHER-REPOSITORY", help="A new folder, or an earlier copy.")],
+    other: Annotated[str, typer.Argument(metavar="OTHER-REPOSITORY", help="A folder that `init --copy-of` made.")],
     repo: Repo = None,
     limit: Limit = None,
     dry_run: DryRun = False,
@@ -213,14 +214,16 @@ def copy_(
     from backup.repository import Repository
     from backup.verify import exit_code
 
-    [(machine, points)] = find.points([what], path_of(repo))
+    [(machine, points)] = find.points([what], folder_of(repo))
     config = find.config_or_default()
     most = settings.limit(limit, config)
     source = Repository.open(machine.path.parent)
     contents = machine.contents()
     if not contents.manifests and not contents.damaged:
         raise NotFound(f"machine {machine.name} has no point", hint="see: `pybackup list`")
-    place = replicate.open_second(Path(other), source, settings.modes(config), dry_run=dry_run)
+    place = replicate.open_second(Path(check_folder(other)), source, settings.modes(config))
+    if not dry_run:
+        place.tidy()
     second, point = place.machine(machine.name), points[0] if points else None
     began = time.monotonic()
     if dry_run:
@@ -260,7 +263,7 @@ def status(
 
     limits = states.Limits(datetime.now(UTC), None if max_age is None else parse_duration(max_age))
     config = find.config() if repo is None else find.config_or_default()
-    repository = find.repository(path_of(repo))
+    repository = find.repository(folder_of(repo))
     expected = settings.expected_disks(config, repository.path)
     names = machines or sorted({*repository.machine_names(), *expected})
     found = []
@@ -313,7 +316,7 @@ def prune(
     }
     config = find.config() if repo is None else find.config_or_default()
     given = pruning.Keep.of(counts, keep_within, batch)
-    path = settings.repository_path(path_of(repo), config)
+    path = settings.repository_path(folder_of(repo), config)
     chosen = [(name, given.retention(config, name)) for name in _names(path, machines)]
     outcomes: list[PruneReport | BackupError] = []
     objects = []
@@ -364,7 +367,7 @@ def unpin(manifest: Manifest_, repo: Repo = None) -> None:
 def _set_pin(manifest: str, repo: str | None, *, pinned: bool) -> None:
     from backup import prune as pruning
 
-    machine, found = find.point(manifest, path_of(repo))
+    machine, found = find.point(manifest, folder_of(repo))
     changed = pruning.set_pin(machine, found.point, pinned=pinned)
     if options.json:
         render.document({"machine": found.machine, "point": found.point, "pinned": pinned, "changed": changed})
