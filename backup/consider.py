@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from backup import chain as chains
 from backup import copier, datafile, decide
 from backup.chain import Chain
-from backup.decide import Claim, Decision, Sight
+from backup.decide import Claim, Decision, Refusal, Sight
 from backup.errors import BackupError, Damaged, NotFound, SourceError, UsageError
 from backup.manifest import Manifest
 from backup.memory import known_damage, recall
@@ -78,9 +78,19 @@ class Considered:
     decision: Decision
 
 
-def consider(machine: Machine, contents: Contents, request: Request, disk: DiskRequest, short_id: str) -> Considered:
+def consider(
+    machine: Machine,
+    contents: Contents,
+    request: Request,
+    disk: DiskRequest,
+    short_id: str,
+    *,
+    refusal: Refusal | None = None,
+) -> Considered:
     """
     Look at a disk and decide what its backup can be; `short_id` is of the repository.
+
+    `refusal`: why a new bitmap could not be started a moment ago.
 
     Raises
     ------
@@ -109,6 +119,7 @@ def consider(machine: Machine, contents: Contents, request: Request, disk: DiskR
         claim=disk.claim,
         unusable=request.unusable,
         was=None if newest is None else _other_disk(disk, newest, sight),
+        refusal=refusal,
     )
     return Considered(sight, last, decision)
 

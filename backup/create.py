@@ -28,7 +28,7 @@ from backup import content, copier, datafile, decide, plan, qcow2, spotcheck
 from backup.chain import Chain
 from backup.consider import DiskRequest, Request, consider
 from backup.content import Content, Rescanned
-from backup.decide import Decision, Sight
+from backup.decide import Decision, Refusal, Sight
 from backup.errors import BackupError, BitmapUnusable, Damaged, Interrupted, NotFound, SourceError
 from backup.exchange import settle
 from backup.manifest import (
@@ -47,7 +47,7 @@ from backup.progress import Progress
 from backup.qemu.nbd import Export
 from backup.repository import Contents, Machine, Repository
 from backup.sample import Reservoir
-from backup.sources.base import Moment, Moved, Opened, Source, Wish
+from backup.sources.base import Moment, Moved, NotStarted, Opened, Source, Wish
 
 _log = logging.getLogger(__name__)
 
@@ -97,6 +97,12 @@ class _Disk:
     decision: Decision
     started: str | None
     """The bitmap that records since the new point, where one is started."""
+    why_none: str | None
+    """Why none is started, where one was wanted and the disk's bitmaps are ours."""
+    warned: bool
+    """Is that a reason which lasts, and did an earlier point warn of it?"""
+    refused: bool
+    """Was the reason found only when the bitmap was to be added?"""
     granularity: int | None = None
     """Bytes; of `started`, known once it is there."""
 
@@ -148,6 +154,8 @@ def create(open_repository: Callable[[], Repository], request: Request, progress
     """
     repository = open_repository()
     machine = repository.machine(request.machine)
+    if not machine.exists():
+        _require_sources(machine, repository.identity, request, progress)
     if request.dry_run:
         with request.host:
             # A broken chain is a warning of a rehearsal, too.
@@ -167,6 +175,16 @@ def create(open_repository: Callable[[], Repository], request: Request, progress
     except Interrupted as stopped:
         stopped.hint = _after_stop(request.machine, run)
         raise
+
+
+def _require_sources(machine: Machine, repository: str, request: Request, progress: Progress) -> None:
+    """
+    Make sure that the disks of a new machine can be opened and backed up, before its folder is made.
+
+    A mistyped image must leave no machine behind.
+    """
+    with request.host:
+        _Run(machine, Contents({}, {}), repository, request, progress).require_disks()
 
 
 def _after_stop(machine: str, run: _Run | None) -> str:
@@ -192,9 +210,22 @@ class _Run:
         self.published: Path | None = None
         self.warnings = [f"{name} is left out: {error.message}" for name, error in contents.damaged.items()]
         self.notes: list[str] = []
+        self.refusals: dict[str, Refusal] = {}
+        """By disk: why a bitmap could not be started in an earlier attempt of this run."""
 
     def _new_point(self) -> str:
         return new_point_id(self.started_at, os.urandom(4).hex())
+
+    def require_disks(self) -> None:
+        """
+        Look at all disks, and change nothing.
+
+        Raises
+        ------
+        BackupError
+            One of them cannot be backed up.
+        """
+        self._decided(start_bitmaps=False)
 
     def rehearse(self) -> Report:
         """Plan as a real run would, and change nothing."""
@@ -208,13 +239,18 @@ class _Run:
         Take the backup.
 
         A machine could start, write and stop between steps 1 and 2.  Then N's bitmap is not clean, or the image looks
-        another, and both steps are done again.
+        another, and both steps are done again.  They are also done again where a bitmap could not be started: a disk
+        without room for one is backed up without it.
         """
-        for _ in range(_SETTLE_TRIES):
+        moves = 0
+        while moves < _SETTLE_TRIES:
             try:
                 return self._attempt()
             except Moved as moved:
                 _log.info("%s: %s; once more", self.request.machine, moved.message)
+                moves += 1
+            except NotStarted as refused:  # which happens twice at most for each disk
+                _log.info("%s: %s; once more", self.request.machine, refused.message)
             # A copy of the image may hold this try's bitmap, which must not be taken for one of the next try's point.
             self.point = self._new_point()
         raise SourceError(
@@ -228,12 +264,38 @@ class _Run:
             with self._instant(disks) as moment:
                 jobs = [self._plan(disk, opened, moment) for disk, opened in zip(disks, moment.disks, strict=True)]
                 stored = self._store_and_publish(jobs, moment)
+        except NotStarted as refused:
+            self._refused(disks[refused.number], refused)
+            raise
         finally:
             if self.published is None:
                 _forget(disks)
         disks = [each.disk for each in stored]
         self._retire(disks)
         return self._report(disks, [each.report for each in stored], moment)
+
+    def _refused(self, disk: _Disk, refused: NotStarted) -> None:
+        """
+        Remember why a disk gets no bitmap.
+
+        Where the attempt made bitmaps of ours inconsistent, their removal may leave room for the new one: once.
+        """
+        earlier = self.refusals.get(disk.name)
+        lost = disk.decision.read if earlier is None else earlier.lost
+        again = earlier is None and not refused.lasting and self._removed_inconsistent(disk)
+        self.refusals[disk.name] = Refusal(refused.why, refused.lasting, lost, final=not again)
+
+    def _removed_inconsistent(self, disk: _Disk) -> bool:
+        """Remove our bitmaps that can continue nothing any more; was there one?"""
+        try:
+            found = [bitmap.name for bitmap in disk.source.look().bitmaps if bitmap.inconsistent]
+            useless = decide.own_bitmaps(found, self._short_id, keep=None)
+            for name in useless:
+                disk.source.remove_bitmap(name)
+        except BackupError as error:
+            _log.info("%s/%s: %s", self.request.machine, disk.name, error.message)
+            return False
+        return bool(useless)
 
     def _instant(self, disks: Sequence[_Disk]) -> AbstractContextManager[Moment]:
         return self.request.host.instant(
@@ -272,12 +334,32 @@ class _Run:
         return changed
 
     def _decide(self, disk: DiskRequest, *, start_bitmaps: bool) -> _Disk:
-        seen = consider(self.machine, self.contents, self.request, disk, self._short_id)
+        refusal = self.refusals.get(disk.name)
+        seen = consider(self.machine, self.contents, self.request, disk, self._short_id, refusal=refusal)
         sight, decision = seen.sight, seen.decision
         self._require_writable(sight, decision)
-        starts = start_bitmaps and self.request.family and disk.source.why_no_bitmap(sight) is None
-        started = decide.bitmap_name(self.request.family or "", self._short_id, self.point) if starts else None
-        return _Disk(disk, sight, decision, started)
+        given_up = refusal if refusal is not None and refusal.final else None
+        never = disk.source.why_no_bitmap(sight)
+        why_none = never or (given_up.why if given_up else None)
+        starts = start_bitmaps and self.request.family and why_none is None
+        wanted = self.request.family and disk.source.owns_bitmaps
+        return _Disk(
+            disk,
+            sight,
+            decision,
+            started=decide.bitmap_name(self.request.family or "", self._short_id, self.point) if starts else None,
+            why_none=why_none if wanted else None,
+            warned=why_none is not None
+            and (given_up is None or given_up.lasting)
+            and decide.warned(self._entries(disk.name, sight.kind), why_none, refused=given_up is not None),
+            refused=given_up is not None,
+        )
+
+    def _entries(self, disk: str, kind: str) -> list[DiskEntry]:
+        """The disk's entries that were read from a source of this kind, from the oldest."""
+        held = sorted(self.contents.manifests.values(), key=lambda manifest: manifest.sequence)
+        entries = [entry for manifest in held if (entry := manifest.disk(disk)) is not None]
+        return [entry for entry in entries if entry.source.kind == kind]
 
     def _require_writable(self, sight: Sight, decision: Decision) -> None:
         """Refuse a disk that no data file can hold; its clusters are the chain's, and only a full's the configured."""
@@ -449,7 +531,9 @@ class _Run:
             size=planned.size,
             identity=os.urandom(16).hex(),
             parent=None if parent is None else Parent(parent.newest.point, parent.newest.entry.identity),
-            bitmap=BitmapRecord(disk.decision.read, disk.started, disk.granularity, disk.decision.claimed),
+            bitmap=BitmapRecord(
+                disk.decision.read, disk.started, disk.granularity, disk.decision.claimed, disk.why_none
+            ),
             data=data,
             bytes=ByteCounts(totals.dirty, totals.data, totals.zero, found_zero, data.size),
             source=SourceRecord(
@@ -463,9 +547,14 @@ class _Run:
         )
 
     def _retire(self, disks: Sequence[_Disk]) -> None:
-        """Step 4: N is published, so that its bitmap alone is needed."""
+        """
+        Step 4: N is published, so that its bitmap alone is needed.
+
+        An image that takes no new bitmap is left alone: QEMU would store all other programs' bitmaps anew, and may lose
+        them where it has no room.  A later run removes ours.
+        """
         for disk in disks:
-            if disk.source.owns_bitmaps:
+            if disk.source.owns_bitmaps and not disk.refused:
                 names = [bitmap.name for bitmap in disk.sight.bitmaps]
                 for name in decide.own_bitmaps(names, self._short_id, keep=disk.started):
                     try:
@@ -477,9 +566,12 @@ class _Run:
         self.warnings.extend(moment.warnings)
         self.notes.extend(moment.notes)
         for disk in disks:
-            if disk.decision.fallback:
+            if disk.decision.fallback and not (disk.decision.unavoidable and disk.warned):
                 why = disk.decision.reason.removeprefix("rescan: ")
                 self.warnings.append(f"disk {disk.name}: {disk.decision.way} instead of {self.request.wanted}: {why}")
+            if disk.refused and not disk.warned:
+                then = f"the next backup is a {self.request.unusable}"
+                self.warnings.append(f"disk {disk.name}: no bitmap was started: {disk.why_none}; {then}")
             if disk.started is not None and disk.decision.kind == decide.FULL and disk.sight.volatile:
                 then = f"the first backup after a restart of the machine is a {self.request.unusable}"
                 self.warnings.append(f"disk {disk.name}: {disk.sight.volatile}, so that {then}")
@@ -496,14 +588,13 @@ class _Run:
 
 def _note(disk: _Disk, request: Request) -> list[str]:
     family = request.family
-    why_not = disk.source.why_no_bitmap(disk.sight)
     if not disk.source.owns_bitmaps:
         return []
     if family is None:
         why = f"no bitmap was named, so none is started: the next backup is a {request.unusable} (--bitmap NAME)"
         return [f"disk {disk.name}: {why}"]
-    if why_not is not None:
-        return [f"disk {disk.name}: bitmap {family} cannot be started: {why_not}"]
+    if disk.why_none is not None and not disk.refused and not disk.warned:
+        return [f"disk {disk.name}: bitmap {family} cannot be started: {disk.why_none}"]
     return []
 
 

@@ -10,7 +10,7 @@ full.  Each with its reason.  Pure functions over values.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from backup.chain import Chain
@@ -18,6 +18,7 @@ from backup.errors import BackupError
 from backup.manifest import POINT_PATTERN, DiskEntry, LowerFile
 
 FULL, INCREMENTAL, RESCAN = "full", "incremental", "rescan"
+_FIRST = "first point of this disk"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,21 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True)
+class Refusal:
+    """
+    Why a new bitmap could not be started on a disk in this run.
+
+    `lasting`: the reason is a property of the disk, and every run meets it.  `lost` names the bitmap that continued the
+    newest point until the attempt, which may have cost it.  `final`: no further attempt is made.
+    """
+
+    why: str
+    lasting: bool
+    lost: str | None
+    final: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Decision:
     """
     What one disk's backup will be.
@@ -74,6 +90,7 @@ class Decision:
     `kind` is FULL or INCREMENTAL.  `fallback` is true where there was a point to continue, and it could not be in the
     way that was wanted; `first` where there was none.  `parent` is set for an incremental only, and with it either
     `read`, the exact name of the bitmap that says what changed, or `rescan`: all is read and compared with the parent.
+    `unavoidable`: it is a fallback, and no night of this disk can be anything else.
     """
 
     kind: str
@@ -84,6 +101,7 @@ class Decision:
     read: str | None = None
     claimed: bool = False
     rescan: bool = False
+    unavoidable: bool = False
 
     @property
     def way(self) -> str:
@@ -119,6 +137,7 @@ def decide(
     claim: Claim,
     unusable: str = RESCAN,
     was: str | None = None,
+    refusal: Refusal | None = None,
 ) -> Decision:
     """
     Decide one disk's backup.
@@ -133,11 +152,13 @@ def decide(
         FULL or RESCAN: what an incremental becomes where the chain is sound and no bitmap continues it.
     was : str or None
         The other disk of the newest point that this image was then.  All disks' bitmaps of one point have one name.
+    refusal : Refusal or None
+        Why a new bitmap could not be started a moment ago.
     """
     if wanted == FULL:
         return Decision(FULL, "asked for")
     if last is None:
-        return Decision(FULL, "first point of this disk" + _and_then(sight, unusable), first=True)
+        return Decision(FULL, _FIRST + _and_then(sight, unusable, refusal), first=True)
     if isinstance(last, BackupError):
         return broken(last)
     if len(last.links) >= max_chain:
@@ -147,11 +168,12 @@ def decide(
     if sight.kind == "nbd":
         return _decide_claim(sight, last, claim, unusable)
     name = bitmap_name(family or "", short_id, last.newest.point)
-    why_not = _why_not(sight, last.newest.entry, name, short_id)
+    why_not = _why_not(sight, last.newest.entry, name, short_id, refusal)
     if why_not is None and was is not None:
         why_not = f"bitmap {name} is of disk {was}, which {sight.path} was at the newest point"
     if why_not is not None:
-        return instead(why_not, last, unusable)
+        never = _never(why_not, sight, last.newest.entry, refusal)
+        return replace(instead(why_not, last, unusable), unavoidable=never)
     return Decision(INCREMENTAL, f"changes since {last.newest.point}", parent=last, read=name)
 
 
@@ -160,6 +182,23 @@ def instead(why: str, last: Chain, unusable: str) -> Decision:
     if unusable == RESCAN:
         return Decision(INCREMENTAL, f"rescan: {why}", fallback=True, parent=last, rescan=True)
     return Decision(FULL, why, fallback=True)
+
+
+def warned(before: Sequence[DiskEntry], why: str, *, refused: bool) -> bool:
+    """
+    Did an earlier point give the user the warning that the disk has no bitmap, for the same reason?
+
+    Parameters
+    ----------
+    before : sequence of DiskEntry
+        The disk's entries, from the oldest, of the same kind of source.
+    refused : bool
+        Whether the reason appeared only when the bitmap was to be added; then the first full warns of it already, and
+        what counts is the newest point: storage can become read-only for a second time.
+    """
+    if refused:
+        return bool(before) and before[-1].bitmap.why_none == why
+    return any(entry.bitmap.why_none == why and why in entry.reason and _FIRST not in entry.reason for entry in before)
 
 
 def broken(error: BackupError) -> Decision:
@@ -190,8 +229,8 @@ def why_lied(bitmap: str, point: str, differing: int, checked: int, offset: int)
     )
 
 
-def _and_then(sight: Sight, unusable: str) -> str:
-    why = sight.unseen_writes or sight.no_bitmaps
+def _and_then(sight: Sight, unusable: str, refusal: Refusal | None) -> str:
+    why = sight.unseen_writes or sight.no_bitmaps or (refusal.why if refusal and refusal.lasting else None)
     later = "a full as well" if unusable == FULL else f"a {unusable}"
     return f"; every later one is {later}: {why}" if why else ""
 
@@ -208,17 +247,29 @@ def _decide_claim(sight: Sight, last: Chain, claim: Claim, unusable: str) -> Dec
     return Decision(INCREMENTAL, why, parent=last, read=claim.bitmap, claimed=True)
 
 
-def _why_not(sight: Sight, parent: DiskEntry, name: str, short_id: str) -> str | None:
+def _never(why_not: str, sight: Sight, parent: DiskEntry, refusal: Refusal | None) -> bool:
+    """Is the reason one that every night of this disk has, as far as the disk and its newest point tell?"""
+    if why_not in {sight.unseen_writes, sight.no_bitmaps}:
+        return True
+    same = refusal is not None and refusal.lasting and parent.bitmap.why_none == refusal.why
+    return same and why_not == _made_without(parent)
+
+
+def _why_not(sight: Sight, parent: DiskEntry, name: str, short_id: str, refusal: Refusal | None) -> str | None:
     """Why the bitmap `name` cannot continue the parent point; None when it can."""
     if sight.unseen_writes or sight.no_bitmaps:
         return sight.unseen_writes or sight.no_bitmaps
     if sight.lower != parent.source.lower:
         return _lower_changed(parent.source.lower, sight.lower)
     bitmap = sight.bitmap(name)
+    if refusal is not None and refusal.lost == name and (bitmap is None or bitmap.inconsistent):
+        return f"bitmap {name} was lost when QEMU tried to add a new one: {refusal.why}"
     if bitmap is None:
         return _why_missing(sight, parent, name, short_id)
     if bitmap.inconsistent:
-        return f"bitmap {name} is inconsistent: QEMU was killed or crashed while it recorded"
+        return (
+            f"bitmap {name} is inconsistent: QEMU was killed or crashed while it recorded, or had no room to store it"
+        )
     if not bitmap.recording:
         return f"bitmap {name} is disabled: writes since then were not recorded"
     if bitmap.busy:
@@ -236,7 +287,7 @@ def _why_not(sight: Sight, parent: DiskEntry, name: str, short_id: str) -> str |
 
 def _why_missing(sight: Sight, parent: DiskEntry, name: str, short_id: str) -> str:
     if parent.bitmap.started is None:
-        return "the newest point was made without starting a bitmap"
+        return _made_without(parent)
     if name in sight.lower_bitmaps:
         return f"bitmap {name} is only in a backing file: writes to the image above it were not recorded"
     others = own_bitmaps((bitmap.name for bitmap in sight.bitmaps), short_id, keep=None)
@@ -247,6 +298,11 @@ def _why_missing(sight: Sight, parent: DiskEntry, name: str, short_id: str) -> s
     if sight.volatile:
         return f"bitmap {name} is missing: {sight.volatile}, and it was restarted; or someone removed it"
     return f"bitmap {name} is missing: it was removed, QEMU was killed, or the image was replaced or rolled back"
+
+
+def _made_without(parent: DiskEntry) -> str:
+    why = f": {parent.bitmap.why_none}" if parent.bitmap.why_none else ""
+    return f"the newest point was made without starting a bitmap{why}"
 
 
 def _lower_changed(before: tuple[LowerFile, ...], now: tuple[LowerFile, ...]) -> str:

@@ -58,13 +58,15 @@ class BitmapRecord:
 
     `read` is the bitmap it was planned from, `started` the one that records since this point; exact names or None.
     `granularity` is in bytes; None where the server does not say.  `claimed` is true where the user said which point
-    `read` starts from (--since) and no name proves it.
+    `read` starts from (--since) and no name proves it.  `why_none` says why a bitmap that was wanted does not record
+    since this point; None where one does, or none was wanted.
     """
 
     read: str | None
     started: str | None
     granularity: int | None
     claimed: bool
+    why_none: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -380,6 +382,7 @@ def _bitmap(fields: Fields) -> BitmapRecord:
         started=fields.optional_text("started"),
         granularity=fields.number("granularity", 1, _MAX_GRANULARITY) if fields.has("granularity") else None,
         claimed=fields.take("claimed", bool),
+        why_none=fields.optional("why_none", str),
     )
 
 

@@ -107,6 +107,37 @@ def test_something_else_than_a_file_as_image_is_refused_at_once(tmp_path, make):
 
 
 @pytest.mark.parametrize(
+    "source",
+    [
+        ["--image", "nope.qcow2"],
+        ["--nbd", "nbd+unix:///nope?socket=/nowhere/nope"],
+        ["--qmp", "/nowhere/nope", "--node", "nope"],
+        ["--image", "nope.vmdk"],
+        ["--image", "huge.qcow2"],
+    ],
+    ids=["image", "nbd", "qmp", "foreign", "too-large"],
+)
+@pytest.mark.parametrize("wanted", ["full", "incremental", "rescan"])
+def test_a_source_that_cannot_be_opened_leaves_no_machine(copied, tmp_path, monkeypatch, wanted, source):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nope.vmdk").write_bytes(b"KDMV" + bytes(1000))
+    make_image(tmp_path / "huge.qcow2", "9T")
+    (tmp_path / "c.yaml").write_text("cluster_size: 4K\n")
+    before = tree(copied.repository), sorted(os.listdir(copied.repository))
+    given = [*source, "--machine", "other", "--bitmap", "b1", "--repo", copied.repository]
+    done = call_pybackup(["--config", tmp_path / "c.yaml", wanted, *given])
+    require_two_lines(done, 13, 2)
+    assert (tree(copied.repository), sorted(os.listdir(copied.repository))) == before
+    assert call_pybackup(["status", "--repo", copied.repository]).rc == 0
+
+
+def test_a_first_backup_that_no_fallback_forbids_leaves_no_machine(copied):
+    before = sorted(os.listdir(copied.repository))
+    assert copied.incremental("--machine", "other", "--no-fallback").rc == 14
+    assert sorted(os.listdir(copied.repository)) == before
+
+
+@pytest.mark.parametrize(
     "content",
     [
         b"\0" * 100,

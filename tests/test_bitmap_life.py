@@ -6,6 +6,7 @@ Each story ends in a restore that cmp finds identical with the image.  See share
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -454,6 +455,23 @@ def test_a_raw_image_is_always_read_whole_and_says_so(tmp_path):
     night.require_fallback("a raw image cannot hold dirty bitmaps")
 
 
+def test_a_disk_that_can_never_hold_a_bitmap_is_a_warning_once(tmp_path):
+    image = tmp_path / "disk.raw"
+    image.write_bytes(os.urandom(MIB))
+    night = Night(image, tmp_path / "repo")
+    assert night.incremental().rc == 0
+    night.require_fallback("a raw image cannot hold dirty bitmaps")
+    for number in range(2):
+        write(image, f"write -P {number + 1} 100k 3k", image_format="raw")
+        done = night.incremental()
+        assert (done.rc, done.stderr, done.disk["rescan"]) == (0, "", True), done
+        assert "a raw image cannot hold dirty bitmaps" in done.disk["reason"]
+        assert night.full().rc == 0
+    assert night.incremental("--no-fallback").rc == 14
+    assert night.incremental("--dry-run").rc == 0
+    night.require_restored()
+
+
 def test_a_qcow2_of_version_2_is_always_read_whole(tmp_path):
     night = Night.of(tmp_path, "4M", "-o", "compat=0.10")
     night.full()
@@ -538,6 +556,206 @@ def test_a_raw_image_that_begins_with_a_qcow2_header_one_night_is_refused(tmp_pa
     restored = tmp_path / "restored"
     assert call_pybackup(["restore", "disk/latest", restored, "--repo", night.repository]).rc == 0
     require_identical(image, restored)
+
+
+# Images that take no new bitmap
+
+needs_mounts = pytest.mark.skipif(os.geteuid() != 0, reason="mounts file systems")
+needs_loops = pytest.mark.skipif(
+    os.geteuid() != 0 or not os.path.exists("/dev/loop-control"), reason="needs root and loop devices"
+)
+
+
+@pytest.fixture
+def small_storage(tmp_path) -> Iterator[Night]:
+    """A night whose image lies on a file system of 6 MiB."""
+    (tmp_path / "store").mkdir()
+    run("mount", "-t", "tmpfs", "-o", "size=6M", "tmpfs", tmp_path / "store")
+    try:
+        image = make_image(tmp_path / "store" / "disk.qcow2", "16M")
+        write(image, "write -P 1 0 3M")
+        found = Night(image, tmp_path / "repo")
+        found.full()
+        write(image, "write -P 2 1M 64k")
+        yield found
+    finally:
+        run("umount", tmp_path / "store")
+
+
+def fill(folder: Path) -> Path:
+    """Leave no byte free."""
+    with (folder / "other").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    return folder / "other"
+
+
+@needs_mounts
+def test_full_storage_costs_neither_the_night_nor_the_bitmaps_that_are_there(small_storage):
+    night = small_storage
+    bitmap(night.image, "--add", "someone-elses")
+    other = fill(night.image.parent)
+    name = night.own_bitmap
+    done = night.incremental()
+    assert (done.rc, done.disk["kind"], done.disk["rescan"]) == (3, "incremental", False), done
+    assert "no bitmap was started: the image's storage has no room for it (0 bytes are free" in done.stderr
+    night.require_restored()
+    assert bitmaps(night.image) == {name: ["auto"], "someone-elses": ["auto"]}
+    assert "no room" in night.newest["disks"][0]["bitmap"]["why_none"]
+    done = night.incremental()
+    assert (done.rc, done.disk["rescan"]) == (3, True)
+    assert "the newest point was made without starting a bitmap: the image's storage has no room" in done.disk["reason"]
+    other.unlink()
+    done = night.incremental()
+    assert (done.rc, done.disk["rescan"]) == (3, True)
+    assert set(bitmaps(night.image)) == {night.own_bitmap, "someone-elses"}
+    night.require_incremental()
+
+
+@needs_mounts
+def test_a_bitmap_that_qemu_loses_on_full_storage_does_not_cost_the_night(small_storage, monkeypatch):
+    """The file system said that there is room: a quota, say.  qemu-img ends with 0, and all bitmaps are in use."""
+    night = small_storage
+    fill(night.image.parent)
+    monkeypatch.setattr(images, "require_room", lambda *_: None)
+    name = night.own_bitmap
+    done = night.incremental()
+    assert (done.rc, done.disk["rescan"]) == (3, True), done
+    assert f"bitmap {name} was lost when QEMU tried to add a new one: the image's storage has no room" in done.stderr
+    night.require_restored()
+    assert bitmaps(night.image) == {night.own_bitmap: ["auto"]}, "the lost one's place was enough"
+    (night.image.parent / "other").unlink()
+    night.require_incremental()
+
+
+@needs_loops
+def test_a_volume_with_room_for_one_bitmap_is_backed_up_every_night(tmp_path):
+    volume = tmp_path / "volume"
+    volume.write_bytes(b"")
+    os.truncate(volume, 3473408)
+    device = Path(run("losetup", "-f", "--show", volume).strip())
+    try:
+        make_image(device, "3M")
+        write(device, "write -P 1 0 2944k")
+        night = Night(device, tmp_path / "repo")
+        options = ("--machine", "disk", "--disk", "disk")
+        night.full(*options)
+        for _ in range(2):
+            done = night.incremental(*options)
+            assert (done.rc, done.disk["rescan"], "was lost" in done.disk["reason"]) == (3, True, True), done
+            night.require_restored()
+            assert bitmaps(device) == {night.own_bitmap: ["auto"]}
+        write(device, "write -P 2 1M 64k")  # whose end loses the bitmap, for want of room
+        done = night.incremental(*options)
+        assert (done.rc, done.disk["rescan"]) == (3, True)
+        night.require_restored()
+        # Without room for any, too.
+        bitmap(device, "--remove", night.own_bitmap)
+        write(device, "write -P 9 2944k 128k")
+        done = night.incremental(*options)
+        assert (done.rc, "no bitmap was started: the image's storage has no room" in done.stderr) == (3, True), done
+        night.require_restored()
+        assert bitmaps(device) == {}
+        done = night.incremental(*options)
+        assert (done.rc, done.disk["rescan"]) == (3, True), "full storage can be mended: it stays a warning"
+    finally:
+        run("losetup", "-d", device)
+
+
+@needs_mounts
+def test_a_read_only_image_is_backed_up_and_is_a_warning_once(tmp_path):
+    store = tmp_path / "store"
+    store.mkdir()
+    night = Night(make_image(store / "disk.qcow2", "4M"), tmp_path / "repo")
+    write(night.image, "write -P 1 0 1M")
+    run("mount", "--bind", store, store)
+    try:
+        run("mount", "-o", "remount,bind,ro", store)
+        done = night.backup("full", "--bitmap", "b1")
+        assert (done.rc, done.stderr.count("\n")) == (3, 1), done
+        assert "no bitmap was started: the image cannot be opened for writing (Read-only file system)" in done.stderr
+        for _ in range(2):
+            done = night.incremental()
+            assert (done.rc, done.stderr, done.disk["rescan"], done.disk["stored_bytes"] > 0) == (0, "", True, True)
+            assert "cannot be opened for writing" in done.disk["reason"]
+        night.require_restored()
+    finally:
+        run("umount", store)
+    assert night.incremental().rc == 3
+    night.require_incremental()
+
+
+@needs_mounts
+def test_an_image_that_became_read_only_is_continued_from_its_bitmap_once(night):
+    store = night.image.parent / "store"
+    store.mkdir()
+    image = store / "disk.qcow2"
+    shutil.copy(night.image, image)
+    moved = Night(image, night.repository)
+    run("mount", "--bind", store, store)
+    try:
+        run("mount", "-o", "remount,bind,ro", store)
+        done = moved.incremental("--machine", "disk")
+        assert (done.rc, done.disk["rescan"], done.stderr.count("\n")) == (3, False, 1), done
+        done = moved.incremental("--machine", "disk")
+        assert (done.rc, done.stderr, done.disk["rescan"]) == (0, "", True)
+        moved.require_restored()
+    finally:
+        run("umount", store)
+
+
+@pytest.fixture
+def forgetful(tmp_path, monkeypatch) -> Path:
+    """A qemu-img that adds no bitmap while a file is there, which has its exit code and what it says."""
+    real = shutil.which("qemu-img")
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "qemu-img"
+    forget = tmp_path / "forget"
+    add = f'if [ "$2" = --add ] && [ -e {forget} ]; then tail -n +2 {forget} >&2; exit "$(head -n 1 {forget})"; fi'
+    program.write_text(f'#!/bin/sh\n{add}\nexec {real} "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    return forget
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (0, ""),
+        (0, "Lost persistent bitmaps during inactivation of node: Input/output error"),
+        (1, "Maximum number of persistent bitmaps is already reached"),
+        (1, "qcow2: Image is corrupt; cannot be opened read/write"),
+    ],
+)
+def test_a_bitmap_that_qemu_does_not_add_whatever_it_says_does_not_cost_the_night(night, forgetful, code, words):
+    forgetful.write_text(f"{code}\nqemu-img: {words}\n" if words else f"{code}\n")
+    name = night.own_bitmap
+    done = night.incremental()
+    assert (done.rc, done.disk["rescan"]) == (3, False), done
+    assert "no bitmap was started: " in done.stderr
+    assert words in done.stderr
+    assert bitmaps(night.image) == {name: ["auto"]}, "it is of no use any more, and goes with the next night's success"
+    night.require_restored()
+    forgetful.unlink()
+    done = night.incremental()
+    assert (done.rc, done.disk["rescan"], "without starting a bitmap" in done.stderr) == (3, True, True)
+    assert list(bitmaps(night.image)) == [night.own_bitmap]
+    night.require_incremental()
+
+
+def test_one_disk_without_room_for_a_bitmap_does_not_touch_its_neighbour(machine, tmp_path, forgetful):
+    forgetful.write_text("1\nqemu-img: No space left on device\n")
+    text = machine.read_text()
+    machine.write_text(text.replace("    disks:\n", "    disks:\n      vdc: {image: %s}\n" % (tmp_path / "vdc.raw")))
+    (tmp_path / "vdc.raw").write_bytes(os.urandom(MIB))
+    done = call_pybackup(["--config", machine, "incremental", "--json"])
+    assert (done.rc, done.stderr.count("no bitmap was started")) == (3, 2), done
+    forgetful.unlink()
+    for _ in range(2):
+        done = call_pybackup(["--config", machine, "incremental", "--json"])
+    assert {disk["name"]: disk["rescan"] for disk in done.machine["disks"]} == {"vdc": True, "vda": False, "vdb": False}
+    assert done.rc == 0, done
+    restored_both(tmp_path)
 
 
 # Names
@@ -901,7 +1119,13 @@ def test_the_story_is_told_for_the_last_step_too(night):
     first = night.own_bitmap
     night.require_incremental()
     [disk] = night.newest["disks"]
-    assert disk["bitmap"] == {"read": first, "started": night.own_bitmap, "granularity": CLUSTER, "claimed": False}
+    assert disk["bitmap"] == {
+        "read": first,
+        "started": night.own_bitmap,
+        "granularity": CLUSTER,
+        "claimed": False,
+        "why_none": None,
+    }
     assert disk["source"]["consistency"] == "crash"
     assert disk["reason"] == f"changes since {first.split('.')[2]}"
     assert json.dumps(disk)

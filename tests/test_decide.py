@@ -14,10 +14,12 @@ from backup.decide import (
     Bitmap,
     Claim,
     Decision,
+    Refusal,
     Sight,
     bitmap_name,
     decide,
     own_bitmaps,
+    warned,
 )
 from backup.errors import Damaged
 from backup.manifest import BitmapRecord, ByteCounts, DataFile, DiskEntry, LowerFile, Parent, SourceRecord
@@ -64,7 +66,8 @@ def decided(sight: Sight = SOUND, last: Chain | Damaged | None = None, **changed
 def require_a_rescan_in_place_of_a_full(full: Decision, found: Decision, last: Chain | Damaged | None) -> None:
     """Where a full is taken for want of a bitmap, and the chain is sound, the other word makes it a rescan."""
     if full.fallback and isinstance(last, Chain):
-        assert found == Decision(INCREMENTAL, f"rescan: {full.reason}", fallback=True, parent=last, rescan=True)
+        expected = Decision(INCREMENTAL, f"rescan: {full.reason}", fallback=True, parent=last, rescan=True)
+        assert found == replace(expected, unavoidable=full.unavoidable)
     else:
         assert (found.kind, found.fallback, found.rescan) == (full.kind, full.fallback, full.rescan)
     assert (full.way, found.way) in {(FULL, FULL), (FULL, RESCAN), (INCREMENTAL, INCREMENTAL), (RESCAN, RESCAN)}
@@ -114,7 +117,68 @@ def test_a_chain_ends_at_max_chain_and_that_is_no_fallback(length, kind):
 
 @pytest.mark.parametrize("which", ["no_bitmaps", "unseen_writes"])
 def test_an_image_whose_bitmaps_prove_nothing_is_read_whole_even_if_one_is_there(which):
-    require_fallback(decided(replace(SOUND, **{which: "it is so"}), chain()), "it is so")
+    found = decided(replace(SOUND, **{which: "it is so"}), chain())
+    require_fallback(found, "it is so")
+    assert found.unavoidable
+
+
+# Disks without bitmaps
+
+READ_ONLY = "the image cannot be opened for writing"
+REFUSED = Refusal(READ_ONLY, lasting=True, lost=None, final=True)
+
+
+def without(why: str | None, reason: str = "rescan: it is so") -> DiskEntry:
+    return replace(entry(), reason=reason, bitmap=BitmapRecord(None, None, None, claimed=False, why_none=why))
+
+
+def test_an_image_that_can_hold_no_bitmap_is_never_anything_else():
+    assert decided(replace(SOUND, no_bitmaps="it is raw"), chain()).unavoidable
+    assert not decided(replace(SOUND, bitmaps=()), chain()).unavoidable
+
+
+def test_a_read_only_image_is_never_anything_else_once_a_point_was_made_without_a_bitmap():
+    nothing = replace(SOUND, bitmaps=())
+    found = decided(nothing, chain(without(READ_ONLY)), refusal=REFUSED)
+    assert (found.unavoidable, READ_ONLY in found.reason) == (True, True)
+    for refusal in (None, replace(REFUSED, why="other"), replace(REFUSED, lasting=False)):
+        assert not decided(nothing, chain(without(READ_ONLY)), refusal=refusal).unavoidable
+    changed = decided(replace(nothing, lower=(BASE,)), chain(without(READ_ONLY)), refusal=REFUSED)
+    assert (changed.unavoidable, "backing chain" in changed.reason) == (False, True)
+
+
+def test_a_bitmap_that_an_image_keeps_is_continued_although_it_takes_no_new_one():
+    assert decided(SOUND, chain(), refusal=REFUSED).read == NAME
+    assert decided(SOUND, chain(), refusal=replace(REFUSED, lost=NAME)).read == NAME
+
+
+@pytest.mark.parametrize("left", [(), (Bitmap(NAME, 65536, inconsistent=True),)])
+def test_a_bitmap_that_the_attempt_to_add_one_cost_is_not_called_removed_or_crashed(left):
+    lost = Refusal("no room", lasting=False, lost=NAME, final=False)
+    require_fallback(decided(replace(SOUND, bitmaps=left), chain(), refusal=lost), "was lost", "no room")
+    other = decided(replace(SOUND, bitmaps=left), chain(), refusal=replace(lost, lost=None))
+    assert "was lost" not in other.reason
+
+
+def test_the_first_point_of_a_read_only_disk_says_what_later_ones_are():
+    assert decided(SOUND, None, refusal=REFUSED).reason.endswith(f"every later one is a full as well: {READ_ONLY}")
+    assert "later" not in decided(SOUND, None, refusal=replace(REFUSED, lasting=False)).reason
+
+
+def test_a_disk_without_bitmaps_warns_once_for_each_reason():
+    first = without("it is raw", "first point of this disk; every later one is a rescan: it is raw")
+    later = without("it is raw", "rescan: it is raw; nothing differs")
+    full = without("it is raw", "asked for")
+    assert not warned([], "it is raw", refused=False)
+    assert not warned([first, full], "it is raw", refused=False)
+    assert warned([first, later, full], "it is raw", refused=False)
+    assert not warned([first, later], "it is of version 2", refused=False)
+
+
+def test_a_read_only_image_warns_again_when_a_bitmap_was_started_meanwhile():
+    assert warned([without(READ_ONLY, "asked for")], READ_ONLY, refused=True)
+    assert not warned([], READ_ONLY, refused=True)
+    assert not warned([without(READ_ONLY), entry()], READ_ONLY, refused=True)
 
 
 def test_a_missing_bitmap_is_a_fallback():

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from backup.errors import BackupError, Failed, SourceError
-from backup.qemu.programs import ProgramFailed, filename, one_line, run
+from backup.qemu.programs import ProgramFailed, filename, finish, one_line, run
 from backup.qemu.truncation import may_be_cut_off
 
 _T = TypeVar("_T")
@@ -49,6 +49,13 @@ Another program's short look at the image (qemu-img info, a killed run's last qe
 tries, that many seconds apart.
 """
 
+_UNWRITABLE = tuple(map(os.strerror, (errno.EROFS, errno.EACCES, errno.EPERM)))
+_FULL = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))
+"""Of the reasons for which QEMU cannot add a bitmap: those of an image that is read-only, and those of full storage."""
+_NO_ROOM = "the image's storage has no room for it"
+_DIRECTORY_ENTRY = 24 + 1024
+"""Bytes, at most, of a bitmap in the image's directory of bitmaps (docs/interop/qcow2.txt)."""
+
 
 class ImageLocked(SourceError):
     """QEMU's lock says that another program uses the image, or a file below it."""
@@ -58,6 +65,22 @@ class ImageLocked(SourceError):
             f"{path} is in use by another program: {why}",
             hint="if a machine runs on it: use --qmp, or shut it down; else wait for the other program",
         )
+
+
+class BitmapRefused(SourceError):
+    """
+    A new bitmap does not record in an image, and `why`.
+
+    `lasting`: the reason is a property of the image (it is read-only), so that later attempts will meet it as well.
+    """
+
+    def __init__(self, path: Path | str, name: str, why: str, *, lasting: bool = False) -> None:
+        super().__init__(
+            f"bitmap {name} cannot be started in {path}: {why}",
+            hint="a backup needs no bitmap: without one it reads the whole disk",
+        )
+        self.why = why
+        self.lasting = lasting
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,12 +274,67 @@ def add_bitmap(path: Path, name: str) -> None:
     """
     Add an enabled, persistent bitmap; QEMU opens the image for writing for that moment.
 
+    qemu-img ends with 0 where it lost the new bitmap while it closed the image, and only complains on standard error;
+    the bitmaps that were there are inconsistent then.  So after a complaint the image is looked at.
+
     Raises
     ------
-    ImageLocked, SourceError
-        The image is in use, or QEMU refuses.
+    ImageLocked
+        The image is in use.
+    BitmapRefused
+        The image does not have the bitmap.
     """
-    _run_on_image(["qemu-img", "bitmap", "--add", "-f", QCOW2, filename(path), name], path)
+    complaints = _change_bitmaps("--add", path, name)
+    if complaints and not records(path, name):
+        raise _refusal(path, name, complaints)
+
+
+def records(path: Path, name: str) -> bool:
+    """Does a bitmap of an image record, and can it be trusted?"""
+    found = next((bitmap for bitmap in image_info(path, QCOW2).bitmaps if bitmap.name == name), None)
+    return found is not None and found.recording and not found.inconsistent
+
+
+def require_room(path: Path, size: int, granularities: Sequence[int], name: str) -> None:
+    """
+    Make sure that a file's storage has room for one more bitmap, before QEMU opens the image for writing.
+
+    While QEMU closes an image it stores all bitmaps anew, besides their former copies.  Without room for that it loses
+    all of them, so that an attempt would cost the bitmaps that are there.  Of a block device nobody knows what is free.
+
+    Parameters
+    ----------
+    size : int
+        The disk's, in bytes.
+    granularities : sequence of int
+        Of the bitmaps that are there.
+
+    Raises
+    ------
+    BitmapRefused
+        The file system has less free space than that.
+    """
+    if not path.is_file():
+        return
+    with open(path, "rb") as file:
+        found = os.fstatvfs(file.fileno())
+        cluster = 1 << int.from_bytes(file.read(24)[20:24], "big")
+    free = found.f_frsize * (found.f_bfree if os.geteuid() == 0 else found.f_bavail)
+    needed = _bitmaps_room(size, [*granularities, max(cluster, 4096)], cluster)
+    if found.f_blocks and free < needed:
+        raise BitmapRefused(path, name, f"{_NO_ROOM} ({free} bytes are free, and QEMU may need {needed})")
+
+
+def _bitmaps_room(size: int, granularities: Sequence[int], cluster: int) -> int:
+    """Bytes that the bitmaps of a disk take at most: each one's bits and table, and what refers to them all."""
+
+    def clusters(length: int) -> int:
+        return -(-length // cluster)
+
+    bits = [clusters(-(-size // (8 * granularity))) for granularity in granularities]
+    directory = clusters(_DIRECTORY_ENTRY * len(granularities))
+    counts = 2
+    return cluster * (sum(found + clusters(8 * found) for found in bits) + directory + counts)
 
 
 def remove_bitmap(path: Path, name: str) -> None:
@@ -266,9 +344,38 @@ def remove_bitmap(path: Path, name: str) -> None:
     Raises
     ------
     ImageLocked, SourceError
-        The image is in use, or QEMU refuses.
+        The image is in use, QEMU refuses, or it lost other bitmaps.
     """
-    _run_on_image(["qemu-img", "bitmap", "--remove", "-f", QCOW2, filename(path), name], path)
+    complaints = _change_bitmaps("--remove", path, name)
+    if complaints:
+        raise SourceError(
+            f"QEMU complained while it removed bitmap {name}: {one_line(complaints)}",
+            hint=f"look at it with: qemu-img info {path}",
+        )
+
+
+def _change_bitmaps(action: str, path: Path, name: str) -> str:
+    """Add or remove a bitmap; what qemu-img complained of although it ended with 0."""
+
+    def attempt() -> str:
+        try:
+            return finish(["qemu-img", "bitmap", action, "-f", QCOW2, filename(path), name]).stderr
+        except ProgramFailed as error:
+            found = image_error(path, error.stderr)
+            if action != "--add" or isinstance(found, ImageLocked):
+                raise found from None
+            raise _refusal(path, name, error.stderr) from None
+
+    return patiently(attempt)
+
+
+def _refusal(path: Path, name: str, complaints: str) -> BitmapRefused:
+    """Why a bitmap was not added, in words that are the same every night."""
+    text = one_line(complaints)
+    of_system = next((why for why in (*_UNWRITABLE, *_FULL) if why in text), None)
+    if of_system in _UNWRITABLE:
+        return BitmapRefused(path, name, f"the image cannot be opened for writing ({of_system})", lasting=True)
+    return BitmapRefused(path, name, f"{_NO_ROOM} ({of_system})" if of_system else text)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -55,9 +56,22 @@ class ProgramFailed(Failed):
         self.stderr = stderr
 
 
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """What a program that ended well printed."""
+
+    stdout: str
+    stderr: str
+
+
 def run(command: Sequence[str], codes: Sequence[int] = (0,), pass_fds: Sequence[int] = ()) -> str:
+    """Run a program to its end, as `finish` does; its standard output."""
+    return finish(command, codes, pass_fds).stdout
+
+
+def finish(command: Sequence[str], codes: Sequence[int] = (0,), pass_fds: Sequence[int] = ()) -> Finished:
     """
-    Run a program to its end; what it printed.
+    Run a program to its end; its standard output and standard error.
 
     Raises
     ------
@@ -74,7 +88,7 @@ def run(command: Sequence[str], codes: Sequence[int] = (0,), pass_fds: Sequence[
         raise
     if process.returncode not in codes:
         raise ProgramFailed(command, stderr)
-    return stdout
+    return Finished(stdout, stderr)
 
 
 def converse(

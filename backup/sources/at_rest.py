@@ -17,7 +17,7 @@ from backup.errors import SourceError, UsageError
 from backup.manifest import LowerFile
 from backup.qemu import images, locks, programs, servers
 from backup.qemu.nbd import Export
-from backup.sources.base import Moved, Opened, Owner, Source, Wish
+from backup.sources.base import Moved, NotStarted, Opened, Owner, Source, Wish
 
 _STATUS_CONNECTIONS = 4
 """Connections beside the copier's: one to begin with, and one for each context (allocation, two bitmaps)."""
@@ -26,8 +26,25 @@ _STATUS_CONNECTIONS = 4
 class RestingSource(Source, Protocol):
     """A disk that is opened by itself."""
 
+    def require_room(self, sight: Sight, name: str) -> None:
+        """
+        Make sure that the disk's storage has room for one more bitmap.
+
+        Raises
+        ------
+        BitmapRefused
+            It has not; nothing was changed.
+        """
+
     def start_bitmap(self, name: str) -> None:
-        """Add a recording bitmap."""
+        """
+        Add a recording bitmap.
+
+        Raises
+        ------
+        BitmapRefused
+            It does not record; QEMU may have lost those that were there.
+        """
 
     def opened(self, sight: Sight, bitmaps: Sequence[str], lanes: int) -> AbstractContextManager[Export]:
         """Open it for reading, writers kept out where that is ours to do; `bitmaps` can be asked about."""
@@ -84,17 +101,41 @@ class AtRest:
         ------
         Moved
             A machine started, wrote and stopped in between: a new bitmap is not clean, or an image looks another.
+        NotStarted
+            A bitmap cannot be started.
         """
         del point, repository, short_id
-        for source, wish in zip(self._sources, wishes, strict=True):
+        for number, (source, wish) in enumerate(zip(self._sources, wishes, strict=True)):
             if wish.start is not None:
-                source.start_bitmap(wish.start)
+                _start(number, source, wish.sight, wish.start)
         with ExitStack() as held:
             opened = []
-            for source, wish in zip(self._sources, wishes, strict=True):
+            for number, (source, wish) in enumerate(zip(self._sources, wishes, strict=True)):
                 asked = [name for name in (wish.read, wish.start) if name is not None]
-                opened.append(held.enter_context(source.opened(wish.sight, asked, lanes)))
+                try:
+                    opened.append(held.enter_context(source.opened(wish.sight, asked, lanes)))
+                except images.ImageLocked:
+                    raise
+                except SourceError as error:
+                    if wish.start is not None:
+                        _require_recording(number, source, wish.start, error)
+                    raise
             yield LockedMoment(tuple(map(_settled, self._sources, wishes, opened)))
+
+
+def _start(number: int, source: RestingSource, sight: Sight, name: str) -> None:
+    try:
+        source.require_room(sight, name)
+        source.start_bitmap(name)
+    except images.BitmapRefused as refused:
+        raise NotStarted(number, refused, refused.why, lasting=refused.lasting) from None
+
+
+def _require_recording(number: int, source: RestingSource, name: str, error: SourceError) -> None:
+    """An image whose new bitmap QEMU lost without a word cannot be served with it: then that is the reason."""
+    found = source.look().bitmap(name)
+    if found is None or found.inconsistent or not found.recording:
+        raise NotStarted(number, error, "QEMU did not keep it in the image", lasting=False) from None
 
 
 def _settled(source: RestingSource, wish: Wish, export: Export) -> Opened:
@@ -166,6 +207,12 @@ class ImageSource:
         """A raw image, a version 2 qcow2 and an image with an external data file get none."""
         return sight.unseen_writes or sight.no_bitmaps
 
+    def require_room(self, sight: Sight, name: str) -> None:
+        """A file needs free space on its file system."""
+        images.require_room(
+            self.path, sight.size, [bitmap.granularity for bitmap in sight.bitmaps if bitmap.granularity], name
+        )
+
     def start_bitmap(self, name: str) -> None:
         """Add a recording, persistent bitmap."""
         images.add_bitmap(self.path, name)
@@ -225,6 +272,9 @@ class NbdSource:
     def why_no_bitmap(self, sight: Sight) -> str | None:
         """Its bitmaps are its owner's."""
         return f"the bitmaps of {sight.path} are its owner's to add and remove"
+
+    def require_room(self, sight: Sight, name: str) -> None:
+        """Never asked: see owns_bitmaps."""
 
     def start_bitmap(self, name: str) -> None:
         """Never: see owns_bitmaps."""

@@ -161,6 +161,8 @@ class Host(Protocol):
         ------
         Moved
             A disk changed since it was looked at: look again.
+        NotStarted
+            A bitmap cannot be started: wish for none, or try again.
         SourceError
             It cannot be opened.
         """
@@ -171,3 +173,17 @@ class Moved(SourceError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, hint="is the machine being changed just now? run the command again")
+
+
+class NotStarted(SourceError):
+    """
+    The bitmap that was wished for the disk of this number does not record, and `why`.
+
+    `lasting`: the reason is a property of the disk, so that later nights will meet it as well.
+    """
+
+    def __init__(self, number: int, refused: SourceError, why: str, *, lasting: bool) -> None:
+        super().__init__(refused.message, hint=refused.hint)
+        self.number = number
+        self.why = why
+        self.lasting = lasting
