@@ -382,7 +382,7 @@ def _bitmap(fields: Fields) -> BitmapRecord:
         started=fields.optional_text("started"),
         granularity=fields.number("granularity", 1, _MAX_GRANULARITY) if fields.has("granularity") else None,
         claimed=fields.take("claimed", bool),
-        why_none=fields.optional("why_none", str),
+        why_none=fields.optional_text("why_none"),
     )
 
 

@@ -52,6 +52,8 @@ tries, that many seconds apart.
 _UNWRITABLE = tuple(map(os.strerror, (errno.EROFS, errno.EACCES, errno.EPERM)))
 _FULL = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))
 """Of the reasons for which QEMU cannot add a bitmap: those of an image that is read-only, and those of full storage."""
+_LONGEST_REASON = 500
+"""Characters: a manifest keeps it."""
 _NO_ROOM = "the image's storage has no room for it"
 _DIRECTORY_ENTRY = 24 + 1024
 """Bytes, at most, of a bitmap in the image's directory of bitmaps (docs/interop/qcow2.txt)."""
@@ -371,7 +373,7 @@ def _change_bitmaps(action: str, path: Path, name: str) -> str:
 
 def _refusal(path: Path, name: str, complaints: str) -> BitmapRefused:
     """Why a bitmap was not added, in words that are the same every night."""
-    text = one_line(complaints)
+    text = one_line(complaints)[:_LONGEST_REASON]
     of_system = next((why for why in (*_UNWRITABLE, *_FULL) if why in text), None)
     if of_system in _UNWRITABLE:
         return BitmapRefused(path, name, f"the image cannot be opened for writing ({of_system})", lasting=True)
