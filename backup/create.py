@@ -232,6 +232,7 @@ class _Run:
         disks = self._decided(start_bitmaps=False)
         with self._instant(disks) as moment:
             jobs = [self._plan(disk, opened, moment) for disk, opened in zip(disks, moment.disks, strict=True)]
+            moment.require_sound()
         return self._report([job.disk for job in jobs], [_disk_report(job, 0, 0.0) for job in jobs], moment)
 
     def take(self) -> Report:

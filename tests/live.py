@@ -674,6 +674,32 @@ def commands_of(arguments: Sequence[str | Path], record: Path) -> list[str]:
 
 
 @contextmanager
+def lost_in_the_handshake() -> Iterator[None]:
+    """The instant is lost when a disk is being opened: a client is connected, and has said nothing yet."""
+    from backup.errors import SourceError
+    from backup.qemu.clients import Clients
+    from backup.qemu.fleece import Instant
+
+    opened, dial, instants = Instant.open, Clients.dial, list[Instant]()
+
+    def open_(self: Instant, number: int) -> Any:
+        instants.append(self)
+        return opened(self, number)
+
+    def dial_and_lose(self: Clients) -> int:
+        fd = dial(self)
+        instants[0].lost = SourceError("lost in the handshake", hint="a test")
+        instants[0]._let_go()
+        return fd
+
+    Instant.open, Clients.dial = open_, dial_and_lose  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Instant.open, Clients.dial = opened, dial  # type: ignore[method-assign]
+
+
+@contextmanager
 def stopped_at(step: Step, arguments: Sequence[str | Path]) -> Iterator[subprocess.Popen[str]]:
     """A run that stands still at the step (SIGSTOP); killed at the end if it is still there."""
     # Files and no pipes: what a run leaves behind would keep a pipe open.

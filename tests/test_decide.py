@@ -231,6 +231,11 @@ def test_a_disabled_bitmap_is_a_fallback():
     require_fallback(decided(sight, chain()), NAME, "disabled")
 
 
+def test_a_bitmap_that_another_operation_holds_is_a_fallback():
+    sight = replace(SOUND, bitmaps=(Bitmap(NAME, 65536, busy=True),))
+    require_fallback(decided(sight, chain()), NAME, "in use by another operation")
+
+
 def test_a_bitmap_in_a_backing_file_only_is_a_fallback():
     lower = (BASE,)
     sight = replace(SOUND, bitmaps=(), lower=lower, lower_bitmaps=(NAME,))

@@ -27,6 +27,7 @@ from live import (
     Step,
     below_the_guest,
     kinds,
+    lost_in_the_handshake,
     private_tmp,
     remove_empty_folders,
     stopped_at,
@@ -36,6 +37,7 @@ from live import (
 from backup.qemu import leftovers, monitor
 from backup.qemu.fleece import Instant
 from backup.qemu.monitor import Monitor
+from backup.qemu.nbd import Lane
 
 COPYING = Step("PartFile.put", "after", module="backup.datafile")
 EXPORTED = Step("block-export-add", "after", 2)
@@ -46,6 +48,8 @@ MOMENTS = [
     EXPORTED,
     COPYING,
 ]
+ALL_READ = Step("Instant.require_sound", "before", module="backup.qemu.fleece")
+"""All is read, and not yet known to be sound."""
 LOOKED = Step("blockdev-add", "before")
 """The run knows the disks and has changed nothing."""
 READ = Step("Machine.publish", "before", module="backup.repository")
@@ -145,7 +149,7 @@ def through(cable: Cable, nights: Nights) -> list[str | Path]:
     return [cable.path if word == nights.machine.qmp else word for word in given]
 
 
-@pytest.mark.parametrize("step", MOMENTS[::2], ids=str)
+@pytest.mark.parametrize("step", [*MOMENTS[::2], ALL_READ], ids=str)
 def test_a_connection_that_is_cut_is_an_error_and_the_next_run_makes_up_for_it(nights, step):
     points = nights.points()
     with Cable(nights.machine) as cable, stopped_at(step, through(cable, nights)) as run:
@@ -450,10 +454,13 @@ def test_a_scratch_folder_with_less_space_than_must_stay_free_is_refused_before_
     nights.require_incremental("--no-fallback")
 
 
-def with_reserve(nights: Nights, scratch: Path, *options: str, reserve: str = "2M") -> list[str | Path]:
+def with_reserve(
+    nights: Nights, scratch: Path, *options: str, wanted: str = "incremental", reserve: str = "2M", more: str = ""
+) -> list[str | Path]:
+    """Arguments of a backup with a configuration: so much must stay free, and `more` lines."""
     config = nights.machine.folder / "c.yaml"
-    config.write_text(f"scratch_reserve: {reserve}\n")
-    return ["--config", config, *nights.arguments("incremental", "--scratch", scratch, *options)]
+    config.write_text(f"scratch_reserve: {reserve}\n{more}")
+    return ["--config", config, *nights.arguments(wanted, "--scratch", scratch, *options)]
 
 
 def test_a_scratch_folder_that_fills_up_ends_the_backup_and_the_guest_goes_on(nights, scratch):
@@ -475,25 +482,82 @@ def test_a_scratch_folder_that_fills_up_ends_the_backup_and_the_guest_goes_on(ni
     nights.require_own_bitmap_alone()
 
 
-def test_a_guests_write_that_fails_for_a_full_scratch_folder_is_in_no_point(nights, scratch):
-    """The run stands still and cannot end the job in time."""
-    machine = nights.machine
+@pytest.mark.parametrize("step", [Step("transaction", "after"), EXPORTED, COPYING, ALL_READ], ids=str)
+def test_a_guest_does_not_notice_a_full_scratch_folder_and_the_backup_fails(nights, scratch, step):
+    """The run stands still and cannot end itself in time."""
+    machine, points = nights.machine, nights.points()
     machine.write("a", 0, 4 * MIB, 0x51)
-    held = machine.held()
-    with stopped_at(COPYING, with_reserve(nights, scratch)) as run:
-        with pytest.raises(OSError, match="No space left"):
-            overwrite(machine)
-        rc = ended(run)
-    # Its reading may be over before it looks at the folder: then what it read is the instant all the same.
-    assert rc in {0, 13}
-    nights.references.update(dict.fromkeys(nights.points() - set(nights.references), held))
-    nights.require_sound()
+    with stopped_at(step, with_reserve(nights, scratch, reserve="0")) as run:
+        overwrite(machine)
+        assert ended(run) == 13
+    assert nights.points() == points
+    assert machine.monitor("query-status")["status"] == "running"
+    nights.require_nothing_left()
     machine.write("a", 0, 4 * MIB, 0x53)
     nights.require_making_up("--no-fallback")
+    nights.require_own_bitmap_alone()
     machine.quit()
 
 
-def test_a_guest_that_goes_on_after_an_error_is_not_given_more_of_them(nights, scratch):
+@pytest.fixture
+def unwatched(monkeypatch):
+    """Nobody looks at the scratch folder, or at QEMU's events, while a disk is read."""
+    monkeypatch.setattr(Instant, "_look", lambda self: None)
+
+
+@pytest.mark.parametrize("wanted", ["full", "incremental", "rescan"])
+def test_copies_that_are_lost_right_before_the_last_read_are_noticed(nights, scratch, unwatched, monkeypatch, wanted):
+    """What is read there is zero, and QEMU calls the reading a success."""
+    machine, submit, reads = nights.machine, Lane.submit, []
+    machine.write("a", 0, 4 * MIB, 0x51)
+    machine.write("b", 0, 4 * MIB, 0x52)
+    given = with_reserve(
+        nights, scratch, wanted=wanted, reserve="0", more="connections: 1\nrequests: 1\nspot_check: 0\n"
+    )
+
+    def counted(self, offset, view, token):
+        reads.append(offset)
+        if len(reads) == last:
+            overwrite(machine)
+        submit(self, offset, view, token)
+
+    monkeypatch.setattr(Lane, "submit", counted)
+    last = 0
+    assert call_pybackup([*given, "--repo", machine.folder / "rehearsed.tmp"]).rc == 0
+    nights.machine.write("a", 0, 4 * MIB, 0x53)
+    nights.machine.write("b", 0, 4 * MIB, 0x54)
+    points, last = nights.points(), len(reads)
+    reads.clear()
+    done = call_pybackup(given)
+    assert len(reads) == last, "the guest wrote before the last read"
+    assert (done.rc, "No space left on device" in done.stderr) == (13, True), done
+    assert nights.points() == points
+    nights.require_making_up("--no-fallback")
+
+
+@pytest.mark.parametrize("command", ["audit", "incremental --dry-run", "map", "map --totals", "map --json"])
+def test_whatever_looks_at_an_instant_notices_a_lost_copy(nights, scratch, unwatched, monkeypatch, command):
+    machine, opened = nights.machine, Instant.open
+    for name in machine.disks:
+        machine.write(name, 0, 4 * MIB, 0x51)
+    wanted, *options = command.split()
+    given = with_reserve(nights, scratch, *options, wanted=wanted, reserve="0")
+    if wanted == "map":
+        given = [*given[:2], "map", "--qmp", machine.qmp, "--node", "a", "--scratch", scratch, *options]
+    assert call_pybackup(given).rc == 0
+
+    def open_and_overwrite(self, number):
+        export = opened(self, number)
+        overwrite(machine)
+        return export
+
+    monkeypatch.setattr(Instant, "open", open_and_overwrite)
+    done = call_pybackup(given)
+    assert (done.rc, "lost what the guest overwrote" in done.stderr) == (13, True), done
+    nights.require_nothing_left()
+
+
+def test_a_guest_that_goes_on_after_an_error_is_given_none_and_the_run_ends_soon(nights, scratch):
     """Nothing must stay free there, and the device tells the guest of a failed write instead of stopping it."""
     nights.machine.werror = "report"
     nights.machine.restart()
@@ -502,13 +566,86 @@ def test_a_guest_that_goes_on_after_an_error_is_not_given_more_of_them(nights, s
     with stopped_at(EXPORTED, with_reserve(nights, scratch, "--limit", "256K", reserve="0")) as run:
         run.send_signal(signal.SIGCONT)
         began = time.monotonic()
-        with pytest.raises(OSError, match="No space left"):
-            overwrite(nights.machine)
+        overwrite(nights.machine)
         assert ended(run) == 13
         assert time.monotonic() - began < 10, "it did not read on to the end"
     assert nights.points() == points
     nights.machine.write("a", 0, 4 * MIB, 0x53)
     nights.require_making_up("--no-fallback")
+
+
+def test_an_instant_that_is_lost_while_a_disk_is_opened_does_not_hang_the_machine(nights):
+    """QEMU waits for its last client before it stops the server, and for nothing else meanwhile."""
+    began = time.monotonic()
+    with lost_in_the_handshake():
+        done = nights.backup("incremental")
+    assert (done.rc, "lost in the handshake" in done.stderr) == (13, True), done
+    assert time.monotonic() - began < 20
+    nights.require_making_up("--no-fallback")
+
+
+# A QEMU that has no quorum
+
+
+@pytest.fixture
+def without_quorum(monkeypatch):
+    """As a QEMU that was built without it, or may not use it."""
+    execute = Monitor.command
+
+    def command(self, name, arguments=None):
+        if name == "blockdev-add" and arguments["file"]["driver"] == "quorum":
+            raise monitor.Refused(name, "Driver 'quorum' is not whitelisted")
+        return execute(self, name, arguments)
+
+    monkeypatch.setattr(Monitor, "command", command)
+
+
+def test_without_a_quorum_a_backup_is_taken_and_says_what_a_full_scratch_folder_would_do(nights, without_quorum):
+    done = nights.backup("incremental", "--no-fallback")
+    assert (done.rc, kinds(done)) == (0, {"incremental"}), done
+    [note] = done.stderr.splitlines()
+    assert "not whitelisted" in note
+    nights.require_sound()
+
+
+def test_without_a_quorum_the_reserve_keeps_errors_from_the_guest(nights, scratch, without_quorum):
+    machine, points = nights.machine, nights.points()
+    machine.write("a", 0, 4 * MIB, 0x51)
+    errors: list[OSError] = []
+    began = threading.Event()
+
+    def guest() -> None:
+        began.wait(30)
+        try:
+            for step in range(44):
+                machine.write("a", step * 64 * 1024, 4096, 0x52)
+                time.sleep(0.02)
+        except OSError as error:
+            errors.append(error)
+
+    writing = threading.Thread(target=guest)
+    writing.start()
+    with monkeypatched_open(began):
+        done = call_pybackup(with_reserve(nights, scratch, "--limit", "256K"))
+    writing.join(60)
+    assert (done.rc, errors) == (13, []), done
+    assert "ran out of space" in done.stderr
+    assert nights.points() == points
+    nights.require_nothing_left()
+
+
+@contextmanager
+def monkeypatched_open(began: threading.Event) -> Iterator[None]:
+    """Tell when the first disk of an instant is opened."""
+    opened = Instant.open
+
+    def open_and_tell(self, number):
+        began.set()
+        return opened(self, number)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Instant, "open", open_and_tell)
+        yield
 
 
 @pytest.mark.parametrize("full", [True, False])

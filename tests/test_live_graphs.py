@@ -241,7 +241,7 @@ def test_two_machines_of_one_repository_are_backed_up_one_beside_the_other(machi
 
 
 def test_a_paused_machine_is_backed_up_beside_another_one_again_and_again(machine, tmp_path):
-    """A paused QEMU closes no descriptor that it was passed; those are in nobody's way."""
+    """A paused QEMU 7.2 closes no descriptor that it was passed, a QEMU 10 does; those are in nobody's way."""
     nights = Nights.of(machine)
     other_folder = tmp_path / "other.tmp"
     other_folder.mkdir()
@@ -249,7 +249,7 @@ def test_a_paused_machine_is_backed_up_beside_another_one_again_and_again(machin
         other.start().monitor("stop")
         given = ["--qmp", other.qmp, "--machine", "n", "--bitmap", "b1", "--repo", nights.repository, "--node", "c"]
         assert call_pybackup(["full", *given]).rc == 0
-        assert "fdset" in str(other.leftovers())
+        assert all(left.startswith("fdset ") for left in other.leftovers())
         with stopped_at(Step("transaction", "after"), nights.arguments("full")):
             again = call_pybackup(["incremental", *given])
             assert (again.rc, again.stderr) == (0, ""), again

@@ -9,7 +9,7 @@ import time
 
 import pytest
 from lab import MIB, call_pybackup, run, write
-from live import Machine, Nights, Step, private_tmp, remove_empty_folders, stopped_at
+from live import Machine, Nights, Step, lost_in_the_handshake, private_tmp, remove_empty_folders, stopped_at
 
 COPYING = Step("PartFile.put", "after", module="backup.datafile")
 
@@ -104,3 +104,13 @@ def test_clean_after_a_killed_run_leaves_the_machine_alive(nights):
         run_.wait(30)
     nights.require_cleaned()
     require_running(nights.machine)
+
+
+def test_an_instant_that_is_lost_while_a_disk_is_opened_does_not_hang_the_machine(nights):
+    began = time.monotonic()
+    with lost_in_the_handshake():
+        done = nights.backup("incremental")
+    assert (done.rc, "lost in the handshake" in done.stderr) == (13, True), done
+    assert time.monotonic() - began < 20
+    require_running(nights.machine)
+    nights.require_making_up("--no-fallback")

@@ -152,6 +152,7 @@ def open_disk(place: Place, bitmap: str | None, config: Config, warn: Callable[[
         wish = Wish(sight, bitmap, None)
         with host.instant([wish], 1, point=f"map-{os.urandom(4).hex()}", repository=None, short_id="0" * 8) as moment:
             yield moment.disks[0].export
+            moment.require_sound()
 
 
 def agent_of(qmp: Path, config: Config) -> Path | None:

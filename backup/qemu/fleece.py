@@ -10,8 +10,8 @@ nothing writes, and starts the jobs (QEMU: docs/interop/bitmaps.rst; libvirt doe
                               |                                           ^
                               +---------------- old data -----------------+
 
-The overlay's file and the NBD server's socket are opened by us and passed as descriptors: QEMU often runs as a user
-that may open neither.
+The overlay's storage is that of `scratch`.  Its file and the NBD server's socket are opened by us and passed as
+descriptors: QEMU often runs as a user that may open neither.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from urllib.parse import quote
 
 from backup.errors import BackupError, SourceError
 from backup.interrupts import to_the_end
-from backup.qemu import folders, images, leftovers
+from backup.qemu import folders, images, leftovers, scratch
 from backup.qemu.blocks import OURS, Blocks
+from backup.qemu.clients import Clients
 from backup.qemu.leftovers import Place
 from backup.qemu.monitor import Monitor, MonitorLost, Refused
 from backup.qemu.nbd import Dialled, Export
@@ -42,11 +43,9 @@ _WATCH_SECONDS = 0.2
 """Between looks at the scratch folder's space and at QEMU's events."""
 _LEAST = 4096
 """
-Bytes, of any reserve.  With less the next copy fails, and a guest behind an export of QEMU's, not a device, gets that
-error without an event.
+Bytes, of any reserve.  With less the next copy fails; and where QEMU has no quorum, a guest behind an export of QEMU's,
+not a device, gets that error without an event.
 """
-_DRAIN_SECONDS = 2.0
-"""For what a server that has hung up sent before."""
 _STOPS = {"STOP", "BLOCK_IO_ERROR"}
 """Events after which a guest may stand still."""
 
@@ -159,9 +158,10 @@ class Instant:
         self._over = threading.Event()
         self._watch = threading.Thread(target=self._look_after, name="watch", daemon=True)
         self._jobs: list[str] = []
-        self._seen: set[str] = set()
-        self._connections: list[socket.socket] = []
-        self._iothreads = False
+        self._witness = scratch.Witness(monitor, own)
+        self._clients = Clients(monitor, own, self._socket)
+        self._guard_refused = ""
+        """QEMU's text, where it has no quorum."""
         self.lost: SourceError | None = None
         """Why what is read is not the instant any more; None while all is well."""
         self.troubles: list[str] = []
@@ -169,7 +169,7 @@ class Instant:
 
     def begin(self, around: Around) -> None:
         """Make the overlays, freeze, and serve them."""
-        self._iothreads = bool(self._monitor.command("query-iothreads"))
+        self._clients.stay = bool(self._monitor.command("query-iothreads"))
         for folder in dict.fromkeys(target.scratch for target in self._targets):
             self._require_space(folder)
         for number, target in enumerate(self._targets):
@@ -183,6 +183,13 @@ class Instant:
         self._start_server()
         for number, target in enumerate(self._targets):
             self._export(number, target)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user may want to know."""
+        if not self._guard_refused:
+            return []
+        return [f"this QEMU refuses a quorum ({self._guard_refused}): a full scratch folder would stop the guest"]
 
     def require_kept(self) -> None:
         """
@@ -198,14 +205,17 @@ class Instant:
 
     def require_sound(self) -> None:
         """
-        Make sure that all that was read was the instant: no job ended meanwhile.
+        Make sure that all that was read was the instant: no job ended meanwhile, and no copy was lost.
+
+        Asked after the last read, and before anybody relies on what was read.
 
         Raises
         ------
         SourceError
-            One did: someone cancelled it, or what `require_kept` raises.
+            A job was cancelled by someone, a copy is missing, or what `require_kept` raises.
         """
         self.require_kept()
+        # The answer to any command comes after the events of all that was read before.
         there = {found["id"]: found["status"] for found in self._monitor.command("query-jobs")}
         ended = [job for job in self._jobs if there.get(job) not in {"running", "paused", "standby"}]
         if ended:
@@ -213,6 +223,8 @@ class Instant:
                 f"QEMU's job {ended[0]} ended while the disk was read: what was read is no instant of it",
                 hint="was it cancelled by someone? run the command again",
             )
+        self.lost = self.lost or self._lost_copy()
+        self.require_kept()
 
     def end(self) -> None:
         """Remove all that was made.  What cannot be removed now is removed by the next run."""
@@ -253,8 +265,8 @@ class Instant:
             also = f", and the backup writes up to {writes} to the same file system" if shared else ""
             raise SourceError(
                 f"the scratch folder {folder} has {free} bytes free; {self._room.reserve} must stay free{also}",
-                hint="a full scratch folder would stop the guest: free some space, name another folder with --scratch, "
-                "or lower `scratch_reserve`",
+                hint="what the guest overwrites during the backup needs room there: free some space, name another "
+                "folder with --scratch, or lower `scratch_reserve`",
             )
 
     def _add_overlay(self, number: int, target: Target) -> None:
@@ -262,9 +274,16 @@ class Instant:
         self._fds.append(fd)
         opaque = Place(os.fspath(target.scratch), self._socket).opaque(self._own)
         fdset = self._monitor.pass_fd(fd, "add-fd", {"opaque": opaque})["fdset-id"]
-        storage = {"driver": "file", "node-name": f"{self._own}s{number}", "filename": f"/dev/fdset/{fdset}"}
-        overlay = {"driver": "qcow2", "node-name": f"{self._own}f{number}", "file": storage, "backing": target.node}
-        self._monitor.command("blockdev-add", overlay)
+        storage = scratch.file_node(self._own, number, fdset)
+        overlay = {"driver": "qcow2", "node-name": f"{self._own}f{number}", "backing": target.node}
+        if not self._guard_refused:
+            guarded = scratch.guarded(self._own, number, storage, scratch.lengthen(fd, target.size))
+            try:
+                self._monitor.command("blockdev-add", {**overlay, "file": guarded})
+                return
+            except Refused as error:
+                self._guard_refused = error.text
+        self._monitor.command("blockdev-add", {**overlay, "file": storage})
 
     def _freeze(self) -> None:
         actions = [action for number, target in enumerate(self._targets) for action in self._actions(number, target)]
@@ -333,67 +352,17 @@ class Instant:
         """Open the disk of the target with this number for reading."""
         name, target = f"{self._own}e{number}", self._targets[number]
         uri = f"nbd+unix:///{name}?socket={quote(self._socket)}"
-        dialled = Dialled(name, self._dial, modest=self._iothreads)
+        dialled = Dialled(name, self._clients.dial, modest=self._clients.stay)
         return Export(uri, [] if target.read is None else [target.read], dialled=dialled)
-
-    def _dial(self) -> int:
-        """
-        Connect to the server.
-
-        A client that leaves an export whose disk has an iothread ends QEMU 7.2 (an assertion in
-        nbd_blockdev_client_closed; virtnbdbackup #254), and we may be killed at any moment.  So QEMU gets our end of
-        the connection too, before it is used, and keeps it open until the server has hung up.  What was asked for by
-        then must fit into the socket, or a server that waits for room would hold up QEMU: `modest`.
-        """
-        with socket.socket(socket.AF_UNIX) as connection:
-            try:
-                connection.connect(self._socket)
-            except OSError as error:
-                raise SourceError(
-                    f"QEMU's NBD server cannot be reached: {error.strerror}",
-                    hint="was the machine shut down, or QEMU killed? run the command again",
-                ) from None
-            if self._iothreads:
-                held = leftovers.held_name(self._own, len(self._connections))
-                self._monitor.pass_fd(connection.fileno(), "getfd", {"fdname": held})
-            self._connections.append(connection.dup())
-            return connection.detach()
-
-    def _leave(self) -> None:
-        """
-        Leave the server, where a client may: it must not wait for us to read on.
-
-        A QEMU that stops its guest, for a full scratch folder too, waits until all requests are answered, and does
-        nothing else.
-        """
-        if self._iothreads:
-            return  # what it has to send has room, see `_dial`
-        for connection in self._connections:
-            with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-        self._drain()
-
-    def _drain(self) -> None:
-        """
-        Read to the end what the server had sent when it hung up.
-
-        It waits for room to send the rest, and only then will notice that to be in vain: a unix socket that is shut
-        down and full is not reported as writable.
-        """
-        while self._connections:
-            with self._connections.pop() as connection, suppress(OSError):
-                connection.settimeout(_DRAIN_SECONDS)
-                while connection.recv(1 << 20):
-                    pass
 
     def _let_go(self) -> None:
         """Remove all, exports first: readers must not get what a disk holds now for what it held."""
         with self._undoing:
-            self._leave()
+            self._clients.leave()
             full = any(leftovers.is_full(fd) for fd in self._fds)
             stopped = self._stopped_the_guest()
             found = leftovers.find(self._monitor, [self._own])
-            leftovers.remove(self._monitor, found, own_server=self._serving, hung_up=self._drain)
+            leftovers.remove(self._monitor, found, own_server=self._serving, clients=self._clients)
             self._serving = False
             # It may have been stopped only now; but a guest that its own disk's error stopped is not ours to resume.
             if stopped or (full and "STOP" in self._events()):
@@ -411,8 +380,18 @@ class Instant:
 
     def _events(self) -> set[str]:
         """Names of QEMU's events since the instant's begin."""
-        self._seen |= {event.name for event in self._monitor.events()}
-        return self._seen
+        return self._witness.events()
+
+    def _lost_copy(self) -> SourceError | None:
+        """That something of what the guest overwrote is not in the scratch files, where a witness says so."""
+        lost = self._witness.lost()
+        if lost is not None:
+            return _lost(self._targets[lost.number].scratch, f"{lost.access}: {lost.error}")
+        for fd, target in zip(self._fds, self._targets, strict=True):
+            error = scratch.write_back_error(fd)
+            if error is not None:
+                return _lost(target.scratch, f"write: {error.strerror}")
+        return None
 
     def _undo_by_another(self) -> None:
         """The connection was cut; QEMU may be there all the same, and a guest must not be left with our jobs."""
@@ -420,7 +399,7 @@ class Instant:
             with Monitor(self._monitor.path) as again:
                 found = leftovers.find(again, [self._own])
                 stopped = leftovers.stopped_guest(query_blocks(again), found)
-                leftovers.remove(again, found, own_server=self._serving, hung_up=self._drain)
+                leftovers.remove(again, found, own_server=self._serving, clients=self._clients)
                 if stopped:
                     leftovers.resume(again)
         except SourceError as error:
@@ -440,6 +419,10 @@ class Instant:
                 f"the QMP connection {self._monitor.path} ended while the disk was read",
                 hint="was the machine shut down, or QEMU killed? run the command again",
             )
+        self.lost = self._lost_copy()
+        if self.lost is not None:
+            self._let_go()
+            return
         free, folder = min(
             (leftovers.free_bytes(fd), of.scratch) for fd, of in zip(self._fds, self._targets, strict=True)
         )
@@ -451,6 +434,14 @@ class Instant:
             hint="free some space, name another folder with --scratch, or back up when the guest writes less",
         )
         self._let_go()
+
+
+def _lost(folder: Path, why: str) -> SourceError:
+    return SourceError(
+        f"the scratch folder {folder} lost what the guest overwrote ({why}); "
+        "the backup was ended, and the guest goes on",
+        hint="free some space, name another folder with --scratch, or back up when the guest writes less",
+    )
 
 
 def _device(folder: Path) -> int | None:

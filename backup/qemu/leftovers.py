@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from backup.errors import SourceError
 from backup.qemu.blocks import Blocks
@@ -68,6 +68,16 @@ class Leftovers:
         return bool(self.exports or self.jobs or self.nodes)
 
 
+class Connected(Protocol):
+    """Connections to QEMU's NBD server."""
+
+    def hung_up(self) -> None:
+        """All exports were told to end: only now may clients leave (see `clients`)."""
+
+    def close(self) -> None:
+        """All exports have ended, and the server is about to."""
+
+
 def find(monitor: Monitor, prefixes: Sequence[str]) -> Leftovers:
     """All that is ours: of one point, or of a repository, by its prefixes."""
 
@@ -92,7 +102,7 @@ def find(monitor: Monitor, prefixes: Sequence[str]) -> Leftovers:
 
 
 def remove(
-    monitor: Monitor, found: Leftovers, *, own_server: bool | None, hung_up: Callable[[], None] = lambda: None
+    monitor: Monitor, found: Leftovers, *, own_server: bool | None, clients: Connected | None = None
 ) -> list[str]:
     """
     Remove them, and say what was removed.
@@ -101,8 +111,8 @@ def remove(
     ----------
     own_server : bool or None
         Is the NBD server ours to stop?  None: find out.  QEMU has at most one and does not tell whose it is.
-    hung_up : callable
-        Called when the server has hung up on all clients: only now may they leave (see `fleece`).
+    clients : Connected, optional
+        Our own connections to the server, where there are any.
 
     Raises
     ------
@@ -115,9 +125,12 @@ def remove(
         own_server = bool(found.exports) or any(_serves(place.socket) for place in found.places)
     for export in found.exports:
         _tolerant(monitor, "block-export-del", {"id": export, "mode": "hard"})
-    hung_up()
+    if clients is not None:
+        clients.hung_up()
     _close_held(monitor, found)
     _await(monitor, "query-block-exports", found.exports)
+    if clients is not None:
+        clients.close()
     removed += [f"export {name}" for name in found.exports]
     if own_server and _tolerant(monitor, "nbd-server-stop", {}):
         removed.append("the NBD server")
@@ -185,19 +198,19 @@ def _close_held(monitor: Monitor, found: Leftovers) -> None:
 
 
 def _remove_nodes(monitor: Monitor, nodes: Sequence[str]) -> list[str]:
-    """The job took its filters along, and an overlay takes its storage; storage without an overlay goes by itself."""
+    """The job took its filters along, and an overlay takes all below it; what has no overlay goes from the top down."""
     removed = []
-    for first in (True, False):
+    for kind in ("f", "q", ""):
         left = sorted(set(nodes) & _node_names(monitor))
-        for name in (name for name in left if not first or _is_overlay(name)):
+        for name in (name for name in left if _kind(name).startswith(kind)):
             monitor.command("blockdev-del", {"node-name": name})
             removed.append(f"node {name}")
     return removed
 
 
-def _is_overlay(name: str) -> bool:
-    """By its name, as `fleece` gives it."""
-    return name.rpartition("-")[2].startswith("f")
+def _kind(name: str) -> str:
+    """What a node is and its number, as `fleece` and `scratch` name it: f an overlay, q a quorum, and others."""
+    return name.rpartition("-")[2]
 
 
 def _node_names(monitor: Monitor) -> set[str]:

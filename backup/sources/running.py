@@ -319,10 +319,11 @@ class RunningMoment:
 
     @property
     def notes(self) -> Sequence[str]:
-        """How long the guest was frozen."""
+        """How long the guest was frozen, and what the instant's scratch files lack."""
+        notes = [] if self.instant is None else self.instant.notes
         if self.consistency != "filesystem" or self._freezing.seconds is None:
-            return []
-        return [f"the guest's file systems were frozen for {self._freezing.seconds:.2f} s"]
+            return notes
+        return [f"the guest's file systems were frozen for {self._freezing.seconds:.2f} s", *notes]
 
     def require_kept(self) -> None:
         """Make sure that nothing is known that ended the instant."""
@@ -330,7 +331,7 @@ class RunningMoment:
         self.instant.require_kept()
 
     def require_sound(self) -> None:
-        """Make sure that no job of ours ended meanwhile."""
+        """Make sure that no job of ours ended meanwhile, and no copy of what the guest overwrote was lost."""
         assert self.instant is not None
         self.instant.require_sound()
 
