@@ -511,9 +511,8 @@ def test_copies_that_are_lost_right_before_the_last_read_are_noticed(nights, scr
     machine, submit, reads = nights.machine, Lane.submit, []
     machine.write("a", 0, 4 * MIB, 0x51)
     machine.write("b", 0, 4 * MIB, 0x52)
-    given = with_reserve(
-        nights, scratch, wanted=wanted, reserve="0", more="connections: 1\nrequests: 1\nspot_check: 0\n"
-    )
+    more = "connections: 1\nrequests: 1\nspot_check: 0\n"
+    given = with_reserve(nights, scratch, wanted=wanted, reserve="0", more=more)
 
     def counted(self, offset, view, token):
         reads.append(offset)
@@ -523,7 +522,8 @@ def test_copies_that_are_lost_right_before_the_last_read_are_noticed(nights, scr
 
     monkeypatch.setattr(Lane, "submit", counted)
     last = 0
-    assert call_pybackup([*given, "--repo", machine.folder / "rehearsed.tmp"]).rc == 0
+    rehearsal = Nights(machine, machine.folder / "rehearsed.tmp")
+    assert call_pybackup(with_reserve(rehearsal, scratch, wanted="full", reserve="0", more=more)).rc == 0
     nights.machine.write("a", 0, 4 * MIB, 0x53)
     nights.machine.write("b", 0, 4 * MIB, 0x54)
     points, last = nights.points(), len(reads)

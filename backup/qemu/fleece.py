@@ -419,8 +419,9 @@ class Instant:
                 f"the QMP connection {self._monitor.path} ended while the disk was read",
                 hint="was the machine shut down, or QEMU killed? run the command again",
             )
-        self.lost = self._lost_copy()
-        if self.lost is not None:
+        lost = self._lost_copy()
+        if lost is not None:
+            self.lost = lost
             self._let_go()
             return
         free, folder = min(
