@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,7 +26,7 @@ from backup.units import KiB, MiB, parse_size, show_size
 MIN_LEVEL, MAX_LEVEL = -7, 19
 """Of zstd: its fast levels as far as -7, and those that its program offers without --ultra."""
 
-_HINT = "config.example.yaml has every key with a comment; `pybackup check-config` checks again"
+_HINT = "`pybackup check-config --example` shows every key with a comment; `pybackup check-config` checks again"
 _NBD_SCHEMES = ("nbd", "nbds", "nbd+unix", "nbds+unix", "nbd+vsock", "nbds+vsock")  # NBD's doc/uri.md
 _PLAIN = {"int": "number", "float": "number", "bool": "truth value", "timestamp": "date"}
 
@@ -178,9 +178,15 @@ def default() -> Config:
     return Config()
 
 
-def load(path: Path) -> Config:
+EXAMPLE = Path(__file__).with_name("config.example.yaml")
+"""An example with every key, and a comment on each; it is installed with the package."""
+
+
+def load(path: Path, check: Callable[[os.stat_result], None] = lambda _status: None) -> Config:
     """
     Read a configuration file.  Relative paths in it are relative to its folder.
+
+    `check` is called with the status of the opened file; what it raises refuses the file.
 
     Raises
     ------
@@ -189,12 +195,15 @@ def load(path: Path) -> Config:
         the first, each with its line, key and what was expected.
     """
     try:
-        text = path.read_bytes()
+        with open(path, "rb") as file:
+            text = file.read()
+            status = os.fstat(file.fileno())
     except OSError as error:
         raise UsageError(
             f"cannot read the configuration {path}: {error.strerror}",
-            hint="name another file with --config, or start from config.example.yaml",
+            hint="name another file with --config, or start from `pybackup check-config --example`",
         ) from None
+    check(status)
     problems = _Problems()
     config = _config(_Section.root(_compose(path, text), problems, path.absolute().parent), path)
     problems.raise_any(path)

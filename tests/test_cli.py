@@ -8,6 +8,7 @@ import pty
 import re
 import subprocess
 import sys
+import tomllib
 from itertools import pairwise
 from pathlib import Path
 
@@ -683,3 +684,48 @@ def test_every_command_in_a_hint_stands_in_backquotes():
                 assert not re.search(rf"(?<!`)pybackup ({names})\b", text), f"{path}: {text}"
                 seen += "`pybackup " in text
     assert seen > 10
+
+
+def test_a_configuration_that_others_may_write_is_used_with_one_warning(config, tmp_path):
+    found = config.rename(tmp_path / "config.yaml")
+    for mode, words in ((0o666, "may be written by every user"), (0o664, "may be written by its group"), (0o644, None)):
+        found.chmod(mode)
+        for args in (["check-config"], ["full", "a", "--json"], ["verify", "--config", "config.yaml"]):
+            done = run_pybackup(args, cwd=tmp_path)
+            assert done.rc == 0, done
+            assert [words in line for line in done.stderr.splitlines()] == ([True] if words else []), done
+            assert args[-1] != "--json" or done.machine["warnings"] == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a file away")
+def test_a_configuration_of_another_user_is_used_with_a_warning(config, tmp_path):
+    os.chown(config, 12345, 0)
+    done = call_pybackup(["check-config", "--config", config])
+    assert done.rc == 0
+    assert "belongs to another user (uid 12345)" in done.stderr
+
+
+def test_whose_configurations_are_trusted():
+    from backup.cli.settings import distrust
+
+    def file(owner, mode):
+        return os.stat_result((mode, 0, 0, 1, owner, 7, 0, 0, 0, 0))
+
+    assert distrust(file(0, 0o100644), 1000) is distrust(file(1000, 0o100600), 1000) is None
+    assert "uid 1001" in distrust(file(1001, 0o100600), 1000)
+    assert "uid 1000" in distrust(file(1000, 0o100600), 0)
+    assert "gid 7" in distrust(file(0, 0o100620), 0)
+    assert "every user" in distrust(file(0, 0o100602), 0)
+
+
+def test_the_example_is_installed_with_the_package_and_printed(tmp_path, monkeypatch):
+    root = Path(__file__).parents[1]
+    done = run_pybackup(["check-config", "--example"], cwd=tmp_path)
+    assert (done.rc, done.stdout) == (0, (root / "config.example.yaml").read_text())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text("nonsense: [")
+    as_json = call_pybackup(["check-config", "--example", "--json"])
+    assert as_json.document == {"example": done.stdout}
+    metadata = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    assert set(metadata["backup"]) >= {"config.example.yaml", "FORMAT.md"}
+    assert all((root / "backup" / name).is_file() for name in metadata["backup"])

@@ -333,12 +333,23 @@ def clean(
             render.line(f"removed {what}")
 
 
-def check_config() -> None:
+def check_config(
+    example: Annotated[
+        bool, typer.Option("--example", help="Print an example with every key and a comment on each instead.")
+    ] = False,
+) -> None:
     """Check the configuration and say what it names."""
+    if example:
+        from backup.config import EXAMPLE
+
+        text = EXAMPLE.read_text(encoding="utf-8")
+        render.document({"example": text}) if options.json else render.line(text.rstrip())
+        return
     config = find.config()
     if config.path is None:
         raise UsageError(
-            "there is no configuration", hint="write one like config.example.yaml and name it with --config"
+            "there is no configuration",
+            hint="write one like that of `pybackup check-config --example` and name it with --config",
         )
     disks = sum(len(machine.disks) for machine in config.machines)
     if options.json:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from backup.cli import render
 from backup.cli.state import options
 from backup.errors import Damaged, NotFound, UsageError
 from backup.names import check_folder
@@ -23,7 +24,9 @@ def config() -> Config:
     """The configuration that is named, or lies where it is looked for; the defaults where there is none."""
     from backup.cli import settings
 
-    return settings.find_config(options.config, os.environ)
+    if options.loaded is None:
+        options.loaded = settings.find_config(options.config, os.environ, render.warning)
+    return options.loaded
 
 
 def config_or_default() -> Config:

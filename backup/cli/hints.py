@@ -17,6 +17,8 @@ def complete(text: str, repo: str | None, config: str | None) -> str:
 
     def completed(found: re.Match[str]) -> str:
         command, rest = found[1], found[2]
+        if rest.endswith((" --help", " --example")):
+            return found[0]  # these read neither
         given = {"--repo": None if command in WITHOUT_REPO else repo, "--config": config}
         words = [
             f" {option} {shlex.quote(value)}"

@@ -230,7 +230,8 @@ def _chosen(names: Sequence[str], config: Config) -> Sequence[MachineConfig]:
         where = f"the configuration {config.path} names no machine" if config.path else "there is no configuration"
         raise UsageError(
             f"nothing to back up: {where}",
-            hint="name a source with --image FILE, --nbd URI or --qmp SOCKET, or see config.example.yaml",
+            hint="name a source with --image FILE, --nbd URI or --qmp SOCKET, "
+            "or write a configuration: `pybackup check-config --example`",
         )
     by_name = {machine.name: machine for machine in config.machines}
     for name in names:

@@ -5,7 +5,8 @@ What the configuration and its options say to every command; cheap to import, un
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import stat
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from backup import config as configuration
@@ -16,20 +17,42 @@ from backup.repository import Modes
 _PLACES = (Path("config.yaml"), Path("/etc/pybackup/config.yaml"))
 
 
-def find_config(given: Path | None, environment: Mapping[str, str]) -> Config:
+def find_config(given: Path | None, environment: Mapping[str, str], warn: Callable[[str], None]) -> Config:
     """
     Load `--config`, else $PYBACKUP_CONFIG, else ./config.yaml, else /etc/pybackup/config.yaml, else the defaults.
+
+    A file that another user may have written is used, with a warning.
 
     Raises
     ------
     UsageError
         The file is missing (where it was named) or wrong.
     """
+
+    def load(path: Path) -> Config:
+        def check(status: os.stat_result) -> None:
+            # A warning, as long as a configuration cannot name programs to run.
+            if (why := distrust(status, os.geteuid())) is not None:
+                warn(f"the configuration {path} {why}; correct that with chown or chmod, or use another with --config")
+
+        return configuration.load(path, check)
+
     named = given or (Path(environment["PYBACKUP_CONFIG"]) if environment.get("PYBACKUP_CONFIG") else None)
     if named is not None:
-        return configuration.load(named)
+        return load(named)
     found = next((place for place in _PLACES if os.path.exists(place)), None)
-    return configuration.default() if found is None else configuration.load(found)
+    return configuration.default() if found is None else load(found)
+
+
+def distrust(status: os.stat_result, user: int) -> str | None:
+    """Say who else than `user` and root may have written a configuration; None: nobody else."""
+    if status.st_uid not in (0, user):
+        return f"belongs to another user (uid {status.st_uid})"
+    if status.st_mode & stat.S_IWOTH:
+        return "may be written by every user"
+    if status.st_mode & stat.S_IWGRP:
+        return f"may be written by its group (gid {status.st_gid})"
+    return None
 
 
 def repository_path(given: Path | None, config: Config) -> Path:

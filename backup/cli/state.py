@@ -9,11 +9,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from backup import shortage
 from backup.cli import hints, render
 from backup.errors import WARNINGS_EXIT_CODE, BackupError, Damaged, Failed, Interrupted, UsageError
+
+if TYPE_CHECKING:
+    from backup.config import Config
 
 COMMON = ("config", "verbose", "quiet", "debug", "json")
 """Options that are taken before the command and after it."""
@@ -30,12 +33,14 @@ class Options:
     json: bool = False
     """The command was asked for JSON: then errors are a document too."""
     repo: str | None = None
+    loaded: Config | None = None
+    """The configuration, once it was read."""
     program: str = "pybackup"
     """What is being parsed: pybackup, or one of its commands, such as pybackup list."""
 
     def reset(self, *, json: bool) -> None:
         """Nothing is parsed yet; `json`: whether --json seems to be among the arguments."""
-        self.config = self.repo = None
+        self.config = self.repo = self.loaded = None
         self.verbose = self.quiet = self.debug = False
         self.json = json
         self.program = "pybackup"
