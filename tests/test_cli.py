@@ -688,6 +688,8 @@ def test_every_command_in_a_hint_stands_in_backquotes():
 
 def test_a_configuration_that_others_may_write_is_used_with_one_warning(config, tmp_path):
     found = config.rename(tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").chmod(0o600)
+    assert call_pybackup(["init", tmp_path / "repo"]).rc == 0
     for mode, words in ((0o666, "may be written by every user"), (0o664, "may be written by its group"), (0o644, None)):
         found.chmod(mode)
         for args in (["check-config"], ["full", "a", "--json"], ["verify", "--config", "config.yaml"]):
