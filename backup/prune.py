@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 
 from backup import chain as chains
 from backup import retention
@@ -24,14 +25,17 @@ from backup.exchange import exchange, settle
 from backup.manifest import Manifest
 from backup.progress import Progress
 from backup.repository import UNTOLD, Contents, Machine, explained, read_manifest
-from backup.retention import Batch, Moment, Policy
-from backup.thin import Remove, Rewrite, Thinning, thin
+from backup.retention import DISORDER, FUTURE, JUMP, Batch, Policy
+from backup.thin import Remove, Rewrite, Thinning, moment, thin
 from backup.units import counted, show_size
 
 _log = logging.getLogger(__name__)
 
 _MARGIN = 4 << 20
 """Bytes that a rewrite may need besides its data file: a digest file, manifests, what the file system keeps itself."""
+
+_PAUSE = timedelta(days=30)
+"""Machines are left alone for days or weeks; a clock that is wrong is mostly wrong by years."""
 
 DEFAULT_BATCH = Batch()
 
@@ -146,7 +150,7 @@ class _Run:
         self.machine = machine
         self.request = request
         self.manifests = dict(contents.manifests)
-        self.reasons = dict(retention.keep(map(_moment, self.manifests.values()), request.policy))
+        self.reasons = dict(retention.keep(map(moment, self.manifests.values()), request.policy, datetime.now(UTC)))
         self._keep_used()
         self.thinning: Thinning = thin(self.manifests, self.reasons, request.batch)
         rewrites = [step for step in self.thinning.steps if isinstance(step, Rewrite)]
@@ -222,6 +226,23 @@ class _Run:
         if why:
             yield f"{counted(len(why), 'point')} not removed: {why[0]}"
 
+    def _doubted(self) -> Iterator[str]:
+        """A warning on the first night on which a clock seems wrong; the point's reason says it afterwards."""
+        *_, former, newest = [None, None, *sorted(self.all.values(), key=lambda manifest: manifest.sequence)]
+        if former is None or newest is None:
+            return
+        wrong, before = (self._doubt(manifest) for manifest in (newest, former))
+        pause = moment_of(newest.started) - moment_of(former.started)
+        if wrong is not None and before is None and not timedelta() < pause < _PAUSE:
+            yield (
+                f"the newest point {newest.point} is dated {newest.started}: {wrong}. Check this host's clock. The "
+                "point is kept, and no other point is removed because of it"
+            )
+
+    def _doubt(self, manifest: Manifest) -> str | None:
+        """Why retention does not trust a point's time; None where it does."""
+        return next((why for why in self.reasons.get(manifest.point, ()) if why in {DISORDER, FUTURE, JUMP}), None)
+
     def lacking(self) -> _Lacking | None:
         """The first step for which there is less space than it needs, after what the steps before it free."""
         with explained(self.machine.path):
@@ -259,7 +280,7 @@ class _Run:
             points=tuple(self._point(manifest) for manifest in ordered),
             rewrites=tuple(self._rewritten(step, found) for step, found in self.estimates.items()),
             freed_bytes=freed,
-            warnings=tuple(self._untold()),
+            warnings=(*self._untold(), *self._doubted()),
         )
 
     def _point(self, manifest: Manifest) -> PointReport:
@@ -289,16 +310,6 @@ def _require_whole(machine: Machine, contents: Contents) -> None:
             hint=error.hint,
         )
     chains.require_whole(contents.manifests)
-
-
-def _moment(manifest: Manifest) -> Moment:
-    return Moment(
-        manifest.point,
-        manifest.sequence,
-        moment_of(manifest.started),
-        tuple(disk.name for disk in manifest.disks),
-        manifest.pinned,
-    )
 
 
 def _merge(manifests: Mapping[str, Manifest], step: Rewrite) -> Merge:

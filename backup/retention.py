@@ -7,16 +7,29 @@ what is no older than so long before the newest point.  Where there are fewer da
 is kept besides, so that the history grows to its full length.
 
 Each disk is judged by the points that hold it: of a machine whose disks are backed up by separate runs, none takes the
-other's place.  Its newest point is always kept, and so is what is pinned.  Pure.
+other's place.  Its newest point is always kept, and so is what is pinned.
+
+A clock that was wrong for a night must not remove anything.  So a point whose time is in doubt is kept, and takes no
+other point's place: the rules are applied as if it were not there (but `last`, which asks for no time).  In doubt are
+
+- a time after now;
+- a time that does not fit the order of the points, which their sequence tells: the largest set of points whose times
+  are in order is right.  A difference of less than a day is none: two hosts' clocks, or a change to summer time;
+- the times after a jump: more than two days after the point before, and more than four times the usual distance, which
+  is the second shortest of the five distances before.  The clock may be years ahead, and then it agrees with "now".
+  Points of a week, at least seven, confirm that it was a pause.
+
+Pure.
 """
 
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from itertools import count
+from itertools import count, pairwise
 
 from backup.errors import UsageError
 
@@ -108,28 +121,97 @@ class Batch:
 @dataclass(frozen=True, slots=True)
 class Moment:
     """
-    A point as retention sees it: its id, its place in the order, when it began (None: its manifest does not say so
-    that it could be read), the disks it holds, and whether it is pinned.
+    A point as retention sees it: its id, its place in the order, when it began, the disks it holds, and whether it is
+    pinned.
     """
 
     point: str
     sequence: int
-    started: datetime | None
+    started: datetime
     disks: tuple[str, ...]
     pinned: bool = False
 
 
-def parse_time(text: str) -> datetime | None:
-    """Read a manifest's time, UTC; None where it is none."""
-    try:
-        return datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
-    except ValueError:
-        return None
+TOLERANCE = timedelta(minutes=5)
+"""A time so far in the future is no fault: two hosts' clocks differ."""
+_SAME = timedelta(days=1)
+"""A time so far before the one of the point before it counts as the same."""
+_LOOK = 5
+_USUAL = 4
+_SHORT = timedelta(days=2)
+_CONFIRMED = 7
+_WEEK = timedelta(days=6)
+"""From the first to the last of seven nights."""
+
+FUTURE = "its time is in the future"
+DISORDER = "its time does not fit the order of the points"
+JUMP = "its time is long after the point before it"
 
 
-def keep(points: Iterable[Moment], policy: Policy) -> dict[str, tuple[str, ...]]:
+def doubts(points: Iterable[Moment], now: datetime) -> dict[str, str]:
+    """The points of one disk whose times are in doubt, by id, and why."""
+    ordered = sorted(points, key=lambda point: point.sequence)
+    past = [point for point in ordered if point.started <= now + TOLERANCE]
+    found = {point.point: FUTURE for point in ordered if point.started > now + TOLERANCE}
+    times = _smoothed([point.started for point in past])
+    fitting = _longest_in_order(times)
+    found.update({point.point: DISORDER for i, point in enumerate(past) if i not in fitting})
+    # What is pinned stays while its neighbours go: it says nothing of how far apart points usually are.
+    regular = [i for i in sorted(fitting) if not past[i].pinned]
+    after = _after_jump([times[i] for i in regular])
+    found.update({past[i].point: JUMP for i in regular[len(regular) - after :]})
+    return found
+
+
+def _smoothed(times: Sequence[datetime]) -> list[datetime]:
+    """The times without the small steps back that clocks take."""
+    found: list[datetime] = []
+    for time in times:
+        steps_back = bool(found) and timedelta() < found[-1] - time < _SAME
+        found.append(found[-1] if steps_back else time)
+    return found
+
+
+def _longest_in_order(times: Sequence[datetime]) -> set[int]:
+    """Indexes of a longest subsequence that never decreases; of several, one that ends latest."""
+    ends: list[datetime] = []
+    lengths = []
+    for time in times:
+        at = bisect_right(ends, time)
+        ends[at : at + 1] = [time]
+        lengths.append(at + 1)
+    found: set[int] = set()
+    wanted, limit = len(ends), datetime.max.replace(tzinfo=UTC)
+    last = max((time for time, length in zip(times, lengths, strict=True) if length == wanted), default=limit)
+    for i in reversed(range(len(times))):
+        if lengths[i] == wanted and (times[i] == last if wanted == len(ends) else times[i] <= limit):
+            found.add(i)
+            wanted, limit = wanted - 1, times[i]
+    return found
+
+
+def _after_jump(times: Sequence[datetime]) -> int:
+    """How many of the newest times follow a jump that is not confirmed."""
+    gaps = [later - earlier for earlier, later in pairwise(times)]
+    found = 0
+    for after in range(1, len(times)):
+        if after >= _CONFIRMED and times[-1] - times[-after] >= _WEEK:
+            break
+        before = gaps[-after - _LOOK : -after]
+        if _is_jump(gaps[-after], before or gaps[len(gaps) - after + 1 :]):
+            found = after
+    return found
+
+
+def _is_jump(gap: timedelta, others: Sequence[timedelta]) -> bool:
+    """Is a distance far longer than the others?  Points that were pruned make some of those longer than they were."""
+    usual = sorted(others)[:2][-1] if others else timedelta()
+    return gap > max(_SHORT, _USUAL * usual)
+
+
+def keep(points: Iterable[Moment], policy: Policy, now: datetime) -> dict[str, tuple[str, ...]]:
     """
-    Decide which points to keep.
+    Decide which points to keep; `now` is the time by this host's clock.
 
     Returns
     -------
@@ -150,25 +232,25 @@ def keep(points: Iterable[Moment], policy: Policy) -> dict[str, tuple[str, ...]]
     reasons: dict[str, dict[str, None]] = {point.point: {} for point in newest_first}
     for disk in dict.fromkeys(disk for point in newest_first for disk in point.disks):
         held = [point for point in newest_first if disk in point.disks]
-        for point, why in _of_disk(held, policy):
+        for point, why in _of_disk(held, policy, now):
             reasons[point][why] = None
     for pinned in (point.point for point in newest_first if point.pinned):
         reasons[pinned]["pinned"] = None
     return {point: tuple(found) for point, found in reasons.items() if found}
 
 
-def _of_disk(points: Sequence[Moment], policy: Policy) -> Iterable[tuple[str, str]]:
+def _of_disk(points: Sequence[Moment], policy: Policy, now: datetime) -> Iterable[tuple[str, str]]:
     """Points to keep and why, of those that hold one disk, newest first."""
     yield points[0].point, "newest"
-    dated = [(point.point, point.started) for point in points if point.started is not None]
-    for point in points:
-        if point.started is None:
-            yield point.point, "its time cannot be read"
+    doubtful = doubts(points, now)
+    yield from doubtful.items()
+    all_of_them = [(point.point, point.started) for point in points]
+    dated = [(point, started) for point, started in all_of_them if point not in doubtful]
     if dated and policy.within is not None:
         start = policy.within.before(dated[0][1])
         yield from ((point, f"within {policy.within}") for point, started in dated if started > start)
     for rule in RULES:
-        yield from _counted(dated, rule, getattr(policy, rule))
+        yield from _counted(all_of_them if rule == "last" else dated, rule, getattr(policy, rule))
 
 
 def _counted(dated: Sequence[tuple[str, datetime]], rule: str, left: int) -> Iterable[tuple[str, str]]:

@@ -6,8 +6,9 @@ Nothing is read but manifests, the sizes of files, and what `verify` remembers: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from backup.errors import BackupError, NotFound
 from backup.manifest import Manifest
 from backup.memory import Memory, recall, record_of
 from backup.repository import Contents, Machine
+from backup.retention import DISORDER, FUTURE, Moment, doubts
+from backup.thin import moment
 from backup.units import counted, show_age
 from backup.verify import glance
 
@@ -25,6 +28,9 @@ TOLERANCE = 300.0
 """Seconds that a point may lie in the future: two hosts' clocks differ.  Beyond that nothing is known of its age."""
 OLD = 1
 """Exit code where something is too old, as Nagios and its kind know a warning."""
+
+
+_NOTHING = "nothing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,14 +119,38 @@ def assess(machine: str, evidence: Evidence, expected: Collection[str] | None, l
     contents = evidence.contents
     found = [_without_point(machine, None, error.exit_code, _fault(error)) for error in contents.damaged.values()]
     newest = newest_by_disk(contents.manifests)
+    doubtful = _doubtful(contents.manifests.values(), limits.now)
     for disk in sorted({*newest, *(expected or ())}):
         point = newest.get(disk)
         if point is None:
             found.append(_without_point(machine, disk, OLD, "no point yet: run pybackup incremental"))
         else:
             ages = limits if expected is None or disk in expected else Limits(limits.now, None)
-            found.append(_disk_status(point, disk, evidence, ages))
+            found.append(_with_doubts(_disk_status(point, disk, evidence, ages), doubtful.get(disk, {})))
     return found or [_without_point(machine, None, OLD, "no point yet: run pybackup incremental")]
+
+
+def _doubtful(manifests: Iterable[Manifest], now: datetime) -> dict[str, dict[str, str]]:
+    """For each disk its points whose times cannot be right, oldest first, and why."""
+    points: defaultdict[str, list[Moment]] = defaultdict(list)
+    for manifest in sorted(manifests, key=lambda manifest: manifest.sequence):
+        for disk in manifest.disks:
+            points[disk.name].append(moment(manifest))
+    wrong = (FUTURE, DISORDER)
+    return {disk: {p: why for p, why in doubts(held, now).items() if why in wrong} for disk, held in points.items()}
+
+
+def _with_doubts(status: DiskStatus, doubtful: Mapping[str, str]) -> DiskStatus:
+    """Say of a disk that is well which of its points have times that cannot be right."""
+    if status.code or not doubtful:
+        return status
+    point, why = list(doubtful.items())[-1]
+    more = f" and of {counted(len(doubtful) - 1, 'other point')}" if len(doubtful) > 1 else ""
+    said = (
+        f"check the clock: the time of point {point}{more} cannot be right ({why}); prune keeps such points, "
+        f"pybackup remove {status.machine}/{point} removes one"
+    )
+    return replace(status, next=said if status.next == _NOTHING else f"{said}; {status.next}")
 
 
 def newest_by_disk(manifests: Mapping[str, Manifest]) -> dict[str, Manifest]:
@@ -191,7 +221,7 @@ def _verdict(
             return OLD, "its time is in the future: check the clock, then run pybackup incremental"
         if age > limits.max_age:
             return OLD, f"too old (limit {show_age(limits.max_age)}): run pybackup incremental"
-    return 0, f"never verified: run pybackup verify {machine}" if trust.last is None else "nothing"
+    return 0, f"never verified: run pybackup verify {machine}" if trust.last is None else _NOTHING
 
 
 def _fault(error: BackupError) -> str:

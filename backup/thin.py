@@ -17,8 +17,9 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
+from backup.documents import moment_of
 from backup.manifest import DiskEntry, Manifest
-from backup.retention import Batch
+from backup.retention import Batch, Moment
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,17 @@ class Thinning:
     going: frozenset[str]
     waiting: frozenset[str]
     steps: tuple[Step, ...]
+
+
+def moment(manifest: Manifest) -> Moment:
+    """A point as retention sees it."""
+    return Moment(
+        manifest.point,
+        manifest.sequence,
+        moment_of(manifest.started),
+        tuple(disk.name for disk in manifest.disks),
+        manifest.pinned,
+    )
 
 
 def thin(manifests: Mapping[str, Manifest], keep: Collection[str], batch: Batch) -> Thinning:

@@ -44,7 +44,7 @@ PURE = {
     "backup.manifest": {"backup.digests", "backup.documents", "backup.errors"},
     "backup.chain": {"backup.errors", "backup.manifest"},
     "backup.index": {"backup.chain", "backup.extents"},
-    "backup.thin": {"backup.manifest", "backup.retention"},
+    "backup.thin": {"backup.documents", "backup.manifest", "backup.retention"},
     "backup.decide": {"backup.chain", "backup.errors", "backup.manifest"},
 }
 """What each pure module may import of the package."""

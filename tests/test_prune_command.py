@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from datetime import UTC, datetime
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from lab import Night, call_pybackup, check_repository, restore_and_cmp, write
 
 POINT_FIELDS = ["point", "sequence", "created", "action", "reasons"]
 REWRITE_FIELDS = ["point", "disk", "kind", "merged", "read_bytes", "stored_before", "stored_after"]
+FUTURE_CLOCK = datetime(2099, 1, 1, 1, tzinfo=UTC)
 FIELDS = ["machine", "points", "rewrites", "freed_bytes", "warnings", "dry_run", "error"]
 
 
@@ -263,3 +265,54 @@ def test_a_prune_after_each_backup(tmp_path):
     assert done.rc == 3
     assert any("not pruned: " in warning for warning in done.machine["warnings"])
     assert done.machine["point"] is not None
+
+
+# Clocks that were wrong
+
+
+def test_a_point_of_a_future_clock_removes_no_other_and_is_told_once(history):
+    """The night's own clock said 2099, and so did the manifest."""
+    history.started = FUTURE_CLOCK
+    history.point("vda")
+    names = points(history)
+    planned = prune(history, "--dry-run", "--keep-within", "30d", "--json")
+    assert (planned.rc, [point["action"] for point in planned.document[0]["points"]]) == (3, ["keep"] * 7)
+    assert planned.document[0]["points"][-1]["reasons"] == ["newest", "its time is in the future"]
+    [warning] = planned.document[0]["warnings"]
+    assert names[-1] in warning
+    assert "clock" in warning
+    history.started = datetime(2026, 1, 1, 1, tzinfo=UTC)
+    history.point("vda")
+    planned = prune(history, "--dry-run", "--keep-daily", "7", "--json")
+    assert [point["action"] for point in planned.document[0]["points"]] == ["keep"] * 8
+    assert (planned.rc, planned.document[0]["warnings"]) == (0, []), "the clock is right again"
+    assert prune(history, "--keep-daily", "2", "--batch", "1").rc == 0
+    assert points(history) == names[5:] + points(history)[-1:]
+    history.require_whole()
+
+
+def test_a_backup_of_a_host_whose_clock_is_years_ahead_prunes_nothing_more(tmp_path, monkeypatch):
+    night = Night.of(tmp_path, "4M")
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        f"repository: {night.repository}\nbitmap: b1\nretention: {{within: 4d, after_backup: true, batch: 1}}\n"
+        f"machines: {{disk: {{disks: {{disk: {{image: {night.image}}}}}}}}}\n"
+    )
+    made = []
+    for clock in ("2026-11-25", "2026-11-26", "2026-11-27", "2036-02-03", "2026-11-28"):
+
+        class Clock(datetime):
+            """The host's clock in this night."""
+
+            @classmethod
+            def now(cls, tz=None, text=clock):
+                return datetime.fromisoformat(text).replace(tzinfo=tz)
+
+        monkeypatch.setattr("backup.create.datetime", Clock)
+        monkeypatch.setattr("backup.prune.datetime", Clock)
+        done = call_pybackup(["--config", config, "incremental"])
+        made.append(done.rc)
+        assert ("Check this host's clock" in done.stderr) == clock.startswith("2036"), done
+    assert made == [0, 0, 0, 3, 0]
+    assert len(list((night.repository / "disk").glob("*.json"))) == 5
+    check_repository(night.repository)

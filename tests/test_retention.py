@@ -1,13 +1,14 @@
 """Which points are kept, held against tables made by hand from restic's manual and its documented examples."""
 
 from datetime import UTC, datetime, timedelta
+from itertools import accumulate, pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from backup.errors import UsageError
-from backup.retention import RULES, Duration, Moment, Policy, keep, parse_time
+from backup.retention import DISORDER, FUTURE, JUMP, RULES, Duration, Moment, Policy, doubts, keep
 
 
 def moments(*times, disks=("vda",), pinned=()):
@@ -18,8 +19,12 @@ def moments(*times, disks=("vda",), pinned=()):
     ]
 
 
-def kept(points, **policy):
-    return sorted(keep(points, Policy(**policy)))
+LATER = datetime(2030, 1, 1, tzinfo=UTC)
+"""A clock by which none of these points lies in the future."""
+
+
+def kept(points, now=LATER, **policy):
+    return sorted(keep(points, Policy(**policy), now))
 
 
 SUNDAYS = ["2014-09-07", "2014-09-14", "2014-09-21", "2014-09-28", "2014-10-05", "2014-10-12", "2014-10-19",
@@ -82,27 +87,27 @@ def test_a_week_that_spans_two_years_is_one():
 
 
 def test_each_reason_is_said():
-    assert keep(moments(*DAYS, pinned=[DAYS[0]]), Policy(last=2, daily=5, within=Duration(days=1))) == {
+    assert keep(moments(*DAYS, pinned=[DAYS[0]]), Policy(last=2, daily=5, within=Duration(days=1)), LATER) == {
         DAYS[5]: ("newest", "within 1d", "last", "daily"),
         DAYS[4]: ("within 1d", "last", "daily"),
         DAYS[2]: ("daily",),
         DAYS[0]: ("daily", "pinned"),
     }
-    assert keep(moments(*DAYS), Policy(weekly=3))[DAYS[0]] == ("oldest weekly",)
+    assert keep(moments(*DAYS), Policy(weekly=3), LATER)[DAYS[0]] == ("oldest weekly",)
 
 
 def test_the_order_is_the_sequences_and_not_the_clocks():
     points = moments("2026-03-03", "2026-03-01", "2026-03-02")
-    assert kept(points, last=1) == ["2026-03-02"]
-    # Within counts from the newest, whatever a clock once said; what was later than it is within.
+    assert keep(points, Policy(last=1), LATER) == {"2026-03-02": ("newest", "last"), "2026-03-03": (DISORDER,)}
+    # Within counts from the newest, whatever a clock once said.
     assert kept(points, within=Duration(hours=1)) == ["2026-03-02", "2026-03-03"]
 
 
 def test_the_newest_point_of_each_disk_is_kept():
     old, new = moments("2026-01-01", "2026-01-02")
     points = [Moment(old.point, 1, old.started, ("vda", "vdb")), Moment(new.point, 2, new.started, ("vda",))]
-    assert keep(points, Policy(last=1)) == {"2026-01-02": ("newest", "last"), "2026-01-01": ("newest", "last")}
-    assert keep(points, Policy(yearly=1))["2026-01-01"] == ("newest", "yearly")
+    assert keep(points, Policy(last=1), LATER) == {"2026-01-02": ("newest", "last"), "2026-01-01": ("newest", "last")}
+    assert keep(points, Policy(yearly=1), LATER)["2026-01-01"] == ("newest", "yearly")
 
 
 def test_disks_that_separate_runs_back_up_do_not_take_each_others_places():
@@ -113,21 +118,14 @@ def test_disks_that_separate_runs_back_up_do_not_take_each_others_places():
     assert kept(points, daily=2) == times[-4:]
 
 
-def test_a_point_whose_time_cannot_be_read_is_kept():
-    assert parse_time("yesterday") is None
-    assert parse_time("2026-11-23T02:30:00Z") == datetime(2026, 11, 23, 2, 30, tzinfo=UTC)
-    points = [Moment("a", 1, None, ("vda",)), *moments("2026-01-01", "2026-01-02")]
-    assert keep(points, Policy(last=1))["a"] == ("its time cannot be read",)
-
-
 @pytest.mark.parametrize("policy", [Policy(), Policy(last=0)])
 def test_nothing_given_is_no_wish_to_remove_everything(policy):
     with pytest.raises(UsageError, match="nothing says"):
-        keep(moments(*DAYS), policy)
+        keep(moments(*DAYS), policy, LATER)
 
 
 def test_no_points_are_no_trouble():
-    assert keep([], Policy(last=1)) == {}
+    assert keep([], Policy(last=1), LATER) == {}
 
 
 @pytest.mark.parametrize(
@@ -172,21 +170,159 @@ COUNTS = st.fixed_dictionaries({rule: st.integers(0, 5) for rule in RULES}).filt
 HOURS = st.lists(st.integers(0, 20_000), min_size=1, max_size=40, unique=True).map(sorted)
 
 
-@given(COUNTS, HOURS)
+REGULAR = st.tuples(
+    st.sampled_from([1, 24, 168, 720]), st.lists(st.integers(1, 3), min_size=2, max_size=40), st.integers(0, 720)
+).map(lambda drawn: list(accumulate((drawn[0] * times for times in drawn[1]), initial=drawn[2])))
+"""Hours of nights without a jump."""
+
+
+def at_hours(hours):
+    start = datetime(2015, 1, 1, tzinfo=UTC)
+    return [Moment(str(hour), i, start + timedelta(hours=hour), ("vda",)) for i, hour in enumerate(hours, 1)]
+
+
+@given(COUNTS, REGULAR)
 def test_pruning_what_was_pruned_changes_nothing(counts, hours):
-    points = [
-        Moment(str(hour), hour + 1, datetime(2026, 1, 1, tzinfo=UTC) + timedelta(hours=hour), ("vda",))
-        for hour in hours
-    ]
-    once = keep(points, Policy(**counts))
-    assert set(keep([point for point in points if point.point in once], Policy(**counts))) == set(once)
+    points = at_hours(hours)
+    assert doubts(points, LATER) == {}
+    once = keep(points, Policy(**counts), LATER)
+    assert set(keep([point for point in points if point.point in once], Policy(**counts), LATER)) == set(once)
 
 
 @given(COUNTS, COUNTS, HOURS)
 def test_a_rule_more_never_keeps_less(counts, more, hours):
-    points = [
-        Moment(str(hour), hour + 1, datetime(2026, 1, 1, tzinfo=UTC) + timedelta(hours=hour), ("vda",))
-        for hour in hours
-    ]
+    points = at_hours(hours)
     both = {rule: max(counts[rule], more[rule]) for rule in RULES}
-    assert set(keep(points, Policy(**counts))) <= set(keep(points, Policy(**both)))
+    assert set(keep(points, Policy(**counts), LATER)) <= set(keep(points, Policy(**both), LATER))
+
+
+# Clocks that were wrong
+
+NOW = datetime(2026, 11, 28, 3, 0, 5, tzinfo=UTC)
+WITHIN = Duration(days=30)
+
+
+def nights(count, **elsewhere):
+    """Points of so many nights up to NOW, oldest first; `n3` is three nights old.  Some have other times."""
+    return [
+        Moment(
+            f"n{ago}",
+            count - ago,
+            datetime.fromisoformat(elsewhere[f"n{ago}"]).replace(tzinfo=UTC)
+            if f"n{ago}" in elsewhere
+            else NOW - timedelta(days=ago, seconds=5),
+            ("vda",),
+        )
+        for ago in reversed(range(count))
+    ]
+
+
+POLICIES = [
+    {"within": WITHIN},
+    {"last": 3},
+    {"hourly": 4},
+    {"daily": 7},
+    {"weekly": 3},
+    {"monthly": 2},
+    {"yearly": 2},
+    {"daily": 7, "weekly": 4, "monthly": 12, "yearly": 3, "within": Duration(days=3)},
+]
+BAD_CLOCKS = [
+    "2099-01-01T03:00:00",  # far ahead
+    "2027-02-01T03:00:00",  # some months
+    "2026-12-05T03:00:00",  # a week
+    "1970-01-01T00:00:05",  # no battery
+    "2025-11-28T03:00:00",  # last year
+]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("clock", BAD_CLOCKS)
+@pytest.mark.parametrize("ago", [0, 1, 5, 40])
+def test_a_night_whose_clock_was_wrong_removes_no_other_point(policy, clock, ago):
+    bad = f"n{ago}"
+    right = {point for point in kept(nights(60), NOW, **policy) if point != bad}
+    found = kept(nights(60, **{bad: clock}), NOW, **policy)
+    assert right <= set(found)
+    assert bad in found, "and its own point stays, whatever it is good for"
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("clock", [text for text in BAD_CLOCKS if text > "2026-12-06"])
+@pytest.mark.parametrize("count", range(1, 7))
+def test_a_clock_that_is_ahead_tonight_and_so_is_now_removes_nothing_more(policy, clock, count):
+    """The host believes it: no time lies in its future."""
+    jump = datetime.fromisoformat(clock).replace(tzinfo=UTC)
+    ahead = {f"n{ago}": f"{jump - timedelta(days=ago):%Y-%m-%dT%H:%M:%S}" for ago in range(count)}
+    before = kept(nights(60)[:-count], NOW, **{**policy, "last": 0} if len(policy) > 1 else policy)
+    found = keep(nights(60, **ahead), Policy(**policy), jump + timedelta(minutes=1))
+    if policy.keys() != {"last"}:
+        assert set(before) <= set(found)
+        assert all(JUMP in found[f"n{ago}"] for ago in range(count))
+    assert ahead.keys() <= set(found) or policy.keys() == {"last"}
+
+
+@pytest.mark.parametrize("now", ["1970-01-01T00:00:00", "2026-11-01T03:00:00"])
+def test_a_clock_that_is_behind_removes_nothing(now):
+    points = nights(60)
+    before = datetime.fromisoformat(now).replace(tzinfo=UTC)
+    later = {point.point for point in points if point.started > before + timedelta(minutes=5)}
+    for policy in POLICIES[:1] + POLICIES[2:]:
+        found = keep(points, Policy(**policy), before)
+        assert later <= set(found)
+        assert all(FUTURE in found[point] for point in later)
+
+
+def test_a_pause_is_believed_when_a_week_of_points_followed():
+    jump = NOW + timedelta(days=400)
+    for count in (1, 6, 7, 20):
+        points = [
+            *nights(60),
+            *(Moment(f"p{i}", 100 + i, jump + timedelta(days=i), ("vda",)) for i in range(count)),
+        ]
+        found = keep(points, Policy(within=WITHIN), jump + timedelta(days=count))
+        assert ("n10" in found) == (count < 7)
+        assert f"p{count - 1}" in found
+    # Of seven points in a night nothing is believed.
+    points = [*nights(60), *(Moment(f"p{i}", 100 + i, jump + timedelta(hours=i), ("vda",)) for i in range(20))]
+    assert "n10" in keep(points, Policy(within=WITHIN), jump + timedelta(days=1))
+
+
+@pytest.mark.parametrize("steps", [[1], [24], [168], [1, 1, 1, 15], [24, 24, 24, 24, 72], [24, 48], [168, 336], [720]])
+def test_what_people_usually_do_is_in_no_doubt(steps):
+    hours = list(accumulate((steps[i % len(steps)] for i in range(60)), initial=0))
+    for count in range(1, len(hours)):
+        found = doubts(at_hours(hours[:count]), LATER)
+        assert not found or count == 2, (count, found)  # of two points nobody knows what is usual
+
+
+def test_small_steps_back_of_a_clock_are_no_doubt():
+    points = moments("2026-01-01T03:00:05", "2026-01-01T03:00:02", "2026-01-02T03:00", "2026-01-02T01:59")
+    assert doubts(points, LATER) == {}
+    assert kept(points, daily=2) == ["2026-01-01T03:00:02", "2026-01-02T01:59"]
+
+
+def test_of_two_points_that_contradict_each_other_both_stay():
+    for policy in POLICIES[:1] + POLICIES[2:]:
+        assert len(kept(moments("2026-11-27T03:00", "1970-01-01"), **policy)) == 2
+
+
+@given(
+    st.lists(st.integers(0, 400), max_size=30),
+    st.integers(0, 400),
+    st.sampled_from(POLICIES),
+)
+def test_a_point_in_doubt_changes_nothing_for_the_others(days, now, policy):
+    points = [
+        Moment(str(i), i, datetime(2026, 1, 1, tzinfo=UTC) + timedelta(days=day), ("vda",))
+        for i, day in enumerate(days)
+    ]
+    clock = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(days=now)
+    doubtful = doubts(points, clock)
+    found = keep(points, Policy(**policy), clock)
+    assert doubtful.keys() <= found.keys()
+    clear = [point for point in points if point.point not in doubtful]
+    assert doubts(clear, clock).keys() <= {point.point for point in clear}
+    times = [point.started for point in clear]
+    assert all(later > earlier - timedelta(days=1) for earlier, later in pairwise(times))
+    assert all(time <= clock + timedelta(minutes=5) for time in times)

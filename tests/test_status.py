@@ -98,6 +98,26 @@ def test_a_point_from_the_future_has_no_age(night):
         assert ask(night).rc == 0
 
 
+def test_a_point_that_cannot_be_of_its_time_is_named_and_no_fault(night):
+    """Prune keeps it for ever: a repository must not grow without a word."""
+    full = next(path for path in (night.repository / "disk").glob("*.json") if path != newest_path(night))
+
+    def future(document):
+        document.update(started="2099-01-01T00:00:00Z")
+
+    before = full.read_bytes()
+    rewrite(full, future)
+    try:
+        done = ask(night, "--max-age", "26h")
+    finally:
+        full.write_bytes(before)
+    assert (done.rc, done.document["disks"][0]["code"]) == (0, 0)
+    said = done.document["disks"][0]["next"]
+    assert f"the time of point {full.stem} cannot be right (its time is in the future)" in said
+    assert f"pybackup remove disk/{full.stem}" in said
+    assert "cannot be right" not in ask(night).document["disks"][0]["next"]
+
+
 def test_newest_is_the_highest_sequence_and_not_the_latest_time(night):
     full = next(path for path in (night.repository / "disk").glob("*.json") if path != newest_path(night))
     with aged(newest_path(night), days=3), aged(full, days=0):
