@@ -21,6 +21,9 @@ FULL, INCREMENTAL, RESCAN = "full", "incremental", "rescan"
 _FIRST = "first point of this disk"
 
 
+_OWN_NAME = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9_-]*\.([0-9a-f]{{8}})\.{POINT_PATTERN}")
+
+
 @dataclass(frozen=True, slots=True)
 class Bitmap:
     """A dirty bitmap that the source shows.  `granularity` in bytes, None where unknown."""
@@ -122,8 +125,13 @@ def bitmap_name(family: str, short_id: str, point: str) -> str:
 
 def own_bitmaps(names: Iterable[str], short_id: str, *, keep: str | None) -> list[str]:
     """Names that are this repository's to remove: those of exactly our form, but `keep`."""
-    pattern = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9_-]*\.{re.escape(short_id)}\.{POINT_PATTERN}")
-    return [name for name in names if name != keep and pattern.fullmatch(name)]
+    return [name for name in names if name != keep and repository_of(name) == short_id]
+
+
+def repository_of(name: str) -> str | None:
+    """Return the short id of the repository in a bitmap's name of exactly our form; None for any other name."""
+    found = _OWN_NAME.fullmatch(name)
+    return None if found is None else found[1]
 
 
 def decide(

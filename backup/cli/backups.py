@@ -313,24 +313,41 @@ def map_(
 
 
 def clean(
-    qmp: Annotated[str, typer.Option("--qmp", metavar="SOCKET", help="The QMP socket of the machine's QEMU.")],
+    qmp: Annotated[
+        str | None, typer.Option("--qmp", metavar="SOCKET", help="The QMP socket of a running machine's QEMU.")
+    ] = None,
+    image: Annotated[
+        list[str] | None, typer.Option("--image", metavar="FILE", help="An image that no machine has open; repeatable.")
+    ] = None,
+    bitmaps: Annotated[
+        bool, typer.Option("--bitmaps", help="Select all bitmaps of the repository, those of its points too.")
+    ] = False,
+    repository: Annotated[
+        list[str] | None,
+        typer.Option("--repository", metavar="ID", help="Select all bitmaps of the repository with this short id."),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove the selected bitmaps instead of listing them.")] = False,
     agent: AgentSocket = None,
     repo: Repo = None,
 ) -> None:
-    """Remove what cut-off runs left in a running QEMU.  Jobs, exports, nodes, bitmaps of no point, a frozen guest."""
-    from backup.cli import requests
-    from backup.sources.base import Freeze
-    from backup.sources.running import Running
+    """
+    Remove what backups left in a running QEMU or in images.
 
-    repository = find.repository(folder_of(repo))
-    known = path_of(agent) or requests.agent_of(Path(qmp), find.config_or_default())
-    with Running(Path(qmp), [], freeze=Freeze(known)) as host:
-        removed = list(host.recover(repository.ownership(None)))
-    if options.json:
-        render.document({"removed": removed})
-    elif not options.quiet:
-        for what in removed or ["nothing: there was nothing of this repository's"]:
-            render.line(f"removed {what}")
+    With --qmp alone: jobs, exports, nodes, bitmaps of no point, and a frozen guest, as a run that was cut off leaves
+    them. With --bitmaps, --repository or --image, list pybackup's bitmaps; --yes removes those that are selected.
+    """
+    from backup.cli import cleaning
+
+    wanted = cleaning.Wanted(
+        qmp=path_of(qmp),
+        images=tuple(map(Path, image or ())),
+        agent=path_of(agent),
+        repo=folder_of(repo),
+        bitmaps=bitmaps,
+        gone=tuple(repository or ()),
+        yes=yes,
+    )
+    raise typer.Exit(cleaning.run(wanted))
 
 
 def check_config(
