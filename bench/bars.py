@@ -24,6 +24,7 @@ from inputs import (
     empty_parent,
     even,
     forget_all_but,
+    new_repository,
     newest_manifest,
     remove,
     scattered,
@@ -119,18 +120,18 @@ def full_none(bench: Bench) -> Iterator[Row]:
     """A full without compression."""
     for place in bench.places:
         with qemu_nbd("-r", "-f", "qcow2", str(bench.image(place))) as server:
-            repository, copy = place.path("repository"), place.path("copy")
+            repository, copy = new_repository(place.path("repository")), place.path("copy")
             ours = [PYBACKUP, "full", "--nbd", server.uri, *AS, "--repo", str(repository), "--compression", "none"]
             theirs = [["nbdcopy", server.uri, str(copy)], ["sync", str(copy)]]
             row = Row("full, none, digests, fsynced", "`nbdcopy URI FILE`, `sync FILE`", "ratio", 1.0, place.name)
-            clean = cleaner(repository, copy)
+            clean = cleaner(copy, points=repository)
             yield pair(row, bench, [ours], theirs, servers=[server.id], clean=clean)
 
 
 def full_zstd(bench: Bench) -> Iterator[Row]:
     """A compressed full, against the usual program and against the limit."""
     for place in bench.places:
-        image, repository, copy = bench.image(place), place.path("repository"), place.path("copy")
+        image, repository, copy = bench.image(place), new_repository(place.path("repository")), place.path("copy")
         ours = [PYBACKUP, "full", "--image", str(image), "--repo", str(repository), "--compression", "zstd:1"]
         convert = ["qemu-img", "convert", "-f", "qcow2", "-O", "qcow2", "-c", "-m", "16", "-W"]
         convert += ["-o", "compression_type=zstd", str(image), str(copy)]
@@ -140,7 +141,7 @@ def full_zstd(bench: Bench) -> Iterator[Row]:
             lambda convert=convert: timed([convert]),
             lambda loop=loop: Usage(float(run(loop)), 0.0, 0),
         ]
-        usages = in_turn(sides, bench.rounds, cleaner(repository, copy))
+        usages = in_turn(sides, bench.rounds, cleaner(copy, points=repository))
         against = "`qemu-img convert -c -m 16 -W -o compression_type=zstd`"
         row = Row("full, zstd:1", against, "ratio", 0.5, place.name, processor_limit=0.65)
         yield completed(row, usages[0], usages[1])
@@ -210,7 +211,7 @@ def idle(bench: Bench) -> Iterator[Row]:
     """A night in which nothing was written."""
     size = (4 * GIB) if bench.quick else TIB
     place = bench.tmpfs
-    image, repository = place.path("idle.qcow2"), place.path("repository")
+    image, repository = place.path("idle.qcow2"), new_repository(place.path("repository"))
     run(["qemu-img", "create", "-q", "-f", "qcow2", str(image), str(size)])
     write_clusters(image, range(0, size // CLUSTER, size // CLUSTER // 1024), bench.pool())
     command = [PYBACKUP, *bench.configured(place, spot_check=0), "incremental", "--image", str(image)]
@@ -305,7 +306,7 @@ def consolidate(bench: Bench) -> Iterator[Row]:
 
 def nights(bench: Bench, place: Place) -> Path:
     """A repository with a full of the real file system and five incrementals, each of 1/64 of the disk."""
-    image, repository = bench.image(place), place.path("repository")
+    image, repository = bench.image(place), new_repository(place.path("repository"))
     night = [PYBACKUP, "incremental", "--image", str(image), "--repo", str(repository), "--bitmap", "b1"]
     run(night)
     clusters = int(bench.size // CLUSTER)
@@ -326,7 +327,7 @@ def newest_data_file(repository: Path) -> str:
 def verify(bench: Bench) -> Iterator[Row]:
     """Every byte of a repository, read and hashed."""
     for place in bench.places:
-        repository = place.path("repository")
+        repository = new_repository(place.path("repository"))
         full = [PYBACKUP, "full", "--image", str(bench.image(place)), "--repo", str(repository)]
         run([*full, "--compression", "none"])
         loop = [*LOOPS, "blake3", *data_files(repository)]
@@ -344,11 +345,12 @@ def verify(bench: Bench) -> Iterator[Row]:
         yield missing("verify", "b3sum", "")
 
 
-def cleaner(*paths: Path) -> Callable[[], None]:
-    """What removes outputs after each run."""
+def cleaner(*paths: Path, points: Path | None = None) -> Callable[[], None]:
+    """What removes outputs after each run, and all points of the repository `points`."""
 
     def clean() -> None:
-        for path in paths:
+        machines = [] if points is None else [path for path in points.iterdir() if path.is_dir()]
+        for path in (*paths, *machines):
             remove(path)
 
     return clean

@@ -299,12 +299,19 @@ def write_clusters(image: Path, clusters: Iterable[int], data: Path) -> None:
         handle.shutdown()
 
 
+def new_repository(path: Path) -> Path:
+    """An empty repository."""
+    run([PYBACKUP, "--quiet", "init", str(path)])
+    return path
+
+
 def empty_parent(repository: Path, size: int) -> str:
     """
-    Begin a chain with a full of an empty disk; the point's id.
+    Make a repository and begin a chain with a full of an empty disk; the point's id.
 
     An incremental's cost does not depend on what its parent holds, and a full of 64 GiB takes long.
     """
+    new_repository(repository)
     empty = repository.with_suffix(".empty")
     run(["qemu-img", "create", "-q", "-f", "qcow2", str(empty), str(size)])
     with qemu_nbd("-r", "-f", "qcow2", str(empty)) as server:

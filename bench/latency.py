@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from mmap import mmap
 from pathlib import Path
 
-from inputs import Bench, Place, remove
+from inputs import Bench, Place, new_repository, remove
 from measure import PYBACKUP, Latency, fail, run
 from servers import Machine, machine, why_no_machine
 
@@ -99,7 +99,7 @@ def alone(guest: Guest) -> list[float]:
 
 def ours(guest: Guest, machine: Machine, place: Place) -> list[float]:
     """A full while the guest writes, from the start of the command to its end."""
-    repository = place.path("repository")
+    repository = new_repository(place.path("repository"))
     command = [PYBACKUP, "full", "--qmp", str(machine.qmp), "--node", "disk0", "--machine", "m", "--disk", "vda"]
     command += ["--repo", str(repository), "--scratch", str(place.folder)]
     with open("complaints", "w+") as complaints:

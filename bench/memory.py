@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from inputs import ALTERNATELY, AS, Bench, Layout, apart, empty_parent, even, newest_manifest, remove
+from inputs import ALTERNATELY, AS, Bench, Layout, apart, empty_parent, even, new_repository, newest_manifest, remove
 from measure import CLUSTER, GIB, PYBACKUP, TIB, Peak, fail, timed, waited
 from servers import qemu_nbd, simulated
 
@@ -24,7 +24,7 @@ def fragmented(bench: Bench) -> Iterator[Peak]:
     apart(make_little_data, pool)
     apart(Layout, image, size, pool, chosen=even, bitmaps={"b": ALTERNATELY})
     with qemu_nbd("-r", "-f", "qcow2", "-B", "b", str(image)) as server:
-        common = ["--nbd", server.uri, *AS, "--repo", str(repository)]
+        common = ["--nbd", server.uri, *AS, "--repo", str(new_repository(repository))]
         used = timed([[PYBACKUP, "full", *common]])
         yield Peak(f"full of {size // GIB} GiB, {size // CLUSTER:,} extents", used.seconds, used.memory)
         since = newest_manifest(repository).stem

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from inputs import Bench, data_files, remove
+from inputs import Bench, data_files, new_repository, remove
 from measure import CLUSTER, MIB, PYBACKUP, Nights, Row, Usage, fail, largest, run, timed
 
 SIZE = 64 * MIB
@@ -66,6 +66,7 @@ class _Series:
         machines = f"{{web1: {{disks: {{vda: {{image: {folder / 'vda.qcow2'}}}}}}}}}"
         options = bench.configured(bench.tmpfs, repository=folder / "repo", bitmap="b1", machines=machines, **keys)
         made = cls(line, folder, [PYBACKUP, *options, "--quiet"], retention is not None)
+        new_repository(made.repository)
         run(["qemu-img", "create", "-q", "-f", "qcow2", str(made.image), str(SIZE)])
         for start in range(0, WRITTEN, MIB):
             made.write([start // CLUSTER], MIB)

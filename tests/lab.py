@@ -19,6 +19,7 @@ from typing import Any
 
 from backup import config as configuration
 from backup.errors import BackupError
+from backup.names import MARKER
 from backup.repository import Repository
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -75,7 +76,7 @@ def init(args: Sequence[str | Path], cwd: Path | None = None) -> None:
     identity = None
     for place in places:
         with contextlib.suppress(BackupError):
-            if not os.path.lexists(place) or os.listdir(place) == []:
+            if not os.path.lexists(place / MARKER):
                 Repository.create(place, identity=identity)
             identity = Repository.open(place).identity
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from lab import CLUSTER, MIB, Chained, Result, call_pybackup, check_repository, make_image, restore_and_cmp, run
+from lab import CLUSTER, MIB, Chained, Result, call_pybackup, check_repository, init, make_image, restore_and_cmp, run
 
 QEMU = os.environ.get("QEMU", "qemu-system-x86_64")
 PATIENCE = 30.0
@@ -704,6 +704,7 @@ def stopped_at(step: Step, arguments: Sequence[str | Path]) -> Iterator[subproce
     """A run that stands still at the step (SIGSTOP); killed at the end if it is still there."""
     # Files and no pipes: what a run leaves behind would keep a pipe open.
     command = step.command(signal.SIGSTOP, arguments)
+    init(command)
     with (
         tempfile.TemporaryFile("w+") as said,
         subprocess.Popen(command, stdout=said, stderr=said, text=True) as process,

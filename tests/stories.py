@@ -30,7 +30,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import IO
 
-from lab import bitmaps, run
+from lab import bitmaps, init, run
 
 import backup.audit
 import backup.consolidate
@@ -155,6 +155,7 @@ def command(
 ) -> Ended:
     """Run a command to its end, or until it is struck; `while_stopped` where what strikes is SIGSTOP."""
     words = tuple(str(arg) for arg in args)
+    init(words)
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, tempfile.NamedTemporaryFile() as log:
         pid = spawn(words, (out.fileno(), err.fileno()), stopped=strike is not None, clock=clock)
         try:

@@ -8,11 +8,10 @@ ahead by one number or none.
 from __future__ import annotations
 
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
-from lab import MIB, PYBACKUP, call_pybackup, raw_copy
+from lab import MIB, call_pybackup, raw_copy, run_pybackup
 from live import Machine, Nights, Step, Writer, disks_of, private_tmp, stopped_at
 
 MOMENTS = [
@@ -56,8 +55,8 @@ def under_fire(nights: Nights, writer: Writer, wanted: str, step: Step | None) -
     """A backup while the guest writes; it stands still at the step until everything was overwritten.  The new point."""
     points, arguments = nights.points(), nights.arguments(wanted)
     if step is None:
-        done = subprocess.run([PYBACKUP, *arguments], check=False, capture_output=True, text=True, timeout=100)
-        assert (done.returncode, done.stderr) == (0, "")
+        done = run_pybackup(arguments)
+        assert (done.rc, done.stderr) == (0, "")
     else:
         with stopped_at(step, arguments) as run:
             writer.wait_for(Writer.SLOTS + 1)
