@@ -20,7 +20,7 @@ from backup.extents import Offsets
 from backup.index import Index
 from backup.manifest import DataFile, DiskEntry
 from backup.output import Output
-from backup.repository import allow
+from backup.plainfile import create_file
 
 _FROM_COPY = "bring the file back from a copy of the repository, or restore another point"
 
@@ -40,7 +40,7 @@ class PartFile:
         self._digests: dict[int, bytes] = {}
         self._lock = threading.Lock()
         try:
-            self._fd = _create(path, mode)
+            self._fd = create_file(path, mode)
         except OSError as error:
             raise _cannot_write(path, error) from None
         self._output = Output(self._fd, path, grows=True)
@@ -75,18 +75,12 @@ class PartFile:
 def write_digests(path: Path, content: bytes, mode: int) -> None:
     """Write a `.b3` file that lasts."""
     try:
-        with open(_create(path, mode), "wb") as file:
+        with open(create_file(path, mode), "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         raise _cannot_write(path, error) from None
-
-
-def _create(path: Path, mode: int) -> int:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-    allow(fd, mode)
-    return fd
 
 
 def _cannot_write(path: Path, error: OSError) -> BackupError:

@@ -7,9 +7,7 @@ The last block may be short.  The manifest holds the digest over the `.b3` (FORM
 
 from __future__ import annotations
 
-import errno
 import os
-import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -18,6 +16,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from backup.errors import Damaged, Failed, NotFound
+from backup.plainfile import HINT, open_file
 from backup.readonce import ReadOnce
 from backup.shortage import NOT_DAMAGE
 
@@ -51,8 +50,7 @@ def open_plain(path: Path) -> int:
         This process may not open it, or not so many files: nothing is known to be damaged.
     """
     try:
-        # A pipe without O_NONBLOCK would wait for a writer.
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        return open_file(path, os.O_RDONLY)
     except FileNotFoundError:
         raise NotFound(f"{path} is missing", hint="bring the file back from a copy of the repository") from None
     except OSError as error:
@@ -61,15 +59,7 @@ def open_plain(path: Path) -> int:
                 f"{path} cannot be opened: {error.strerror}",
                 hint="run as the repository's owner; a chain needs as many open files as it has points (ulimit -n)",
             ) from None
-        why = "it is a link" if error.errno == errno.ELOOP else error.strerror
-        raise Damaged(f"{path} cannot be opened: {why}", hint=_PLAIN_FILES) from None
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise Damaged(f"{path} cannot be opened: it is no plain file", hint=_PLAIN_FILES)
-    return fd
-
-
-_PLAIN_FILES = "a repository holds plain files and no links; bring the file back from a copy of the repository"
+        raise Damaged(f"{path} cannot be opened: {error.strerror}", hint=HINT) from None
 
 
 def load(path: Path, expected: str, blocks: int) -> bytes:

@@ -22,7 +22,8 @@ from backup import digests, documents
 from backup.documents import DIGEST, BadDocument, Fields, moment_of, shown
 from backup.errors import BackupError, Damaged, NotFound
 from backup.manifest import DataFile, is_data_name
-from backup.repository import Machine, allow, sync_folder
+from backup.plainfile import allow, open_file
+from backup.repository import Machine, sync_folder
 
 NAME = "verified"
 FORMAT = "pybackup verified"
@@ -130,7 +131,7 @@ def _alone(path: Path, mode: int) -> Iterator[int]:
     Two runs that verify a machine at once write one after the other, and each keeps what the other found.
     """
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+        fd = open_file(path, os.O_RDWR | os.O_CREAT, mode, sole=True)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             if _is_still(path, fd):

@@ -16,7 +16,6 @@ the name.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -37,6 +36,7 @@ from backup.documents import RANDOM, BadDocument, Fields
 from backup.errors import BackupError, Damaged, Failed, Locked, NotFound, UsageError
 from backup.manifest import DiskEntry, Manifest
 from backup.names import MARKER, check_name, name_problem
+from backup.plainfile import HINT, NotPlainError, allow, create_file, open_file
 from backup.shortage import NOT_DAMAGE
 
 FORMAT = "pybackup repository"
@@ -192,8 +192,45 @@ class Machine:
         self.modes = modes
 
     def exists(self) -> bool:
-        """Is the folder there?"""
-        return os.path.isdir(self.path)
+        """
+        Is the folder there?
+
+        Raises
+        ------
+        Damaged
+            A link has its name, which would lead out of the repository.
+        UsageError
+            Its name is another: the file system does not tell upper from lower case, for example.  Two machines would
+            share one folder.
+        Failed
+            The folder cannot be looked at.
+        """
+        with explained(self.path):
+            try:
+                mode = os.lstat(self.path).st_mode
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+            if stat.S_ISLNK(mode):
+                raise Damaged(f"the folder {self.path} of machine {self.name} is a link", hint=_NO_LINKS)
+            if not stat.S_ISDIR(mode):
+                return False
+            self._require_exact_name()
+        return True
+
+    def _require_exact_name(self) -> None:
+        try:
+            names = os.listdir(self.path.parent)
+        except PermissionError:  # a folder of others', in which a manifest was named by its path
+            return
+        if self.name in names or not os.path.lexists(self.path):
+            return
+        ours = os.lstat(self.path)
+        real = next((name for name in names if os.path.samestat(ours, os.lstat(self.path.parent / name))), "another")
+        raise UsageError(
+            f"machine {self.name} has no folder of its own: on this file system, {self.path} is the folder {real}",
+            hint=f"if it is the same machine, name it {real}; else choose a name that differs in more than upper and "
+            "lower case",
+        )
 
     def contents(self, *, raw: bool = False) -> Contents:
         """
@@ -276,7 +313,7 @@ class Machine:
             if not self.exists():
                 make_folder(self.path, self.modes.folder)
                 sync_folder(self.path.parent)
-            fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, self.modes.file)
+            fd = open_file(self.path / "lock", os.O_RDWR | os.O_CREAT, self.modes.file, sole=True)
         try:
             allow(fd, self.modes.file)
             with explained(self.path / "lock"):
@@ -296,7 +333,7 @@ class Machine:
         """
         with explained(self.path / "lock"):
             try:
-                fd = os.open(self.path / "lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+                fd = open_file(self.path / "lock", os.O_RDONLY)
             except FileNotFoundError:
                 return
             try:
@@ -477,7 +514,8 @@ def is_exchanged(folder: Path, disk: DiskEntry) -> bool:
     path = folder / disk.data.file
     backing = None if disk.parent is None else manifests.data_name(disk.name, disk.parent.point)
     try:
-        return read_header(path).image.backing == backing
+        with open(open_file(path, os.O_RDONLY), "rb", buffering=0) as file:
+            return read_header(file, str(path)).image.backing == backing
     except (BackupError, OSError):
         return not os.path.lexists(folder / (disk.data.file + manifests.NEW))
 
@@ -517,9 +555,8 @@ def read_manifest_whole(path: Path) -> tuple[Manifest, bytes]:
             raise Failed(
                 f"manifest {path} cannot be read: {error.strerror}", hint="run as the repository's owner"
             ) from None
-        why = "it is a link" if error.errno == errno.ELOOP else error.strerror
         raise Damaged(
-            f"manifest {path} cannot be read: {why}",
+            f"manifest {path} cannot be read: {error.strerror}",
             hint="a manifest is a plain file, no link, folder or pipe; bring it back from a copy of the repository",
         ) from None
     found = manifests.decode(content, str(path))
@@ -549,24 +586,13 @@ def make_folder(path: Path, mode: int) -> None:
     allow(path, mode)
 
 
-def allow(file: Path | int, mode: int) -> None:
-    """
-    Give a new file or folder the bits of its mode that the umask took.
-
-    Bits that it has besides (a set-group-id folder's, which its content inherits) stay.  A file system without modes
-    refuses; then the mode is the mount's.
-    """
-    with suppress(OSError):
-        os.chmod(file, stat.S_IMODE(os.stat(file).st_mode) | mode)
-
-
 def _write_temporary(path: Path, content: bytes, mode: int) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
-    with open(fd, "wb") as file:
-        allow(fd, mode)
+    """Write a new file that lasts; what has its name is a leftover, and goes."""
+    path.unlink(missing_ok=True)
+    with open(create_file(path, mode), "wb") as file:
         file.write(content)
         file.flush()
-        os.fsync(fd)
+        os.fsync(file.fileno())
 
 
 def require_outside(path: Path) -> None:
@@ -645,12 +671,9 @@ def _read(path: Path, limit: int) -> bytes:
     A run reads each manifest of a machine.  So no file object is made for it, and no more memory is asked for than the
     file has: to get megabytes for a kilobyte, and give them back, takes longer than to read it.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    fd = open_file(path, os.O_RDONLY)
     try:
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode):
-            raise OSError(errno.EINVAL, "it is no plain file")
-        left = min(found.st_size, limit + 1)
+        left = min(os.fstat(fd).st_size, limit + 1)
         parts = []
         while left and (part := os.read(fd, left)):
             parts.append(part)
@@ -684,6 +707,10 @@ def _identity(content: bytes, marker: Path) -> str:
         raise Damaged(f"{marker} is not a repository's marker: {error}", hint=_MARKER_HINT) from None
 
 
+_NO_LINKS = (
+    "nothing was changed; move the real folder into the repository, or mount it there if it has its own disk "
+    "(mount --bind)"
+)
 _MARKER_HINT = 'bring it back from a copy; every manifest beside it names the id as "repository"'
 
 
@@ -711,7 +738,7 @@ def _why_held(path: Path, stack: ExitStack) -> str | None:
 def _open_to_lock(path: Path) -> int:
     """Open a file for writing if we may: on NFS, only so it can be locked exclusively (flock(2))."""
     try:
-        return os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        return open_file(path, os.O_RDWR)
     except OSError:
         return open_plain(path)
 
@@ -747,6 +774,8 @@ def explained(path: Path) -> Iterator[None]:
     """Turn an operating system's refusal into two lines.  `path` is named where the error names none."""
     try:
         yield
+    except NotPlainError as error:
+        raise Failed(f"{error.filename} cannot be opened: {error.strerror}", hint=HINT) from None
     except OSError as error:
         raise Failed(
             f"{error.filename or path}: {error.strerror}",

@@ -111,7 +111,10 @@ def look(machine: Machine, expected: Collection[str] | None, limits: Limits) -> 
         evidence = Evidence(contents, recall(machine), lambda chain: files_problem(machine.path, chain))
         return assess(machine.name, evidence, expected, limits)
 
-    return machine.seen(look_at, doubtful=lambda found: any(each.code not in {0, OLD} for each in found))
+    try:
+        return machine.seen(look_at, doubtful=lambda found: any(each.code not in {0, OLD} for each in found))
+    except BackupError as error:  # of the machine's folder; the other machines are shown all the same
+        return [_without_point(machine.name, None, error.exit_code, _fault(error))]
 
 
 def assess(machine: str, evidence: Evidence, expected: Collection[str] | None, limits: Limits) -> list[DiskStatus]:

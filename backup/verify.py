@@ -100,6 +100,11 @@ class Verified:
     forgotten: str | None
 
 
+def unverified(machine: Machine, error: BackupError) -> Verified:
+    """What comes of a machine whose folder cannot be read, or is no machine's."""
+    return Verified(0, 0, 0, 0, 0, (Problem(machine.name, None, None, error),), None)
+
+
 def exit_code(problems: Sequence[Problem]) -> int:
     """The worst: damaged (12) before missing (10) before the rest."""
     codes = {problem.error.exit_code for problem in problems}

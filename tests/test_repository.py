@@ -4,13 +4,27 @@ import fcntl
 import json
 import os
 import shutil
+import signal
+import socket
 import stat
 import subprocess
 import threading
+from pathlib import Path
 
 import pytest
 from forge import entry, manifest
-from lab import PYBACKUP, Night, call_pybackup, make_image, run, run_pybackup, write
+from lab import (
+    PYBACKUP,
+    Night,
+    call_pybackup,
+    make_image,
+    raw_copy,
+    require_identical,
+    restore_and_cmp,
+    run,
+    run_pybackup,
+    write,
+)
 
 from backup import digests, repository
 from backup.errors import Damaged, Failed, Interrupted, Locked, UsageError
@@ -75,11 +89,11 @@ def test_init_makes_a_repository_and_tells_where_it_lies(tmp_path):
 def test_a_second_init_changes_nothing(tmp_path):
     night = Night.of(tmp_path)
     night.full()
-    before = {path: path.stat() for path in night.repository.rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in night.repository.rglob("*")}
     for inside in ("", "disk", "disk/new", "new/er"):
         done = call_pybackup(["init", night.repository / inside])
         assert (done.rc, len(done.stderr.splitlines())) == (2, 2), done
-    assert {path: path.stat() for path in night.repository.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in night.repository.rglob("*")} == before
 
 
 COMMANDS = [
@@ -304,20 +318,199 @@ def test_a_killed_holders_lock_is_free(tmp_path):
         pass
 
 
-def test_a_lock_that_is_a_pipe_or_a_link_holds_up_nothing(tmp_path):
-    machine = Repository.create(tmp_path / "repo").machine("web1")
-    with machine.lock():
-        pass
-    (machine.path / "lock").unlink()
-    os.mkfifo(machine.path / "lock")
-    with machine.lock():
-        pass
-    (machine.path / "lock").unlink()
-    (tmp_path / "precious").write_text("x")
-    (machine.path / "lock").symlink_to(tmp_path / "precious")
-    with pytest.raises(Failed), machine.lock():
-        pass
-    assert (tmp_path / "precious").read_text() == "x"
+ODD = {
+    "pipe": lambda path, _: os.mkfifo(path),
+    "folder": lambda path, _: path.mkdir(),
+    "link": lambda path, precious: path.symlink_to(precious),
+    "dangling link": lambda path, precious: path.symlink_to(precious.with_name("new")),
+    "hard link": lambda path, precious: path.hardlink_to(precious),
+    "socket": lambda path, _: listen(path),
+}
+
+
+def listen(path):
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+
+
+@pytest.fixture
+def deadline():
+    """A pipe that is waited for must not hang the tests."""
+
+    def expired(*_):
+        raise AssertionError("it waits for ever")
+
+    before = signal.signal(signal.SIGALRM, expired)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.usefixtures("deadline")
+@pytest.mark.parametrize("odd", ODD)
+def test_a_lock_that_is_no_plain_file_of_its_own_is_refused_and_nothing_is_written_through_it(
+    tmp_path, monkeypatch, odd
+):
+    monkeypatch.chdir(tmp_path)  # a socket's path is short
+    night = Night.with_incremental(Path())
+    precious, lock = tmp_path / "precious", night.repository / "disk" / "lock"
+    precious.write_text("x" * 1000)
+    lock.unlink()
+    ODD[odd](lock, precious)
+    before = [path for path in night.state()[1] if not path.endswith("verified")]
+    for command in (
+        ["incremental", "--image", night.image, "--bitmap", "b1"],
+        ["prune", "--keep-last", "1"],
+        ["pin", "disk/latest"],
+    ):
+        done = call_pybackup([*command, "--repo", night.repository])
+        assert (done.rc, len(done.stderr.splitlines()), "lock" in done.stderr) == (1, 2, True), done
+    assert [path for path in night.state()[1] if not path.endswith("verified")] == before
+    assert (precious.read_text(), os.path.lexists("new")) == ("x" * 1000, False)
+    for command in (["list"], ["verify"], ["status"], ["restore", "disk/latest", "r.raw"]):
+        assert call_pybackup([*command, "--repo", night.repository]).rc == 0, command
+    require_identical(raw_copy(night.image, Path("expected.raw")), Path("r.raw"))
+
+
+@pytest.mark.usefixtures("deadline")
+@pytest.mark.parametrize("odd", [odd for odd in ODD if odd != "folder"])
+def test_leftovers_that_are_links_or_pipes_go_and_nothing_is_written_through_them(tmp_path, monkeypatch, odd):
+    monkeypatch.chdir(tmp_path)
+    night = Night.with_incremental(Path())
+    precious, folder = tmp_path / "precious", night.repository / "disk"
+    precious.write_text("x" * 1000)
+    stem = "20200101T000000Z-00000000"
+    names = [f"{stem}.json.tmp", f"disk.{stem}.qcow2", f"disk.{stem}.b3", f"disk.{stem}.qcow2.new"]
+    for name in names:
+        ODD[odd](folder / name, precious)
+    ODD[odd](folder / f"{night.newest['point']}.json.tmp", precious)
+    assert call_pybackup(["pin", "disk/latest", "--repo", night.repository]).rc == 0
+    assert night.newest["pinned"] is True
+    assert night.incremental().rc == 0
+    assert (precious.read_text(), os.path.lexists("new")) == ("x" * 1000, False)
+    night.require_restored()
+
+
+@pytest.mark.usefixtures("deadline")
+@pytest.mark.parametrize("odd", ODD)
+def test_an_odd_file_in_the_place_of_what_verify_remembers_is_not_written_through(tmp_path, monkeypatch, odd):
+    monkeypatch.chdir(tmp_path)
+    night = Night.with_incremental(Path())
+    precious, folder = tmp_path / "precious", night.repository / "disk"
+    precious.write_text("x" * 1000)
+    ODD[odd](folder / "verified.tmp", precious)
+    done = call_pybackup(["verify", "--repo", night.repository])
+    assert (done.rc, "not remembered" in done.stderr) == (0, True), done
+    (folder / "verified.tmp").rmdir() if odd == "folder" else (folder / "verified.tmp").unlink()
+    ODD[odd](folder / "verified", precious)
+    for command in (["verify"], ["verify", "--older-than", "30d"], ["status"]):
+        assert call_pybackup([*command, "--repo", night.repository]).rc == 0, command
+    assert (precious.read_text(), os.path.lexists("new")) == ("x" * 1000, False)
+
+
+@pytest.mark.usefixtures("deadline")
+@pytest.mark.parametrize("odd", [odd for odd in ODD if odd != "hard link"])
+@pytest.mark.parametrize("which", ["json", "qcow2", "b3"])
+def test_a_file_of_a_point_that_is_no_plain_file_is_damage_and_blocks_nobody(tmp_path, monkeypatch, odd, which):
+    monkeypatch.chdir(tmp_path)
+    night = Night.with_incremental(Path())
+    [path] = (night.repository / "disk").glob(f"*{night.newest['point']}.{which}")
+    path.rename("precious")
+    ODD[odd](path, tmp_path / "precious")
+    before = Path("precious").read_bytes()
+    assert call_pybackup(["verify", "--repo", night.repository]).rc == 12
+    assert call_pybackup(["restore", "disk/latest", "r.raw", "--repo", night.repository]).rc == 12
+    assert call_pybackup(["status", "--repo", night.repository]).rc == 12
+    done = night.incremental()
+    assert (done.rc, done.disk["kind"]) == (3, "incremental" if which == "json" else "full")
+    assert Path("precious").read_bytes() == before
+
+
+def test_a_repository_that_was_copied_with_hard_links_restores_and_goes_on(tmp_path):
+    night = Night.with_incremental(tmp_path)
+    run("cp", "-al", night.repository, tmp_path / "snapshot")
+    copied = {path: path.read_bytes() for path in (tmp_path / "snapshot" / "disk").iterdir()}
+    restore_and_cmp(night.repository, "disk/latest", night.image)
+    done = night.incremental()
+    assert (done.rc, "hard links" in done.stderr) == (1, True), "two repositories would share one lock"
+    (tmp_path / "snapshot" / "disk" / "lock").unlink()
+    copied.pop(tmp_path / "snapshot" / "disk" / "lock")
+    assert call_pybackup(["pin", "disk/latest", "--repo", night.repository]).rc == 0
+    assert night.incremental().rc == 0
+    assert call_pybackup(["prune", "--keep-last", "1", "--batch", "1", "--repo", night.repository]).rc == 0
+    assert {path: path.read_bytes() for path in copied} == copied
+    night.require_restored()
+
+
+def test_a_machines_folder_that_is_a_link_leads_no_command_out_of_the_repository(tmp_path):
+    night = Night.with_incremental(tmp_path)
+    other = tmp_path / "other"
+    assert call_pybackup(["init", "--copy-of", night.repository, other]).rc == 0
+    assert call_pybackup(["copy", "disk", other, "--repo", night.repository]).rc == 0
+    (other / "evil").symlink_to(night.repository / "disk")
+    before = {path: path.read_bytes() for path in night.repository.rglob("*") if path.is_file()}
+    source = ["--image", night.image, "--machine", "evil", "--disk", "disk"]
+    for command in (
+        ["full", *source],
+        ["full", *source, "--dry-run"],
+        ["incremental", *source, "--bitmap", "b1"],
+        ["prune", "evil", "--keep-last", "1", "--batch", "1"],
+        ["pin", "evil/latest"],
+        ["verify", "evil"],
+        ["list", "evil"],
+        ["restore", "evil/latest", tmp_path / "r.raw"],
+        ["copy", "evil", tmp_path / "third"],
+    ):
+        done = call_pybackup([*command, "--repo", other])
+        assert (done.rc, len(done.stderr.splitlines())) == (12, 2), done
+        assert f"{other}/evil of machine evil is a link" in done.stderr
+    # The others are not hidden by it.
+    assert call_pybackup(["prune", "--keep-last", "1", "--batch", "1", "--repo", other]).rc == 12
+    listed = call_pybackup(["list", "--json", "--repo", other])
+    assert (listed.rc, [point["machine"] for point in listed.document]) == (3, ["disk"])
+    assert "evil" in listed.stderr
+    states = call_pybackup(["status", "--json", "--repo", other])
+    assert (states.rc, {disk["machine"]: disk["code"] for disk in states.document["disks"]}) == (
+        12,
+        {"disk": 0, "evil": 12},
+    )
+    verified = call_pybackup(["verify", "--json", "--repo", other])
+    assert (verified.rc, verified.document["points"], len(verified.document["problems"])) == (12, 1, 1)
+    assert {path: path.read_bytes() for path in night.repository.rglob("*") if path.is_file()} == before
+
+
+def test_two_machines_do_not_share_a_folder_where_the_file_system_knows_no_case(tmp_path, monkeypatch):
+    """As the kernel shows such a file system: a name in other letters finds the folder, and a list has the real one."""
+    night = Night.of(tmp_path)
+    night.full()
+    before = night.state()
+    fold(monkeypatch, night.repository, "DISK", "disk")
+    image = make_image(tmp_path / "other.qcow2", "1M")
+    source = ["--image", image, "--machine", "DISK", "--disk", "disk"]
+    for command in (
+        ["full", *source],
+        ["incremental", *source, "--bitmap", "b1"],
+        ["restore", "DISK/latest", tmp_path / "r.raw"],
+        ["prune", "DISK", "--keep-last", "1"],
+        ["list", "DISK"],
+    ):
+        done = call_pybackup([*command, "--repo", night.repository])
+        assert (done.rc, len(done.stderr.splitlines())) == (2, 2), done
+        assert "the folder disk" in done.stderr
+    assert night.state() == before
+    night.require_restored()
+
+
+def fold(monkeypatch, folder, name, real):
+    """Let `name` in a folder find what `real` does, as on a file system without case."""
+    lstat, lexists = os.lstat, os.path.lexists
+
+    def folded(path):
+        return folder / real if Path(path) == folder / name else path
+
+    monkeypatch.setattr(os, "lstat", lambda path, **more: lstat(folded(path), **more))
+    monkeypatch.setattr(os.path, "lexists", lambda path: lexists(folded(path)))
 
 
 def test_the_lock_holds_on_a_full_disk(tmp_path, monkeypatch):
@@ -420,14 +613,13 @@ def test_a_copy_without_times_under_another_name_restores_and_continues(tmp_path
     moved.require_restored("renamed")
 
 
-def test_folders_that_can_be_no_machines_are_passed_over_and_links_to_machines_are_not(tmp_path):
+def test_what_can_be_no_machine_is_passed_over(tmp_path):
     night = Night.of(tmp_path)
     night.full()
     for name in ("lost+found", ".snapshots", "my notes"):
         (night.repository / name).mkdir()
-    (tmp_path / "other-disk").mkdir()
-    (night.repository / "disk").rename(tmp_path / "other-disk" / "disk")
-    (night.repository / "disk").symlink_to(tmp_path / "other-disk" / "disk")
+    (night.repository / "file").write_text("x")
+    os.mkfifo(night.repository / "pipe")
     done = call_pybackup(["list", "--json", "--repo", night.repository])
     assert (done.rc, [point["machine"] for point in done.document]) == (0, ["disk"])
     assert call_pybackup(["verify", "--json", "--repo", night.repository]).document["points"] == 1

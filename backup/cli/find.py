@@ -60,8 +60,11 @@ def repository(repo: Path | None) -> Repository:
 
 def machines(repository: Repository, names: Sequence[str] | None) -> list[Machine]:
     """The machines of these names, each of which must be there; all that are, where none is named."""
+    if not names:
+        # Also one whose folder is no machine's (a link): what is wrong there must not hide the others.
+        return [repository.machine(name) for name in repository.machine_names()]
     found = []
-    for name in names or repository.machine_names():
+    for name in names:
         machine = repository.machine(name)
         if not machine.exists():
             raise NotFound(
@@ -79,7 +82,7 @@ def point(text: str, repo: Path | None) -> tuple[Machine, Manifest]:
 
     path = Path(text)
     if os.path.isfile(path) or os.path.islink(path) or text.endswith(".json"):
-        return Machine(path.absolute().parent), read_manifest(path)
+        return Machine(Path(os.path.realpath(path.parent))), read_manifest(path)
     name, slash, point = text.rpartition("/")
     if not slash or "/" in name:
         raise NotFound(f"there is no manifest {text}", hint="give a manifest's path, MACHINE/POINT or MACHINE/latest")

@@ -49,10 +49,15 @@ def _keep(what: str) -> Any:
 
 def list_(machines: MachineNames = None, repo: Repo = None) -> None:
     """List the points that there are."""
+    from backup.repository import Contents
+
     found: list[tuple[Manifest, Path]] = []
     damaged = False
     for machine in find.machines(find.repository(folder_of(repo)), machines):
-        contents = machine.contents()
+        try:
+            contents = machine.contents()
+        except BackupError as unreadable:  # of this machine's folder; the others are shown all the same
+            contents = Contents({}, {machine.path.name: unreadable})
         for error in contents.damaged.values():
             damaged = True
             render.warning(error.message)
@@ -157,9 +162,9 @@ def verify(
     found: list[Verified] = []
     with render.progress(wanted=not options.quiet) as progress:
         for machine, points in find.points(what or [], folder_of(repo)):
-            progress.begin(machine.name, verifying.stored_bytes(machine, points, choice, deep=deep))
-            found.append(
-                verifying.verify_machine(
+            try:
+                progress.begin(machine.name, verifying.stored_bytes(machine, points, choice, deep=deep))
+                verified = verifying.verify_machine(
                     machine,
                     deep=deep,
                     workers=workers,
@@ -168,7 +173,9 @@ def verify(
                     choice=choice,
                     limit=most,
                 )
-            )
+            except BackupError as error:  # of this machine's folder; the others are verified all the same
+                verified = verifying.unverified(machine, error)
+            found.append(verified)
     problems = [problem for result in found for problem in result.problems]
     names = ("points", "files", "bytes", "skipped", "sampled")
     sums = {name: sum(getattr(result, name) for result in found) for name in names}
@@ -265,10 +272,10 @@ def status(
     config = find.config() if repo is None else find.config_or_default()
     repository = find.repository(folder_of(repo))
     expected = settings.expected_disks(config, repository.path)
-    names = machines or sorted({*repository.machine_names(), *expected})
+    known = {*repository.machine_names(), *expected}
     found = []
-    for name in dict.fromkeys(names):
-        machine = repository.machine(name) if name in expected else find.machines(repository, [name])[0]
+    for name in dict.fromkeys(machines or sorted(known)):
+        machine = repository.machine(name) if name in known else find.machines(repository, [name])[0]
         found += states.look(machine, expected.get(name), limits)
     if not found:
         raise NotFound(f"the repository {repository.path} has no machine", hint="`pybackup full` makes a first point")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from io import RawIOBase
 
 import numpy as np
 import numpy.typing as npt
@@ -27,9 +27,9 @@ their work.
 """
 
 
-def read_header(path: Path) -> Header:
+def read_header(file: RawIOBase, name: str) -> Header:
     """
-    Read the header of the file at `path`, unchecked by any digest.
+    Read the header of an open file that is called `name`, unchecked by any digest.
 
     Raises
     ------
@@ -38,8 +38,7 @@ def read_header(path: Path) -> Header:
     OSError
         It cannot be read.
     """
-    with open(path, "rb", buffering=0) as file:
-        return layout.parse_header(file.read(HEADER_BYTES), os.fstat(file.fileno()).st_size, str(path))
+    return layout.parse_header(file.read(HEADER_BYTES) or b"", os.fstat(file.fileno()).st_size, name)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
