@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from backup import chain as chains
 from backup import content, decide, plan
 from backup.chain import Chain
-from backup.consider import DiskRequest, Request, consider
+from backup.consider import DiskRequest, Request, consider, recognised
 from backup.content import Differences
 from backup.errors import NotFound, SourceError
 from backup.plan import Plan
@@ -127,9 +127,9 @@ class _Run:
     def __init__(self, machine: Machine, short_id: str, request: Request, progress: Progress) -> None:
         self.machine = machine
         self.short_id = short_id
-        self.request = request
         self.progress = progress
         self.contents: Contents = machine.contents()
+        self.request, _ = recognised(request, self.contents)
 
     def attempt(self) -> Audit:
         disks = [self._considered(disk) for disk in self.request.disks]

@@ -5,14 +5,16 @@ What is asked for, and what becomes of it: a request's disks, each looked at and
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum, auto
 
 from backup import chain as chains
 from backup import copier, datafile, decide
 from backup.chain import Chain
 from backup.decide import Claim, Decision, Refusal, Sight
 from backup.errors import BackupError, Damaged, NotFound, SourceError, UsageError
-from backup.manifest import Manifest
+from backup.manifest import DiskEntry, Manifest, SourceRecord
 from backup.memory import known_damage, recall
 from backup.repository import Contents, Machine
 from backup.sources.base import Host, Source
@@ -20,13 +22,31 @@ from backup.sources.base import Host, Source
 _NO_CLAIM = Claim(None, None)
 
 
+class Names(Enum):
+    """
+    Where the names of a request's disks come from: the configuration, --disk, or what names their sources.
+
+    A name of the configuration holds.  Else a disk that the machine has already, by another name, keeps that.
+    """
+
+    CONFIGURED = auto()
+    GIVEN = auto()
+    SUGGESTED = auto()
+
+
 @dataclass(frozen=True, slots=True)
 class DiskRequest:
-    """One disk to back up.  `claim` is the user's word about a bitmap of someone else's server."""
+    """
+    One disk to back up.
+
+    `claim` is the user's word about a bitmap of someone else's server.  `path` is the image's, where it is known before
+    the image is opened: a disk of the machine is recognised by it.
+    """
 
     name: str
     source: Source
     claim: Claim = _NO_CLAIM
+    path: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +77,64 @@ class Request:
     begin: bool = True
     dry_run: bool = False
     named_by_path: bool = False
+    names: Names = Names.SUGGESTED
     copying: copier.Settings = field(default_factory=copier.Settings)
 
     @property
     def compression(self) -> str:
         """As the configuration and the manifest write it."""
         return "none" if self.level is None else f"zstd:{self.level}"
+
+
+def recognised(request: Request, contents: Contents) -> tuple[Request, list[str]]:
+    """
+    The request with the names that the machine's disks have already; and what the user may want to know of that.
+
+    Call it when the host is connected.
+
+    Raises
+    ------
+    UsageError
+        Two of its disks are one and the same.
+    """
+    if request.names is Names.CONFIGURED or not contents.manifests:
+        return request, []
+    disks: list[DiskRequest] = []
+    notes = []
+    for disk in request.disks:
+        path = disk.path or disk.source.look().path
+        name = known_name(contents.manifests, disk.name, path, given=request.names is Names.GIVEN)
+        if any(other.name == name for other in disks):
+            raise UsageError(
+                f"two disks are named {name}: {path} is known as that one",
+                hint=f"see `pybackup list {request.machine} --long` for the disks of the machine",
+            )
+        if name != disk.name and request.names is Names.GIVEN:
+            notes.append(f"{path} is disk {name} of machine {request.machine} already and keeps that name")
+        disks.append(replace(disk, name=name))
+    return replace(request, disks=tuple(disks)), notes
+
+
+def known_name(manifests: Mapping[str, Manifest], name: str, path: str, *, given: bool) -> str:
+    """
+    What a disk that is read from `path` is called in the machine's points; `name` where they don't know the path.
+
+    Where they know it by several names, a `given` one of those holds, else the one that was used last.
+    """
+    newest: dict[str, DiskEntry] = {}
+    for manifest in sorted(manifests.values(), key=lambda manifest: manifest.sequence):
+        for entry in manifest.disks:
+            newest.pop(entry.name, None)
+            newest[entry.name] = entry
+    same = [entry.name for entry in newest.values() if is_same_source(entry.source, path)]
+    return name if not same or (given and name in same) else same[-1]
+
+
+def is_same_source(recorded: SourceRecord, path: str) -> bool:
+    """Is it what a point was read from?  A link is what it leads to now, and what it is called."""
+    if recorded.path == path:
+        return True
+    return recorded.kind != "nbd" and os.path.realpath(recorded.path) == os.path.realpath(path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +192,32 @@ def consider(
         unusable=request.unusable,
         was=None if newest is None else _other_disk(disk, newest, sight),
         refusal=refusal,
+        origins=_origins(
+            machine,
+            contents,
+            disk.name,
+            decide.own_bitmaps((bitmap.name for bitmap in sight.bitmaps), short_id, keep=None),
+        ),
     )
     return Considered(sight, last, decision)
+
+
+def _origins(machine: Machine, contents: Contents, disk: str, bitmaps: Iterable[str]) -> dict[str, str]:
+    """Whose points this repository's bitmaps start from, in the words of `decide`; only of points that there are."""
+    found = {name.rpartition(".")[2]: None for name in bitmaps}
+    origins = {point: _origin(machine, contents, disk, point) for point in found}
+    return {point: whose for point, whose in origins.items() if whose is not None}
+
+
+def _origin(machine: Machine, contents: Contents, disk: str, point: str) -> str | None:
+    """Whose point it is, in the words of `decide`; None: there is no such point."""
+    manifest = contents.manifests.get(point)
+    if manifest is None:
+        others = sorted(machine.path.parent.glob(f"*/{point}.json"))
+        return f"machine {others[0].parent.name}" if others else None
+    if manifest.disk(disk) is not None:
+        return decide.ITSELF
+    return f"disk {' or '.join(entry.name for entry in manifest.disks)} of this machine"
 
 
 def _last_chain(machine: Machine, contents: Contents, point: str, disk: str) -> Chain | BackupError:
@@ -217,9 +313,9 @@ def _check_path(disk: DiskRequest, sight: Sight, contents: Contents) -> None:
     newest = newest or chains.newest_manifest(contents.manifests.values())
     if newest is None:
         return
-    recorded = [entry.source.path for entry in newest.disks if entry.name == disk.name or not newest.disk(disk.name)]
-    if sight.path not in recorded:
+    recorded = [entry.source for entry in newest.disks if entry.name == disk.name or not newest.disk(disk.name)]
+    if not any(is_same_source(source, sight.path) for source in recorded):
         raise UsageError(
-            f"machine {newest.machine} was backed up from {recorded[0]}, and this is {sight.path}",
+            f"machine {newest.machine} was backed up from {recorded[0].path}, and this is {sight.path}",
             hint=f"name the machine: --machine {newest.machine} if it is the same one, another name if it is not",
         )

@@ -26,7 +26,7 @@ from pathlib import Path
 import backup
 from backup import content, copier, datafile, decide, plan, qcow2, spotcheck
 from backup.chain import Chain
-from backup.consider import DiskRequest, Request, consider
+from backup.consider import DiskRequest, Request, consider, known_name, recognised
 from backup.content import Content, Rescanned
 from backup.decide import Decision, Refusal, Sight
 from backup.errors import BackupError, BitmapUnusable, Damaged, Interrupted, NotFound, SourceError
@@ -203,13 +203,12 @@ class _Run:
         self.machine = machine
         self.contents = contents
         self.repository = repository
-        self.request = request
+        self.request, self.notes = recognised(request, contents)
         self.progress = progress
         self.started_at = datetime.now(UTC)
         self.point = self._new_point()
         self.published: Path | None = None
         self.warnings = [f"{name} is left out: {error.message}" for name, error in contents.damaged.items()]
-        self.notes: list[str] = []
         self.refusals: dict[str, Refusal] = {}
         """By disk: why a bitmap could not be started in an earlier attempt of this run."""
 
@@ -358,9 +357,12 @@ class _Run:
 
     def _entries(self, disk: str, kind: str) -> list[DiskEntry]:
         """The disk's entries that were read from a source of this kind, from the oldest."""
-        held = sorted(self.contents.manifests.values(), key=lambda manifest: manifest.sequence)
-        entries = [entry for manifest in held if (entry := manifest.disk(disk)) is not None]
+        entries = [entry for manifest in self._by_age() if (entry := manifest.disk(disk)) is not None]
         return [entry for entry in entries if entry.source.kind == kind]
+
+    def _by_age(self) -> list[Manifest]:
+        """The machine's points, from the oldest."""
+        return sorted(self.contents.manifests.values(), key=lambda manifest: manifest.sequence)
 
     def _require_writable(self, sight: Sight, decision: Decision) -> None:
         """Refuse a disk that no data file can hold; its clusters are the chain's, and only a full's the configured."""
@@ -563,6 +565,23 @@ class _Run:
                     except BackupError as error:
                         self.warnings.append(f"disk {disk.name}: bitmap {name} could not be removed: {error.message}")
 
+    def _known_otherwise(self, disk: _Disk) -> list[str]:
+        """What shows that a disk which has no point yet is one that the machine has by another name."""
+        manifests = self.contents.manifests
+        known = known_name(manifests, disk.name, disk.sight.path, given=True)
+        if known != disk.name:  # which only a name of the configuration can be
+            return [f"disk {disk.name}: {disk.sight.path} was disk {known} until now, and a new chain begins"]
+        names = {bitmap.name for bitmap in disk.sight.bitmaps}
+        last = {entry.name: entry for found in self._by_age() for entry in found.disks}
+        moved = [entry.name for entry in last.values() if entry.bitmap.started in names]
+        if not moved:
+            return []
+        why = (
+            f"a new chain begins, and its image has the bitmap of disk {moved[0]}'s newest point; if the image was "
+            f"moved, name the disk {moved[0]} again"
+        )
+        return [f"disk {disk.name}: {why}"]
+
     def _report(self, disks: Sequence[_Disk], reports: Sequence[DiskReport], moment: Moment) -> Report:
         self.warnings.extend(moment.warnings)
         self.notes.extend(moment.notes)
@@ -570,6 +589,8 @@ class _Run:
             if disk.decision.fallback and not (disk.decision.unavoidable and disk.warned):
                 why = disk.decision.reason.removeprefix("rescan: ")
                 self.warnings.append(f"disk {disk.name}: {disk.decision.way} instead of {self.request.wanted}: {why}")
+            if disk.decision.first:
+                self.warnings.extend(self._known_otherwise(disk))
             if disk.refused and not disk.warned:
                 then = f"the next backup is a {self.request.unusable}"
                 self.warnings.append(f"disk {disk.name}: no bitmap was started: {disk.why_none}; {then}")

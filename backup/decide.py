@@ -10,8 +10,9 @@ full.  Each with its reason.  Pure functions over values.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from backup.chain import Chain
 from backup.errors import BackupError
@@ -19,6 +20,8 @@ from backup.manifest import POINT_PATTERN, DiskEntry, LowerFile
 
 FULL, INCREMENTAL, RESCAN = "full", "incremental", "rescan"
 _FIRST = "first point of this disk"
+ITSELF = "this disk"
+_UNKNOWN: Mapping[str, str] = MappingProxyType({})
 
 
 _OWN_NAME = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9_-]*\.([0-9a-f]{{8}})\.{POINT_PATTERN}")
@@ -146,6 +149,7 @@ def decide(
     unusable: str = RESCAN,
     was: str | None = None,
     refusal: Refusal | None = None,
+    origins: Mapping[str, str] = _UNKNOWN,
 ) -> Decision:
     """
     Decide one disk's backup.
@@ -162,6 +166,9 @@ def decide(
         The other disk of the newest point that this image was then.  All disks' bitmaps of one point have one name.
     refusal : Refusal or None
         Why a new bitmap could not be started a moment ago.
+    origins : mapping
+        Of points whose bitmaps are in sight, other than the newest: ITSELF where they are earlier ones of this disk,
+        else whose they are ("machine db1").
     """
     if wanted == FULL:
         return Decision(FULL, "asked for")
@@ -176,7 +183,7 @@ def decide(
     if sight.kind == "nbd":
         return _decide_claim(sight, last, claim, unusable)
     name = bitmap_name(family or "", short_id, last.newest.point)
-    why_not = _why_not(sight, last.newest.entry, name, short_id, refusal)
+    why_not = _why_not(sight, last.newest.entry, name, short_id, refusal=refusal, origins=origins)
     if why_not is None and was is not None:
         why_not = f"bitmap {name} is of disk {was}, which {sight.path} was at the newest point"
     if why_not is not None:
@@ -263,7 +270,15 @@ def _never(why_not: str, sight: Sight, parent: DiskEntry, refusal: Refusal | Non
     return same and why_not == _made_without(parent)
 
 
-def _why_not(sight: Sight, parent: DiskEntry, name: str, short_id: str, refusal: Refusal | None) -> str | None:
+def _why_not(
+    sight: Sight,
+    parent: DiskEntry,
+    name: str,
+    short_id: str,
+    *,
+    refusal: Refusal | None,
+    origins: Mapping[str, str],
+) -> str | None:
     """Why the bitmap `name` cannot continue the parent point; None when it can."""
     if sight.unseen_writes or sight.no_bitmaps:
         return sight.unseen_writes or sight.no_bitmaps
@@ -273,7 +288,7 @@ def _why_not(sight: Sight, parent: DiskEntry, name: str, short_id: str, refusal:
     if refusal is not None and refusal.lost == name and (bitmap is None or bitmap.inconsistent):
         return f"bitmap {name} was lost when QEMU tried to add a new one: {refusal.why}"
     if bitmap is None:
-        return _why_missing(sight, parent, name, short_id)
+        return _why_missing(sight, parent, name, short_id, origins)
     if bitmap.inconsistent:
         return (
             f"bitmap {name} is inconsistent: QEMU was killed or crashed while it recorded, or had no room to store it"
@@ -293,19 +308,36 @@ def _why_not(sight: Sight, parent: DiskEntry, name: str, short_id: str, refusal:
     return None
 
 
-def _why_missing(sight: Sight, parent: DiskEntry, name: str, short_id: str) -> str:
+def _why_missing(sight: Sight, parent: DiskEntry, name: str, short_id: str, origins: Mapping[str, str]) -> str:
     if parent.bitmap.started is None:
         return _made_without(parent)
     if name in sight.lower_bitmaps:
         return f"bitmap {name} is only in a backing file: writes to the image above it were not recorded"
     others = own_bitmaps((bitmap.name for bitmap in sight.bitmaps), short_id, keep=None)
     if others:
-        return (
-            f"bitmap {name} is missing and {others[0]} is there: the image was rolled back, or another bitmap was named"
-        )
+        return min((_why_another(name, other, origins) for other in others), key=lambda found: found[0])[1]
     if sight.volatile:
         return f"bitmap {name} is missing: {sight.volatile}, and it was restarted; or someone removed it"
-    return f"bitmap {name} is missing: it was removed, QEMU was killed, or the image was replaced or rolled back"
+    return (
+        f"bitmap {name} is missing: someone removed it, QEMU was killed or had no room to store it, or the image was "
+        "replaced by a restore or a copy"
+    )
+
+
+def _why_another(name: str, other: str, origins: Mapping[str, str]) -> tuple[int, str]:
+    """Why `other`, a bitmap of this repository, is there and `name` is not; and how far down this reason ranks."""
+    point = other.rpartition(".")[2]
+    missing = f"bitmap {name} is missing and {other} is there"
+    if point == name.rpartition(".")[2]:
+        return 0, f"{missing}: the newest point started that one, and another bitmap was named now"
+    if point not in origins:
+        return (
+            3,
+            f"{missing}, which belongs to no point: a run that failed left it, or a copy of the repository was used",
+        )
+    if origins[point] == ITSELF:
+        return 2, f"{missing}, which an earlier point started: the image was rolled back"
+    return 1, f"{missing}: the image was backed up as {origins[point]} since"
 
 
 def _made_without(parent: DiskEntry) -> str:

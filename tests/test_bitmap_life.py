@@ -799,6 +799,172 @@ def test_another_image_of_the_same_stem_is_not_taken_for_the_machine(night, tmp_
     other.require_restored()
 
 
+def test_an_image_keeps_the_name_that_the_machine_knows_it_by(night, tmp_path):
+    """By whatever path it is named: three names would be three fulls of one image, every night."""
+    link = tmp_path / "link.qcow2"
+    link.symlink_to(night.image)
+    for number, (image, *options) in enumerate(
+        [(night.image, "--disk", "vda"), (link,), (link, "--disk", "vdb"), (night.image,)]
+    ):
+        write(night.image, f"write -P {number} 1M 10k")
+        done = Night(image, night.repository).incremental("--machine", "disk", *options)
+        assert (done.rc, done.disk["name"], done.disk["rescan"]) == (0, "disk", False), done
+        assert done.stderr.count("\n") == (1 if options else 0)
+        assert f"{image} is disk disk of machine disk already and keeps that name" in done.stderr or not options
+        night.require_restored()
+
+
+def test_an_image_through_another_folder_is_the_machine_that_its_name_says(night, tmp_path):
+    (tmp_path / "pool").symlink_to(tmp_path)
+    done = Night(tmp_path / "pool" / "disk.qcow2", night.repository).incremental()
+    assert (done.rc, done.disk["kind"]) == (0, "incremental"), done
+
+
+def test_a_disk_that_the_configuration_calls_by_another_name_is_a_new_one_with_a_warning(machine, tmp_path):
+    machine.write_text(machine.read_text().replace("vda:", "sda:"))
+    done = call_pybackup(["--config", machine, "incremental", "--json"])
+    kinds = {disk["name"]: disk["kind"] for disk in done.machine["disks"]}
+    assert (done.rc, kinds) == (3, {"sda": "full", "vdb": "incremental"})
+    assert f"disk sda: {tmp_path / 'vda.qcow2'} was disk vda until now" in done.stderr
+    assert call_pybackup(["--config", machine, "incremental"]).rc == 0
+
+
+def test_an_image_that_was_moved_and_not_named_as_before_is_a_new_disk_with_a_warning(night):
+    moved = Night(night.image.rename(night.image.with_name("moved.qcow2")), night.repository)
+    done = moved.incremental("--machine", "disk")
+    assert (done.rc, done.disk["name"], done.disk["kind"]) == (3, "moved", "full")
+    assert "if the image was moved, name the disk disk again" in done.stderr
+    restore_and_cmp(night.repository, "disk/latest", moved.image, disk="moved")
+
+
+def test_an_image_that_was_moved_and_is_named_as_before_goes_on(night):
+    moved = Night(night.image.rename(night.image.with_name("moved.qcow2")), night.repository)
+    done = moved.incremental("--machine", "disk", "--disk", "disk")
+    assert (done.rc, done.disk["kind"], done.disk["rescan"]) == (0, "incremental", False), done
+    moved.require_restored()
+
+
+def test_a_raw_image_that_looks_like_a_qcow2_is_not_taken_for_a_new_disk(tmp_path):
+    """Under another name its format would be guessed anew, by bytes that its guest wrote."""
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(MIB))
+    night = Night(image, tmp_path / "repo")
+    assert night.backup("full").rc == 0
+    image.write_bytes(make_image(tmp_path / "evil.qcow2", "1M").read_bytes())
+    for options in (["--disk", "other"], ["--machine", "disk", "--disk", "other"]):
+        assert night.incremental(*options).rc == 2
+
+
+def test_an_image_of_two_machines_is_not_called_rolled_back(night):
+    assert night.incremental("--machine", "other").rc == 0
+    night.require_fallback("the image was backed up as machine other since")
+    done = night.incremental("--machine", "other")
+    assert "the image was backed up as machine disk since" in done.disk["reason"]
+
+
+# Several images
+
+
+def two_images(folder: Path) -> list[Path]:
+    images = [make_image(folder / f"{name}.qcow2", "4M") for name in ("a", "b")]
+    for number, image in enumerate(images):
+        write(image, f"write -P {number + 1} 0 1M")
+    return images
+
+
+def given(images: list[Path], repository: Path, *options: str | Path) -> list[str | Path]:
+    named = [word for image in images for word in ("--image", image)]
+    return [*named, "--repo", repository, "--bitmap", "b1", "--json", *options]
+
+
+def test_several_images_are_the_disks_of_one_machine_at_one_instant(tmp_path):
+    images = two_images(tmp_path)
+    done = call_pybackup(["full", *given(images, tmp_path / "repo", "--machine", "two")])
+    assert (done.rc, [disk["name"] for disk in done.machine["disks"]]) == (0, ["a", "b"]), done
+    for number, image in enumerate(images):
+        write(image, f"write -P {number + 5} 2M 10k")
+    done = call_pybackup(["incremental", *given(images[::-1], tmp_path / "repo", "--machine", "two")])
+    assert (done.rc, done.stderr, [disk["name"] for disk in done.machine["disks"]]) == (0, "", ["b", "a"]), done
+    assert {disk["kind"] for disk in done.machine["disks"]} == {"incremental"}
+    for image in images:
+        restore_and_cmp(tmp_path / "repo", "two/latest", image, disk=image.stem)
+        assert len(bitmaps(image)) == 1
+    check_repository(tmp_path / "repo")
+
+
+def test_no_byte_is_read_before_all_images_are_locked(tmp_path, monkeypatch):
+    images = two_images(tmp_path)
+    began = []
+    monkeypatch.setattr(creating._Run, "_plan", lambda *_: began.append(1))
+    with held_for_writing(images[1]):
+        done = call_pybackup(["full", *given(images, tmp_path / "repo", "--machine", "two")])
+    assert (done.rc, f"{images[1]} is in use" in done.stderr, began) == (13, True, [])
+    assert bitmaps(images[0]) == {}
+
+
+def test_names_and_formats_pair_with_several_images_in_their_order(tmp_path):
+    [qcow2, _] = two_images(tmp_path)
+    raw = tmp_path / "c.img"
+    raw.write_bytes(qcow2.read_bytes())
+    options = ["--machine", "two", "--disk", "vda", "--disk", "vdb", "--image-format", "qcow2", "--image-format", "raw"]
+    done = call_pybackup(["full", *given([qcow2, raw], tmp_path / "repo", *options)])
+    sizes = {disk["name"]: disk["size"] for disk in done.machine["disks"]}
+    assert (done.rc, sizes) == (0, {"vda": 4 * MIB, "vdb": raw.stat().st_size}), done
+    both = call_pybackup(
+        ["full", *given([qcow2, raw], tmp_path / "other", "--machine", "two", "--image-format", "raw")]
+    )
+    assert {disk["size"] for disk in both.machine["disks"]} == {qcow2.stat().st_size, raw.stat().st_size}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], "name the machine: --machine NAME"),
+        (["--machine", "m", "--disk", "vda"], "--disk given 1 times and --image 2 times"),
+        (["--machine", "m", *["--image-format", "raw"] * 3], "--image-format given 3 times"),
+        (["--machine", "m", "--disk", "vda", "--disk", "vda"], "two disks are named vda"),
+    ],
+)
+def test_several_images_that_cannot_be_told_apart_are_refused(tmp_path, options, words):
+    done = call_pybackup(["full", *given(two_images(tmp_path), tmp_path / "repo", *options)])
+    assert (done.rc, words in done.stderr) == (2, True), done
+    assert not list(tmp_path.glob("repo/*/"))
+
+
+def test_two_images_of_one_stem_and_one_image_by_two_paths_are_refused(tmp_path):
+    images = two_images(tmp_path)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "link.qcow2").symlink_to(images[0])
+    other = make_image(tmp_path / "x" / "a.qcow2", "1M")
+    for second, words in ((other, "name each with --disk"), (tmp_path / "link.qcow2", "are the same file")):
+        done = call_pybackup(["full", *given([images[0], second], tmp_path / "repo", "--machine", "m")])
+        assert (done.rc, words in done.stderr) == (2, True), done
+
+
+def test_a_second_image_that_was_backed_up_alone_keeps_its_name(tmp_path):
+    images = two_images(tmp_path)
+    assert call_pybackup(["full", *given(images[:1], tmp_path / "repo", "--machine", "m", "--disk", "vda")]).rc == 0
+    done = call_pybackup(["incremental", *given(images, tmp_path / "repo", "--machine", "m")])
+    assert {disk["name"]: disk["kind"] for disk in done.machine["disks"]} == {"vda": "incremental", "b": "full"}, done
+    swapped = ["--machine", "m", "--disk", "vda", "--disk", "b"]
+    done = call_pybackup(["incremental", *given(images[::-1], tmp_path / "repo", *swapped)])
+    assert ([disk["rescan"] for disk in done.machine["disks"]], done.rc) == ([False, False], 0), done
+    clash = given(
+        [tmp_path / "new.qcow2", images[0]], tmp_path / "repo", "--machine", "m", "--disk", "vda", "--disk", "x"
+    )
+    make_image(tmp_path / "new.qcow2", "1M")
+    done = call_pybackup(["incremental", *clash])
+    assert (done.rc, "two disks are named vda" in done.stderr) == (2, True), done
+
+
+def test_an_audit_knows_an_image_by_the_name_that_the_machine_knows(night):
+    night.require_incremental()
+    done = call_pybackup(
+        ["audit", "--image", night.image, "--machine", "disk", "--disk", "x", "--repo", night.repository]
+    )
+    assert done.rc == 0, done
+
+
 # In use
 
 

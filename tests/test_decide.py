@@ -10,6 +10,7 @@ from backup.chain import Chain, Link
 from backup.decide import (
     FULL,
     INCREMENTAL,
+    ITSELF,
     RESCAN,
     Bitmap,
     Claim,
@@ -216,9 +217,32 @@ def test_only_the_exact_name_continues_a_point(other):
     require_fallback(decided(replace(SOUND, bitmaps=(Bitmap(other, 65536),)), chain()), NAME, "missing")
 
 
-def test_another_of_our_bitmaps_in_its_place_hints_at_a_rollback():
-    older = Bitmap(f"b1.{REPO8}.{OLDER}", 65536)
-    require_fallback(decided(replace(SOUND, bitmaps=(older,)), chain()), "rolled back", older.name)
+ANOTHER = Bitmap(f"b1.{REPO8}.{OLDER}", 65536)
+
+
+@pytest.mark.parametrize(
+    ("origins", "words"),
+    [
+        ({OLDER: ITSELF}, "an earlier point started: the image was rolled back"),
+        ({OLDER: "disk vdb of this machine"}, "the image was backed up as disk vdb of this machine since"),
+        ({OLDER: "machine db1"}, "the image was backed up as machine db1 since"),
+        ({}, "belongs to no point"),
+    ],
+)
+def test_another_of_our_bitmaps_is_called_a_rollback_only_where_it_is_one(origins, words):
+    found = decided(replace(SOUND, bitmaps=(ANOTHER,)), chain(), origins=origins)
+    require_fallback(found, f"{NAME} is missing and {ANOTHER.name} is there", words)
+    assert ("rolled back" in found.reason) == (origins == {OLDER: ITSELF})
+
+
+def test_a_bitmap_of_the_newest_point_and_another_family_explains_most():
+    named = Bitmap(f"b2.{REPO8}.{P}", 65536)
+    found = decided(replace(SOUND, bitmaps=(ANOTHER, named)), chain(), origins={OLDER: ITSELF})
+    require_fallback(found, named.name, "another bitmap was named now")
+
+
+def test_a_bitmap_that_is_missing_without_a_trace_is_no_rollback():
+    assert "rolled back" not in decided(replace(SOUND, bitmaps=()), chain()).reason
 
 
 def test_an_inconsistent_bitmap_is_a_fallback_even_while_it_looks_enabled():

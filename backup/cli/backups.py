@@ -23,6 +23,8 @@ from backup.cli.parameters import (
     FreezeFlag,
     Image,
     ImageFormat,
+    ImageFormats,
+    Images,
     Limit,
     MachineName,
     MachineNames,
@@ -47,8 +49,8 @@ if TYPE_CHECKING:
 
 def full(
     machines: MachineNames = None,
-    image: Image = None,
-    image_format: ImageFormat = None,
+    image: Images = None,
+    image_format: ImageFormats = None,
     nbd: Nbd = None,
     qmp: Qmp = None,
     node: Nodes = None,
@@ -69,8 +71,8 @@ def full(
 
 def incremental(
     machines: MachineNames = None,
-    image: Image = None,
-    image_format: ImageFormat = None,
+    image: Images = None,
+    image_format: ImageFormats = None,
     nbd: Nbd = None,
     since: Since = None,
     qmp: Qmp = None,
@@ -93,8 +95,8 @@ def incremental(
 
 def rescan(
     machines: MachineNames = None,
-    image: Image = None,
-    image_format: ImageFormat = None,
+    image: Images = None,
+    image_format: ImageFormats = None,
     nbd: Nbd = None,
     qmp: Qmp = None,
     node: Nodes = None,
@@ -119,7 +121,7 @@ def _back_up(wanted: str, *, repo: str | None, **parameters: Any) -> None:
 
     config = find.config()
     given = requests.Options.of(wanted, **parameters)
-    find.require_format(given.image_format)
+    find.require_format(*given.image_formats)
     path = settings.repository_path(folder_of(repo), config)
     modes = settings.modes(config)
 
@@ -204,8 +206,8 @@ def _show_outcome(request: Request, outcome: Report | BackupError, *, several: b
 
 def audit(
     machines: MachineNames = None,
-    image: Image = None,
-    image_format: ImageFormat = None,
+    image: Images = None,
+    image_format: ImageFormats = None,
     nbd: Nbd = None,
     since: Since = None,
     qmp: Qmp = None,
@@ -226,7 +228,7 @@ def _audit(*, repo: str | None, **parameters: Any) -> None:
 
     config = find.config()
     given = requests.Options.of("audit", **parameters)
-    find.require_format(given.image_format)
+    find.require_format(*given.image_formats)
     made = requests.make_requests(given, config)
     repository = find.repository(folder_of(repo))
     outcomes = []

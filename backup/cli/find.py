@@ -41,10 +41,11 @@ def config_or_default() -> Config:
         return configuration.default()
 
 
-def require_format(image_format: str | None) -> None:
+def require_format(*image_formats: str | None) -> None:
     """Refuse what is no format of an image; None is left to be found out."""
-    if image_format not in (None, "raw", "qcow2"):
-        raise UsageError(f"{image_format!r} is not a format", hint="raw or qcow2")
+    for image_format in image_formats:
+        if image_format not in (None, "raw", "qcow2"):
+            raise UsageError(f"{image_format!r} is not a format", hint="raw or qcow2")
 
 
 def repository(repo: Path | None) -> Repository:

@@ -17,6 +17,18 @@ ImageFormat = Annotated[
     str | None,
     typer.Option("--image-format", metavar="qcow2|raw", help="The image's format; else its first bytes tell."),
 ]
+Images = Annotated[
+    list[str] | None,
+    typer.Option("--image", metavar="FILE", help="An image that no machine has open; again for the machine's others."),
+]
+ImageFormats = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--image-format",
+        metavar="qcow2|raw",
+        help="The images' format, or one for each --image, in order; else their first bytes tell.",
+    ),
+]
 Nbd = Annotated[str | None, typer.Option("--nbd", metavar="URI", help="An export of any NBD server.")]
 Since = Annotated[
     str | None,
@@ -36,7 +48,8 @@ FreezeFlag = Annotated[
 AgentSocket = Annotated[str | None, typer.Option("--agent", metavar="SOCKET", help="The guest agent's socket.")]
 MachineName = Annotated[str | None, typer.Option("--machine", metavar="NAME", help="The machine, for a source.")]
 DiskNames = Annotated[
-    list[str] | None, typer.Option("--disk", metavar="NAME", help="The disk, for a source; in the order of --node.")
+    list[str] | None,
+    typer.Option("--disk", metavar="NAME", help="The disk, for a source; in the order of --image or --node."),
 ]
 BitmapName = Annotated[
     str | None,

@@ -15,12 +15,13 @@ from urllib.parse import unquote, urlsplit
 from backup import config as configuration
 from backup.cli import settings
 from backup.config import Config, DiskConfig, MachineConfig
-from backup.consider import DiskRequest, Request
+from backup.consider import DiskRequest, Names, Request
 from backup.copier import Settings
 from backup.decide import FULL, INCREMENTAL, RESCAN, Claim, Sight
 from backup.errors import NotFound, SourceError, UsageError
 from backup.names import check_name, name_problem
 from backup.qemu.nbd import Export
+from backup.qemu.programs import filename
 from backup.sources.at_rest import AtRest, ImageSource, NbdSource
 from backup.sources.base import NO_FREEZE, Freeze, Host, Source, Wish
 
@@ -34,8 +35,8 @@ class Options:
 
     wanted: str
     machines: tuple[str, ...]
-    image: Path | None
-    image_format: str | None
+    images: tuple[Path, ...]
+    image_formats: tuple[str, ...]
     nbd: str | None
     qmp: Path | None
     nodes: tuple[str, ...]
@@ -57,7 +58,8 @@ class Options:
         wanted: str,
         *,
         machines: Sequence[str] | None,
-        image: str | None,
+        image: Sequence[str] | None,
+        image_format: Sequence[str] | None,
         qmp: str | None,
         node: Sequence[str] | None,
         scratch: str | None,
@@ -74,7 +76,8 @@ class Options:
         return cls(
             wanted=wanted,
             machines=tuple(machines or ()),
-            image=None if image is None else Path(image),
+            images=tuple(map(Path, image or ())),
+            image_formats=tuple(image_format or ()),
             qmp=None if qmp is None else Path(qmp),
             nodes=tuple(node or ()),
             scratch=None if scratch is None else Path(scratch),
@@ -91,8 +94,8 @@ class Options:
     @property
     def sources(self) -> list[str]:
         """The options among those given that name a source."""
-        given = {"--image": self.image, "--nbd": self.nbd, "--qmp": self.qmp}
-        return [name for name, value in given.items() if value is not None]
+        given = {"--image": self.images, "--nbd": self.nbd is not None, "--qmp": self.qmp is not None}
+        return [name for name, value in given.items() if value]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +122,10 @@ def make_requests(options: Options, config: Config) -> list[Request]:
     _check(options)
     if options.qmp is not None:
         return [_from_qmp(options.qmp, options, config)]
-    if options.sources:
-        return [_from_source(options, config)]
+    if options.images:
+        return [_from_images(options, config)]
+    if options.nbd is not None:
+        return [_from_nbd(options.nbd, options, config)]
     return [_from_config(machine, options, config) for machine in _chosen(options.machines, config)]
 
 
@@ -188,17 +193,38 @@ def _check(options: Options) -> None:
     for name, value in (
         ("--machine", options.machine),
         ("--disk", options.disks),
-        ("--image-format", options.image_format),
+        ("--image-format", options.image_formats),
     ):
         if value and not sources:
             raise UsageError(f"{name} without a source", hint="it goes with --image FILE, --nbd URI or --qmp SOCKET")
     if options.since is not None and options.nbd is None:
         raise UsageError("--since without --nbd", hint="pybackup's own bitmaps are named for the point they start from")
-    if options.image_format is not None and options.image is None:
-        raise UsageError("--image-format without --image", hint="an NBD server and a running QEMU know the format")
-    if len(options.disks) > 1 and options.qmp is None:
-        raise UsageError("--disk given twice", hint="only with --qmp there are several disks")
+    if options.nbd is not None and len(options.disks) > 1:
+        raise UsageError("--disk given twice", hint="an NBD export is one disk")
+    _check_images(options)
     _check_qmp(options)
+
+
+def _check_images(options: Options) -> None:
+    images, formats, disks = len(options.images), len(options.image_formats), len(options.disks)
+    if formats and not images:
+        raise UsageError("--image-format without --image", hint="an NBD server and a running QEMU know the format")
+    if not images:
+        return
+    if disks not in {0, images}:
+        raise UsageError(f"--disk given {disks} times and --image {images} times", hint="they pair in their order")
+    if formats not in {0, 1, images}:
+        raise UsageError(
+            f"--image-format given {formats} times and --image {images} times",
+            hint="give one format for all images, or one for each of them in their order",
+        )
+    files = [os.path.realpath(image) for image in options.images]
+    for number, file in enumerate(files):
+        if file in files[:number]:
+            first = options.images[files.index(file)]
+            raise UsageError(f"{first} and {options.images[number]} are the same file", hint="name each image once")
+    if images > 1 and options.machine is None:
+        raise UsageError(f"{images} images and no machine's name", hint="name the machine: --machine NAME")
 
 
 def _check_qmp(options: Options) -> None:
@@ -240,30 +266,54 @@ def _chosen(names: Sequence[str], config: Config) -> Sequence[MachineConfig]:
     return [by_name[name] for name in dict.fromkeys(names)] if names else config.machines
 
 
-def _from_source(options: Options, config: Config) -> Request:
-    name = options.image.stem if options.image is not None else _export_name(options.nbd or "")
-    machine = options.machine or _derived(name, "machine")
-    if options.image is not None:
-        source: ImageSource | NbdSource = ImageSource(options.image, options.image_format)
-        family, claim = _family(options, config.bitmap), Claim(None, None)
-    else:
-        source = NbdSource(options.nbd or "", options.bitmap)
-        family, claim = None, Claim(options.bitmap, options.since)
-    _require_bitmap(options, options.bitmap or family)
-    disk = DiskRequest(
-        name=check_name("disk", options.disks[0] if options.disks else _derived(name, "disk")),
-        source=source,
-        claim=claim,
-    )
+def _from_images(options: Options, config: Config) -> Request:
+    family = _family(options, config.bitmap)
+    _require_bitmap(options, family)
+    formats = options.image_formats or (None,)
+    sources = [
+        ImageSource(image, image_format)
+        for image, image_format in zip(options.images, formats * (len(options.images) // len(formats)), strict=True)
+    ]
+    stems = [image.stem for image in options.images]
+    machine = check_name("machine", options.machine or _derived(stems[0], "machine"))
+    disks = _disk_names(options, stems, "--image")
     return _request(
-        check_name("machine", machine),
-        AtRest([source]),
-        (disk,),
+        machine,
+        AtRest(sources),
+        tuple(
+            DiskRequest(name, source, path=filename(source.path)) for name, source in zip(disks, sources, strict=True)
+        ),
         family,
         options,
         config,
         named_by_path=options.machine is None,
     )
+
+
+def _from_nbd(uri: str, options: Options, config: Config) -> Request:
+    name = _export_name(uri)
+    machine = check_name("machine", options.machine or _derived(name, "machine"))
+    source = NbdSource(uri, options.bitmap)
+    _require_bitmap(options, options.bitmap)
+    [disk] = _disk_names(options, [name], "--nbd")
+    return _request(
+        machine,
+        AtRest([source]),
+        (DiskRequest(disk, source, Claim(options.bitmap, options.since)),),
+        None,
+        options,
+        config,
+        named_by_path=options.machine is None,
+    )
+
+
+def _disk_names(options: Options, derived: Sequence[str], pairs_with: str) -> list[str]:
+    """Names of the disks, as given or derived from what names their sources; each once."""
+    disks = [check_name("disk", name) for name in options.disks or (_derived(name, "disk") for name in derived)]
+    for name in disks:
+        if disks.count(name) > 1:
+            raise UsageError(f"two disks are named {name}", hint=f"name each with --disk, in the order of {pairs_with}")
+    return disks
 
 
 def _from_qmp(socket: Path, options: Options, config: Config) -> Request:
@@ -279,10 +329,7 @@ def _from_qmp(socket: Path, options: Options, config: Config) -> Request:
         scratch=options.scratch or config.scratch,
         freeze=Freeze(options.agent, wanted=options.freeze, rehearsed=options.dry_run),
     )
-    disks = [check_name("disk", name) for name in options.disks or (_derived(name, "disk") for name in names)]
-    for name in disks:
-        if disks.count(name) > 1:
-            raise UsageError(f"two disks are named {name}", hint="name each with --disk, in the order of --node")
+    disks = _disk_names(options, names, "--node")
     return _request(
         check_name("machine", options.machine or _derived(names[0], "machine")),
         host,
@@ -310,7 +357,17 @@ def _from_config(machine: MachineConfig, options: Options, config: Config) -> Re
     freeze = NO_FREEZE if options.wanted == "audit" else _freeze(machine, rehearsed=options.dry_run)
     host, disks = _configured(machine, config, freeze)
     unusable = machine.on_unusable_bitmap
-    return _request(machine.name, host, disks, family, options, config, compression=compression, unusable=unusable)
+    return _request(
+        machine.name,
+        host,
+        disks,
+        family,
+        options,
+        config,
+        names=Names.CONFIGURED,
+        compression=compression,
+        unusable=unusable,
+    )
 
 
 def _freeze(machine: MachineConfig, *, rehearsed: bool) -> Freeze:
@@ -348,6 +405,7 @@ def _request(
     config: Config,
     *,
     named_by_path: bool = False,
+    names: Names = Names.SUGGESTED,
     compression: configuration.Compression | None = None,
     unusable: configuration.OnUnusableBitmap | None = None,
 ) -> Request:
@@ -370,6 +428,7 @@ def _request(
         begin=options.fallback,
         dry_run=options.dry_run,
         named_by_path=named_by_path,
+        names=Names.GIVEN if options.disks else names,
         copying=Settings(
             config.connections,
             config.requests,
