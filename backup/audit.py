@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from backup import chain as chains
 from backup import content, decide, plan
 from backup.chain import Chain
-from backup.consider import DiskRequest, Request, consider, recognised
+from backup.consider import DiskRequest, Names, Request, consider, recognised
 from backup.content import Differences
 from backup.errors import NotFound, SourceError
 from backup.plan import Plan
@@ -129,7 +129,8 @@ class _Run:
         self.short_id = short_id
         self.progress = progress
         self.contents: Contents = machine.contents()
-        self.request, _ = recognised(request, self.contents)
+        # A disk that the user names must be there by that name.
+        self.request = request if request.names is Names.GIVEN else recognised(request, self.contents)[0]
 
     def attempt(self) -> Audit:
         disks = [self._considered(disk) for disk in self.request.disks]
