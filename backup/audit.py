@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 from backup import chain as chains
-from backup import content, decide, plan
+from backup import content, decide, plan, salvage
 from backup.chain import Chain
 from backup.consider import DiskRequest, Names, Request, consider, recognised
 from backup.content import Differences
-from backup.errors import NotFound, SourceError
+from backup.errors import Damaged, NotFound, SourceError
 from backup.plan import Plan
 from backup.progress import Progress
 from backup.qemu.nbd import Export
@@ -180,17 +180,24 @@ class _Run:
 
     def _audited(self, disk: _Disk, export: Export, moment: Moment) -> DiskAudit:
         began = time.monotonic()
-        chain, bitmap = disk.chain, disk.wish.read
+        chain = disk.chain
 
         def advance(done: int) -> None:
             moment.require_kept()
             self.progress.advance(done)
 
+        try:
+            found, planned = self._compared(disk, export, advance)
+        except Damaged as error:
+            raise salvage.located(error, self.machine, chain.newest.point, chain.disk) from None
+        return _told(disk, planned, found, time.monotonic() - began)
+
+    def _compared(self, disk: _Disk, export: Export, advance: Callable[[int], None]) -> tuple[Differences, Plan]:
+        chain, bitmap = disk.chain, disk.wish.read
         with content.checked(self.machine.path, chain, export.size) as held:
             planned = plan.plan_audit(export, chain.cluster_size, bitmap, parent_size=chain.size, chain=held.index)
             self.progress.begin(disk.request.name, planned.totals.data)
-            found = content.compare(export, planned, held, self.request.copying, advance)
-        return _told(disk, planned, found, time.monotonic() - began)
+            return content.compare(export, planned, held, self.request.copying, advance), planned
 
 
 def _told(disk: _Disk, planned: Plan, found: Differences, seconds: float) -> DiskAudit:

@@ -89,9 +89,9 @@ def build(
     Damaged
         A parent is not the one that the child was made against.
     """
-    links = [_link(manifests, point, disk, unreadable)]
+    links = [first_link(manifests, point, disk, unreadable)]
     while links[-1].entry.parent is not None:
-        links.append(_parent(manifests, links[-1], disk, unreadable))
+        links.append(parent_link(manifests, links[-1], disk, unreadable))
     return Chain(disk, tuple(links))
 
 
@@ -109,10 +109,11 @@ def require_whole(manifests: Mapping[str, Manifest]) -> None:
     for manifest in manifests.values():
         for entry in manifest.disks:
             if entry.parent is not None:
-                _parent(manifests, Link(manifest.point, manifest.sequence, entry), entry.name, _NONE)
+                parent_link(manifests, Link(manifest.point, manifest.sequence, entry), entry.name, _NONE)
 
 
-def _link(manifests: Mapping[str, Manifest], point: str, disk: str, unreadable: Mapping[str, BackupError]) -> Link:
+def first_link(manifests: Mapping[str, Manifest], point: str, disk: str, unreadable: Mapping[str, BackupError]) -> Link:
+    """A disk in the point that a chain is built for; raises as `build`."""
     manifest = manifests.get(point)
     if manifest is None:
         if f"{point}.json" in unreadable:
@@ -125,7 +126,10 @@ def _link(manifests: Mapping[str, Manifest], point: str, disk: str, unreadable: 
     return Link(point, manifest.sequence, entry)
 
 
-def _parent(manifests: Mapping[str, Manifest], child: Link, disk: str, unreadable: Mapping[str, BackupError]) -> Link:
+def parent_link(
+    manifests: Mapping[str, Manifest], child: Link, disk: str, unreadable: Mapping[str, BackupError]
+) -> Link:
+    """What the child, an incremental, was made against; raises as `build`."""
     wanted = child.entry.parent
     assert wanted is not None
     manifest = manifests.get(wanted.point)

@@ -19,21 +19,17 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from backup import copier, datafile
 from backup.chain import Chain
 from backup.copier import Sink
 from backup.digests import CACHED
 from backup.extents import Mask, Offsets, distinct
-from backup.index import NOBODY, Index
+from backup.index import NOBODY, Found, Index
 from backup.pages import pages
 from backup.plan import Plan, cut_cluster
 from backup.qcow2 import COMPRESSED, PART, Codec, Reader
 from backup.qemu.nbd import Export
-
-Found = tuple[npt.NDArray[np.int16], npt.NDArray[np.uint64]]
-"""For each cluster its holder (`index.NOBODY`: none) and the entry there."""
 
 _MOST_CACHED = 64
 """Checked blocks (4 MiB each) kept at most: of a long chain one for each file that a batch reads from."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from backup.errors import Damaged, Failed, NotFound
+from backup.errors import Damaged, DamagedBlock, Failed, NotFound
 from backup.plainfile import HINT, open_file
 from backup.readonce import ReadOnce
 from backup.shortage import NOT_DAMAGE
@@ -89,7 +89,8 @@ def load(path: Path, expected: str, blocks: int) -> bytes:
 
 
 _FROM_COPY = (
-    "bring the file back from a copy of the repository, or restore another point; `pybackup verify` lists all damage"
+    "bring the file back from a copy of the repository, or restore another point; `pybackup verify` lists all damage, "
+    "and `pybackup restore --salvage` restores what is not damaged"
 )
 
 
@@ -153,7 +154,8 @@ class CheckedFile:
     """
     A data file whose every byte is held against its digest before it is used.  Safe to use from several threads.
 
-    `once`: nothing of it will be read again soon, so that it need not stay in the kernel's page cache.
+    `once`: nothing of it will be read again soon, so that it need not stay in the kernel's page cache.  Without `whole`
+    a file of another length is opened as well, and `digests` may be empty: then each block counts as damaged.
 
     Raises
     ------
@@ -161,7 +163,9 @@ class CheckedFile:
         It is missing, or not as long as its manifest says.
     """
 
-    def __init__(self, path: Path, size: int, digests: bytes, cache: BlockCache, *, once: bool = False) -> None:
+    def __init__(
+        self, path: Path, size: int, digests: bytes, cache: BlockCache, *, once: bool = False, whole: bool = True
+    ) -> None:
         self.path = path
         self.size = size
         self._digests = digests
@@ -169,7 +173,7 @@ class CheckedFile:
         self._fd = open_plain(path)
         self._once = ReadOnce(self._fd, BLOCK) if once else None
         actual = os.fstat(self._fd).st_size
-        if actual != size:
+        if whole and actual != size:
             self.close()
             raise Damaged(f"{path} has {actual} bytes where its manifest says {size}", hint=_FROM_COPY)
 
@@ -195,10 +199,30 @@ class CheckedFile:
         try:
             content = self._once.read(start, length) if self._once else os.pread(self._fd, length, start)
         except OSError as error:
-            raise Damaged(f"{self.path} cannot be read at {start}: {error.strerror}", hint=_FROM_COPY) from None
+            raise self._damaged(start, length, f"cannot be read at {start}: {error.strerror}") from None
         if len(content) != length or digest(content) != self.listed(number):
-            raise Damaged(f"{self.path} is damaged between bytes {start} and {start + length}", hint=_FROM_COPY)
+            raise self._damaged(start, length, f"is damaged between bytes {start} and {start + length}")
         return content
+
+    def read_unchecked(self, offset: int, length: int) -> bytes:
+        """
+        Bytes [offset, offset + length), of which no digest is asked: something else must prove them.
+
+        Raises
+        ------
+        Damaged
+            The disk fails, or the file ends before.
+        """
+        try:
+            content = os.pread(self._fd, length, offset)
+        except OSError as error:
+            raise self._damaged(offset, length, f"cannot be read at {offset}: {error.strerror}") from None
+        if len(content) != length:
+            raise self._damaged(offset, length, f"ends before byte {offset + length}")
+        return content
+
+    def _damaged(self, start: int, length: int, what: str) -> Damaged:
+        return DamagedBlock(str(self.path), start, start + length, message=f"{self.path} {what}", hint=_FROM_COPY)
 
     def block(self, number: int) -> bytes:
         """A checked block, from the cache where it is there."""

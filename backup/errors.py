@@ -61,9 +61,28 @@ class Locked(BackupError):
 
 
 class Damaged(BackupError):
-    """A chain, a manifest, a digest file or a data file is not what it was when it was written."""
+    """
+    A chain, a manifest, a digest file or a data file is not what it was when it was written.
+
+    `ranges` are the parts of the disk, start and end in bytes, whose content the damage puts in doubt; empty where that
+    is not known.
+    """
 
     exit_code = 12
+
+    def __init__(self, message: str, *, hint: str, ranges: tuple[tuple[int, int], ...] = ()) -> None:
+        super().__init__(message, hint=hint)
+        self.ranges = ranges
+
+
+class DamagedBlock(Damaged):
+    """A block of a data file, bytes `start` to `end` of the file at `path`, does not match its digest."""
+
+    def __init__(self, path: str, start: int, end: int, *, message: str, hint: str) -> None:
+        super().__init__(message, hint=hint)
+        self.path = path
+        self.start = start
+        self.end = end
 
 
 class SourceError(BackupError):

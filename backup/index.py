@@ -19,6 +19,9 @@ import numpy.typing as npt
 from backup.chain import Chain
 from backup.extents import Mask, Offsets, distinct, edges
 
+Found = tuple[npt.NDArray[np.int16], npt.NDArray[np.uint64]]
+"""For each cluster its holder (`NOBODY`: none) and the entry there."""
+
 NOBODY = -1
 """Holder of a cluster that no file of the chain holds: it reads as zero."""
 

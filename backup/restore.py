@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,13 +23,13 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from backup import chain as chains
-from backup import datafile
+from backup import datafile, qcow2, salvage
 from backup.chain import Chain
 from backup.datafile import OpenDataFile
 from backup.digests import BLOCK
 from backup.errors import BackupError, Damaged, Failed, NotFound, UsageError
 from backup.extents import Offsets, edges, windows
-from backup.index import NOBODY, Index
+from backup.index import NOBODY, Found, Index
 from backup.manifest import Manifest
 from backup.names import MARKER
 from backup.pace import Pace
@@ -37,6 +37,7 @@ from backup.pages import pages
 from backup.progress import Progress
 from backup.qcow2 import COMPRESSED, Codec
 from backup.repository import Machine
+from backup.salvage import Lost, LostRanges, SalvagedFile
 from backup.targets import Target, is_uri, opened
 
 _WINDOW = 1 << 20
@@ -54,10 +55,15 @@ _TICK = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """Bytes of the disk, and of these written as data; the others read as zeroes."""
+    """
+    Bytes of the disk, and of these written as data; the others read as zeroes.
+
+    `lost` are the ranges that a salvage could not prove.
+    """
 
     size: int
     data_bytes: int
+    lost: tuple[Lost, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -139,10 +145,11 @@ def restore_disk(
     workers: int,
     progress: Progress,
     limit: int | None = None,
+    salvaging: bool = False,
 ) -> Restored:
     """
     Restore one disk of a point to what `target` names (see `targets.opened`), writing no more than `limit` bytes a
-    second.
+    second.  With `salvaging`, what cannot be proven is zeroes, and listed (see `salvage`).
 
     Raises
     ------
@@ -151,10 +158,20 @@ def restore_disk(
     BackupError
         The target is refused or cannot be written.
     """
-    with opened_point(machine, point, disk) as (chain, files):
+
+    def write(chain: Chain, run: Callable[[Target, Pace], _Run]) -> Restored:
         progress.begin(disk, chain.size)
         with opened(target, chain.size, image_format, cluster_size=chain.cluster_size, force=force) as sink:
-            return _write_out(_Run(chain, files, sink, progress, Pace(limit)), workers)
+            return _write_out(run(sink, Pace(limit)), workers)
+
+    if salvaging:
+        with salvage.opened(machine, point, disk) as (chain, salvaged):
+            return write(chain, lambda sink, pace: _SalvageRun(chain, salvaged, sink, progress, pace))
+    try:
+        with opened_point(machine, point, disk) as (chain, files):
+            return write(chain, lambda sink, pace: _Run(chain, files, sink, progress, pace))
+    except Damaged as error:
+        raise salvage.located(error, machine, point, disk) from None
 
 
 @contextmanager
@@ -211,7 +228,7 @@ def _write_out(run: _Run, workers: int) -> Restored:
                 thread.join()
     if run.error is not None:
         raise run.error
-    return Restored(run.chain.size, run.data_bytes)
+    return run.restored()
 
 
 def _abandon(target: Target) -> None:
@@ -224,13 +241,18 @@ def _abandon(target: Target) -> None:
 class _Run:
     """What the threads of one restore share."""
 
-    def __init__(self, chain: Chain, files: list[OpenDataFile], target: Target, progress: Progress, pace: Pace) -> None:
+    def __init__(
+        self, chain: Chain, files: Sequence[OpenDataFile], target: Target, progress: Progress, pace: Pace
+    ) -> None:
+        self._begin(chain, Index(chain, [file.reader for file in files]), target, progress, pace)
+        self._files = files
+
+    def _begin(self, chain: Chain, index: Index, target: Target, progress: Progress, pace: Pace) -> None:
         self.chain = chain
-        self.files = files
         self.target = target
         self.progress = progress
         self._pace = pace
-        self.index = Index(chain, [file.reader for file in files])
+        self.index = index
         self.limits = chain.limits
         self.stop = threading.Event()
         self.error: BaseException | None = None
@@ -277,19 +299,22 @@ class _Run:
         """Cluster, link, host offset, length and kind of each cluster that holds data; zeroes are written at once."""
         cluster = self.chain.cluster_size
         first = start // cluster
-        holders, entries = self.index.resolve(first, -(-(end - start) // cluster))
+        holders, entries = self._resolve(first, -(-(end - start) // cluster))
         self._write_zeroes(holders == NOBODY, start, end)
         held = np.flatnonzero(holders != NOBODY)
         links, found = holders[held], entries[held]
-        reader = self.files[0].reader
-        offsets, lengths = reader.spans(found)
+        offsets, lengths = qcow2.spans(found, cluster)
         return (
             held + first,
             links.astype(np.int64),
             offsets.astype(np.int64),
             lengths.astype(np.int64),
-            reader.kinds(found).astype(np.int64),
+            qcow2.Reader.kinds(found).astype(np.int64),
         )
+
+    def _resolve(self, first: int, count: int) -> Found:
+        """Who holds each of these clusters, and the entry there."""
+        return self.index.resolve(first, count)
 
     def _write_zeroes(self, empty: np.ndarray[tuple[int], np.dtype[np.bool_]], start: int, end: int) -> None:
         cluster = self.chain.cluster_size
@@ -350,10 +375,17 @@ class _Run:
 
     def _do(self, job: _Job, hand: _Hand) -> None:
         written = hand.staging.written
+        self._place_all(job, hand)
+        hand.staging.flush()
+        with self._lock:
+            self.data_bytes += hand.staging.written - written
+            self.done += len(job.clusters) * self.chain.cluster_size
+
+    def _place_all(self, job: _Job, hand: _Hand) -> None:
         begins = (job.offsets - job.block * BLOCK).tolist()
         columns = zip(job.clusters.tolist(), begins, job.lengths.tolist(), job.kinds.tolist(), strict=True)
         limit = self.limits[job.number]
-        file = self.files[job.number].file
+        file = self._files[job.number].file
         with memoryview(file.block(job.block)) as content:
             for cluster, begin, length, kind in columns:
                 stored = content[begin : begin + length]
@@ -361,10 +393,6 @@ class _Run:
                     stored = memoryview(file.read_at(job.block * BLOCK + begin, length))
                 self._place(hand, cluster, stored, kind == COMPRESSED, limit)
                 stored.release()
-        hand.staging.flush()
-        with self._lock:
-            self.data_bytes += hand.staging.written - written
-            self.done += len(job.clusters) * self.chain.cluster_size
 
     def _place(self, hand: _Hand, cluster: int, stored: memoryview, packed: bool, limit: int) -> None:  # noqa: FBT001
         """One cluster to where it is written from: cut at the disk's end, and zero from the link's limit on."""
@@ -380,12 +408,49 @@ class _Run:
         if visible < length:
             room[visible:] = bytes(size - visible)
 
+    def restored(self) -> Restored:
+        """What came of it."""
+        return Restored(self.chain.size, self.data_bytes)
+
+
+class _SalvageRun(_Run):
+    """The same of a chain that is damaged: what is not proven is listed."""
+
+    def __init__(
+        self, chain: Chain, files: Sequence[SalvagedFile], target: Target, progress: Progress, pace: Pace
+    ) -> None:
+        self._begin(chain, Index(chain, files), target, progress, pace)
+        self._salvaged = files
+        self._lost = LostRanges()
+
+    def _resolve(self, first: int, count: int) -> Found:
+        found = self.index.resolve(first, count)
+        with self._lock:
+            salvage.drop_unknown(self.chain, self._salvaged, first, found, self._lost)
+        return found
+
+    def _place_all(self, job: _Job, hand: _Hand) -> None:
+        file, limit = self._salvaged[job.number], self.limits[job.number]
+        columns = (job.clusters.tolist(), job.offsets.tolist(), job.lengths.tolist(), job.kinds.tolist())
+        for cluster, offset, length, kind in zip(*columns, strict=True):
+            doubt = file.read(offset, length, hand.codec if kind == COMPRESSED else None, hand.cluster)
+            self._place(hand, cluster, hand.cluster, False, limit)  # noqa: FBT003
+            if doubt is not None:
+                start, (content, why) = cluster * self.chain.cluster_size, doubt
+                with self._lock:
+                    self._lost.add(start, min(start + self.chain.cluster_size, limit), why, content)
+
+    def restored(self) -> Restored:
+        """What came of it, with what is lost."""
+        return Restored(self.chain.size, self.data_bytes, self._lost.list())
+
 
 class _Hand:
     """What one thread works with; `before` is called with the bytes of each write before it."""
 
     def __init__(self, cluster_size: int, target: Target, before: Callable[[int], object]) -> None:
         self.codec = Codec(cluster_size, None)
+        self.cluster = memoryview(bytearray(cluster_size))
         self.staging = _Staging(target, cluster_size, before)
 
 

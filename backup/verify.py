@@ -27,7 +27,7 @@ from backup import digests
 from backup import memory as memories
 from backup.chain import Chain
 from backup.digests import BlockCache, CheckedFile, block_count
-from backup.errors import BackupError, Damaged, Failed, NotFound
+from backup.errors import BackupError, Damaged, DamagedBlock, Failed, NotFound
 from backup.manifest import DataFile, DiskEntry, Manifest, timestamp
 from backup.memory import Memory, Record
 from backup.pace import Pace
@@ -253,7 +253,7 @@ def _verify(
         found = _records(checks, memory, timestamp(began), deep=deep)
         forgotten = memories.remember(machine, found, _present(contents)) if found else None
     problems += [
-        Problem(machine.name, check.point, check.entry.name, check.wrong[min(check.wrong)])
+        Problem(machine.name, check.point, check.entry.name, _located(machine.path, check))
         for check in checks
         if check.wrong
     ]
@@ -261,6 +261,16 @@ def _verify(
     sampled = sum(check.blocks is not None for check in read)
     skipped = len(checks) - len(due)
     return Verified(len(wanted), len(read), run.done, skipped, sampled, tuple(problems), forgotten)
+
+
+def _located(folder: Path, check: _Check) -> BackupError:
+    """What is wrong with a data file first, and where in it there is damage which ranges of the disk that affects."""
+    errors = [check.wrong[number] for number in sorted(check.wrong)]
+    if not isinstance(errors[0], DamagedBlock):
+        return errors[0]
+    from backup import salvage  # noqa: PLC0415 - see the module's docstring
+
+    return salvage.located_in_file(folder, check.entry, check.parent, errors)
 
 
 def _sample(checks: Sequence[_Check], share: float) -> None:
@@ -447,7 +457,7 @@ class _Run:
                 read = self._whole(check)
             elif number == file.blocks:
                 self._structure(check, file)
-            elif not check.wrong:
+            else:
                 read = len(file.check_block(number))
                 self._keep_pace(read)
         except BackupError as error:
@@ -470,8 +480,13 @@ class _Run:
         """Check a small file; its bytes."""
         with closing(self._opened(check.entry)) as file:
             for number in range(file.blocks):
-                file.block(number)
-            self._structure(check, file)
+                try:
+                    file.block(number)
+                except DamagedBlock as error:
+                    with self._lock:
+                        check.wrong[number] = error
+            if not check.wrong:
+                self._structure(check, file)
             return file.size
 
     def _structure(self, check: _Check, file: CheckedFile) -> None:

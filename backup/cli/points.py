@@ -31,6 +31,7 @@ from backup.names import check_folder
 if TYPE_CHECKING:
     from backup.manifest import Manifest
     from backup.prune import Report as PruneReport
+    from backup.salvage import Lost
     from backup.verify import Choice, Verified
 
 _KEEPS = {
@@ -102,11 +103,15 @@ def restore(
     disk: Annotated[str | None, typer.Option("--disk", metavar="NAME", help="Only this disk of the point.")] = None,
     format_: Annotated[str, typer.Option("--format", metavar="raw|qcow2", help="Of the file that is made.")] = "raw",
     force: Annotated[bool, typer.Option("--force", help="Replace what TARGET holds.")] = False,
+    salvage: Annotated[
+        bool, typer.Option("--salvage", help="Of a damaged chain: write zeroes for what is lost, and list that.  12.")
+    ] = False,
     repo: Repo = None,
     limit: WriteLimit = None,
 ) -> None:
     """Bring a point's disk back, checking every digest on the way."""
     from backup import restore as restoring
+    from backup import salvage as salvaging
     from backup.cli import settings
 
     find.require_format(format_)
@@ -114,7 +119,8 @@ def restore(
     config = find.config_or_default()
     # Not the configuration's limit: on the day of a restore everybody waits for it.
     workers, most = settings.workers(config), None if limit is None else settings.limit(limit, config)
-    done = []
+    done: list[dict[str, Any]] = []
+    lost: list[tuple[str, Lost]] = []
     for name, path in restoring.targets(machine, found, target, disk, format_):
         began = time.monotonic()
         with render.progress(wanted=not options.quiet) as progress:
@@ -128,13 +134,22 @@ def restore(
                 workers=workers,
                 progress=progress,
                 limit=most,
+                salvaging=salvage,
             )
         seconds = time.monotonic() - began
+        lost += [(name, each) for each in restored.lost]
         done.append({"name": name, "target": path, **asdict(restored), "seconds": round(seconds, 3)})
         if not options.json and not options.quiet:
             render.line(render.restored_line(f"{found.machine}/{name}", path, restored.size, seconds))
+            for text in render.lost_lines(restored.lost):
+                render.line(text)
+    error = salvaging.loss(found.machine, lost)
+    if error is not None:
+        show_error(error)
     if options.json:
-        render.document({"machine": found.machine, "point": found.point, "error": None, "disks": done})
+        told = None if error is None else render.error_object(error)
+        render.document({"machine": found.machine, "point": found.point, "error": told, "disks": done})
+    raise typer.Exit(0 if error is None else error.exit_code)
 
 
 def verify(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backup.cli.streams import mute
-from backup.errors import BackupError, Interrupted, UsageError
+from backup.errors import BackupError, Damaged, Interrupted, UsageError
 from backup.units import counted, show_age, show_duration, show_rate, show_size
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from backup.mapping import Extent, MapTotals
     from backup.prune import Report as PruneReport
     from backup.replicate import Replicated
+    from backup.salvage import Lost
     from backup.serve import Served
     from backup.status import DiskStatus, Trust
     from backup.verify import Problem
@@ -107,8 +108,10 @@ def _err(text: str) -> None:
 
 
 def error_object(problem: BackupError | Interrupted) -> dict[str, Any]:
-    """An error as scripts see it."""
-    return {"code": problem.exit_code, "message": problem.message, "hint": problem.hint}
+    """An error as scripts see it; of damage with the ranges of the disk that it affects, where they are known."""
+    found = {"code": problem.exit_code, "message": problem.message, "hint": problem.hint}
+    ranges = problem.ranges if isinstance(problem, Damaged) else ()
+    return {**found, "ranges": [{"start": low, "length": high - low} for low, high in ranges]} if ranges else found
 
 
 def report_object(report: Report) -> dict[str, Any]:
@@ -429,6 +432,12 @@ def restored_line(name: str, target: str, size: int, seconds: float) -> str:
     return (
         f"{name}: restored {show_size(size)} to {plain(target)} in {show_duration(seconds)}, {show_rate(size, seconds)}"
     )
+
+
+def lost_lines(lost: Sequence[Lost]) -> Iterator[str]:
+    """A line for each range of the disk that a salvage could not bring back: start, length, why."""
+    for each in lost:
+        yield f"{each.start:>16}  {each.length:>16}  not proven, {each.content}: {plain(each.why)}"
 
 
 def served_object(point: Manifest, disk: str, served: Served, writable: bool) -> dict[str, Any]:

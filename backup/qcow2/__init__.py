@@ -2,7 +2,16 @@
 
 from backup.qcow2.check import check
 from backup.qcow2.codec import Codec, frame_length, frame_lengths
-from backup.qcow2.layout import COMPRESSED, PART, RAW, UNALLOCATED, ZERO, Image, require_writable, spans
+from backup.qcow2.layout import (
+    COMPRESSED,
+    PART,
+    RAW,
+    UNALLOCATED,
+    ZERO,
+    Image,
+    require_writable,
+    spans,
+)
 from backup.qcow2.parts import PartSink
 from backup.qcow2.reader import Reader, read_header
 from backup.qcow2.writer import Writer
