@@ -146,14 +146,17 @@ def test_nothing_damaged_is_nothing_lost(victim):
 
 
 def raw_cluster(path):
-    """Where an uncompressed cluster lies in a data file, and on the disk (8 to 12 MiB: no newer point holds these)."""
-    place = 10 * MIB
-    [(start, offset)] = [
-        (start, offset)
-        for start, length, offset, packed in guest_map(path)
-        if start <= place < start + length and not packed
-    ]
-    return offset + place - start, place
+    """
+    Where an uncompressed cluster lies in a data file, beyond its first block, and on the disk, where no newer point
+    holds any.
+    """
+    extents = [each for each in guest_map(path) if each[2] is not None and not each[3]]
+    return next(
+        (offset + place - start, place)
+        for place in range(12 * MIB, 7 * MIB, -CLUSTER)
+        for start, length, offset, _ in extents
+        if start <= place < start + length and offset + place - start >= BLOCK
+    )
 
 
 def frames(path):
