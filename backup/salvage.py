@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -410,9 +410,8 @@ def _by_data_file(folder: Path, name: str, child: DiskEntry, wanted: Parent) -> 
         entry = _stand_in(
             child, DataFile(name, size, listed, digests.digest(content).hex(), child.data.cluster_size, "")
         )
-        file = _Head(folder, entry)
-        if file.found is not None:
-            image = file.found
+        image = _head(folder, entry.data)
+        if image is not None:
             older = None if image.backing is None else manifest.point_of(image.backing)
             if image.cluster_size != child.data.cluster_size or (image.backing is not None and older is None):
                 return None
@@ -420,22 +419,15 @@ def _by_data_file(folder: Path, name: str, child: DiskEntry, wanted: Parent) -> 
     return None
 
 
-class _Head:
-    """A data file's head, where the file's first block agrees with its digest file."""
-
-    def __init__(self, folder: Path, entry: DiskEntry) -> None:
-        self.found: qcow2.Image | None = None
-        try:
-            listed = digests.load(folder / entry.data.digests, entry.data.digest, block_count(entry.data.size))
-            file = CheckedFile(folder / entry.data.file, entry.data.size, listed, BlockCache(1))
-        except BackupError:
-            return
-        try:
-            self.found = qcow2.Reader(file.read_at, entry.data.size, entry.data.file).image
-        except Damaged:
-            pass
-        finally:
-            file.close()
+def _head(folder: Path, data: DataFile) -> qcow2.Image | None:
+    """What a data file is of, where its first block agrees with its digest file."""
+    try:
+        listed = digests.load(folder / data.digests, data.digest, block_count(data.size))
+        with closing(CheckedFile(folder / data.file, data.size, listed, BlockCache(1))) as file:
+            head = file.read_at(0, min(qcow2.HEADER_BYTES, data.size))
+            return qcow2.parse_header(head, data.size, data.file).image
+    except BackupError:
+        return None
 
 
 def _stand_in(

@@ -449,7 +449,7 @@ def test_restore_and_verify_name_the_ranges_of_the_disk_that_a_damaged_block_hol
     checked = call_pybackup(["verify", "--json", "--repo", victim.night.repository])
     [problem] = checked.document["problems"]
     assert expected <= {each for start, end in pairs(problem) for each in range(start, end, CLUSTER)}
-    assert sum(end - start for start, end in pairs(problem)) <= 2 * BLOCK
+    assert sum(end - start for start, end in pairs(problem)) < victim.size // 2
     assert "of the disk that affects bytes" in problem["message"]
 
 

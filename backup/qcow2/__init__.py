@@ -4,11 +4,13 @@ from backup.qcow2.check import check
 from backup.qcow2.codec import Codec, frame_length, frame_lengths
 from backup.qcow2.layout import (
     COMPRESSED,
+    HEADER_BYTES,
     PART,
     RAW,
     UNALLOCATED,
     ZERO,
     Image,
+    parse_header,
     require_writable,
     spans,
 )
@@ -18,6 +20,7 @@ from backup.qcow2.writer import Writer
 
 __all__ = [
     "COMPRESSED",
+    "HEADER_BYTES",
     "PART",
     "RAW",
     "UNALLOCATED",
@@ -30,6 +33,7 @@ __all__ = [
     "check",
     "frame_length",
     "frame_lengths",
+    "parse_header",
     "read_header",
     "require_writable",
     "spans",
