@@ -30,7 +30,7 @@ from backup import digests, manifest, qcow2
 from backup.chain import Chain, Link
 from backup.datafile import check_head
 from backup.digests import BLOCK, LENGTH, BlockCache, CheckedFile, block_count
-from backup.errors import BackupError, Damaged, DamagedBlock
+from backup.errors import BackupError, Damaged, DamagedBlock, NotFound
 from backup.extents import Mask, Offsets, edges, windows
 from backup.index import NOBODY, Index
 from backup.manifest import BitmapRecord, ByteCounts, DataFile, DiskEntry, Parent, SourceRecord
@@ -117,7 +117,7 @@ class SalvagedFile:
             path = folder / data.file
             self._file = CheckedFile(path, data.size, _listed(folder, data), cache, whole=False)
             self._reader = self._read_head()
-        except BackupError as error:
+        except (Damaged, NotFound) as error:  # others say nothing about the file: no rights, too many open files
             self.why = error.message
 
     @property
@@ -257,7 +257,7 @@ def _listed(folder: Path, data: DataFile) -> bytes:
     blocks = block_count(data.size)
     try:
         return digests.load(folder / data.digests, data.digest, blocks)
-    except (BackupError, MemoryError):
+    except (Damaged, NotFound):
         pass
     made = _made(folder / data.file, data.size, blocks)
     stored = _stored(folder / data.digests, blocks)
@@ -283,7 +283,7 @@ def _made(path: Path, size: int, blocks: int) -> bytes:
 def _stored(path: Path, blocks: int) -> bytes | None:
     try:
         fd = digests.open_plain(path)
-    except BackupError:
+    except (Damaged, NotFound):
         return None
     with open(fd, "rb") as file:
         try:
@@ -377,7 +377,7 @@ class _Builder:
         if wanted.identity or wanted.point not in manifests:
             try:
                 return chains.parent_link(manifests, child, self._disk, self._contents.damaged), ""
-            except BackupError as error:
+            except (Damaged, NotFound) as error:
                 return None, error.message
         # The child is known by its data file only, which names no identity.
         found = manifests[wanted.point]
@@ -426,7 +426,7 @@ def _head(folder: Path, data: DataFile) -> qcow2.Image | None:
         with closing(CheckedFile(folder / data.file, data.size, listed, BlockCache(1))) as file:
             head = file.read_at(0, min(qcow2.HEADER_BYTES, data.size))
             return qcow2.parse_header(head, data.size, data.file).image
-    except BackupError:
+    except (Damaged, NotFound):
         return None
 
 
@@ -507,13 +507,10 @@ def located_in_file(
         return first
     chain = Chain(entry.name, (Link("", 0, entry),))
     try:
-        file = SalvagedFile(folder, entry, parent, BlockCache())
+        with closing(SalvagedFile(folder, entry, parent, BlockCache())) as file:
+            ranges = _doubtful(chain, [file], 0, blocks)
     except BackupError:
         return first
-    try:
-        ranges = _doubtful(chain, [file], 0, blocks)
-    finally:
-        file.close()
     more = f" and {len(blocks) - 1} more places" if len(blocks) > 1 else ""
     return with_ranges(first, ranges, more)
 

@@ -5,7 +5,9 @@ than the damage makes it; cmp with QEMU's own copy of the disk is the judge.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 import re
 import shutil
@@ -356,6 +358,20 @@ def test_the_bytes_of_a_foreign_parent_are_never_shown(victim):
     foreign = replace(read, disks=(replace(disk, identity="0" * 32),))
     victim.points[1].manifest.write_bytes(manifest.encode(foreign))
     assert clusters(victim.salvaged()) == victim.not_held_above(1)
+
+
+def test_a_file_that_only_this_process_cannot_open_is_not_taken_for_lost(victim, monkeypatch):
+    real = os.open
+
+    def refusing(path, *args, **named):
+        if os.fspath(path).endswith(victim.points[1].data.name):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return real(path, *args, **named)
+
+    monkeypatch.setattr(os, "open", refusing)
+    done = victim.restore("t.raw", "--salvage")
+    assert (done.rc, "Too many open files" in done.stderr) == (1, True), done
+    assert not (victim.folder / "t.raw").exists()
 
 
 def test_the_points_own_manifest_is_needed(victim):
