@@ -109,7 +109,7 @@ def audit(repository: Repository, request: Request, progress: Progress) -> Audit
         )
     # Not for writing: a backup would take away the bitmap that is asked, or be kept from the disks by us.
     with machine.lock(), request.host:
-        run = _Run(machine, repository.identity[:8], request, progress)
+        run = _Run(machine, repository.identity[:8], request.complete(), progress)
         for _ in range(_TRIES):
             try:
                 return run.attempt()

@@ -69,12 +69,12 @@ class Compression:
 @dataclass(frozen=True, slots=True)
 class DiskConfig:
     """
-    One disk of a machine: exactly one of `image` (an offline image's absolute path), `nbd` (a URI) and `node` (a node,
-    a device or an image of the machine's running QEMU) is set.
+    One disk of a machine: one of `image` (an offline image's absolute path), `nbd` (a URI) and `node` (a node, a device
+    or an image of the machine's running QEMU) is set; or `node` and `image` of a machine that is on or off.
 
     `format` is the image's, None when the file says itself.  `bitmap` is the exact name of a bitmap on someone else's
     NBD server, which no backup by a configuration continues from: none says which point it starts from; of an image,
-    the machine's family counts.
+    the machine's family counts.  `allow_plaintext` lets a running QEMU decrypt the disk.
     """
 
     name: str
@@ -83,6 +83,7 @@ class DiskConfig:
     node: str | None = None
     format: Literal["qcow2", "raw"] | None = None
     bitmap: str | None = None
+    allow_plaintext: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,7 @@ class MachineConfig:
     else the global ones.
 
     `qmp` is the socket of a running machine's QEMU, `agent` that of its guest agent; both paths are absolute.
+    `exclude` names disks of the running machine that no point needs to hold.
     """
 
     name: str
@@ -112,7 +114,14 @@ class MachineConfig:
     agent: Path | None = None
     freeze: Literal["no", "yes", "required"] = "no"
     scratch: Path | None = None
+    exclude: tuple[str, ...] = ()
+    allow_plaintext: bool = False
     retention: Retention | None = None
+
+    @property
+    def on_or_off(self) -> bool:
+        """Are its disks read through QMP while it runs, and from their images while it is off?"""
+        return self.qmp is not None and all(disk.image is not None for disk in self.disks)
 
 
 _LIMITS = 64 * KiB, 1024 * 1024 * MiB
@@ -277,15 +286,18 @@ def _machine(
     retention: Retention | None,
 ) -> MachineConfig:
     section.allow(
-        "disks", "bitmap", "compression", "on_unusable_bitmap", "qmp", "agent", "freeze", "scratch", "retention"
-    )
+        "disks", "bitmap", "compression", "on_unusable_bitmap", "qmp", "agent", "freeze", "scratch", "exclude",
+        "allow_plaintext", "retention",
+    )  # fmt: skip
     running = "qmp" in section.fields
     children = list(section.children("disk", "disks"))
     disks = tuple(_disk(child, running=running) for child in children)
     _require_different(children, disks)
     if "disks" not in section.fields:
         section.problem(None, "expected `disks`, with a name for each disk")
-    for key in ("agent", "freeze", "scratch"):
+    if running and len({disk.image is None for disk in disks}) > 1:
+        section.problem("disks", "expected `image` beside `node` for each disk, or for none")
+    for key in ("agent", "freeze", "scratch", "exclude", "allow_plaintext"):
         if key in section.fields and not running:
             section.problem(key, "only a running machine, with `qmp`, has that")
     freeze = section.freeze()
@@ -301,6 +313,8 @@ def _machine(
         agent=section.path("agent"),
         freeze=freeze,
         scratch=section.path("scratch"),
+        exclude=section.texts("exclude", "a node's name, a device's id or an image's path"),
+        allow_plaintext=section.boolean("allow_plaintext", otherwise=False),
         retention=_retention(section, retention),
     )
 
@@ -335,19 +349,22 @@ def _require_different(children: Sequence[_Section], disks: Sequence[DiskConfig]
 
 
 def _disk(section: _Section, *, running: bool) -> DiskConfig:
-    section.allow("image", "nbd", "node", "format", "bitmap")
+    section.allow("image", "nbd", "node", "format", "bitmap", "allow_plaintext")
     sources = [key for key in ("image", "nbd", "node") if key in section.fields]
     got = " and ".join(sources) or "nothing"
-    if running and sources != ["node"]:
-        section.problem(None, f"expected `node`, as the machine has `qmp`, got {got}")
+    if running and sources not in (["node"], ["image", "node"]):
+        expected = "`node`, as the machine has `qmp`, and `image` if the machine is off on some nights"
+        section.problem(None, f"expected {expected}, got {got}")
     elif not running and "node" in sources:
         section.problem("node", "only a running machine, with `qmp`, has nodes")
-    elif len(sources) != 1:
+    elif not running and len(sources) != 1:
         section.problem(None, f"expected one of `image` and `nbd`, got {got.replace('nothing', 'neither')}")
     if "image" not in sources and "format" in section.fields:
         section.problem(
             "format", "only an `image` has a format: an NBD server sends the disk's bytes, QEMU knows its own"
         )
+    if not running and "allow_plaintext" in section.fields:
+        section.problem("allow_plaintext", "only a running machine, with `qmp`, decrypts its disks")
     if "nbd" not in sources and "bitmap" in section.fields:
         section.problem("bitmap", "only an `nbd` disk names a bitmap; else the machine's `bitmap` counts")
     return DiskConfig(
@@ -357,6 +374,7 @@ def _disk(section: _Section, *, running: bool) -> DiskConfig:
         node=section.text("node", "a node's name, a device's id or an image's path"),
         format=section.format(),
         bitmap=section.bitmap_name(),
+        allow_plaintext=section.boolean("allow_plaintext", otherwise=False),
     )
 
 
@@ -474,6 +492,20 @@ class _Section:
     def text(self, key: str, expected: str) -> str | None:
         """Any text."""
         return self._scalar(key, ("str",), expected)
+
+    def texts(self, key: str, expected: str) -> tuple[str, ...]:
+        """A list of texts, or one text."""
+        node = self.fields.get(key)
+        if not isinstance(node, yaml.SequenceNode):
+            found = self.text(key, f"{expected}, or a list of such")
+            return () if found is None else (found,)
+        entries = []
+        for entry in node.value:
+            if isinstance(entry, yaml.ScalarNode) and _type(entry) == "str" and entry.value and _is_utf8(entry.value):
+                entries.append(str(entry.value))
+            else:
+                self.problem(key, f"expected {expected}, got {_describe(entry)}", entry.start_mark.line + 1)
+        return tuple(entries)
 
     def freeze(self) -> Literal["no", "yes", "required"]:
         """The key `freeze`: a truth value, or `required`."""

@@ -40,13 +40,15 @@ class DiskRequest:
     One disk to back up.
 
     `claim` is the user's word about a bitmap of someone else's server.  `path` is the image's, where it is known before
-    the image is opened: a disk of the machine is recognised by it.
+    the image is opened: a disk of the machine is recognised by it.  `allow_plaintext` lets a running QEMU decrypt the
+    disk.
     """
 
     name: str
     source: Source
     claim: Claim = _NO_CLAIM
     path: str | None = None
+    allow_plaintext: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +59,9 @@ class Request:
     `wanted` is decide.FULL, INCREMENTAL or RESCAN; `unusable` (FULL or RESCAN) what an incremental becomes where no
     bitmap continues a sound chain, unless `fallback` forbids it; `begin` allows a disk's first full in its place;
     `spot_check` the number of clean clusters that an incremental reads again.  `host` holds the disks' sources, in the
-    order of `disks`; `family` names the bitmaps to keep (None: none); `level` is zstd's, None for no compression;
-    `cluster_size` in bytes counts for fulls; `named_by_path` says that the machine's name was taken from the image's,
-    not given.
+    order of `disks`, to which `complete` adds those that the host finds.  `family` names the bitmaps to keep (None:
+    none); `level` is zstd's, None for no compression; `cluster_size` in bytes counts for fulls; `named_by_path` says
+    that the machine's name was taken from the image's, not given; `allow_plaintext` lets a running QEMU decrypt disks.
     """
 
     machine: str
@@ -78,12 +80,18 @@ class Request:
     dry_run: bool = False
     named_by_path: bool = False
     names: Names = Names.SUGGESTED
+    allow_plaintext: bool = False
     copying: copier.Settings = field(default_factory=copier.Settings)
 
     @property
     def compression(self) -> str:
         """As the configuration and the manifest write it."""
         return "none" if self.level is None else f"zstd:{self.level}"
+
+    def complete(self) -> Request:
+        """The request with the disks that its host, once connected, finds by itself."""
+        found = tuple(DiskRequest(name, source) for name, source in self.host.found())
+        return replace(self, disks=(*self.disks, *found)) if found else self
 
 
 def recognised(request: Request, contents: Contents) -> tuple[Request, list[str]]:
@@ -178,6 +186,12 @@ def consider(
     else:
         _check_format(disk, newest)
     sight = disk.source.look()
+    if sight.plaintext and not (request.allow_plaintext or disk.allow_plaintext):
+        raise UsageError(
+            f"disk {disk.name} is encrypted (LUKS), and QEMU would decrypt it: the backup would hold plaintext",
+            hint="allow this where the repository and the scratch folder are protected otherwise: --allow-plaintext "
+            "(`allow_plaintext: true`)",
+        )
     if request.named_by_path:
         _check_path(disk, sight, contents)
     last = None if newest is None else _last_chain(machine, contents, newest.point, disk.name)

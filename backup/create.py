@@ -160,14 +160,14 @@ def create(open_repository: Callable[[], Repository], request: Request, progress
         with request.host:
             # A broken chain is a warning of a rehearsal, too.
             return machine.seen(
-                lambda contents: _Run(machine, contents, repository.identity, request, progress).rehearse(),
+                lambda contents: _Run(machine, contents, repository.identity, request.complete(), progress).rehearse(),
                 doubtful=lambda report: bool(report.warnings),
             )
     run: _Run | None = None
     try:
         with machine.lock(), request.host:
             contents = settle(machine)
-            run = _Run(machine, contents, repository.identity, request, progress)
+            run = _Run(machine, contents, repository.identity, request.complete(), progress)
             removed = request.host.recover(repository.ownership(request.machine))
             if removed:
                 run.notes.append(f"removed what a run that was cut off had left in QEMU: {', '.join(removed)}")
@@ -546,6 +546,7 @@ class _Run:
                 consistency=consistency,
                 qemu=disk.source.qemu_version(),
                 lower=disk.sight.lower,
+                plaintext=disk.sight.plaintext,
             ),
         )
 

@@ -46,7 +46,7 @@ class Sight:
 
     `size` is exact, in bytes.  `no_bitmaps` says why it can hold no bitmap, `unseen_writes` why no bitmap would see all
     writes, `volatile` why a bitmap lasts no longer than the running QEMU.  `lower` are the files of its backing chain,
-    `lower_bitmaps` the bitmaps in those.
+    `lower_bitmaps` the bitmaps in those.  `plaintext`: the image is encrypted, and QEMU decrypts what it shows.
     """
 
     kind: str
@@ -59,6 +59,7 @@ class Sight:
     volatile: str | None = None
     lower: tuple[LowerFile, ...] = ()
     lower_bitmaps: tuple[str, ...] = ()
+    plaintext: bool = False
 
     def bitmap(self, name: str) -> Bitmap | None:
         """The bitmap of exactly that name in the source's own image."""
@@ -176,6 +177,8 @@ def decide(
         return Decision(FULL, _FIRST + _and_then(sight, unusable, refusal), first=True)
     if isinstance(last, BackupError):
         return broken(last)
+    if sight.kind != "nbd" and sight.plaintext != last.newest.entry.source.plaintext:
+        return Decision(FULL, _why_not_mixed(sight, last), fallback=True)
     if len(last.links) >= max_chain:
         return Decision(FULL, f"the chain has {len(last.links)} points and max_chain is {max_chain}")
     if wanted == RESCAN:
@@ -242,6 +245,14 @@ def why_lied(bitmap: str, point: str, differing: int, checked: int, offset: int)
         f"bitmap {bitmap} lied: {differing} of {checked} clean clusters that were read again differ from {point}, "
         f"the first at byte {offset}"
     )
+
+
+def _why_not_mixed(sight: Sight, last: Chain) -> str:
+    """Why a chain does not go on when the same disk is decrypted at one point and not at the next."""
+    before, now = "the encrypted container", "the disk's plaintext"
+    if not sight.plaintext:
+        before, now = now, before
+    return f"point {last.newest.point} holds {before}, and this backup holds {now}: one chain holds only one of them"
 
 
 def _and_then(sight: Sight, unusable: str, refusal: Refusal | None) -> str:

@@ -120,7 +120,11 @@ class LowerFile:
 
 @dataclass(frozen=True, slots=True)
 class SourceRecord:
-    """How a disk was read: kind ("image", "nbd" or "qmp"), path or URI, format, consistency, QEMU's version or None."""
+    """
+    How a disk was read: kind ("image", "nbd" or "qmp"), path or URI, format, consistency, QEMU's version or None.
+
+    `plaintext`: the image is encrypted, and QEMU decrypted what was read.
+    """
 
     kind: str
     path: str
@@ -128,6 +132,7 @@ class SourceRecord:
     consistency: str
     qemu: str | None
     lower: tuple[LowerFile, ...]
+    plaintext: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -422,6 +427,7 @@ def _source(fields: Fields) -> SourceRecord:
         consistency=fields.matching("consistency", WORD),
         qemu=fields.optional_text("qemu"),
         lower=tuple(_lower(item) for item in fields.items("lower")),
+        plaintext=fields.has("plaintext") and fields.take("plaintext", bool),
     )
 
 

@@ -110,6 +110,8 @@ class Machine:
     """The user that QEMU runs as, with no right but its own; None: ours."""
     werror = "auto"
     """What the devices do when a write fails; QEMU's own way is to stop the guest where there is no space."""
+    more: Sequence[str] = ()
+    """Arguments of QEMU's beside those for the disks."""
     awaited = False
     """Does it wait, when it is started, for another one to be migrated to it?"""
 
@@ -184,6 +186,7 @@ class Machine:
         for disk in self.disks.values():
             command += ["-blockdev", json.dumps(blockdev(disk))]
             command += ["-device", f"scsi-hd,drive={disk.node},id={disk.device},werror={self.werror}"]
+        command += self.more
         with self.log.open("wb") as log, self.errors.open("wb") as errors:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=errors)
         self.said = 0

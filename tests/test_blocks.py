@@ -145,3 +145,101 @@ def test_bitmaps_without_a_name_are_qemus_own():
     nodes = [named("disk0") | {"dirty-bitmaps": [bitmap, bitmap | {"name": "b1", "inconsistent": True}]}]
     [found] = blocks(nodes, []).nodes["disk0"].bitmaps
     assert (found.name, found.inconsistent) == ("b1", True)
+
+
+# What a backup of a whole machine holds
+
+
+def test_a_machines_disks_are_its_writable_devices_without_firmware_media_and_drives_of_no_device():
+    nodes = [named(name) for name in ("sda", "cd", "vars", "sdb", "loose")] + [named("slow", "throttle")]
+    devices = [
+        device("sda", qdev="sda0"),
+        device("cd", qdev="/machine/peripheral/cd0", writes=False),
+        device("vars", qdev="/machine/system.flash1"),
+        device("slow", qdev="/machine/peripheral/sdb0/virtio-backend"),
+        device("loose", name="drive9"),
+    ]
+    found = blocks(nodes, ["slow sdb file"], devices)
+    assert [(disk.names[0], node.name) for disk, node in found.disks()] == [("sda0", "sda"), ("sdb0", "sdb")]
+
+
+def test_a_node_that_neither_a_device_nor_an_export_uses_is_abandoned_in_a_machine_with_devices():
+    nodes = [named("old"), named("new"), named("served"), named("base")]
+    devices = [device("new", qdev="/machine/peripheral/x")]
+    found = blocks(nodes, ["new base backing"], devices, ["served"])
+    assert [name for name in found.nodes if found.is_abandoned(name)] == ["old"]
+    without_devices = blocks(nodes, ["new base backing"])
+    assert not any(without_devices.is_abandoned(name) for name in nodes[0] if name in without_devices.nodes)
+    assert not without_devices.is_abandoned("old")
+
+
+def test_our_own_overlay_and_its_export_are_no_users_of_a_disk():
+    nodes = [named("old"), named("new"), named("pybackup-1-2-f0")]
+    devices = [device("new", qdev="/machine/peripheral/x")]
+    found = blocks(nodes, ["pybackup-1-2-f0 old backing"], devices, ["pybackup-1-2-f0"])
+    assert found.is_abandoned("old")
+
+
+def same(one, other):
+    return one == other
+
+
+def writers(nodes, edges, **more):
+    return blocks(nodes, edges, **more).unseen_writer("disk0", same)
+
+
+DISK = [named("disk0", file="/i.raw"), named("file0", "file", "/i.raw")]
+
+
+def test_what_writes_below_a_disks_node_is_seen():
+    assert writers(DISK, ["disk0 file0 file write"]) is None
+    nodes = [*DISK, named("part1", "raw", "/i.raw")]
+    assert "'part1'" in writers(nodes, ["disk0 file0 file write", "part1 file0 file write"])
+    assert writers(nodes, ["disk0 file0 file write", "part1 file0 file"]) is None
+    below = blocks(DISK, ["disk0 file0 file write"], [device("file0", qdev="/machine/peripheral/x")])
+    assert "/machine/peripheral/x" in below.unseen_writer("disk0", same)
+
+
+def test_the_same_file_open_for_writing_under_another_node_is_seen():
+    other = named("file1", "file", "/i.raw")
+    assert "'file1'" in writers([*DISK, other], ["disk0 file0 file write"])
+    assert writers([*DISK, other | {"ro": True}], ["disk0 file0 file write"]) is None
+    assert writers([*DISK, named("file1", "file", "/j.raw")], ["disk0 file0 file write"]) is None
+    assert writers([*DISK, other | {"node-name": "pybackup-1-2-s0"}], ["disk0 file0 file write"]) is None
+
+
+def test_a_backing_file_that_is_written_is_no_writer_to_the_disk():
+    """The stat of a backing file shows writes; a commit job's are wanted."""
+    nodes = [*DISK, named("base0"), named("file1", "file", "/base"), named("job", "commit_top")]
+    edges = ["disk0 file0 file write", "disk0 base0 backing", "base0 file1 file write", "job base0 backing write"]
+    assert writers(nodes, edges) is None
+
+
+@pytest.mark.parametrize(
+    ("nodes", "encrypted"),
+    [
+        ([named("disk0"), named("file0", "file")], False),
+        ([named("disk0", **{"format-specific": {"data": {"encrypt": {"format": "luks"}}}}), named("file0")], True),
+        ([named("disk0", "raw"), named("file0", "luks")], True),
+    ],
+)
+def test_an_encrypted_disk_is_known_by_its_own_node_or_by_one_that_its_bytes_come_through(nodes, encrypted):
+    assert blocks(nodes, ["disk0 file0 file"]).is_encrypted("disk0") == encrypted
+    above = [named("top"), *nodes]
+    assert blocks(above, ["top disk0 backing", "disk0 file0 file"]).is_encrypted("top") == encrypted
+
+
+def test_a_graph_with_a_cycle_is_refused():
+    with pytest.raises(SourceError, match="below itself"):
+        blocks([named("a"), named("b")], ["a b file", "b a backing"])
+
+
+def test_what_only_one_of_the_answers_knows_is_left_out():
+    graph = {
+        "nodes": [{"id": 1, "type": "block-driver", "name": "gone"}, {"id": 2, "type": "block-driver", "name": "a"}],
+        "edges": [{"parent": 2, "child": 1, "name": "file", "perm": [], "shared-perm": []}],
+    }
+    devices = [{"device": "d", "inserted": {"node-name": "gone"}}]
+    found = Blocks.of([named("a")], devices, graph, [{"node-name": "gone"}])
+    assert (found.edges, found.devices, found.exported) == ((), (), ())
+    assert found.storage("a").name == "a"

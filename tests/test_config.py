@@ -212,7 +212,7 @@ machines:
         ("machines:\n  a: {disks: [vda]}\n", "line 2: machines.a.disks: expected keys and values, got a list"),
         (
             "machines:\n  a:\n    qmp: /run/qmp.sock\n    disks: {vda: {image: x}}\n",
-            "line 4: machines.a.disks.vda: expected `node`, as the machine has `qmp`, got image",
+            "line 4: machines.a.disks.vda: expected `node`, as the machine has `qmp`, and `image` if the machine",
         ),
         (
             "machines:\n  a: {disks: {vda: {node: disk0}}}\n",

@@ -32,7 +32,7 @@ def test_a_throttled_disk_is_backed_up_below_its_filter(machine):
     machine.monitor("device_add", driver="scsi-hd", drive="slow", id="dev-a")
     for wanted, name in (("full", "slow"), ("incremental", "dev-a"), ("incremental", "a"), ("incremental", "slow")):
         machine.write("a", MIB, 1000, 0x21)
-        done = nights.backup_of(wanted, "--node", name, "--disk", "a")
+        done = nights.backup_of(wanted, "--node", name, "--disk", "a", "--exclude", "b")
         assert (done.rc, done.stderr, kinds(done)) == (0, "", {wanted}), done
     assert list(machine.bitmaps("a")) == [nights.own_bitmap]
     nights.require_sound()

@@ -242,7 +242,7 @@ def missing_fields():
         yield from (["disks", 0, inner, key] for key in DOCUMENT["disks"][0][inner])
 
 
-NULLABLE = {"granularity", "read", "started", "why_none", "qemu", "replaces", "pinned"}
+NULLABLE = {"granularity", "read", "started", "why_none", "qemu", "replaces", "pinned", "plaintext"}
 
 
 @pytest.mark.parametrize("path", [path for path in missing_fields() if path[-1] not in NULLABLE], ids=str)

@@ -37,7 +37,19 @@ Since = Annotated[
 Qmp = Annotated[str | None, typer.Option("--qmp", metavar="SOCKET", help="The QMP socket of a running machine's QEMU.")]
 Nodes = Annotated[
     list[str] | None,
-    typer.Option("--node", metavar="NODE", help="With --qmp: a disk, by its node, device id or image; again for more."),
+    typer.Option(
+        "--node",
+        metavar="NODE",
+        help="With --qmp: a disk, by its node, device id or image; again for more.  Without it, all writable disks.",
+    ),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option("--exclude", metavar="DISK", help="With --qmp: a disk that no point needs to hold; again for more."),
+]
+AllowPlaintext = Annotated[
+    bool,
+    typer.Option("--allow-plaintext", help="With --qmp: store encrypted disks as QEMU decrypts them."),
 ]
 Scratch = Annotated[
     str | None, typer.Option("--scratch", metavar="DIR", help="With --qmp: where QEMU keeps what the guest overwrites.")

@@ -26,7 +26,11 @@ from backup.sources.at_rest import AtRest, ImageSource, NbdSource
 from backup.sources.base import NO_FREEZE, Freeze, Host, Source, Wish
 
 if TYPE_CHECKING:
+    from backup.sources.on_or_off import OnOrOff
     from backup.sources.running import Running
+
+AUDIT = "audit"
+"""What is wanted of a machine's disks beside FULL, INCREMENTAL and RESCAN, which `decide` has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,8 @@ class Options:
     nbd: str | None
     qmp: Path | None
     nodes: tuple[str, ...]
+    exclude: tuple[str, ...]
+    allow_plaintext: bool
     scratch: Path | None
     freeze: bool
     agent: Path | None
@@ -64,6 +70,8 @@ class Options:
         node: Sequence[str] | None,
         scratch: str | None,
         disk: Sequence[str] | None,
+        exclude: Sequence[str] | None = None,
+        allow_plaintext: bool = False,
         since: str | None = None,
         freeze: bool = False,
         agent: str | None = None,
@@ -80,6 +88,8 @@ class Options:
             image_formats=tuple(image_format or ()),
             qmp=None if qmp is None else Path(qmp),
             nodes=tuple(node or ()),
+            exclude=tuple(exclude or ()),
+            allow_plaintext=allow_plaintext,
             scratch=None if scratch is None else Path(scratch),
             agent=None if agent is None else Path(agent),
             disks=tuple(disk or ()),
@@ -230,18 +240,18 @@ def _check_images(options: Options) -> None:
 def _check_qmp(options: Options) -> None:
     for name, value in (
         ("--node", options.nodes),
+        ("--exclude", options.exclude),
+        ("--allow-plaintext", options.allow_plaintext),
         ("--freeze", options.freeze),
         ("--agent", options.agent),
         ("--scratch", options.scratch),
     ):
         if value and options.qmp is None:
-            raise UsageError(f"{name} without --qmp", hint="it is for a running machine: --qmp SOCKET --node NODE")
+            raise UsageError(f"{name} without --qmp", hint="it is for a running machine: --qmp SOCKET")
     if options.qmp is None:
         return
-    if not options.nodes:
-        raise UsageError(
-            "--qmp without --node", hint="name each disk to back up: --node NODE (a node, a device id or an image)"
-        )
+    if not options.nodes and options.machine is None:
+        raise UsageError("all disks of a running machine, and no name for the machine", hint="name it: --machine NAME")
     if options.disks and len(options.disks) != len(options.nodes):
         raise UsageError(
             f"--disk given {len(options.disks)} times and --node {len(options.nodes)} times",
@@ -324,8 +334,10 @@ def _from_qmp(socket: Path, options: Options, config: Config) -> Request:
     _require_bitmap(options, family)
     host = _running(
         socket,
-        options.nodes,
+        options.nodes or None,
         config,
+        exclude=options.exclude,
+        complain=options.wanted != AUDIT,
         scratch=options.scratch or config.scratch,
         freeze=Freeze(options.agent, wanted=options.freeze, rehearsed=options.dry_run),
     )
@@ -342,11 +354,28 @@ def _from_qmp(socket: Path, options: Options, config: Config) -> Request:
 
 
 def _running(
-    socket: Path, nodes: Sequence[str], config: Config, *, scratch: Path | None, freeze: Freeze = NO_FREEZE
+    socket: Path,
+    nodes: Sequence[str] | None,
+    config: Config,
+    *,
+    images: Sequence[Path] = (),
+    exclude: Sequence[str] = (),
+    complain: bool = False,
+    scratch: Path | None,
+    freeze: Freeze = NO_FREEZE,
 ) -> Running:
     from backup.sources.running import Running  # QMP's library costs 0.05 s, which backups of images need not spend
 
-    return Running(socket, nodes, scratch=scratch, reserve=config.scratch_reserve, freeze=freeze)
+    return Running(
+        socket,
+        nodes,
+        images=images,
+        exclude=exclude,
+        complain=complain,
+        scratch=scratch,
+        reserve=config.scratch_reserve,
+        freeze=freeze,
+    )
 
 
 def _from_config(machine: MachineConfig, options: Options, config: Config) -> Request:
@@ -354,8 +383,8 @@ def _from_config(machine: MachineConfig, options: Options, config: Config) -> Re
     if any(disk.nbd is None for disk in machine.disks):
         _require_bitmap(options, family)
     compression = None if options.compression else machine.compression
-    freeze = NO_FREEZE if options.wanted == "audit" else _freeze(machine, rehearsed=options.dry_run)
-    host, disks = _configured(machine, config, freeze)
+    freeze = NO_FREEZE if options.wanted == AUDIT else _freeze(machine, rehearsed=options.dry_run)
+    host, disks = _configured(machine, options, config, freeze)
     unusable = machine.on_unusable_bitmap
     return _request(
         machine.name,
@@ -375,21 +404,35 @@ def _freeze(machine: MachineConfig, *, rehearsed: bool) -> Freeze:
     return Freeze(machine.agent, wanted=wanted, required=required, rehearsed=rehearsed)
 
 
-def _configured(machine: MachineConfig, config: Config, freeze: Freeze) -> tuple[Host, tuple[DiskRequest, ...]]:
+def _configured(
+    machine: MachineConfig, options: Options, config: Config, freeze: Freeze
+) -> tuple[Host, tuple[DiskRequest, ...]]:
     if machine.qmp is None:
         resting = [_resting(disk) for disk in machine.disks]
         claims = [Claim(disk.bitmap, None) for disk in machine.disks]
         named = zip(machine.disks, resting, claims, strict=True)
         return AtRest(resting), tuple(DiskRequest(disk.name, source, claim) for disk, source, claim in named)
-    host = _running(
+    running = _running(
         machine.qmp,
         [disk.node or "" for disk in machine.disks],
         config,
+        images=[disk.image for disk in machine.disks if disk.image is not None],
+        exclude=machine.exclude,
+        complain=options.wanted != AUDIT,
         scratch=machine.scratch or config.scratch,
         freeze=freeze,
     )
-    pairs = zip(machine.disks, host.sources, strict=True)
-    return host, tuple(DiskRequest(disk.name, source) for disk, source in pairs)
+    host: Running | OnOrOff = running
+    if machine.on_or_off:
+        from backup.sources.on_or_off import OnOrOff
+
+        images = [ImageSource(disk.image, disk.format) for disk in machine.disks if disk.image is not None]
+        host = OnOrOff(running, images)
+    sources: Sequence[Source] = host.sources
+    return host, tuple(
+        DiskRequest(disk.name, source, allow_plaintext=disk.allow_plaintext or machine.allow_plaintext)
+        for disk, source in zip(machine.disks, sources, strict=True)
+    )
 
 
 def _resting(disk: DiskConfig) -> ImageSource | NbdSource:
@@ -429,6 +472,7 @@ def _request(
         dry_run=options.dry_run,
         named_by_path=named_by_path,
         names=Names.GIVEN if options.disks else names,
+        allow_plaintext=options.allow_plaintext or options.wanted == AUDIT,  # which stores nothing
         copying=Settings(
             config.connections,
             config.requests,

@@ -112,6 +112,7 @@ class ImageInfo:
 
     `size` is its virtual size in bytes, exact for a raw image; `no_bitmaps` says why it can hold no bitmap (None when
     it can); `lower` are the files below it, nearest first, and `lower_bitmaps` the names of the bitmaps in them.
+    `encrypted`: nothing can be read of it, or of a file below it, without a key.
     """
 
     path: Path
@@ -122,6 +123,7 @@ class ImageInfo:
     unseen_writes: str | None
     lower: tuple[Layer, ...]
     lower_bitmaps: tuple[str, ...]
+    encrypted: bool
 
 
 def detect_format(path: Path) -> str:
@@ -222,6 +224,7 @@ def image_info(path: Path, image_format: str) -> ImageInfo:
         unseen_writes=why_unseen_writes([_data(layer) for layer in layers], lower),
         lower=lower,
         lower_bitmaps=tuple(found["name"] for layer in layers[1:] for found in _data(layer).get("bitmaps", ())),
+        encrypted=any(layer.get("encrypted", False) for layer in layers),
     )
 
 

@@ -210,6 +210,11 @@ class Monitor:
         """Is the connection still there, as far as is known?"""
         return self._client.runstate.name == "RUNNING"
 
+    @property
+    def peer(self) -> int:
+        """The process id of the program that listens on the socket; 0 where the kernel does not tell."""
+        return self._peer
+
     def working_folder(self) -> Path | None:
         """
         The folder that QEMU's relative file names start from, where that can be known.

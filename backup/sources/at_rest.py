@@ -85,6 +85,10 @@ class AtRest:
     def __exit__(self, *exc_info: object) -> None:
         return None
 
+    def found(self) -> Sequence[tuple[str, Source]]:
+        """None: images and exports are always named."""
+        return ()
+
     def recover(self, owner: Owner) -> Sequence[str]:
         """Nothing stays behind but bitmaps, which are retired when the next point is published."""
         del owner
@@ -181,6 +185,12 @@ class ImageSource:
         if image_format == images.QCOW2:
             images.require_whole(self.path)
         info = images.image_info(self.path, image_format)
+        if info.encrypted:
+            raise SourceError(
+                f"{self.path} is encrypted (LUKS), or a file below it is: nothing can be read without the key",
+                hint="back up the machine while it runs (--qmp, --allow-plaintext); or store the encrypted file as it "
+                "is, with --image-format raw (`format: raw`)",
+            )
         if info.format == images.RAW:
             self._require_raw(info.size)
         return Sight(

@@ -146,6 +146,9 @@ class Host(Protocol):
     def __exit__(self, *exc_info: object) -> None:
         """Let go."""
 
+    def found(self) -> Sequence[tuple[str, Source]]:
+        """Names and sources of disks that the connected host finds by itself; none where disks were named."""
+
     def recover(self, owner: Owner) -> Sequence[str]:
         """Remove what runs that were cut off left, and nothing else; says what."""
 

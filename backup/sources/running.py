@@ -5,10 +5,12 @@ The disks of a running machine: nodes of its QEMU, spoken to through QMP, read a
 from __future__ import annotations
 
 import os
+import stat
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Self
 
@@ -17,12 +19,13 @@ from backup.decide import Bitmap, Sight
 from backup.errors import BackupError, Interrupted, Locked, SourceError, UsageError
 from backup.interrupts import to_the_end
 from backup.manifest import LowerFile
-from backup.qemu import fleece, images, leftovers
+from backup.names import name_problem
+from backup.qemu import fleece, images, leftovers, process
 from backup.qemu.agent import Agent, AgentError
-from backup.qemu.blocks import OURS, Blocks, Node
+from backup.qemu.blocks import OURS, Blocks, Device, Node
 from backup.qemu.fleece import Instant, Room, Target
 from backup.qemu.monitor import Monitor, Refused
-from backup.sources.base import NO_FREEZE, Freeze, Moved, Opened, Owner, Wish
+from backup.sources.base import NO_FREEZE, Freeze, Moved, Opened, Owner, Source, Wish
 
 _THAW_TRIES = 3
 _ELSEWHERE = {
@@ -31,6 +34,11 @@ _ELSEWHERE = {
     "postmigrate": "it was migrated to another QEMU",
 }
 """States (RunState) in which the images are another QEMU's to write, and what is read here may be long out of date."""
+
+_PASSED_THROUGH = {"host_device", "iscsi"}
+"""Drivers of storage to which a device can pass the guest's SCSI commands."""
+_PASS_THROUGH = {"scsi-block", "scsi-generic"}
+"""Devices that pass the guest's commands to the storage; QEMU's block layer sees no writes in those."""
 
 
 class Running:
@@ -41,8 +49,14 @@ class Running:
     ----------
     socket : Path
         QEMU's QMP socket.
-    nodes : sequence of str
-        Its disks: a node's name, a device's id or an image each.
+    nodes : sequence of str or None
+        Its disks: a node's name, a device's id or an image each.  None: all disks that the guest can write to.
+    images : sequence of Path
+        The image of each of `nodes`, where the same disks are read from images while the machine is off.
+    exclude : sequence of str
+        Disks that are left out knowingly, named in the same ways.
+    complain : bool
+        Warn of disks that are neither named nor excluded.
     scratch : Path or None
         The folder for what the guest overwrites meanwhile; None: the image's own.
     reserve : int
@@ -52,14 +66,21 @@ class Running:
     def __init__(
         self,
         socket: Path,
-        nodes: Sequence[str],
+        nodes: Sequence[str] | None,
         *,
+        images: Sequence[Path] = (),
+        exclude: Sequence[str] = (),
+        complain: bool = False,
         scratch: Path | None = None,
         reserve: int = 0,
         freeze: Freeze = NO_FREEZE,
     ) -> None:
         self.socket = socket
-        self.sources = tuple(NodeSource(self, node) for node in nodes)
+        pairs = zip_longest(nodes or (), images)
+        self.sources = tuple(NodeSource(self, node, image) for node, image in pairs)
+        self._all = nodes is None
+        self._exclude = tuple(exclude)
+        self._complain = complain
         # QEMU keeps the name for a run in whatever folder, which looks there after this one was cut off.
         self._scratch = None if scratch is None else scratch.absolute()
         self._reserve = reserve
@@ -106,9 +127,72 @@ class Running:
         special = name.startswith("/") or ":" in name.partition("/")[0] or folder is None
         return name if special else os.path.normpath(f"{folder}/{name}")
 
+    def why_unseen(self, blocks: Blocks, name: str) -> str | None:
+        """Say which writes to a disk pass its bitmaps by, and a backup's copying before writes too; None: none do."""
+        for device in blocks.devices_above(name):
+            if device.shares and self._property(device, "share-rw") is True:
+                return (
+                    f"device {device.names[0]} shares it with other machines (share-rw=on), whose writes this QEMU "
+                    "cannot see"
+                )
+            if blocks.storage(name).driver in _PASSED_THROUGH:
+                kind = self._property(device, "type")
+                if kind in _PASS_THROUGH:
+                    return f"device {device.names[0]} ({kind}) passes the guest's writes to the storage unseen by QEMU"
+        return blocks.unseen_writer(name, self.is_one_file)
+
+    def _property(self, device: Device, name: str) -> object:
+        """A property of a guest's device; None where it has none of that name."""
+        try:
+            return self.monitor.command("qom-get", {"path": device.path, "property": name})
+        except Refused:
+            return None
+
+    def is_one_file(self, one: str, other: str) -> bool:
+        """Do two file names of QEMU's mean the same file or block device?"""
+        try:
+            found = [os.stat(self.local(name)) for name in (one, other)]
+        except OSError:
+            return False
+        if all(stat.S_ISBLK(status.st_mode) for status in found):
+            return found[0].st_rdev == found[1].st_rdev
+        return os.path.samestat(*found)
+
     def same_file(self, ours: str, qemus: str) -> bool:
         """Do a file name of the user's and one of QEMU's mean the same file?"""
         return ours == qemus or os.path.realpath(ours) == os.path.realpath(self.local(qemus))
+
+    def found(self) -> Sequence[tuple[str, Source]]:
+        """
+        All disks that the guest can write to but the excluded ones, where no disks were named.
+
+        Raises
+        ------
+        SourceError
+            There are none, an excluded one is not there, or two disks would have one name.
+        """
+        if not self._all:
+            return ()
+        blocks = self.blocks()
+        excluded = {blocks.resolve(text, self.same_file).name for text in self._exclude}
+        nodes: dict[str, Node] = {}
+        for device, node in blocks.disks():
+            name = _disk_name(device, node, self.local(blocks.storage(node.name).file))
+            if node.name in excluded or name in self._exclude:
+                continue
+            if name in nodes:
+                raise SourceError(
+                    f"two disks of the machine would be called {name}, nodes {nodes[name].name} and {node.name}",
+                    hint="name each disk: --node NODE --disk NAME",
+                )
+            nodes[name] = node
+        if not nodes:
+            raise SourceError(
+                f"the machine of {self.socket} has no disk that is writable and not excluded",
+                hint="name a disk with --node NODE (a node's name, a device's id or an image)",
+            )
+        self.sources = tuple(NodeSource(self, node.name) for node in nodes.values())
+        return list(zip(nodes, self.sources, strict=True))
 
     def recover(self, owner: Owner) -> Sequence[str]:
         """
@@ -176,10 +260,14 @@ class Running:
         del lanes
         self.require_here()
         self._require_different()
+        blocks = self.blocks()
+        for source in self.sources:
+            source.require_untouched_by_reading(blocks)
+        doubts = [*self._unnamed(blocks), *(doubt for source in self.sources for doubt in source.doubts(blocks))]
         targets = [self._target(source, wish) for source, wish in zip(self.sources, wishes, strict=True)]
         freezing = _Freezing(self._freeze, self._no_agent)
         own = fleece.prefix(short_id, point)
-        moment = RunningMoment(freezing)
+        moment = RunningMoment(freezing, doubts)
         try:
             with (
                 ExitStack() as opened,  # left after the instant, whose end is the server's goodbye
@@ -210,6 +298,25 @@ class Running:
                     hint="name each disk once",
                 )
 
+    def _unnamed(self, blocks: Blocks) -> list[str]:
+        """Warnings: disks of the machine that no point holds though nobody excluded them."""
+        if not self._complain:
+            return []
+        known = {source.node.name for source in self.sources}
+        for text in self._exclude:
+            with suppress(SourceError):  # a disk that is gone need not be excluded any more
+                known.add(blocks.resolve(text, self.same_file).name)
+        warnings = []
+        for device, node in blocks.disks():
+            file = self.local(blocks.storage(node.name).file)
+            name = _disk_name(device, node, file)
+            if node.name not in known and name not in self._exclude:
+                warnings.append(
+                    f"disk {name} ({file}) of the running machine is in no point: name the disk (--node, `disks:`), "
+                    "or exclude it (--exclude, `exclude:`)"
+                )
+        return warnings
+
     def _target(self, source: NodeSource, wish: Wish) -> Target:
         node = source.node
         bitmap = next((found for found in node.bitmaps if found.name == wish.read), None)
@@ -235,11 +342,16 @@ class Running:
 
 
 class NodeSource:
-    """A disk of a running machine; `text` is a node's name, a device's id, or the image."""
+    """
+    A disk of a running machine; `text` is a node's name, a device's id, or the image.
 
-    def __init__(self, host: Running, text: str) -> None:
+    `image` is what is read in the disk's stead while the machine is off, if anything is.
+    """
+
+    def __init__(self, host: Running, text: str, image: Path | None = None) -> None:
         self._host = host
         self.text = text
+        self._image = image
         self._node: Node | None = None
 
     @property
@@ -268,21 +380,89 @@ class NodeSource:
         chain = blocks.chain(node.name)
         files = [self._host.local(blocks.storage(link.name).file) for link in chain]
         lower = [images.look_at(file) for file in files[1:]]
+        self._require_image(files)
         return Sight(
             kind="qmp",
             path=files[0],
             format=node.driver if node.driver == images.QCOW2 else images.RAW,
             size=node.size,
             bitmaps=tuple(_bitmaps(node)),
-            unseen_writes=images.why_unseen_writes([link.details for link in chain], lower),
+            unseen_writes=images.why_unseen_writes([link.details for link in chain], lower)
+            or self._host.why_unseen(blocks, node.name),
             volatile=_why_volatile(node),
             lower=tuple(LowerFile(layer.path, layer.size, layer.mtime_ns, layer.inode) for layer in lower),
             lower_bitmaps=tuple(bitmap.name for link in chain[1:] for bitmap in link.bitmaps),
+            plaintext=blocks.is_encrypted(node.name),
+        )
+
+    def _require_image(self, files: Sequence[str]) -> None:
+        """
+        Refuse another machine's QEMU.
+
+        Raises
+        ------
+        SourceError
+            The image that is read while the machine is off is none of the files of the disk.
+        """
+        if self._image is None or any(self._host.same_file(str(self._image), file) for file in files):
+            return
+        raise SourceError(
+            f"the QEMU of {self._host.socket} has {files[0]} as disk {self.text}, and not {self._image}",
+            hint="does the socket belong to another machine? correct `qmp:`, `node:` or `image:`",
         )
 
     def why_no_bitmap(self, sight: Sight) -> str | None:
-        """An image with an external data file gets none."""
+        """An image with an external data file, or with writers whom no bitmap sees, gets none."""
         return sight.unseen_writes
+
+    def require_untouched_by_reading(self, blocks: Blocks) -> None:
+        """
+        Make sure that QEMU does not copy into the image what a backup reads from the files below it.
+
+        Below a copy-on-read filter it does not.  A drive's own option copies whoever reads.
+
+        Raises
+        ------
+        SourceError
+            It does.
+        """
+        if len(blocks.chain(self.node.name)) == 1:
+            return
+        ids = {name for device in blocks.devices_above(self.node.name) for name in device.names}
+        file = blocks.storage(self.node.name).file
+        for drive in process.copying_drives(self._host.monitor.peer):
+            if drive.id in ids or (drive.file and self._host.is_one_file(drive.file, file)):
+                raise SourceError(
+                    f"QEMU would copy all that a backup reads into {self._host.local(file)}: its drive has "
+                    "copy-on-read=on",
+                    hint="start the machine without copy-on-read, or with the filter -blockdev copy-on-read,file=NODE, "
+                    "below which pybackup reads",
+                )
+
+    def doubts(self, blocks: Blocks) -> list[str]:
+        """Warnings: what makes a point of this disk less than it seems."""
+        name, doubts = self.node.name, []
+        if blocks.is_abandoned(name):
+            doubts.append(
+                f"disk {self.text}: no device of the machine uses node {name}, so the guest writes elsewhere; was the "
+                "disk moved to another image? name it by its device or its present image"
+            )
+        why = self._host.why_unseen(blocks, name)
+        if why is not None:
+            doubts.append(f"disk {self.text}: {why}; the point may hold several moments of the disk")
+        file = self._host.local(blocks.storage(name).file)
+        if self._image is not None and not self._host.same_file(str(self._image), file):
+            doubts.append(
+                f"disk {self.text}: the machine writes to {file} now, and while it is off {self._image} would be read, "
+                "which lies below it: correct `image:`, or commit the snapshot"
+            )
+        lost = process.lost_file(self._host.monitor.peer, file)
+        if lost is not None:
+            doubts.append(
+                f"disk {self.text}: the image {file} was {lost} while QEMU has it open; all that the guest writes is "
+                "lost when the machine ends"
+            )
+        return doubts
 
     def remove_bitmap(self, name: str) -> None:
         """Remove a bitmap; QEMU writes that to the image at once.  One in an image that it may not write stays."""
@@ -302,6 +482,7 @@ class RunningMoment:
     """An instant that QEMU keeps for us."""
 
     _freezing: _Freezing
+    _doubts: Sequence[str]
     disks: list[Opened] = field(default_factory=list)
     instant: Instant | None = None
 
@@ -312,10 +493,10 @@ class RunningMoment:
 
     @property
     def warnings(self) -> Sequence[str]:
-        """Of the freeze, and of what could not be removed in the end."""
+        """Of the disks, of the freeze, and of what could not be removed in the end."""
         troubles = [] if self.instant is None else self.instant.troubles
         stuck = [] if self._freezing.stuck is None else [self._freezing.stuck]
-        return [*self._freezing.warnings, *stuck, *troubles]
+        return [*self._doubts, *self._freezing.warnings, *stuck, *troubles]
 
     @property
     def notes(self) -> Sequence[str]:
@@ -410,6 +591,20 @@ class _Freezing:
         finally:
             agent.close()  # a signal may come before `with` holds it, and then the next try would find it busy
         return None
+
+
+def _disk_name(device: Device, node: Node, file: str) -> str:
+    """
+    A disk's name where the user gave none: the device's id, the drive's, the node's, or the image's stem.
+
+    A device without an id, and a node without a name, have one that QEMU makes up.
+    """
+    words = device.path.split("/")
+    own = words[3] if words[1:3] == ["machine", "peripheral"] else ""
+    for name in (own, *device.names, node.name, Path(file).stem):
+        if name_problem("disk", name) is None:
+            return name
+    return "disk"
 
 
 def _bitmaps(node: Node) -> Iterator[Bitmap]:

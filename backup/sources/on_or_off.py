@@ -1,0 +1,150 @@
+"""
+A machine that runs on some nights and is off on others.
+
+Its disks are read through QMP while the QMP socket answers, and else from their images, whose locks keep the machine
+from starting meanwhile.  Both ways continue one chain: the bitmaps are kept in the images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Self
+
+from backup.decide import Sight
+from backup.qemu.images import ImageLocked
+from backup.qemu.monitor import NotListening
+from backup.sources.at_rest import AtRest, ImageSource
+from backup.sources.base import Moment, Owner, Source, Wish
+from backup.sources.running import NodeSource, Running
+
+
+class OnOrOff:
+    """
+    The machine; which way it is read is decided anew whenever it is entered.
+
+    Parameters
+    ----------
+    running : Running
+        The machine while it runs.
+    images : sequence of ImageSource
+        The images of its disks, in the order of the running machine's sources.
+    """
+
+    def __init__(self, running: Running, images: Sequence[ImageSource]) -> None:
+        self._running = running
+        self._resting = AtRest(images)
+        self._is_on = False
+        self.sources = tuple(_Disk(self, node, image) for node, image in zip(running.sources, images, strict=True))
+
+    def __enter__(self) -> Self:
+        try:
+            self._running.__enter__()
+            self._is_on = True
+        except NotListening:
+            self._is_on = False
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._is_on:
+            self._running.__exit__(*exc_info)
+
+    @property
+    def is_on(self) -> bool:
+        """Did the QMP socket answer?"""
+        return self._is_on
+
+    @property
+    def socket(self) -> Path:
+        """The QMP socket."""
+        return self._running.socket
+
+    def found(self) -> Sequence[tuple[str, Source]]:
+        """None: both the node and the image of each disk are named."""
+        return ()
+
+    def recover(self, owner: Owner) -> Sequence[str]:
+        """Remove what runs that were cut off left in QEMU, or nothing while the machine is off."""
+        return self._running.recover(owner) if self._is_on else self._resting.recover(owner)
+
+    @contextmanager
+    def instant(
+        self, wishes: Sequence[Wish], lanes: int, *, point: str, repository: Path | None, short_id: str
+    ) -> Iterator[Moment]:
+        """
+        Open one instant of all disks, in the way that was decided.
+
+        Raises
+        ------
+        Moved, SourceError
+            As the running machine, or the images.
+        """
+        host = self._running if self._is_on else self._resting
+        with (
+            self.hinting(),
+            host.instant(wishes, lanes, point=point, repository=repository, short_id=short_id) as moment,
+        ):
+            yield moment
+
+    @contextmanager
+    def hinting(self) -> Iterator[None]:
+        """Say what a locked image means whose machine seems to be off."""
+        try:
+            yield
+        except ImageLocked as error:
+            error.hint = (
+                f"nothing listens on {self.socket}, so the machine seems to be off; if the machine runs: does it have "
+                f"that socket (-qmp unix:{self.socket},server=on,wait=off)? else wait for the other program"
+            )
+            raise
+
+
+class _Disk:
+    """A disk of the machine, by its node and by its image."""
+
+    def __init__(self, host: OnOrOff, node: NodeSource, image: ImageSource) -> None:
+        self._host = host
+        self._node = node
+        self._image = image
+
+    @property
+    def _now(self) -> NodeSource | ImageSource:
+        return self._node if self._host.is_on else self._image
+
+    @property
+    def owns_bitmaps(self) -> bool:
+        """The bitmaps of both are ours to add and remove."""
+        return True
+
+    def foreign_format(self) -> str | None:
+        """As the image's while the machine is off."""
+        return self._now.foreign_format()
+
+    def guessed_format(self) -> str | None:
+        """As the image's while the machine is off."""
+        return self._now.guessed_format()
+
+    def look(self) -> Sight:
+        """
+        What the disk is now.
+
+        Raises
+        ------
+        SourceError
+            The disk cannot be looked at; or the QEMU that answers has another image.
+        """
+        with self._host.hinting():
+            return self._now.look()
+
+    def why_no_bitmap(self, sight: Sight) -> str | None:
+        """As the node or the image says."""
+        return self._now.why_no_bitmap(sight)
+
+    def remove_bitmap(self, name: str) -> None:
+        """Remove a bitmap."""
+        self._now.remove_bitmap(name)
+
+    def qemu_version(self) -> str | None:
+        """The running QEMU's, or qemu-img's."""
+        return self._now.qemu_version()
