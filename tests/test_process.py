@@ -26,7 +26,8 @@ def program(tmp_path: Path, name: str, *arguments: str, opened: Path | None = No
         process = subprocess.Popen(command, stdin=file)
     try:
         deadline = time.monotonic() + 20
-        while not os.readlink(f"/proc/{process.pid}/exe").endswith(name):
+        # The kernel shows the arguments a moment after the executable.
+        while os.fsencode(executable) not in Path(f"/proc/{process.pid}/cmdline").read_bytes():
             assert time.monotonic() < deadline
             time.sleep(0.01)
         yield process.pid
