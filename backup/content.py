@@ -195,7 +195,15 @@ def compare(
     found = Differences(held)
     settings = settings.within(export.max_in_flight)
     with export.lanes(settings.connections) as lanes:
-        copier.copy(planned, lanes, found, settings, max_request=export.max_request, progress=progress)
+        copier.copy(
+            planned,
+            lanes,
+            found,
+            settings,
+            max_request=export.max_request,
+            smallest_request=export.smallest_request,
+            progress=progress,
+        )
     return found
 
 

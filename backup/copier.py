@@ -36,7 +36,9 @@ _TICK = 0.1
 class Lane(Protocol):
     """One connection to the source; used by one thread at a time."""
 
-    in_flight: int
+    @property
+    def in_flight(self) -> int:
+        """Reads that were not answered yet."""
 
     def submit(self, offset: int, view: memoryview, token: object) -> None:
         """Start to read len(view) bytes at offset."""
@@ -136,18 +138,20 @@ def copy(
     *,
     max_request: int,
     progress: Callable[[int], None],
+    smallest_request: int = 1,
 ) -> int:
     """
     Read the plan's data through `lanes` and store it, and its zeroes, in `sink`.
 
-    `max_request` is the server's largest read (bytes).  `progress` is called in this thread with the bytes done so far.
+    `max_request` is the server's largest read (bytes), a multiple of `smallest_request`, to whose multiples the lanes
+    round each read out.  `progress` is called in this thread with the bytes done so far.
 
     Returns
     -------
     int
         Bytes of clusters that were read as data and turned out to be all zeroes.
     """
-    run = _Run(plan, sink, settings, lanes, max_request)
+    run = _Run(plan, sink, settings, lanes, max_request=max_request, smallest=smallest_request)
     threads = [threading.Thread(target=run.work) for _ in range(run.threads)]
     try:
         for thread in threads:
@@ -248,14 +252,17 @@ class _Jobs:
 class _Run:
     """What the threads of one copy share."""
 
-    def __init__(self, plan: Plan, sink: Sink, settings: Settings, lanes: Sequence[Lane], max_request: int) -> None:
+    def __init__(
+        self, plan: Plan, sink: Sink, settings: Settings, lanes: Sequence[Lane], *, max_request: int, smallest: int
+    ) -> None:
         self.plan = plan
         self.sink = sink
         self.stop = threading.Event()
         self.error: BaseException | None = None
         self.done = 0
         self.found_zero = 0
-        self._request_size = min(settings.request_size, max_request)
+        self._request_size = min(max(settings.request_size - settings.request_size % smallest, smallest), max_request)
+        self._smallest = smallest
         self._requests = settings.requests
         self._batch = settings.batch(plan.totals.data, plan.cluster_size, sink.batch)
         # No more buffers than there is data for: an idle night needs none.
@@ -340,7 +347,7 @@ class _Run:
         if batch is None:
             return False
         channel.begun.append(batch)
-        channel.waiting.extend(_requests(batch, self._request_size))
+        channel.waiting.extend(_requests(batch, self._request_size, self._smallest))
         return True
 
     def _in_time(self, channel: _Channel) -> bool:
@@ -439,13 +446,21 @@ def _numbers(pieces: Sequence[Piece], cluster_size: int) -> Offsets:
     return np.repeat(firsts - (ends - counts), counts) + np.arange(int(ends[-1]))
 
 
-def _requests(batch: Batch, size: int) -> list[tuple[int, memoryview, Batch]]:
-    """The reads, of at most `size` bytes, that fill a batch."""
+def _requests(batch: Batch, size: int, smallest: int) -> list[tuple[int, memoryview, Batch]]:
+    """The reads that fill a batch, none above `size` bytes when it is rounded out to multiples of `smallest`."""
     view = batch.buffer
     found = [
-        (piece.offset + low, view[piece.at + low : piece.at + min(low + size, piece.length)], batch)
+        (low, view[piece.at + low - piece.offset : piece.at + high - piece.offset], batch)
         for piece in batch.pieces
-        for low in range(0, piece.length, size)
+        for low, high in _cut(piece.offset, piece.offset + piece.length, size, smallest)
     ]
     batch.waiting = len(found)
     return found
+
+
+def _cut(start: int, end: int, size: int, smallest: int) -> Iterator[tuple[int, int]]:
+    """Cut [start, end) into `size` bytes each, counted from the multiple of `smallest` that start lies behind."""
+    low = start
+    for high in (*range(start - start % smallest + size, end, size), end):
+        yield low, high
+        low = high

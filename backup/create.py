@@ -441,6 +441,7 @@ class _Run:
                 sink,
                 copying,
                 max_request=job.export.max_request,
+                smallest_request=job.export.smallest_request,
                 progress=advance,
             )
             data = made.finish(self.request.compression)

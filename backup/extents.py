@@ -62,6 +62,15 @@ class Runs:
         """End (exclusive) of each run."""
         return np.append(self.starts[1:], np.int64(self.end))
 
+    def between(self, start: int, end: int) -> Runs:
+        """The part inside [start, end); it has at least one byte there."""
+        if start <= self.start and end >= self.end:
+            return self
+        first = int(np.searchsorted(self.starts, start, side="right")) - 1
+        last = int(np.searchsorted(self.starts, end))
+        starts = np.maximum(self.starts[max(first, 0) : last], start)
+        return Runs(starts, min(self.end, end), self.flags[max(first, 0) : last])
+
     def masked(self, mask: int) -> Runs:
         """Keep only the flag bits in mask; unknown bits must be ignored, not judged."""
         return Runs.of(self.starts, self.end, self.flags & np.uint32(mask))

@@ -55,7 +55,15 @@ def main() -> None:
         planned = plan.plan_full(export, CLUSTER)
         sink = Sink(planned.size)
         with export.lanes(settings.connections) as lanes:
-            copier.copy(planned, lanes, sink, settings, max_request=export.max_request, progress=lambda _done: None)
+            copier.copy(
+                planned,
+                lanes,
+                sink,
+                settings,
+                max_request=export.max_request,
+                smallest_request=export.smallest_request,
+                progress=lambda _done: None,
+            )
         sink.writer.finish()
 
 

@@ -124,7 +124,7 @@ class ModelSource:
 class FakeBinding:
     """Stands for the module `nbd`: handles of one server.  `connections` counts those made."""
 
-    SIZE_MAXIMUM = 2
+    SIZE_MINIMUM, SIZE_MAXIMUM = 0, 2
 
     class Error(Exception):
         """Stands for nbd.Error."""

@@ -51,6 +51,8 @@ _MODEST_REQUEST, _MODEST_REQUESTS, _MODEST_QUESTION = 64 << 10, 2, 32 << 20
 What fits into a socket: bytes of a read, reads in flight, and bytes that a block status question is about (8,192
 extents of 8 bytes, where each cluster of 4 KiB is one).
 """
+_SMALLEST_PIECE = 512
+"""Bytes of a read for each piece that the answer may come in, out of order: what is noted of them must have an end."""
 _TICK = 100
 """Milliseconds between looks at signals and deadlines."""
 _CONNECT_SECONDS = 30.0
@@ -59,6 +61,7 @@ _EXTRA_SECONDS = 5.0
 """The same for one more connection to a server that has just answered."""
 _LEAVE_SECONDS = 5.0
 """How long a server may take to hang up after a disconnect."""
+_NO_PROTOCOL = "the server does not keep to the NBD protocol; nothing was assumed about the disk"
 _INSTALL = (
     "install the distribution's binding: apt-get install python3-libnbd (dnf install python3-libnbd), then make setup"
 )
@@ -96,7 +99,7 @@ def load_binding() -> Any:
 
 @dataclass(frozen=True, slots=True)
 class _Question:
-    """A block status request under way: about [start, end) in bytes; `found` gets the entries of its context."""
+    """A block status request under way, about [start, end) in bytes; `found` gets the answers of its context."""
 
     handle: nbd.NBD
     cookie: int
@@ -104,6 +107,24 @@ class _Question:
     start: int
     end: int
     found: list[list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """
+    What a server wants of a request (NBD protocol, "Block sizes").  Bytes.
+
+    A request begins and ends at multiples of `smallest`, or at the end of the export, which has `size` bytes; a read or
+    write has at most `largest`, a multiple of `smallest`.
+    """
+
+    smallest: int
+    largest: int
+    size: int
+
+    def around(self, start: int, end: int) -> tuple[int, int]:
+        """Round [start, end) out to whole blocks, as far as the export has them."""
+        return start - start % self.smallest, max(end, min(end + -end % self.smallest, self.size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +176,9 @@ class Export:
         self.multi_conn: bool = self._ask(first.can_multi_conn)
         self._takes_more = self.multi_conn
         self._expected: dict[tuple[str, int, int], _Question] = {}
-        self._size: int = self._ask(first.get_size) if size is None else size
-        self.max_request = self._block_size(first, self._nbd.SIZE_MAXIMUM, _MAX_REQUEST)
+        self._blocks: Blocks = self._ask(lambda: _blocks_of(self._nbd, first))
+        self._size: int = self._blocks.size if size is None else size
+        self.max_request: int = self._blocks.largest
         self.max_in_flight: int | None = None
         """Reads on one connection at once; None: as many as one likes."""
         self._max_question: int | None = None
@@ -170,6 +192,11 @@ class Export:
     def size(self) -> int:
         """Exact size of the disk in bytes."""
         return self._size
+
+    @property
+    def smallest_request(self) -> int:
+        """Reads are rounded out to multiples of this (bytes); one that begins at a multiple never exceeds its limit."""
+        return self._blocks.smallest
 
     def has_bitmap(self, name: str) -> bool:
         """Was the bitmap's context negotiated?  A context that does not exist is silently left out (trap 14)."""
@@ -216,12 +243,13 @@ class Export:
 
         Those that there are serve first, so that no server sees more connections than needed.
         """
+        self._withdraw()
         while len(self._handles) < wanted:
-            more = self._another([])
+            more = self._another(None)
             if more is None:
                 break
             self._handles.append(more)
-        lanes = [Lane(self._nbd, handle, self.uri) for handle in self._handles[:wanted]]
+        lanes = [Lane(self._nbd, handle, self.uri, self._blocks) for handle in self._handles[:wanted]]
         try:
             yield lanes
         finally:
@@ -242,19 +270,34 @@ class Export:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _another(self, contexts: Sequence[str]) -> nbd.NBD | None:
-        """
-        One more connection, or None where the server does not take it; it is not asked again then.
+    def _withdraw(self) -> None:
+        """Take the answers to questions that were not needed: a lane takes only its own."""
+        while self._expected:
+            _, question = self._expected.popitem()
+            self._answer(question)
 
-        `qemu-nbd --shared=2` allows several connections and lets the third wait for ever; other servers close it.
+    def _another(self, contexts: Sequence[str] | None) -> nbd.NBD | None:
+        """
+        Open one more connection, for reading alone where `contexts` is None.
+
+        Returns None where the server does not take it; the server is not asked again then.  `qemu-nbd --shared=2`
+        allows several connections and lets the third wait for ever; other servers close it.
         """
         if not self._takes_more:
             return None
         try:
-            return connect(self._nbd, self.uri, contexts, seconds=_EXTRA_SECONDS, dialled=self._dialled)
+            handle = connect(self._nbd, self.uri, contexts, seconds=_EXTRA_SECONDS, dialled=self._dialled)
         except SourceError:
             self._takes_more = False
             return None
+        found = self._ask(lambda: _blocks_of(self._nbd, handle))
+        if found != self._blocks:
+            raise SourceError(
+                f"{self.uri} is not the same export on each connection: {self._blocks.size} bytes on the first one, "
+                f"{found.size} on another",
+                hint="was the disk resized, or the server restarted? run the command again",
+            )
+        return handle
 
     def _split_contexts(self) -> None:
         """
@@ -278,9 +321,6 @@ class Export:
     def _can(self, handle: nbd.NBD, context: str) -> bool:
         return bool(self._ask(lambda: handle.can_meta_context(context)))
 
-    def _block_size(self, handle: nbd.NBD, which: int, otherwise: int) -> int:
-        return self._ask(lambda: handle.get_block_size(which)) or otherwise
-
     def _ask(self, question: Any) -> Any:
         try:
             return question()
@@ -291,10 +331,19 @@ class Export:
         parts = []
         while start < end:
             question = self._expected.pop((context, start, end), None) or self._asked(context, start, end)
-            part = extents_from_reply(self._answer(question), start, end, self.uri)
+            part = extents_from_reply(self._answer(question), question.start, question.end, self.uri)
+            if part.end <= start:
+                raise self._odd(
+                    f"answered a block status request at {question.start} with extents of {part.end - question.start} "
+                    f"bytes, less than its smallest block of {self._blocks.smallest}"
+                )
+            part = part.between(start, end)
             parts.append(part)
             start = part.end
         return extents.joined(parts)
+
+    def _odd(self, what: str) -> SourceError:
+        return SourceError(f"{self.uri} {what}", hint=_NO_PROTOCOL)
 
     def _expect(self, context: str, start: int, end: int) -> None:
         """Have the server look it up while we do other things."""
@@ -306,11 +355,14 @@ class Export:
         found: list[list[int]] = []
         if self._max_question is not None:
             end = min(end, start + self._max_question)
+        start, end = self._blocks.around(start, end)
 
         def collect(name: str, _offset: int, entries: list[int], _error: object) -> int:
-            if name == context:
-                found.append(entries)
-            return 0
+            if name != context:
+                return 0
+            # A second answer is an error already; what follows it need not be kept.
+            found[:] = [*found[:1], entries]
+            return 0 if len(found) == 1 else -1
 
         with interrupts.held():  # with another question under way, an answer may come in here
             cookie = self._ask(lambda: handle.aio_block_status(end - start, start, collect))
@@ -318,13 +370,13 @@ class Export:
 
     def _answer(self, question: _Question) -> list[int]:
         handle = question.handle
-        while not self._ask(lambda: handle.aio_command_completed(question.cookie)):
+        asked = f"answered a block status request at {question.start}"
+        while len(question.found) < 2 and not self._ask(lambda: handle.aio_command_completed(question.cookie)):
             self._ask(lambda: _tick(handle))
         if not question.found:
-            raise SourceError(
-                f"{self.uri} answered a block status request at {question.start} without {question.context}",
-                hint="the server does not keep to the NBD protocol; nothing was assumed about the disk",
-            )
+            raise self._odd(f"{asked} without {question.context}")
+        if len(question.found) > 1:
+            raise self._odd(f"{asked} with {question.context} more than once")
         return question.found[0]
 
 
@@ -346,7 +398,7 @@ def extents_from_reply(entries: list[int], start: int, end: int, uri: str) -> Ru
     if not len(columns):
         raise SourceError(
             f"{uri} answered a block status request at {start} with no extent",
-            hint="the server does not keep to the NBD protocol; nothing was assumed about the disk",
+            hint=_NO_PROTOCOL,
         )
     bounds = np.empty(len(columns) + 1, dtype=np.int64)
     bounds[0] = 0
@@ -356,17 +408,78 @@ def extents_from_reply(entries: list[int], start: int, end: int, uri: str) -> Ru
     return Runs.of(bounds[:inside], min(int(bounds[-1]), end), columns[:inside, 1].astype(np.uint32))
 
 
-class Lane:
-    """One connection with reads in flight.  Used by one thread at a time."""
+class Pieces:
+    """
+    The pieces of [start, end) that have come, in any order.  Bytes.
 
-    def __init__(self, binding: Any, handle: nbd.NBD, uri: str) -> None:
+    libnbd only adds up the lengths of the pieces (structured replies) that answer a read, so that a piece that comes
+    twice hides one that never comes.
+    """
+
+    __slots__ = ("_end", "_found", "_start")
+
+    def __init__(self, start: int, end: int) -> None:
+        self._start, self._end = start, end
+        self._found: list[list[int]] = []
+
+    def add(self, start: int, length: int) -> bool:
+        """Note a piece; False where there are more pieces than a server can have a reason for."""
+        if self._found and self._found[-1][1] == start:
+            self._found[-1][1] += length
+        elif length:
+            self._found.append([start, start + length])
+        return len(self._found) <= 1 + (self._end - self._start) // _SMALLEST_PIECE
+
+    def complete(self) -> bool:
+        """Has every byte come exactly once?"""
+        end = self._start
+        for low, high in sorted(self._found):
+            if low != end:
+                return False
+            end = high
+        return end == self._end
+
+
+class _Read:
+    """A read under way: of [start, end) in bytes into `room`, of which `view` gets what begins at `offset`."""
+
+    __slots__ = ("_pieces", "offset", "room", "token", "view")
+
+    def __init__(self, token: object, offset: int, view: memoryview, room: memoryview, start: int) -> None:
+        self.token, self.offset, self.view, self.room = token, offset - start, view, room
+        self._pieces = Pieces(start, start + len(room))
+
+    def arrived(self, data: Any, start: int, _status: int, _error: object) -> int:
+        """Note a piece of the answer (of an error: no bytes); libnbd's callback, which fails the read with -1."""
+        return 0 if self._pieces.add(start, len(data)) else -1
+
+    def finish(self, *, in_pieces: bool) -> bool:
+        """Hand the bytes on; False where not all of them came."""
+        if in_pieces and not self._pieces.complete():
+            return False
+        if self.room is not self.view:
+            self.view[:] = self.room[self.offset : self.offset + len(self.view)]
+        return True
+
+
+class Lane:
+    """One connection with reads in flight.  Used by one thread at a time, and by nothing else meanwhile."""
+
+    def __init__(self, binding: Any, handle: nbd.NBD, uri: str, blocks: Blocks) -> None:
         self._nbd = binding
         self._handle: Any = handle
         self._uri = uri
-        self._finished: list[tuple[object, int]] = []
-        self.in_flight = 0
-        # Every byte is awaited before it is used, so the zeroing before each read would only cost time.
+        self._blocks = blocks
+        # A simple reply is one run of all the bytes.  Without pieces to watch, libnbd need not call us for each.
+        self._in_pieces: bool = handle.get_structured_replies_negotiated()
+        self._reads: dict[int, _Read] = {}
+        # A read whose bytes did not all come is an error, so the zeroing before each read would only cost time.
         handle.set_pread_initialize(False)
+
+    @property
+    def in_flight(self) -> int:
+        """Reads that were not answered yet."""
+        return len(self._reads)
 
     def submit(self, offset: int, view: memoryview, token: object) -> None:
         """
@@ -377,16 +490,17 @@ class Lane:
         SourceError
             The connection is gone.
         """
-
-        def completed(error: Any) -> int:
-            self._finished.append((token, error.value))
-            return 1
-
+        start, end = self._blocks.around(offset, offset + len(view))
+        room = view if end - start == len(view) else memoryview(bytearray(end - start))
+        read = _Read(token, offset, view, room, start)
         try:
-            self._handle.aio_pread(view, offset, completed)
+            if self._in_pieces:
+                cookie = self._handle.aio_pread_structured(room, start, read.arrived)
+            else:
+                cookie = self._handle.aio_pread(room, start)
         except self._nbd.Error as error:
             raise source_error(self._uri, error) from None
-        self.in_flight += 1
+        self._reads[cookie] = read
 
     def wait(self, milliseconds: int, enough: int) -> list[object]:
         """
@@ -395,29 +509,50 @@ class Lane:
         Raises
         ------
         SourceError
-            A read failed or the connection broke.
+            A read failed, was answered with less than all of its bytes, or the connection broke.
         """
-        finished, poll = self._finished, self._handle.poll
+        poll = self._handle.poll
         deadline = time.monotonic() + milliseconds / 1000
         try:
+            done = self._finished()
             # Each call takes what a socket holds just now, a small part of a read: back to it with no detour.
-            while len(finished) < enough and poll(milliseconds) and time.monotonic() < deadline:
-                pass
+            while len(done) < enough and poll(milliseconds):
+                done += self._finished()
+                if time.monotonic() >= deadline:
+                    break
         except self._nbd.Error as error:
             raise source_error(self._uri, error) from None
-        done, self._finished = self._finished, []
-        self.in_flight -= len(done)
-        for _, number in done:
-            if number:
-                raise SourceError(
-                    f"{self._uri}: reading failed: {os.strerror(number)}",
-                    hint="look at the server's log and the storage below it; no point was made",
-                )
-        return [token for token, _ in done]
+        return done
+
+    def _finished(self) -> list[object]:
+        """
+        Take the reads that are answered.
+
+        Whether all bytes came is what libnbd tells when it is asked whether the command is completed, and only then: a
+        completion callback is told of success.
+        """
+        done = []
+        while self._reads and (cookie := self._handle.aio_peek_command_completed()):
+            read = self._reads.pop(cookie)
+            try:
+                self._handle.aio_command_completed(cookie)
+            except self._nbd.Error as error:
+                raise self._failed(os.strerror(error.errnum)) from None
+            if not read.finish(in_pieces=self._in_pieces):
+                raise self._failed("the server sent some bytes twice and others never")
+            done.append(read.token)
+        return done
+
+    def _failed(self, why: str) -> SourceError:
+        return SourceError(
+            f"{self._uri}: reading failed: {why}",
+            hint="look at the server's log and the storage below it; no point was made",
+        )
 
     def close(self) -> None:
         """No more reads; the connection is the export's to end."""
         self._handle = None
+        self._reads.clear()
 
 
 class Target:
@@ -454,9 +589,7 @@ class Target:
             self._can_zero: bool = first.can_zero()
             self._can_flush: bool = first.can_flush()
             self._takes_more: bool = first.can_multi_conn()
-            # libnbd itself refuses more than 64 MiB, whatever the server announces (nbd_pwrite(3)).
-            self._step: int = min(first.get_block_size(self._nbd.SIZE_MAXIMUM) or _MAX_REQUEST, _MAX_REQUEST)
-            self._smallest: int = first.get_block_size(self._nbd.SIZE_MINIMUM) or 1
+            self._blocks = _blocks_of(self._nbd, first)
         except self._nbd.Error as error:
             raise self._failed(error) from None
         self._handles: list[nbd.NBD] = [first]
@@ -474,8 +607,8 @@ class Target:
         """
         missing = self._missing(offset + len(data))
         view = memoryview(bytes(data) + bytes(missing) if missing else data)
-        for low in range(0, len(view), self._step):
-            self._write_once(offset + low, view[low : low + self._step])
+        for low in range(0, len(view), self._blocks.largest):
+            self._write_once(offset + low, view[low : low + self._blocks.largest])
 
     def zero(self, offset: int, length: int) -> None:
         """
@@ -486,7 +619,7 @@ class Target:
         Failed
             As for `write`.
         """
-        step = _MAX_ZERO if self._can_zero else min(self._step, len(self._ZEROES))
+        step = _MAX_ZERO if self._can_zero else min(self._blocks.largest, len(self._ZEROES))
         end = offset + length + self._missing(offset + length)
         for low in range(offset, end, step):
             count = min(step, end - low)
@@ -514,7 +647,7 @@ class Target:
 
     def _missing(self, end: int) -> int:
         """Bytes up to the next multiple of the server's smallest block, as far as it has them."""
-        return min(-end % self._smallest, max(self.size - end, 0))
+        return min(-end % self._blocks.smallest, max(self.size - end, 0))
 
     def _write_once(self, offset: int, data: memoryview) -> None:
         self._answered(lambda handle: handle.aio_pwrite(data, offset))
@@ -589,10 +722,17 @@ class Target:
         )
 
 
+def _blocks_of(binding: Any, handle: nbd.NBD) -> Blocks:
+    smallest = handle.get_block_size(binding.SIZE_MINIMUM) or 1
+    # libnbd itself refuses more than 64 MiB, whatever the server announces (nbd_pwrite(3)).
+    largest = min(handle.get_block_size(binding.SIZE_MAXIMUM) or _MAX_REQUEST, _MAX_REQUEST)
+    return Blocks(smallest, max(largest - largest % smallest, smallest), handle.get_size())
+
+
 def connect(
     binding: Any,
     uri: str,
-    contexts: Sequence[str],
+    contexts: Sequence[str] | None,
     *,
     offered: list[str] | None = None,
     seconds: float = _CONNECT_SECONDS,
@@ -603,6 +743,8 @@ def connect(
 
     Parameters
     ----------
+    contexts : sequence of str or None
+        None: nothing but reads will be asked, and each is to be answered in one piece (a simple reply).
     offered : list of str, optional
         Gets the names of all dirty bitmap contexts that the server lists.  Asked on the same connection: a server of
         one client lets a second one wait.
@@ -620,7 +762,9 @@ def connect(
         # The user names the URI, so that its tls-psk-file and tls-certificates are the user's own files.
         handle.set_uri_allow_local_file(True)
         handle.set_opt_mode(offered is not None)
-        _ask_for(handle, contexts if offered is None else [DIRTY_BITMAP])
+        if contexts is None:
+            handle.set_request_structured_replies(False)
+        _ask_for(handle, contexts or () if offered is None else [DIRTY_BITMAP])
         if dialled is None:
             handle.aio_connect_uri(uri)
         else:
@@ -629,7 +773,7 @@ def connect(
         _await_handshake(handle, uri, deadline)
         if offered is not None and handle.aio_is_negotiating():
             _list_contexts(binding, handle, uri, deadline, offered)
-            _ask_for(handle, contexts)
+            _ask_for(handle, contexts or ())
             handle.aio_opt_go()
             _await_handshake(handle, uri, deadline)
             if handle.aio_is_negotiating():
