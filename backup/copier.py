@@ -162,7 +162,7 @@ def copy(
                 thread.join(_TICK)
                 progress(run.done)
     finally:
-        run.stop.set()
+        run.halt()
         for thread in threads:
             if thread.ident is not None:
                 thread.join()
@@ -208,7 +208,8 @@ class _Jobs:
     """
     What threads do next, first in, first out: read on through a channel, or store a batch that is whole.
 
-    Safe to use from several threads.
+    Safe to use from several threads.  Nothing waits here with a time limit: of several threads in SimpleQueue.get with
+    a timeout, one may be woken for what another one took, and then waits for ever (CPython 3.11).  `end` wakes all.
     """
 
     def __init__(self, threads: int) -> None:
@@ -218,16 +219,11 @@ class _Jobs:
         self.idle = 0
         """Threads that wait, less what waits for them: above 0, what is put is taken at once."""
 
-    def take(self, stop: threading.Event) -> _Channel | Batch | None:
-        """Wait for a job; None: there will be no more, or `stop` is set."""
+    def take(self) -> _Channel | Batch | None:
+        """Wait for a job; None: there will be no more."""
         with self._lock:
             self.idle += 1
-        while not stop.is_set():
-            try:
-                return self._jobs.get(timeout=_TICK)
-            except queue.Empty:
-                continue
-        return None
+        return self._jobs.get()
 
     def put(self, job: _Channel | Batch) -> None:
         with self._lock:
@@ -283,14 +279,20 @@ class _Run:
     def work(self) -> None:
         """Read batches and store them until there are no more; the first error stops the whole copy."""
         try:
-            while (job := self._jobs.take(self.stop)) is not None:
+            while (job := self._jobs.take()) is not None and not self.stop.is_set():
                 batch = self._read(job) if isinstance(job, _Channel) else job
                 if batch is not None:
                     self._store(batch)
         except BaseException as error:  # noqa: BLE001 - carried to the calling thread, which raises it
             with self._lock:
                 self.error = self.error or error
-            self.stop.set()
+            self.halt()
+
+    def halt(self) -> None:
+        """Have all threads end within moments."""
+        self.stop.set()
+        self._jobs.end()
+        self._free.end(self.threads)
 
     def _read(self, channel: _Channel) -> Batch | None:
         """
@@ -362,8 +364,8 @@ class _Run:
 
     def _next(self, *, patient: bool) -> Batch | None:
         """The next batch with a buffer, or None: no buffer just now, or (then _batches is None) no more batches."""
-        buffer = self._free.pop(_TICK if patient else 0)
-        if buffer is None:
+        buffer = self._free.pop(wait=patient)
+        if buffer is None or self.stop.is_set():
             return None
         with self._lock:
             batch = next(self._batches, None) if self._batches is not None else None
@@ -430,12 +432,18 @@ class _Stack:
         self._buffers.append(buffer)
         self._there.put(None)
 
-    def pop(self, seconds: float) -> memoryview | None:
+    def pop(self, *, wait: bool) -> memoryview | None:
+        """Take a buffer; None: there is none just now, or (having waited) there will be no more."""
         try:
-            self._there.get(block=seconds > 0, timeout=seconds)
-        except queue.Empty:
+            self._there.get(block=wait)
+            return self._buffers.pop()
+        except (queue.Empty, IndexError):
             return None
-        return self._buffers.pop()
+
+    def end(self, threads: int) -> None:
+        """Let so many threads go that wait for a buffer, or will."""
+        for _ in range(threads):
+            self._there.put(None)
 
 
 def _numbers(pieces: Sequence[Piece], cluster_size: int) -> Offsets:

@@ -506,3 +506,34 @@ def test_a_sink_slower_than_the_source_stops_too():
             progress=interrupt,
         )
     assert len(sink.clusters) < 400
+
+
+def test_threads_that_wait_when_an_error_comes_all_end():
+    """
+    Several threads wait for work with one lane's failure under way.
+
+    With a timeout in their wait, one in some hundred copies never ended (CPython's SimpleQueue.get).
+    """
+    content = b"x" * (64 * CLUSTER)
+    chosen = Settings(connections=1, requests=16, request_size=CLUSTER, workers=7)
+    for seed in range(30):
+        lanes = [FakeLane(content, fail_at=seed, seed=seed)]
+        with pytest.raises(SourceError, match="the source fails"):
+            copier.copy(plan_of(content), lanes, MemorySink(), chosen, max_request=NO_LIMIT, progress=ignore)
+
+
+@given(
+    start=st.integers(0, 1 << 20),
+    length=st.integers(1, 1 << 20),
+    shift=st.integers(0, 16),
+    blocks=st.integers(1, 8),
+)
+def test_no_request_exceeds_the_limit_when_it_is_rounded_out(start, length, shift, blocks):
+    smallest = 1 << shift
+    limit = smallest * blocks
+    found = list(copier._cut(start, start + length, limit, smallest))
+    assert [low for low, _ in found] == [start, *(high for _, high in found[:-1])]
+    assert found[-1][1] == start + length
+    for low, high in found:
+        assert low < high
+        assert -(-high // smallest) * smallest - low // smallest * smallest <= limit

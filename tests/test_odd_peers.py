@@ -49,6 +49,12 @@ def _twice_the_first_half(asked: Asked) -> None:
     asked.data(asked.offset, pattern(asked.offset, half))
 
 
+def _twice_the_second_half(asked: Asked) -> None:
+    half = asked.length // 2
+    asked.data(asked.offset + half, pattern(asked.offset + half, half), done=False)
+    asked.data(asked.offset + half, pattern(asked.offset + half, half))
+
+
 def _hole_over_data(asked: Asked) -> None:
     half = asked.length // 2
     asked.data(asked.offset, pattern(asked.offset, half), done=False)
@@ -80,7 +86,8 @@ def _before_what_was_asked(asked: Asked) -> None:
 
 
 def _many_small_pieces_out_of_order(asked: Asked) -> None:
-    for offset in range(asked.offset + asked.length - 1, asked.offset - 1, -2):
+    """Notes of them would take more memory than the data."""
+    for offset in range(asked.offset + 8 * KIB, asked.offset, -2):
         asked.data(offset, b"x", done=False)
     asked.end()
 
@@ -90,6 +97,7 @@ INCOMPLETE = [
     _half,
     _hole_and_nothing,
     _twice_the_first_half,
+    _twice_the_second_half,
     _hole_over_data,
     _overlapping,
     _all_and_some_again,
