@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
@@ -116,9 +116,16 @@ def prune(machine: Machine, request: Request, progress: Progress) -> Report:
     """
     if request.dry_run or not any(machine.path.glob("*.json*")):
         return _rehearse(machine, request)  # of a folder that is no machine's, too: not even a lock is made in it
+    with settled(machine) as contents:
+        return Thinner(machine, request, contents, _wanted(request, contents)).run(progress)
+
+
+@contextmanager
+def settled(machine: Machine) -> Iterator[Contents]:
+    """Hold the machine's lock, with the leftovers of runs that were cut off removed, before and after a failure."""
     with machine.lock():
         try:
-            return _Run(machine, request, settle(machine)).run(progress)
+            yield settle(machine)
         except BaseException as error:
             with suppress(BackupError, OSError):
                 settle(machine)
@@ -128,10 +135,12 @@ def prune(machine: Machine, request: Request, progress: Progress) -> Report:
 
 
 def _rehearse(machine: Machine, request: Request) -> Report:
-    run = machine.seen(lambda contents: _Run(machine, request, contents))
-    lacking = run.lacking()
-    found = run.report()
-    return found if lacking is None else replace(found, warnings=(*found.warnings, lacking.error.message))
+    return machine.seen(lambda contents: Thinner(machine, request, contents, _wanted(request, contents))).rehearse()
+
+
+def _wanted(request: Request, contents: Contents) -> Mapping[str, tuple[str, ...]]:
+    """The points that the policy keeps, and why."""
+    return retention.keep(map(moment, contents.manifests.values()), request.policy, datetime.now(UTC))
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,15 +151,31 @@ class _Lacking:
     error: BackupError
 
 
-class _Run:
-    """One prune: the plan, and its execution."""
+class Thinner:
+    """
+    Removes all points of a machine but some: the plan, and its execution.
 
-    def __init__(self, machine: Machine, request: Request, contents: Contents) -> None:
+    Parameters
+    ----------
+    contents : Contents
+        The machine's manifests, of which every chain is whole.
+    keep : mapping
+        The points that stay, and why; those that are in use stay as well (`reasons` has all of them).
+
+    Raises
+    ------
+    Damaged, NotFound
+        A manifest cannot be read, or a chain is broken.
+    """
+
+    def __init__(
+        self, machine: Machine, request: Request, contents: Contents, keep: Mapping[str, tuple[str, ...]]
+    ) -> None:
         _require_whole(machine, contents)
         self.machine = machine
         self.request = request
         self.manifests = dict(contents.manifests)
-        self.reasons = dict(retention.keep(map(moment, self.manifests.values()), request.policy, datetime.now(UTC)))
+        self.reasons = dict(keep)
         self._keep_used()
         self.thinning: Thinning = thin(self.manifests, self.reasons, request.batch)
         rewrites = [step for step in self.thinning.steps if isinstance(step, Rewrite)]
@@ -170,6 +195,12 @@ class _Run:
         if lacking is not None:
             raise lacking.error
         return self.report(before - _stored(self.manifests))
+
+    def rehearse(self) -> Report:
+        """What a run would do, with a warning where there is too little space for it."""
+        lacking = self.lacking()
+        found = self.report()
+        return found if lacking is None else replace(found, warnings=(*found.warnings, lacking.error.message))
 
     def _rewrite(self, step: Rewrite, progress: Progress) -> None:
         merge = _merge(self.manifests, step)

@@ -41,6 +41,8 @@ from backup.shortage import NOT_DAMAGE
 
 FORMAT = "pybackup repository"
 VERSION = 1
+SEQUENCE = "sequence"
+"""File of a machine whose newest point was removed: the highest sequence that there was."""
 _TEMPORARY = ".tmp"
 _MAX_MARKER = 64 << 10
 _T = TypeVar("_T")
@@ -309,6 +311,18 @@ class Machine:
         Locked
             Another run holds it.
         """
+        fd = self._take_lock()
+        for _ in range(_TRIES):  # a file system may number one file differently each time
+            if _has_name(fd, self.path / "lock"):
+                break
+            os.close(fd)  # its holder removed the machine, and the lock with it
+            fd = self._take_lock()
+        try:
+            yield
+        finally:
+            os.close(fd)
+
+    def _take_lock(self) -> int:
         with explained(self.path):
             if not self.exists():
                 make_folder(self.path, self.modes.folder)
@@ -318,9 +332,10 @@ class Machine:
             allow(fd, self.modes.file)
             with explained(self.path / "lock"):
                 _flock(fd, self.name)
-            yield
-        finally:
+        except BaseException:
             os.close(fd)
+            raise
+        return fd
 
     def require_free(self) -> None:
         """
@@ -394,6 +409,7 @@ class Machine:
                 name
                 for name in sorted(os.listdir(self.path))
                 if (name not in named and manifests.is_data_name(name))
+                or name == SEQUENCE + _TEMPORARY
                 or (name.endswith(_TEMPORARY) and manifests.is_point_id(name.removesuffix(".json" + _TEMPORARY)))
             ]
             for name in leftovers:
@@ -410,6 +426,7 @@ class Machine:
             There is no higher one, which no number of backups can have led to.
         """
         highest = max((point.sequence for point in contents.manifests.values()), default=0)
+        highest = max(highest, self._highest_removed())
         found = highest + 1 + len(contents.damaged)
         if found > documents.MAX_NUMBER:
             raise Damaged(
@@ -417,6 +434,24 @@ class Machine:
                 hint="back the machine up under another name (--machine); pybackup has not written that manifest",
             )
         return found
+
+    def note_removed(self, sequence: int) -> None:
+        """
+        Note the sequence of a newest point that is removed next, so that no later point gets it again.
+
+        A second place may still hold the removed point, and the later one must be its latest.
+        """
+        with explained(self.path):
+            write_whole(self.path / SEQUENCE, f"{sequence}\n".encode(), self.modes.file)
+
+    def _highest_removed(self) -> int:
+        """What `note_removed` noted; 0 where it did not, or something else has the name."""
+        try:
+            found = re.fullmatch(rb"[1-9][0-9]{0,19}\n", _read(self.path / SEQUENCE, 32))
+        except OSError:
+            return 0
+        sequence = int(found[0]) if found else 0
+        return sequence if sequence <= documents.MAX_NUMBER else 0
 
     def publish(self, manifest: Manifest, content: bytes | None = None) -> Path:
         """
@@ -741,6 +776,14 @@ def _open_to_lock(path: Path) -> int:
         return open_file(path, os.O_RDWR)
     except OSError:
         return open_plain(path)
+
+
+def _has_name(fd: int, path: Path) -> bool:
+    """Is it this file that has the name?"""
+    try:
+        return os.path.samestat(os.fstat(fd), os.lstat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _flock(fd: int, machine: str, *, shared: bool = False) -> None:

@@ -8,9 +8,12 @@ sees the same.
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import signal
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -199,3 +202,44 @@ def run(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{command}: exit {done.returncode}\n{done.stdout}{done.stderr}"
     return done.stdout
+
+
+CHANGES = ("fsync", "rename", "unlink", "rmdir", "pwrite")
+"""All by which the program changes the repository, but for the lock's content: functions of `os`."""
+
+
+def counted(strike: Callable[[int], None]) -> Callable[[], None]:
+    """Have every change call `strike` first, with its number; returns what undoes that."""
+    before = {name: getattr(os, name) for name in CHANGES}
+    calls = 0
+
+    def wrapped(original):
+        def call(*arguments, **keywords):
+            nonlocal calls
+            calls += 1
+            strike(calls)
+            return original(*arguments, **keywords)
+
+        return call
+
+    for name, original in before.items():
+        setattr(os, name, wrapped(original))
+    return lambda: [setattr(os, name, original) for name, original in before.items()] and None
+
+
+def killed_before(nth: int, action: Callable[[], object]) -> bool:
+    """Act in another process that is killed right before its nth change; False where it came to its end."""
+    child = os.fork()
+    if not child:
+        try:
+            counted(lambda number: os.kill(os.getpid(), signal.SIGKILL) if number == nth else None)
+            action()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        return True
+    assert os.WEXITSTATUS(status) == 0
+    return False

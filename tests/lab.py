@@ -177,7 +177,7 @@ def restore_and_cmp(repository: Path, point: str, image: Path, *, disk: str | No
 
 def check_repository(repository: Path) -> None:
     """qemu-img finds neither an error nor a leak in any data file, and nothing lies about that no manifest names."""
-    named = {"lock", "verified"}
+    named = {"lock", "sequence", "verified"}
     for manifest in repository.glob("*/*.json"):
         named.add(manifest.name)
         for disk in json.loads(manifest.read_bytes())["disks"]:

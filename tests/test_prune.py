@@ -10,11 +10,10 @@ import errno
 import os
 import random
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from histories import History
+from histories import History, counted, killed_before
 
 from backup.cli.render import Quiet
 from backup.errors import Failed, Interrupted
@@ -69,45 +68,10 @@ def test_whatever_is_pruned_all_that_stays_restores_bit_for_bit(tmp_path, seed):
 
 # A prune that is cut off
 
-CHANGES = ("fsync", "rename", "unlink", "pwrite")
-"""All by which the program changes the repository, but for the lock's content: functions of `os`."""
-
-
-def counted(strike: Callable[[int], None]) -> Callable[[], None]:
-    """Have every change call `strike` first, with its number; returns what undoes that."""
-    before = {name: getattr(os, name) for name in CHANGES}
-    calls = 0
-
-    def wrapped(original):
-        def call(*arguments, **keywords):
-            nonlocal calls
-            calls += 1
-            strike(calls)
-            return original(*arguments, **keywords)
-
-        return call
-
-    for name, original in before.items():
-        setattr(os, name, wrapped(original))
-    return lambda: [setattr(os, name, original) for name, original in before.items()] and None
-
 
 def cut_off(history: History, request: Request, nth: int) -> bool:
     """Prune in another process that is killed right before its nth change; False where it came to its end."""
-    child = os.fork()
-    if not child:
-        try:
-            counted(lambda number: os.kill(os.getpid(), signal.SIGKILL) if number == nth else None)
-            prune(history.machine, request, Quiet())
-            os._exit(0)
-        finally:
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        assert os.WTERMSIG(status) == signal.SIGKILL
-        return True
-    assert os.WEXITSTATUS(status) == 0
-    return False
+    return killed_before(nth, lambda: prune(history.machine, request, Quiet()))
 
 
 REQUEST = Request(Policy(last=2), Batch(1), workers=1)

@@ -41,6 +41,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "get": inside.get,
     "status": points.status,
     "prune": points.prune,
+    "remove": points.remove,
     "pin": points.pin,
     "unpin": points.unpin,
     "clean": backups.clean,

@@ -5,6 +5,7 @@ The commands that look at the points of a repository: list, show, restore, verif
 from __future__ import annotations
 
 import functools
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -25,12 +26,13 @@ from backup.cli.parameters import (
     WriteLimit,
 )
 from backup.cli.state import common_code, explained, options, show_error
-from backup.errors import WARNINGS_EXIT_CODE, BackupError, NotFound, UsageError
+from backup.errors import WARNINGS_EXIT_CODE, BackupError, Failed, NotFound, UsageError
 from backup.names import check_folder
 
 if TYPE_CHECKING:
     from backup.manifest import Manifest
     from backup.prune import Report as PruneReport
+    from backup.remove import Removal
     from backup.salvage import Lost
     from backup.verify import Choice, Verified
 
@@ -374,6 +376,46 @@ def _show_pruned(report: PruneReport, *, dry_run: bool) -> None:
     if dry_run or options.verbose:
         render.prune_table(report)
     render.line(render.prune_line(report, dry_run=dry_run))
+
+
+def remove(
+    what: Annotated[str, typer.Argument(metavar="MACHINE[/POINT]", help="A machine, or a point by its whole id.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask; needed where there is no terminal.")] = False,
+    repo: Repo = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Remove a point, or a machine with all its points.  The points that stay take over what they need."""
+    from backup import remove as removing
+    from backup.cli import settings
+    from backup.repository import Repository
+
+    name, slash, point = what.partition("/")
+    if slash and (not point or point == "latest"):
+        raise UsageError(f"{what} names no point", hint=f"name the point by its whole id; see: `pybackup list {name}`")
+    if not yes and not dry_run and not sys.stdin.isatty():
+        raise UsageError("remove asks before it removes, and there is no terminal", hint="give --yes, or --dry-run")
+    config = find.config() if repo is None else find.config_or_default()
+    path = settings.repository_path(folder_of(repo), config)
+    [machine] = find.machines(Repository.open(path, settings.modes(config)), [name])
+    workers = settings.workers(config)
+    removal = removing.plan(machine, point or None, workers=workers)
+    if not dry_run:
+        if not yes:
+            _require_confirmed(removal)
+        with render.progress(wanted=not options.quiet) as progress:
+            removal = removing.remove(machine, removal, workers=workers, progress=progress)
+    if options.json:
+        render.document({**asdict(removal), "dry_run": dry_run, "error": None})
+    elif not options.quiet:
+        for text in render.removal_lines(removal, "would remove" if dry_run else "removed"):
+            render.line(text)
+
+
+def _require_confirmed(removal: Removal) -> None:
+    for text in render.removal_lines(removal, "this removes"):
+        render.to_stderr(text)
+    if not render.asked("Go on?"):
+        raise Failed("not confirmed: nothing was removed", hint="answer y, or give --yes")
 
 
 def pin(manifest: Manifest_, repo: Repo = None) -> None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from backup.manifest import Manifest
     from backup.mapping import Extent, MapTotals
     from backup.prune import Report as PruneReport
+    from backup.remove import Removal
     from backup.replicate import Replicated
     from backup.salvage import Lost
     from backup.serve import Served
@@ -70,6 +71,11 @@ def warning(text: str) -> None:
 def note(text: str, *, to_stderr: bool) -> None:
     """One line that needs no action."""
     (_err if to_stderr else line)(f"pybackup: note: {plain(text)}")
+
+
+def to_stderr(text: str) -> None:
+    """One line on standard error."""
+    _err(text)
 
 
 def line(text: str) -> None:
@@ -414,17 +420,39 @@ def prune_table(report: PruneReport) -> None:
 
 def prune_line(report: PruneReport, *, dry_run: bool) -> str:
     """One line for a machine."""
-    freed = (
-        f"{show_size(report.freed_bytes)} freed"
-        if report.freed_bytes >= 0
-        else f"{show_size(-report.freed_bytes)} more"
-    )
     waiting = f", {report.waiting} waiting" if report.waiting else ""
     return (
         f"{report.machine}: {'would remove' if dry_run else 'removed'} {report.removed} of "
         f"{counted(len(report.points), 'point')}{waiting}, {counted(len(report.rewrites), 'data file')} rewritten, "
-        f"{freed}"
+        f"{_freed_text(report.freed_bytes)}"
     )
+
+
+def _freed_text(freed: int) -> str:
+    return f"{show_size(freed)} freed" if freed >= 0 else f"{show_size(-freed)} more"
+
+
+def removal_lines(removal: Removal, verb: str) -> Iterator[str]:
+    """What is removed of a machine, and what follows from that."""
+    if removal.point is not None:
+        rewritten = counted(len(removal.rewrites), "data file")
+        what = f"point {removal.point}: {rewritten} rewritten"
+    else:
+        damaged = f" and {counted(len(removal.damaged), 'damaged manifest')}" if removal.damaged else ""
+        what = f"the machine with {counted(len(removal.removed), 'point')}{damaged}"
+    yield f"{removal.machine}: {verb} {what}, {_freed_text(removal.freed_bytes)}"
+    for text in removal.notes:
+        yield f"pybackup: note: {plain(text)}"
+
+
+def asked(question: str) -> bool:
+    """Ask on the terminal; only y and yes mean yes."""
+    sys.stderr.write(f"{question} [y/N] ")
+    sys.stderr.flush()
+    answer = sys.stdin.readline()
+    if not answer.endswith("\n"):
+        _err("")  # Ctrl-D: the shell's prompt begins a line of its own
+    return answer.strip().lower() in {"y", "yes"}
 
 
 def restored_line(name: str, target: str, size: int, seconds: float) -> str:
