@@ -230,6 +230,7 @@ def test_each_step_of_an_exchange_lasts_before_the_next(copied, monkeypatch):
     noted("rename", lambda source, target: f"{Path(source).name} to {Path(target).name}")
     noted("unlink", lambda path: Path(path).name)
     rewritten = prune(copied.machine, REQUEST, Quiet()).rewrites[-1].point
+    done = [step for step in done if not step.startswith("unlink") or not step.endswith(".tmp")]  # of a leftover
     first = done.index(f"fsync vda.{rewritten}.qcow2.new")
     assert done[first : first + 12] == [
         f"fsync vda.{rewritten}.qcow2.new",
