@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lab import KIB, MIB, call_pybackup, make_image, run, run_pybackup
@@ -24,6 +25,8 @@ from live import (
     stopped_at,
     wait_until,
 )
+
+from backup import create as creating
 
 
 @pytest.fixture
@@ -47,6 +50,40 @@ def dirty(machine: Machine) -> None:
     machine.write("a", 2 * MIB, 70_000, 0x21)
     machine.write("b", 100_000, 1000, 0x22)
     machine.zero("b", MIB, 100_000)
+
+
+# Disks that take no new bitmap
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_disk_that_takes_no_new_bitmap_costs_neither_its_night_nor_its_neighbours(nights, monkeypatch, which):
+    """QEMU refuses the whole transaction, without a word on the disk: here one has a bitmap of that name already."""
+    decided = creating._Run._decided
+
+    def and_in_the_way(self: Any, *, start_bitmaps: bool) -> list[Any]:
+        disks = decided(self, start_bitmaps=start_bitmaps)
+        if not self.refusals:
+            node = list(nights.machine.disks.values())[which].node
+            nights.machine.monitor("block-dirty-bitmap-add", node=node, name=disks[which].started)
+        return disks
+
+    with monkeypatch.context() as patch:
+        patch.setattr(creating._Run, "_decided", and_in_the_way)
+        done = nights.backup("incremental")
+    assert (done.rc, kinds(done), [disk["rescan"] for disk in done.machine["disks"]]) == (
+        3,
+        {"incremental"},
+        [False] * 2,
+    )
+    [warning] = done.machine["warnings"]
+    name = list(nights.machine.disks)[which]
+    assert warning.startswith(f"disk {name}: no bitmap was started: Bitmap already exists: b1.")
+    started = [disk["bitmap"]["started"] for disk in nights.newest["disks"]]
+    assert [found is None for found in started] == [number == which for number in range(2)]
+    nights.require_sound()
+    dirty(nights.machine)
+    nights.require_rescans("without starting a bitmap: Bitmap already exists", only=[name])
+    nights.require_incremental("--no-fallback")
 
 
 # What goes well

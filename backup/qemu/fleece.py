@@ -90,6 +90,15 @@ class SizeChanged(SourceError):
     """A disk was resized between our look at it and the transaction."""
 
 
+class BitmapNotAdded(SourceError):
+    """QEMU refuses the bitmap that was to start on the target of this number, and why."""
+
+    def __init__(self, number: int, refused: Refused) -> None:
+        super().__init__(refused.message, hint=refused.hint)
+        self.number = number
+        self.why = refused.text
+
+
 def prefix(short_id: str, point: str) -> str:
     """
     What the names of all that a point needs in QEMU begin with.
@@ -129,6 +138,8 @@ def frozen_instant(
     ------
     SizeChanged
         A disk has another size now; nothing was changed.
+    BitmapNotAdded
+        A disk takes no new bitmap; nothing was changed.
     SourceError
         QEMU refuses, the scratch folder has no space, or (from within) the instant was lost while it was read.
     """
@@ -292,7 +303,27 @@ class Instant:
         except Refused as error:
             if "different sizes" in error.text:
                 raise SizeChanged(error.message, hint=error.hint) from None
+            self._require_bitmaps_taken()
             raise
+
+    def _require_bitmaps_taken(self) -> None:
+        """
+        Make sure that each disk takes its new bitmap: QEMU does not say which part of a transaction it refused.
+
+        Raises
+        ------
+        BitmapNotAdded
+            One disk does not.
+        """
+        for number, target in enumerate(self._targets):
+            if target.start is None:
+                continue
+            bitmap = {"node": target.node, "name": target.start}
+            try:
+                self._monitor.command("block-dirty-bitmap-add", {**bitmap, "persistent": target.persistent})
+            except Refused as refused:
+                raise BitmapNotAdded(number, refused) from None
+            self._monitor.command("block-dirty-bitmap-remove", bitmap)
 
     def _actions(self, number: int, target: Target) -> Iterator[dict[str, object]]:
         overlay = f"{self._own}f{number}"

@@ -25,7 +25,7 @@ from backup.qemu.agent import Agent, AgentError
 from backup.qemu.blocks import OURS, Blocks, Device, Node
 from backup.qemu.fleece import Instant, Room, Target
 from backup.qemu.monitor import Monitor, Refused
-from backup.sources.base import NO_FREEZE, Freeze, Moved, Opened, Owner, Source, Wish
+from backup.sources.base import NO_FREEZE, Freeze, Moved, NotStarted, Opened, Owner, Source, Wish
 
 _THAW_TRIES = 3
 _ELSEWHERE = {
@@ -256,6 +256,8 @@ class Running:
         ------
         Moved
             A disk changed since it was looked at.
+        NotStarted
+            A disk takes no new bitmap.
         """
         del lanes
         self.require_here()
@@ -283,6 +285,8 @@ class Running:
                 yield moment
         except fleece.SizeChanged as error:
             raise Moved(error.message) from None
+        except fleece.BitmapNotAdded as error:
+            raise NotStarted(error.number, error, error.why, lasting=False) from None
         except (BackupError, Interrupted) as error:
             if freezing.stuck is not None:
                 error.hint = f"{error.hint}; {freezing.stuck}"
