@@ -110,14 +110,19 @@ def recognised(request: Request, contents: Contents) -> tuple[Request, list[str]
     disks: list[DiskRequest] = []
     notes = []
     for disk in request.disks:
+        given = request.names is Names.GIVEN
+        if given and disk.path is None and chains.newest_manifest(contents.manifests.values(), disk.name):
+            # Nodes can mean other images after a restart: the backup says so, where the user names the disk.
+            disks.append(disk)
+            continue
         path = disk.path or disk.source.look().path
-        name = known_name(contents.manifests, disk.name, path, given=request.names is Names.GIVEN)
+        name = known_name(contents.manifests, disk.name, path, given=given)
         if any(other.name == name for other in disks):
             raise UsageError(
                 f"two disks are named {name}: {path} is known as that one",
                 hint=f"see `pybackup list {request.machine} --long` for the disks of the machine",
             )
-        if name != disk.name and request.names is Names.GIVEN:
+        if name != disk.name and given:
             notes.append(f"{path} is disk {name} of machine {request.machine} already and keeps that name")
         disks.append(replace(disk, name=name))
     return replace(request, disks=tuple(disks)), notes

@@ -203,7 +203,8 @@ class _Run:
         self.machine = machine
         self.contents = contents
         self.repository = repository
-        self.request, self.notes = recognised(request, contents)
+        self.request = request
+        self.notes: list[str] = []
         self.progress = progress
         self.started_at = datetime.now(UTC)
         self.point = self._new_point()
@@ -228,6 +229,7 @@ class _Run:
 
     def rehearse(self) -> Report:
         """Plan as a real run would, and change nothing."""
+        self._recognise()
         disks = self._decided(start_bitmaps=False)
         with self._instant(disks) as moment:
             jobs = [self._plan(disk, opened, moment) for disk, opened in zip(disks, moment.disks, strict=True)]
@@ -242,6 +244,7 @@ class _Run:
         another, and both steps are done again.  They are also done again where a bitmap could not be started: a disk
         without room for one is backed up without it.
         """
+        self._recognise()
         moves = 0
         while moves < _SETTLE_TRIES:
             try:
@@ -257,6 +260,15 @@ class _Run:
             f"the disks of machine {self.request.machine} kept changing between a look at them and their backup",
             hint="an image must not be written to while it is backed up: back up the machine while it is off",
         )
+
+    def _recognise(self) -> None:
+        """
+        Give the disks the names that the machine's points know.
+
+        It may ask QEMU, and so it comes after the host has thawed a guest that an earlier run left frozen.
+        """
+        self.request, notes = recognised(self.request, self.contents)
+        self.notes.extend(notes)
 
     def _attempt(self) -> Report:
         disks = self._decided(start_bitmaps=True)
