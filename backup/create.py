@@ -184,7 +184,7 @@ def _require_sources(machine: Machine, repository: str, request: Request, progre
     A mistyped image must leave no machine behind.
     """
     with request.host:
-        _Run(machine, Contents({}, {}), repository, request, progress).require_disks()
+        _Run(machine, Contents({}, {}), repository, request.complete(), progress).require_disks()
 
 
 def _after_stop(machine: str, run: _Run | None) -> str:
