@@ -705,6 +705,7 @@ def lost_in_the_handshake() -> Iterator[None]:
 @contextmanager
 def stopped_at(step: Step, arguments: Sequence[str | Path]) -> Iterator[subprocess.Popen[str]]:
     """A run that stands still at the step (SIGSTOP); killed at the end if it is still there."""
+    init(arguments)
     # Files and no pipes: what a run leaves behind would keep a pipe open.
     command = step.command(signal.SIGSTOP, arguments)
     init(command)

@@ -226,9 +226,10 @@ def test_an_agent_that_never_answers_is_a_warning(nights):
         require_crash_consistent(nights, agent, "not frozen", "did not answer")
 
 
-@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("manner", ["late", "dies", "refuses", "garbage"])
-def test_an_agent_that_does_not_freeze_as_it_should_is_a_warning_and_the_guest_is_thawed(nights, manner):
+def test_an_agent_that_does_not_freeze_as_it_should_is_a_warning_and_the_guest_is_thawed(nights, monkeypatch, manner):
+    if manner == "late":  # long enough that on a loaded machine the other answers are in time
+        monkeypatch.setattr(Agent.__init__, "__defaults__", (3.0,))
     with agent_of(nights, manner) as agent:
         require_crash_consistent(nights, agent, "not frozen", FREEZE)
 
