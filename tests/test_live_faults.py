@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -20,6 +21,7 @@ from typing import Self
 
 import pytest
 from lab import MIB, call_pybackup
+from lab import run as run_program
 from live import (
     Machine,
     Nights,
@@ -582,6 +584,97 @@ def test_an_instant_that_is_lost_while_a_disk_is_opened_does_not_hang_the_machin
     assert (done.rc, "lost in the handshake" in done.stderr) == (13, True), done
     assert time.monotonic() - began < 20
     nights.require_making_up("--no-fallback")
+
+
+# Storage that hangs
+
+
+@pytest.fixture
+def frozen(nights: Nights) -> Iterator[Freezer]:
+    """A scratch folder on a file system of its own, which can be made to wait with every write."""
+    if os.geteuid() != 0 or not os.path.exists("/dev/loop-control"):
+        pytest.skip("needs root and loop devices")
+    place, storage = nights.machine.place / "freezable", nights.machine.place / "storage"
+    place.mkdir()
+    with storage.open("wb") as file:
+        file.truncate(64 * MIB)
+    run_program("mkfs.ext4", "-q", storage)
+    run_program("mount", "-o", "loop", storage, place)
+    freezer = Freezer(place)
+    try:
+        yield freezer
+    finally:
+        freezer.thaw()
+        nights.machine.__exit__()
+        wait_until(lambda: subprocess.run(["umount", place], check=False).returncode == 0, "umount")
+
+
+class Freezer:
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        self.frozen = False
+
+    def freeze(self) -> None:
+        run_program("fsfreeze", "-f", self.place)
+        self.frozen = True
+
+    def thaw(self) -> None:
+        if self.frozen:
+            run_program("fsfreeze", "-u", self.place)
+        self.frozen = False
+
+
+def test_while_the_scratch_storage_hangs_nothing_is_removed_from_the_machine(nights, frozen):
+    """Each removal would hang QEMU until the storage answers."""
+    machine, points = nights.machine, nights.points()
+    given = [*with_reserve(nights, frozen.place, reserve="0")]
+    with stopped_at(COPYING, given) as run:
+        frozen.freeze()
+        run.send_signal(signal.SIGTERM)
+        run.send_signal(signal.SIGCONT)
+        time.sleep(2)
+        assert run.poll() is None
+        assert {job["status"] for job in machine.monitor("query-jobs")} == {"running"}
+        assert len(machine.monitor("query-block-exports")) == 2
+        frozen.thaw()
+        assert run.wait(60) == 143
+    assert nights.points() == points
+    nights.require_nothing_left()
+    nights.require_making_up("--no-fallback")
+
+
+IMPATIENT = """
+from backup.qemu import fleece
+from backup.sources import running
+fleece._STORAGE_SECONDS = running._STORAGE_SECONDS = 1.0
+"""
+
+
+class Impatient(Step):
+    """A step of a run that waits for scratch storage for a second only."""
+
+    def command(self, number, arguments):
+        python, option, driver, *words = super().command(number, arguments)
+        return [python, option, IMPATIENT + driver, *words]
+
+
+def test_scratch_storage_that_does_not_answer_in_time_is_left_to_the_next_run(nights, frozen):
+    """Processes of their own: what hangs stays open until they end."""
+    machine, held = nights.machine, nights.machine.held()
+    given = with_reserve(nights, frozen.place, reserve="0")
+    with stopped_at(Impatient(READ.name, READ.when, module=READ.module), given) as run:
+        frozen.freeze()
+        assert ended(run) == 3, "the point is made"
+    nights.references[nights.newest["point"]] = held
+    assert len(machine.monitor("query-jobs")) == 2
+    main = [sys.executable, "-c", f"{IMPATIENT}\nfrom backup.cli.app import main\nmain()", *map(str, given)]
+    refused = subprocess.run(main, check=False, capture_output=True, text=True, timeout=60)
+    assert (refused.returncode, f"{frozen.place} does not answer" in refused.stderr) == (13, True), refused
+    assert len(machine.monitor("query-jobs")) == 2
+    frozen.thaw()
+    machine.write("a", MIB, 1000, 0x31)
+    nights.require_making_up("--no-fallback")
+    nights.require_own_bitmap_alone()
 
 
 # A QEMU that has no quorum

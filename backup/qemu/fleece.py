@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import quote
 
-from backup.errors import BackupError, SourceError
+from backup.errors import BackupError, Interrupted, SourceError
 from backup.interrupts import to_the_end
 from backup.qemu import folders, images, leftovers, scratch
 from backup.qemu.blocks import OURS, Blocks
@@ -46,6 +46,8 @@ _LEAST = 4096
 Bytes, of any reserve.  With less the next copy fails; and where QEMU has no quorum, a guest behind an export of QEMU's,
 not a device, gets that error without an event.
 """
+_STORAGE_SECONDS, _AGAIN_SECONDS = 60.0, 5.0
+"""How long scratch storage may take for a byte before nothing is removed from QEMU: the first time, and after that."""
 _STOPS = {"STOP", "BLOCK_IO_ERROR"}
 """Events after which a guest may stand still."""
 
@@ -147,8 +149,11 @@ def frozen_instant(
     try:
         instant.begin(around)
         yield instant
-    except BackupError as error:
-        raise instant.lost or error from None
+    except (BackupError, Interrupted) as error:
+        instant.end()
+        told = instant.lost if instant.lost is not None and isinstance(error, BackupError) else error
+        told.hint = "; ".join([told.hint, *instant.troubles])
+        raise told from None
     finally:
         instant.end()
 
@@ -171,6 +176,7 @@ class Instant:
         self._jobs: list[str] = []
         self._witness = scratch.Witness(monitor, own)
         self._clients = Clients(monitor, own, self._socket)
+        self._silent = self._ended = False
         self._guard_refused = ""
         """QEMU's text, where it has no quorum."""
         self.lost: SourceError | None = None
@@ -242,21 +248,28 @@ class Instant:
         to_the_end(self._end)
 
     def _end(self) -> None:
+        if self._ended:
+            return
         self._over.set()
         if self._watch.ident is not None:
-            self._watch.join()
+            self._watch.join(_STORAGE_SECONDS)  # it may wait for the scratch folder's storage
         try:
             self._let_go()
         except MonitorLost:
             self._undo_by_another()
+        except scratch.Silent as error:
+            self.troubles.append(error.message)
         except SourceError as error:
             self.troubles.append(f"{error.message}; what is left in QEMU is removed by the next run")
         while self._fds:
             fd = self._fds.pop()
+            if self._silent:
+                continue  # to close it may take as long as the storage does
             # A paused QEMU keeps passed descriptors open; the space at least is given back.
             with suppress(OSError):
                 os.ftruncate(fd, 0)
             os.close(fd)
+        self._ended = True
         shutil.rmtree(self._folder, ignore_errors=True)
         if self._lock >= 0:
             os.close(self._lock)
@@ -389,6 +402,7 @@ class Instant:
     def _let_go(self) -> None:
         """Remove all, exports first: readers must not get what a disk holds now for what it held."""
         with self._undoing:
+            self._require_storage()
             self._clients.leave()
             full = any(leftovers.is_full(fd) for fd in self._fds)
             stopped = self._stopped_the_guest()
@@ -398,6 +412,14 @@ class Instant:
             # It may have been stopped only now; but a guest that its own disk's error stopped is not ours to resume.
             if stopped or (full and "STOP" in self._events()):
                 leftovers.resume(self._monitor)
+
+    def _require_storage(self) -> None:
+        """Make sure that nothing hangs QEMU's main loop; storage that did not answer gets less time again."""
+        files = {fd: os.fspath(target.scratch) for fd, target in zip(self._fds, self._targets, strict=False)}
+        seconds = _AGAIN_SECONDS if self._silent else _STORAGE_SECONDS
+        self._silent = True
+        scratch.require_answering(files, seconds)
+        self._silent = False
 
     def _failed_the_guest(self) -> bool:
         """Did it have an I/O error while there was no room for copies?  It may have to go on with that (werror)."""
@@ -428,6 +450,7 @@ class Instant:
         """The connection was cut; QEMU may be there all the same, and a guest must not be left with our jobs."""
         try:
             with Monitor(self._monitor.path) as again:
+                self._require_storage()
                 found = leftovers.find(again, [self._own])
                 stopped = leftovers.stopped_guest(query_blocks(again), found)
                 leftovers.remove(again, found, own_server=self._serving, clients=self._clients)

@@ -20,6 +20,7 @@ from backup.shortage import NO_PROCESS
 
 _log = logging.getLogger(__name__)
 
+DEVNULL = subprocess.DEVNULL
 Process = subprocess.Popen[str]
 Conversation = subprocess.Popen[bytes]
 
@@ -89,6 +90,16 @@ def finish(command: Sequence[str], codes: Sequence[int] = (0,), pass_fds: Sequen
     if process.returncode not in codes:
         raise ProgramFailed(command, stderr)
     return Finished(stdout, stderr)
+
+
+def has_ended(process: Process, seconds: float) -> bool:
+    """Wait for a program's end; if it has not come in so many seconds, SIGKILL it, which may have no effect yet."""
+    try:
+        process.wait(max(seconds, 0))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return False
+    return True
 
 
 def converse(

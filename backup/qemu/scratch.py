@@ -19,14 +19,21 @@ import ctypes
 import errno
 import functools
 import os
+import sys
 import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from backup.errors import SourceError
 from backup.qemu.monitor import Event, Monitor
+from backup.qemu.programs import DEVNULL, Process, has_ended, popen
 
 _SPARE = 64 << 20
 _UNIT = 64 << 10
 _LITTLE = 1 << 20
+_UNUSED = _UNIT - 1
+"""An offset in a qcow2 image's first cluster, in which the header takes some hundred bytes."""
 _WAIT_BEFORE = 1
 """SYNC_FILE_RANGE_WAIT_BEFORE."""
 _FAR = 1 << 60
@@ -117,6 +124,59 @@ def lengthen(fd: int, size: int) -> int:
 
 def _whole(length: int) -> int:
     return -(-length // _UNIT) * _UNIT
+
+
+class Silent(SourceError):
+    """The storage of a scratch folder does not answer."""
+
+    def __init__(self, folders: Iterable[str], seconds: float) -> None:
+        super().__init__(
+            f"the storage of {', '.join(folders)} does not answer within {seconds:g} s; nothing of the backup was "
+            "removed from QEMU, since the whole machine would have waited for that storage",
+            hint="restore the storage; after that the next run, or `pybackup clean`, removes what is left in QEMU",
+        )
+
+
+def require_answering(files: Mapping[int, str], seconds: float) -> None:
+    """
+    Write a byte, which QEMU does not use, to each open scratch file; `files` has descriptors and folders.
+
+    Each removal of something that uses hanging storage hangs QEMU's main loop, and with it the machine.  A program
+    writes, and no thread: a process with a thread that waits for storage keeps its locks after its end.
+
+    Raises
+    ------
+    Silent
+        A write did not return in time.
+    """
+    probes = [(folder, _write(f"/proc/self/fd/{fd}", [fd])) for fd, folder in files.items()]
+    _require_ended(probes, seconds)
+
+
+def require_folders_answering(folders: Iterable[str], seconds: float) -> None:
+    """
+    Make a nameless file in each folder, for scratch files that a run which was cut off left to QEMU.
+
+    Raises
+    ------
+    Silent
+        A folder did not answer in time.
+    """
+    make = "import sys, tempfile; tempfile.TemporaryFile(dir=sys.argv[1]).write(b'0')"
+    _require_ended([(folder, popen([sys.executable, "-c", make, folder], DEVNULL)) for folder in folders], seconds)
+
+
+def _write(file: str, fds: Sequence[int]) -> Process:
+    given = ["if=/dev/zero", f"of={file}", "bs=1", "count=1", f"seek={_UNUSED}", "conv=notrunc"]
+    return popen(["dd", *given], DEVNULL, fds)
+
+
+def _require_ended(probes: Sequence[tuple[str, Process]], seconds: float) -> None:
+    """An error is an answer, too; a program that waits for storage is left behind."""
+    deadline = time.monotonic() + seconds
+    silent = [folder for folder, probe in probes if not has_ended(probe, deadline - time.monotonic())]
+    if silent:
+        raise Silent(dict.fromkeys(silent), seconds)
 
 
 def write_back_error(fd: int) -> OSError | None:

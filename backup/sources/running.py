@@ -20,7 +20,7 @@ from backup.errors import BackupError, Interrupted, Locked, SourceError, UsageEr
 from backup.interrupts import to_the_end
 from backup.manifest import LowerFile
 from backup.names import name_problem
-from backup.qemu import fleece, images, leftovers, process
+from backup.qemu import fleece, images, leftovers, process, scratch
 from backup.qemu.agent import Agent, AgentError
 from backup.qemu.blocks import OURS, Blocks, Device, Node
 from backup.qemu.fleece import Instant, Room, Target
@@ -28,6 +28,8 @@ from backup.qemu.monitor import Monitor, Refused
 from backup.sources.base import NO_FREEZE, Freeze, Moved, NotStarted, Opened, Owner, Source, Wish
 
 _THAW_TRIES = 3
+_STORAGE_SECONDS = 60.0
+"""How long the scratch folder of a run that was cut off may take to make a file."""
 _ELSEWHERE = {
     "inmigrate": "it waits for a machine to be migrated to it",
     "finish-migrate": "it is being migrated to another QEMU",
@@ -219,6 +221,8 @@ class Running:
             if found.in_the_way or bitmaps:
                 raise
             return done  # only descriptors, which a paused QEMU keeps after each run
+        if found.in_the_way:
+            scratch.require_folders_answering({place.scratch for place in found.places}, _STORAGE_SECONDS)
         stopped = leftovers.stopped_guest(blocks, found)
         done += leftovers.remove(self.monitor, found, own_server=None)
         if stopped and leftovers.resume(self.monitor):
