@@ -60,6 +60,7 @@ def test_a_machine_survives_its_backups_and_looks_at_it(nights):
     [
         Step("getfd", "before", 2),  # the first is the server's socket
         Step("getfd", "after", 5),
+        Step("Clients.dial", "after", 3, module="backup.qemu.clients"),  # a client in its handshake
         Step("Export._split_contexts", "after", module="backup.qemu.nbd"),
         COPYING,
         Step("Machine.publish", "after", published=True, module="backup.repository"),
