@@ -10,14 +10,12 @@ once, however many points the chain has; the target is written at any offset.
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -27,18 +25,16 @@ from backup import datafile, qcow2, salvage
 from backup.chain import Chain
 from backup.datafile import OpenDataFile
 from backup.digests import BLOCK
-from backup.errors import BackupError, Damaged, Failed, NotFound, UsageError
+from backup.errors import BackupError, Damaged, Failed, NotFound
 from backup.extents import Offsets, edges, windows
 from backup.index import NOBODY, Found, Index
-from backup.manifest import Manifest
-from backup.names import MARKER
 from backup.pace import Pace
 from backup.pages import pages
 from backup.progress import Progress
 from backup.qcow2 import COMPRESSED, Codec
 from backup.repository import Machine
 from backup.salvage import Lost, LostRanges, SalvagedFile
-from backup.targets import Target, is_uri, opened
+from backup.targets import Target, opened
 
 _WINDOW = 1 << 20
 """
@@ -84,54 +80,6 @@ class _Completing(Protocol):
 
     def done_below(self, offset: int) -> None:
         """Nothing below this byte comes any more, or is under way."""
-
-
-def targets(
-    machine: Machine, point: Manifest, target: str, disk: str | None, image_format: str
-) -> list[tuple[str, str]]:
-    """
-    Which disk of a machine's point goes where: (disk, target) for each.
-
-    Raises
-    ------
-    NotFound
-        The point does not hold the disk.
-    UsageError
-        Several disks and a target that is no new or empty folder, or one disk and a folder, or a place in a repository.
-    """
-    if not is_uri(target):
-        _refuse_repository(machine, target)
-    if disk is not None and point.disk(disk) is None:
-        names = ", ".join(held.name for held in point.disks)
-        raise NotFound(f"point {point.point} holds no disk {disk!r}", hint=f"it holds: {names}")
-    if disk is not None or len(point.disks) == 1:
-        if os.path.isdir(target) or target.endswith("/"):
-            raise UsageError(f"{target} is a folder and one disk is restored", hint="name the file to make")
-        return [(disk or point.disks[0].name, target)]
-    return [(held.name, f"{_new_folder(target, point)}/{held.name}.{image_format}") for held in point.disks]
-
-
-def _refuse_repository(machine: Machine, target: str) -> None:
-    """Refuse to restore over backups or between them, whatever way the target is written."""
-    place = Path(os.path.realpath(target))
-    for folder in (place, *place.parents):
-        beside = os.path.exists(folder) and machine.exists() and folder.samefile(machine.path)
-        if beside or os.path.lexists(folder / MARKER):
-            raise UsageError(f"{target} lies among the backups in {folder}", hint="restore to a place outside of it")
-
-
-def _new_folder(target: str, point: Manifest) -> str:
-    names = ", ".join(held.name for held in point.disks)
-    hint = f"the point holds several disks ({names}): name a new or empty folder, or one disk with --disk"
-    if is_uri(target) or (os.path.lexists(target) and not os.path.isdir(target)):
-        raise UsageError(f"{target} is no folder", hint=hint)
-    if os.path.isdir(target) and os.listdir(target):
-        raise UsageError(f"the folder {target} is not empty", hint=hint)
-    try:
-        os.makedirs(target, mode=0o700, exist_ok=True)
-    except OSError as error:
-        raise Failed(f"{target} cannot be made: {error.strerror}", hint="check the path and the permissions") from None
-    return target.rstrip("/") or "/"
 
 
 def restore_disk(

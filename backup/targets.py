@@ -64,7 +64,7 @@ def opened(text: str, size: int, image_format: str, *, cluster_size: int, force:
     """
     if is_uri(text):
         opener = _nbd(text, size, image_format, force=force)
-    elif _is_device(Path(text)):
+    elif is_device(Path(text)):
         opener = _device(Path(text), size, image_format, force=force)
     else:
         opener = _file(Path(text), size, image_format, cluster_size, force=force)
@@ -85,11 +85,13 @@ def refuse_existing(path: Path, *, force: bool) -> None:
         raise UsageError(
             f"{path} is a folder", hint="name the file to make, or leave --disk out to restore all disks into a folder"
         )
-    if os.path.lexists(path):
-        if not force:
-            raise UsageError(f"{path} exists", hint="name another target, or use --force to replace it")
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise UsageError(f"{path} is neither a file nor a block device", hint="name another target")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UsageError(
+            f"{path} is neither a file nor a block device",
+            hint="name another target; `-` writes a raw stream to standard output, also into a pipe",
+        )
+    if os.path.lexists(path) and not force:
+        raise UsageError(f"{path} exists", hint="name another target, or use --force to replace it")
 
 
 @contextmanager
@@ -197,7 +199,8 @@ def _require_room(name: str, room: int, size: int) -> None:
         )
 
 
-def _is_device(path: Path) -> bool:
+def is_device(path: Path) -> bool:
+    """Is it a block device?"""
     try:
         return stat.S_ISBLK(path.stat().st_mode)
     except OSError:

@@ -361,24 +361,85 @@ def test_several_disks_go_into_a_new_or_empty_folder(two_disks, tmp_path, image_
         )
 
 
-def test_several_disks_are_refused_any_other_target(two_disks, tmp_path):
-    full = tmp_path / "full"
-    full.mkdir()
-    (full / "x").write_text("x")
-    for target in (full, full / "x", "nbd://localhost:1"):
+def test_several_disks_are_refused_a_target_that_is_no_folder(two_disks, tmp_path):
+    (tmp_path / "x").write_text("x")
+    before = sorted(os.listdir(tmp_path))
+    for target in (tmp_path / "x", f"{tmp_path}/x/", tmp_path / "new.raw", tmp_path / "new.img", "nbd://localhost:1"):
         done = call_pybackup(["--config", two_disks, "restore", "web1/latest", target, "--force"])
-        assert (done.rc, "--disk" in done.stderr) == (2, True), done
-    assert os.listdir(full) == ["x"]
+        assert (done.rc, "folder" in done.stderr) == (2, True), done
+    assert sorted(os.listdir(tmp_path)) == before
 
 
-def test_one_disk_and_a_folder_is_wrong_usage(two_disks, night, tmp_path):
-    (tmp_path / "out").mkdir()
-    for args in (
-        ["web1/latest", "--disk", "vda", "--repo", tmp_path / "repo"],
-        ["disk/latest", "--repo", night.repository],
-    ):
-        assert call_pybackup(["restore", args[0], tmp_path / "out", *args[1:], "--force"]).rc == 2
-    assert os.listdir(tmp_path / "out") == []
+def test_a_folder_with_other_files_takes_disks_and_replaces_only_with_force(two_disks, tmp_path):
+    folder = tmp_path / "full"
+    folder.mkdir()
+    (folder / "other").write_text("other")
+    (folder / "vdb.raw").write_text("old")
+    command = ["--config", two_disks, "restore", "web1", folder]
+    assert call_pybackup(command).rc == 2
+    assert sorted(os.listdir(folder)) == ["other", "vdb.raw"]  # vda was not begun
+    assert call_pybackup([*command, "--force"]).rc == 0
+    assert sorted(os.listdir(folder)) == ["other", "vda.raw", "vdb.raw"]
+    require_identical(raw_copy(tmp_path / "b.qcow2", tmp_path / "expected.raw"), folder / "vdb.raw")
+
+
+@pytest.mark.parametrize("exists", [False, True])
+@pytest.mark.parametrize("options", [[], ["--format", "qcow2"]], ids=["raw", "qcow2"])
+def test_one_disk_goes_into_a_folder_under_its_name(two_disks, tmp_path, exists, options):
+    folder = tmp_path / "new" / "out"
+    if exists:
+        folder.mkdir(parents=True)
+    done = call_pybackup(["--config", two_disks, "restore", "web1", f"{folder}/", "--disk", "vdb", *options, "--json"])
+    assert done.rc == 0, done
+    name = "vdb.qcow2" if options else "vdb.raw"
+    assert os.listdir(folder) == [name]
+    assert done.document["disks"][0]["target"] == str(folder / name)
+    assert folder.stat().st_mode & 0o777 == (0o755 if exists else 0o700)
+
+
+def test_a_folder_that_was_made_for_nothing_goes_again(two_disks, tmp_path):
+    [data] = (tmp_path / "repo" / "web1").glob("vda.*.qcow2")
+    data.write_bytes(data.read_bytes()[:-1])
+    done = call_pybackup(["--config", two_disks, "restore", "web1", f"{tmp_path}/new/out/"])
+    assert done.rc == 12, done
+    assert not (tmp_path / "new").exists()
+
+
+def format_of(path):
+    return json.loads(run("qemu-img", "info", "--output=json", path))["format"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "ends"),
+    [
+        ("out.qcow2", [], ("qcow2", 0)),
+        ("out.QCOW2", [], ("qcow2", 0)),
+        ("out.raw", [], ("raw", 0)),
+        ("out.vmdk", [], ("raw", 0)),
+        ("out", ["--format", "qcow2"], ("qcow2", 0)),
+        ("out.img", ["--format", "qcow2"], ("qcow2", 0)),
+        ("out.qcow2", ["--format", "qcow2"], ("qcow2", 0)),
+        ("out.qcow2", ["--format", "raw"], ("raw", 3)),
+        ("out.raw", ["--format", "qcow2"], ("qcow2", 3)),
+    ],
+)
+def test_the_end_of_the_name_is_the_format_unless_told_and_a_contradiction_warns(night, tmp_path, name, options, ends):
+    expected, code = ends
+    done = restore(night, tmp_path / name, *options, "--json")
+    assert done.rc == code, done
+    assert format_of(tmp_path / name) == expected
+    assert bool(done.document["warnings"]) == (code == 3) == ("pybackup: warning:" in done.stderr)
+
+
+def test_a_loop_device_on_a_backup_is_no_target(tmp_path):
+    night = Night.of(tmp_path)
+    night.full()
+    [data] = night.repository.glob("disk/*.qcow2")
+    before = data.read_bytes()
+    with loop_device(data) as device:
+        done = restore(night, device, "--force")
+    assert (done.rc, "among the backups" in done.stderr) == (2, True), done
+    assert data.read_bytes() == before
 
 
 def test_one_of_several_disks_and_a_disk_that_is_not_there(two_disks, tmp_path):

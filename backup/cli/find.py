@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from backup.cli import render
 from backup.cli.state import options
-from backup.errors import Damaged, NotFound, UsageError
+from backup.errors import BackupError, NotFound, UsageError
 from backup.names import check_folder
 
 if TYPE_CHECKING:
@@ -77,32 +77,79 @@ def machines(repository: Repository, names: Sequence[str] | None) -> list[Machin
 
 
 def point(text: str, repo: Path | None) -> tuple[Machine, Manifest]:
-    """A manifest's path (an existing path wins), or MACHINE/POINT, MACHINE/latest."""
-    from backup import chain as chains
+    """
+    The point that a MANIFEST names, by any of these.
+
+        a path                      of a manifest, or of one of a point's data files or digest files
+        MACHINE, MACHINE/latest     the machine's newest point
+        MACHINE/2026-11-28          its newest point at the end of that day, local time
+        MACHINE/PART                the point whose id is PART, or begins or ends with it
+        PART                        the same of any machine in the repository
+
+    Raises
+    ------
+    NotFound
+        There is no such point.
+    UsageError
+        Several points fit.
+    """
     from backup.repository import Machine, read_manifest
 
-    path = Path(text)
-    if os.path.isfile(path) or os.path.islink(path) or text.endswith(".json"):
+    path = _manifest_path(text)
+    if path is not None:
         return Machine(Path(os.path.realpath(path.parent))), read_manifest(path)
-    name, slash, point = text.rpartition("/")
-    if not slash or "/" in name:
-        raise NotFound(f"there is no manifest {text}", hint="give a manifest's path, MACHINE/POINT or MACHINE/latest")
-    [machine] = machines(repository(repo), [name])
-    contents = machine.contents()
-    damaged = contents.damaged.get(f"{point}.json")
-    if damaged is not None:
-        raise damaged
-    if point == "latest" and contents.damaged:
-        # The damaged one may have the highest sequence; an older point must not pass for the latest.
-        raise Damaged(
-            f"machine {name} has a manifest that cannot be read, which may be its latest point: "
-            + next(iter(contents.damaged.values())).message,
-            hint=f"name a point: `pybackup list {name}`",
+    name, slash, wanted = text.partition("/")
+    if "/" in wanted or not name:
+        raise NotFound(f"there is no manifest {text}", hint=_NAMES)
+    from backup import pick
+
+    opened = repository(repo)
+    if not slash and name not in opened.machine_names():
+        machine, wanted = _anywhere(opened, text)
+    else:
+        [machine] = machines(opened, [name])
+    return machine, pick.pick(machine.name, machine.contents(), wanted)
+
+
+_NAMES = "give a manifest's path, MACHINE, MACHINE/POINT, MACHINE/2026-11-28 or a part of a point's id"
+
+
+def _manifest_path(text: str) -> Path | None:
+    """The manifest's path, where the text is a path."""
+    from backup import manifest
+
+    path = Path(text)
+    if text.endswith(".json"):
+        return path
+    if os.path.isfile(path) or os.path.islink(path):
+        of = manifest.point_of(path.name)
+        if of is not None:
+            return path.with_name(f"{of}.json")
+        if "/" in text:
+            raise UsageError(f"{text} is no manifest and no data file of a repository", hint=_NAMES)
+    return None
+
+
+def _anywhere(repository: Repository, text: str) -> tuple[Machine, str]:
+    """The machine and the id of the only point in the repository whose id begins or ends with the text."""
+    from backup import pick
+
+    found = []
+    for machine in machines(repository, None):
+        try:
+            names = os.listdir(machine.path) if machine.exists() else []
+        except (OSError, BackupError):
+            continue  # what is wrong there must not hide the others
+        ids = {name.removesuffix(".json") for name in names if name.endswith(".json")}
+        found += [(machine, point) for point in pick.matching(ids, text)]
+    if len(found) > 1:
+        raise pick.ambiguous(text, [f"{machine.name}/{point}" for machine, point in found])
+    if not found:
+        raise NotFound(
+            f"the repository {repository.path} has no machine {text!r}, and no point whose id begins or ends so",
+            hint=f"it has these machines: {', '.join(repository.machine_names()) or 'none'}",
         )
-    found = chains.newest_manifest(contents.manifests.values()) if point == "latest" else contents.manifests.get(point)
-    if found is None:
-        raise NotFound(f"machine {name} has no point {point}", hint=f"see: `pybackup list {name}`")
-    return machine, found
+    return found[0]
 
 
 def points(what: Sequence[str], repo: Path | None) -> list[tuple[Machine, list[str] | None]]:
@@ -111,11 +158,11 @@ def points(what: Sequence[str], repo: Path | None) -> list[tuple[Machine, list[s
         return [(machine, None) for machine in machines(repository(repo), None)]
     found: list[tuple[Machine, list[str] | None]] = []
     for text in what:
-        if "/" in text or text.endswith(".json"):
+        if "/" not in text and _manifest_path(text) is None and text in repository(repo).machine_names():
+            found.append((machines(repository(repo), [text])[0], None))
+        else:
             machine, manifest = point(text, repo)
             found.append((machine, [manifest.point]))
-        else:
-            found.append((machines(repository(repo), [text])[0], None))
     return found
 
 

@@ -84,4 +84,6 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what a run would d
 NoFallback = Annotated[
     bool, typer.Option("--no-fallback", help="Fail with 14 rather than read everything (a rescan or a full) instead.")
 ]
-Manifest_ = Annotated[str, typer.Argument(metavar="MANIFEST", help="A path, MACHINE/POINT or MACHINE/latest.")]
+Manifest_ = Annotated[
+    str, typer.Argument(metavar="MANIFEST", help="MACHINE[/POINT or /2026-11-28], a part of a point's id, or a path.")
+]

@@ -101,9 +101,13 @@ def show(
 
 def restore(
     manifest: Manifest_,
-    target: Annotated[str, typer.Argument(metavar="TARGET", help="A file, a block device, an NBD URI, or a folder.")],
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="A file, a folder, a block device, an NBD URI, or - .")
+    ],
     disk: Annotated[str | None, typer.Option("--disk", metavar="NAME", help="Only this disk of the point.")] = None,
-    format_: Annotated[str, typer.Option("--format", metavar="raw|qcow2", help="Of the file that is made.")] = "raw",
+    format_: Annotated[
+        str | None, typer.Option("--format", metavar="raw|qcow2", help="Else the name's end decides: .qcow2, or raw.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what TARGET holds.")] = False,
     salvage: Annotated[
         bool, typer.Option("--salvage", help="Of a damaged chain: write zeroes for what is lost, and list that.  12.")
@@ -112,6 +116,7 @@ def restore(
     limit: WriteLimit = None,
 ) -> None:
     """Bring a point's disk back, checking every digest on the way."""
+    from backup import places
     from backup import restore as restoring
     from backup import salvage as salvaging
     from backup.cli import settings
@@ -121,37 +126,45 @@ def restore(
     config = find.config_or_default()
     # Not the configuration's limit: on the day of a restore everybody waits for it.
     workers, most = settings.workers(config), None if limit is None else settings.limit(limit, config)
+    placed = places.place(machine, found, target, disk, format_, force=force)
+    for text in placed.warnings:
+        render.warning(text)
     done: list[dict[str, Any]] = []
     lost: list[tuple[str, Lost]] = []
-    for name, path in restoring.targets(machine, found, target, disk, format_):
-        began = time.monotonic()
-        with render.progress(wanted=not options.quiet) as progress:
-            restored = restoring.restore_disk(
-                machine,
-                found.point,
-                name,
-                path,
-                image_format=format_,
-                force=force,
-                workers=workers,
-                progress=progress,
-                limit=most,
-                salvaging=salvage,
-            )
-        seconds = time.monotonic() - began
-        lost += [(name, each) for each in restored.lost]
-        done.append({"name": name, "target": path, **asdict(restored), "seconds": round(seconds, 3)})
-        if not options.json and not options.quiet:
-            render.line(render.restored_line(f"{found.machine}/{name}", path, restored.size, seconds))
-            for text in render.lost_lines(restored.lost):
-                render.line(text)
+    with places.made(placed.folder):
+        for place in placed.places:
+            began = time.monotonic()
+            with render.progress(wanted=not options.quiet) as progress:
+                restored = restoring.restore_disk(
+                    machine,
+                    found.point,
+                    place.disk,
+                    place.target,
+                    image_format=place.format,
+                    force=force,
+                    workers=workers,
+                    progress=progress,
+                    limit=most,
+                    salvaging=salvage,
+                )
+            seconds = round(time.monotonic() - began, 3)
+            lost += [(place.disk, each) for each in restored.lost]
+            done.append({"name": place.disk, "target": place.target, **asdict(restored), "seconds": seconds})
+            if not options.json and not options.quiet:
+                name = f"{found.machine}/{place.disk}"
+                render.line(render.restored_line(name, place.target, restored.size, seconds))
+                for text in render.lost_lines(restored.lost):
+                    render.line(text)
     error = salvaging.loss(found.machine, lost)
     if error is not None:
         show_error(error)
     if options.json:
         told = None if error is None else render.error_object(error)
-        render.document({"machine": found.machine, "point": found.point, "error": told, "disks": done})
-    raise typer.Exit(0 if error is None else error.exit_code)
+        document = {"machine": found.machine, "point": found.point, "warnings": list(placed.warnings), "error": told}
+        render.document({**document, "disks": done})
+    if error is not None:
+        raise typer.Exit(error.exit_code)
+    raise typer.Exit(WARNINGS_EXIT_CODE if placed.warnings else 0)
 
 
 def verify(
