@@ -31,7 +31,7 @@ from backup.digests import BLOCK
 from backup.errors import UsageError
 from backup.extents import Mask, Offsets, edges, windows
 from backup.index import NOBODY, ZERO, Index
-from backup.manifest import NEW, DataFile, DiskEntry, Parent, digest_name, generation
+from backup.manifest import NEW, UNFINISHED, DataFile, DiskEntry, Parent, digest_name, generation
 from backup.progress import Progress
 from backup.qcow2 import COMPRESSED, PART, RAW, Codec, Image, Writer
 from backup.repository import Machine
@@ -167,7 +167,7 @@ def consolidate(machine: Machine, merge: Merge, *, workers: int, progress: Progr
 def discard(machine: Machine, merge: Merge) -> None:
     """Remove the files of a merge that did not come to its end, or is not needed; what stays, the next run removes."""
     with suppress(OSError):
-        for name in (merge.file, merge.digests):
+        for name in (merge.file + UNFINISHED, merge.file, merge.digests):
             (machine.path / name).unlink(missing_ok=True)
 
 

@@ -4,6 +4,7 @@ Data files in a machine's folder: written in parts with digests on the way, open
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import threading
@@ -18,7 +19,7 @@ from backup.digests import CACHED, BlockCache, CheckedFile
 from backup.errors import BackupError, Damaged, Failed
 from backup.extents import Offsets
 from backup.index import Index
-from backup.manifest import DataFile, DiskEntry
+from backup.manifest import UNFINISHED, DataFile, DiskEntry
 from backup.output import Output
 from backup.plainfile import create_file
 
@@ -29,6 +30,8 @@ class PartFile:
     """
     A file that is written in numbered parts, each hashed as it comes (a `qcow2.PartSink`).
 
+    It is called `path` with `.part` until `finish`, so that a file without that is complete.
+
     Raises
     ------
     Failed
@@ -37,13 +40,16 @@ class PartFile:
 
     def __init__(self, path: Path, mode: int) -> None:
         self.path = path
+        self._part = part_name(path)
         self._digests: dict[int, bytes] = {}
         self._lock = threading.Lock()
         try:
-            self._fd = create_file(path, mode)
+            if os.path.lexists(path):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            self._fd = create_file(self._part, mode)
         except OSError as error:
             raise _cannot_write(path, error) from None
-        self._output = Output(self._fd, path, grows=True)
+        self._output = Output(self._fd, self._part, grows=True)
 
     def put(self, number: int, data: bytes | bytearray | memoryview, known: bytes | None = None) -> None:
         """Write part `number` (digests.BLOCK bytes each, the last may be short); `known` is its digest, if it is."""
@@ -56,9 +62,10 @@ class PartFile:
             raise _cannot_write(self.path, error) from None
 
     def finish(self) -> bytes:
-        """Make the file last and return the digests of its blocks, in order."""
+        """Make the file last, give it its name, and return the digests of its blocks, in order."""
         try:
             os.fsync(self._fd)
+            os.rename(self._part, self.path)
         except OSError as error:
             raise _cannot_write(self.path, error) from None
         self.close()
@@ -70,6 +77,11 @@ class PartFile:
             os.close(self._fd)
             self._fd = -1
         self._output.close()
+
+
+def part_name(path: Path) -> Path:
+    """What a data file is called until it is complete."""
+    return path.with_name(path.name + UNFINISHED)
 
 
 def write_digests(path: Path, content: bytes, mode: int) -> None:
@@ -238,7 +250,7 @@ class DataFileMaker:
         self._written = written
         self._codecs = threading.local()
         image = qcow2.Image(size=size, cluster_size=cluster_size, backing=backing, zstd=level is not None)
-        written.append(self._data)  # first: a signal may come as soon as the file is there
+        written += [part_name(self._data), self._data]  # first: a signal may come as soon as the file is there
         self._file = PartFile(self._data, mode)
         self._writer = qcow2.Writer(image, self._file, level=level)
 

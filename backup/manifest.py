@@ -23,6 +23,8 @@ from backup.errors import Damaged, Failed
 FORMAT = "pybackup manifest"
 VERSION = 2
 """The highest that this program reads; a manifest says the lowest that can express it (FORMAT.md, "History")."""
+UNFINISHED = ".part"
+"""What follows a data file's name until it is complete: the newest .qcow2 of a folder is always a whole one."""
 NEW = ".new"
 """What follows a data file's name while the file that will take its place waits beside it."""
 KINDS = ("full", "incremental")
@@ -231,8 +233,11 @@ def is_point_id(text: str) -> bool:
 
 
 def is_data_name(text: str) -> bool:
-    """Does the text have the form of a data file's or digest file's name, or of one that waits to take its place?"""
-    return _DATA.fullmatch(text.removesuffix(NEW)) is not None or _DIGESTS.fullmatch(text) is not None
+    """Is it a data file's or digest file's name, or that of one that is not complete or waits to take its place?"""
+    return (
+        _DATA.fullmatch(text.removesuffix(UNFINISHED).removesuffix(NEW)) is not None
+        or _DIGESTS.fullmatch(text) is not None
+    )
 
 
 def point_of(file: str) -> str | None:

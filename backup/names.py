@@ -18,6 +18,8 @@ Kind = Literal["machine", "disk", "bitmap"]
 MAX_LENGTH = 64
 """Characters.  Of a data file's name 32 follow the disk's, of a bitmap's name 35 the family's: far below any limit."""
 
+RECOVERY = "RECOVERY.txt"
+"""How to get a disk back without pybackup, beside the marker."""
 MARKER = "pybackup.json"
 """The file that marks a repository, beside the machines' folders (FORMAT.md)."""
 
@@ -56,8 +58,8 @@ def name_problem(kind: Kind, text: str) -> str | None:
         return f"it has {len(text)} characters, more than {MAX_LENGTH}"
     if not _PATTERNS[kind].fullmatch(text):
         return f"allowed are {_RULES[kind]}"
-    if kind == "machine" and text == MARKER:
-        return "the repository's marker has that name"
+    if kind == "machine" and text.lower() in {MARKER.lower(), RECOVERY.lower()}:  # some file systems know no case
+        return "a file of the repository has that name"
     return None
 
 

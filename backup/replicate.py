@@ -17,7 +17,7 @@ from pathlib import Path
 
 from backup import chain as chains
 from backup import digests
-from backup.datafile import PartFile, write_digests
+from backup.datafile import PartFile, part_name, write_digests
 from backup.digests import BlockCache, CheckedFile
 from backup.errors import BackupError, Damaged, Failed, Interrupted, NotFound, UsageError
 from backup.manifest import DataFile, Manifest, encode
@@ -328,7 +328,7 @@ class _Run:
     def _copy_file(self, data: DataFile, source: CheckedFile, written: list[Path]) -> None:
         folder, mode = self._second.path, self._second.modes.file
         stop = threading.Event()
-        written.append(folder / data.file)
+        written += [part_name(folder / data.file), folder / data.file]
         with closing(PartFile(folder / data.file, mode)) as target:
 
             def move(number: int) -> None:

@@ -35,7 +35,7 @@ from backup.digests import open_plain
 from backup.documents import RANDOM, BadDocument, Fields
 from backup.errors import BackupError, Damaged, Failed, Locked, NotFound, UsageError
 from backup.manifest import DiskEntry, Manifest
-from backup.names import MARKER, check_name, name_problem
+from backup.names import MARKER, RECOVERY, check_name, name_problem
 from backup.plainfile import HINT, NotPlainError, allow, create_file, open_file
 from backup.shortage import NOT_DAMAGE
 
@@ -126,14 +126,22 @@ class Repository:
         with explained(path):
             _require_free(path)
             _make(path, modes, identity or os.urandom(16).hex())
-        return cls.open(path, modes)
+        made = cls.open(path, modes)
+        made.tidy()
+        return made
 
     def tidy(self) -> None:
-        """Remove what a killed `init` left beside the marker.  Only writers call this."""
+        """
+        Remove what a killed `init` left beside the marker, and write the recovery instructions where they are missing.
+
+        Only writers call this.  What cannot be done is done by the next one.
+        """
         with suppress(OSError):
             for name in os.listdir(self.path):
                 if _UNFINISHED_MARKER.fullmatch(name):
                     os.unlink(self.path / name)
+            if not os.path.lexists(self.path / RECOVERY):
+                write_whole(self.path / RECOVERY, Path(__file__).with_name(RECOVERY).read_bytes(), self.modes.file)
 
     def machine_names(self) -> list[str]:
         """Names of the machines' folders, sorted; a folder that can be no machine's (lost+found) is none."""
@@ -623,8 +631,12 @@ def make_folder(path: Path, mode: int) -> None:
 
 def _write_temporary(path: Path, content: bytes, mode: int) -> None:
     """Write a new file that lasts; what has its name is a leftover, and goes."""
-    path.unlink(missing_ok=True)
-    with open(create_file(path, mode), "wb") as file:
+    try:
+        fd = create_file(path, mode)
+    except FileExistsError:
+        path.unlink()
+        fd = create_file(path, mode)
+    with open(fd, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

@@ -64,7 +64,7 @@ def test_direct_writes_that_are_refused_are_done_plainly(real_path, monkeypatch)
     inner, refused = os.pwrite, []
 
     def pwrite(fd: int, data: memoryview, offset: int) -> int:
-        direct = os.readlink(f"/proc/self/fd/{fd}") == str(real_path) and fd in direct_fds
+        direct = os.readlink(f"/proc/self/fd/{fd}") == f"{real_path}.part" and fd in direct_fds
         if direct:
             refused.append(offset)
             if len(refused) == 2:
@@ -111,3 +111,27 @@ def test_writing_goes_past_the_page_cache(real_path):
     finally:
         file.close()
     assert file._output._direct is None
+
+
+def test_a_file_has_its_name_only_when_it_is_complete_and_lasts(tmp_path, monkeypatch):
+    path, done = tmp_path / "vda.qcow2", []
+    fsync, rename = os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+    monkeypatch.setattr(os, "rename", lambda old, new: (done.append((old, new)), rename(old, new)))
+    file = PartFile(path, 0o600)
+    file.put(0, part(0))
+    file.close()
+    assert os.listdir(tmp_path) == ["vda.qcow2.part"]
+    (tmp_path / "vda.qcow2.part").unlink()
+    write(path, [part(0), part(1)])
+    assert done == [f"{path}.part", (Path(f"{path}.part"), path)]
+    assert os.listdir(tmp_path) == ["vda.qcow2"]
+
+
+@pytest.mark.parametrize("taken", ["vda.qcow2", "vda.qcow2.part"])
+def test_what_is_there_is_never_overwritten(tmp_path, taken):
+    """Two disks whose names differ in case only have one data file, where the file system knows no case."""
+    (tmp_path / taken).write_text("mine")
+    with pytest.raises(Failed, match="File exists"):
+        PartFile(tmp_path / "vda.qcow2", 0o600)
+    assert (os.listdir(tmp_path), (tmp_path / taken).read_text()) == ([taken], "mine")

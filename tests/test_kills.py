@@ -28,6 +28,7 @@ from lab import (
     init,
     make_image,
     raw_copy,
+    require_whole,
     restore_and_cmp,
     run,
     write,
@@ -112,8 +113,10 @@ STEPS = [
     Step(DATA, "write_digests", "before"),
     Step(DATA, "write_digests", "after"),
     Step(REPOSITORY, "Machine.publish", "before"),
-    Step(REPOSITORY, "os.rename", "before"),
-    Step(REPOSITORY, "os.rename", "after", published=True),
+    Step(REPOSITORY, "os.rename", "before"),  # of the data file, which is complete
+    Step(REPOSITORY, "os.rename", "after"),
+    Step(REPOSITORY, "os.rename", "before", 2),  # of the manifest
+    Step(REPOSITORY, "os.rename", "after", 2, published=True),
     Step(REPOSITORY, "sync_folder", "after", 2, published=True),
     Step(REPOSITORY, "Machine.publish", "after", published=True),
     Step(IMAGES, "remove_bitmap", "before", published=True),
@@ -206,6 +209,7 @@ def require_going_on(night: Night) -> None:
 def test_sigkill_at_any_step_loses_nothing(night, template, step):
     point = night.newest["point"]
     assert struck(night, step, signal.SIGKILL).returncode == -signal.SIGKILL
+    require_whole(night.repository)
     require_nothing_left(night)
     assert (night.newest["point"] != point) == step.published
     expected = night.image if step.published else template.image.with_name("before.raw")
@@ -266,7 +270,12 @@ def test_a_signal_during_the_first_backup_leaves_an_empty_machine(tmp_path):
     night = Night.of(tmp_path)
     done = struck(night, Step(DATA, "PartFile.finish", "before"), signal.SIGTERM)
     assert done.returncode == 143
-    assert sorted(path.name for path in night.repository.rglob("*")) == ["disk", "lock", "pybackup.json"]
+    assert sorted(path.name for path in night.repository.rglob("*")) == [
+        "RECOVERY.txt",
+        "disk",
+        "lock",
+        "pybackup.json",
+    ]
     assert bitmaps(night.image) == {}
     assert call_pybackup(arguments(night)).rc == 0
 

@@ -388,5 +388,14 @@ def test_names_of_digest_files_count_how_often_a_file_was_rewritten():
     for number in (0, 1, 12):
         assert generation(digest_name("a.b", POINT, number)) == number
     assert is_data_name(f"vda.{POINT}.qcow2.new")
-    for text in (f"vda.{POINT}.0.b3", f"vda.{POINT}.b3.new", "vda.new", "x.1.b3"):
+    assert is_data_name(f"vda.{POINT}.qcow2.part")
+    assert is_data_name(f"vda.{POINT}.qcow2.new.part")
+    for text in (
+        f"vda.{POINT}.0.b3",
+        f"vda.{POINT}.b3.new",
+        f"vda.{POINT}.b3.part",
+        f"vda.{POINT}.part",
+        "vda.new",
+        "x.1.b3",
+    ):
         assert not is_data_name(text)

@@ -230,10 +230,10 @@ def test_each_step_of_an_exchange_lasts_before_the_next(copied, monkeypatch):
     noted("rename", lambda source, target: f"{Path(source).name} to {Path(target).name}")
     noted("unlink", lambda path: Path(path).name)
     rewritten = prune(copied.machine, REQUEST, Quiet()).rewrites[-1].point
-    done = [step for step in done if not step.startswith("unlink") or not step.endswith(".tmp")]  # of a leftover
-    first = done.index(f"fsync vda.{rewritten}.qcow2.new")
-    assert done[first : first + 12] == [
-        f"fsync vda.{rewritten}.qcow2.new",
+    first = done.index(f"fsync vda.{rewritten}.qcow2.new.part")
+    assert done[first : first + 13] == [
+        f"fsync vda.{rewritten}.qcow2.new.part",
+        f"rename vda.{rewritten}.qcow2.new.part to vda.{rewritten}.qcow2.new",
         f"fsync vda.{rewritten}.1.b3",
         "fsync folder",
         f"fsync {rewritten}.json.tmp",
@@ -246,7 +246,7 @@ def test_each_step_of_an_exchange_lasts_before_the_next(copied, monkeypatch):
         "fsync folder",
         f"unlink vda.{rewritten}.b3",
     ]
-    assert done[first + 12] == "fsync folder"
+    assert done[first + 13] == "fsync folder"
     removed = [index for index, text in enumerate(done) if text.startswith("unlink") and text.endswith(".json")]
     for index in removed:
         assert done[index + 1] == "fsync folder"

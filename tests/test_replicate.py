@@ -19,6 +19,7 @@ from lab import (
     init,
     make_image,
     raw_copy,
+    require_whole,
     restore_and_cmp,
     run,
     run_pybackup,
@@ -363,7 +364,7 @@ def test_a_point_that_was_pruned_meanwhile_is_no_damage_unless_it_was_asked_for(
     def pruned(self, point):
         if point == second:
             prune = ["prune", "disk", "--keep-last", "1", "--batch", "1", "--repo", here.repository]
-            assert call_pybackup(prune).rc == 0
+            assert run_pybackup(prune).rc == 0
             assert points(here) == [third]
         original(self, point)
 
@@ -402,7 +403,7 @@ def test_a_point_that_prune_is_exchanging_is_copied_as_it_is_stored(night, tmp_p
     """Its manifest lists two files, of which one has the name; the copy's lists that one."""
     repository, other = tmp_path / "repo", tmp_path / "other"
     run("cp", "-r", night.repository, repository)
-    spec = Step("backup.exchange", "os.rename", when, nth=2).spec(signal.SIGKILL)
+    spec = Step("backup.exchange", "os.rename", when, nth=3).spec(signal.SIGKILL)
     prune = ["prune", "disk", "--keep-last", "1", "--batch", "1", "--repo", repository]
     subprocess.run([sys.executable, "-c", DRIVER, spec, *prune], check=False, capture_output=True, timeout=60)
     assert any(json.loads(path.read_bytes())["disks"][0].get("replaces") for path in manifests(repository))
@@ -422,8 +423,10 @@ STEPS = [
     Step("backup.replicate", "write_digests", "before", 2),
     Step("backup.replicate", "write_digests", "after"),
     Step(REPOSITORY, "Machine.publish", "before", 2),
-    Step(REPOSITORY, "os.rename", "before"),
+    Step(REPOSITORY, "os.rename", "before"),  # of a data file, which is complete
     Step(REPOSITORY, "os.rename", "after"),
+    Step(REPOSITORY, "os.rename", "before", 2),  # of a manifest
+    Step(REPOSITORY, "os.rename", "after", 2),
     Step(REPOSITORY, "Machine.publish", "after", 2),
 ]
 
@@ -439,6 +442,7 @@ def test_a_copy_that_is_cut_off_is_resumed(night, tmp_path, step, number):
         said.seek(0)
         text = said.read()
     assert done.returncode == (-number if number == signal.SIGKILL else 128 + number)
+    require_whole(other)
     whole = [path.stem for path in manifests(other)] if (other / "disk").exists() else []
     assert whole == points(night)[: len(whole)]
     if number == signal.SIGTERM and whole:

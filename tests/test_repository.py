@@ -28,7 +28,7 @@ from lab import (
 
 from backup import digests, repository
 from backup.errors import Damaged, Failed, Interrupted, Locked, UsageError
-from backup.names import MARKER
+from backup.names import MARKER, RECOVERY
 from backup.repository import Modes, Repository
 
 
@@ -60,7 +60,7 @@ def back_up_with_umask(tmp_path, umask, *options):
 def test_only_the_owner_can_read_whatever_the_umask(tmp_path, umask):
     found = back_up_with_umask(tmp_path, umask)
     assert {name: mode for name, mode in found.items() if mode != 0o600} == dict.fromkeys(FOLDERS, 0o700)
-    assert len(found) == len(FOLDERS) + 5
+    assert len(found) == len(FOLDERS) + 6
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o077])
@@ -68,7 +68,7 @@ def test_group_read_lets_the_group_read_whatever_the_umask(tmp_path, umask):
     (tmp_path / "c.yaml").write_text("group_read: true\n")
     found = back_up_with_umask(tmp_path, umask, "--config", tmp_path / "c.yaml")
     assert {name: mode for name, mode in found.items() if mode != 0o640} == dict.fromkeys(FOLDERS, 0o750)
-    assert len(found) == len(FOLDERS) + 5
+    assert len(found) == len(FOLDERS) + 6
 
 
 def test_init_makes_a_repository_and_tells_where_it_lies(tmp_path):
@@ -187,13 +187,17 @@ def test_a_run_removes_what_a_killed_init_left_beside_the_marker(tmp_path):
     assert call_pybackup(["list", "--repo", night.repository]).rc == 0
     assert (night.repository / f"{MARKER}.0123abcd.tmp").exists(), "a reader must remove nothing"
     assert night.incremental().rc == 0
-    assert sorted(path.name for path in night.repository.iterdir() if path.is_file()) == [MARKER, f"{MARKER}.old"]
+    assert sorted(path.name for path in night.repository.iterdir() if path.is_file()) == [
+        RECOVERY,
+        MARKER,
+        f"{MARKER}.old",
+    ]
 
 
 def test_a_set_group_id_folder_keeps_its_bit_and_hands_it_on(tmp_path):
     tmp_path.chmod(0o2755)
     Repository.create(tmp_path / "repo", Modes(0o640, 0o750))
-    assert modes(tmp_path / "repo") == {".": 0o2750, MARKER: 0o640}
+    assert modes(tmp_path / "repo") == {".": 0o2750, MARKER: 0o640, RECOVERY: 0o640}
 
 
 def test_a_folder_that_holds_other_things_is_never_made_a_repository(tmp_path):
@@ -244,7 +248,7 @@ def test_of_several_inits_at_the_same_time_one_makes_the_repository(tmp_path):
         thread.join()
     assert (len(found), len(refused)) == (1, 7)
     assert found == [Repository.open(tmp_path / "repo").identity]
-    assert os.listdir(tmp_path / "repo") == [MARKER]
+    assert sorted(os.listdir(tmp_path / "repo")) == [RECOVERY, MARKER]
 
 
 def test_a_file_system_without_links_gets_its_marker_too(tmp_path, monkeypatch):
@@ -256,7 +260,7 @@ def test_a_file_system_without_links_gets_its_marker_too(tmp_path, monkeypatch):
     assert Repository.open(tmp_path / "repo").identity == identity
     with pytest.raises(UsageError):
         Repository.create(tmp_path / "repo")
-    assert os.listdir(tmp_path / "repo") == [MARKER]
+    assert sorted(os.listdir(tmp_path / "repo")) == [RECOVERY, MARKER]
 
 
 def test_the_second_writer_is_told_the_first_ones_host_and_pid(tmp_path):
@@ -381,7 +385,13 @@ def test_leftovers_that_are_links_or_pipes_go_and_nothing_is_written_through_the
     precious, folder = tmp_path / "precious", night.repository / "disk"
     precious.write_text("x" * 1000)
     stem = "20200101T000000Z-00000000"
-    names = [f"{stem}.json.tmp", f"disk.{stem}.qcow2", f"disk.{stem}.b3", f"disk.{stem}.qcow2.new"]
+    names = [
+        f"{stem}.json.tmp",
+        f"disk.{stem}.qcow2",
+        f"disk.{stem}.b3",
+        f"disk.{stem}.qcow2.new",
+        f"disk.{stem}.qcow2.part",
+    ]
     for name in names:
         ODD[odd](folder / name, precious)
     ODD[odd](folder / f"{night.newest['point']}.json.tmp", precious)
@@ -567,7 +577,8 @@ def test_leftovers_are_removed_and_what_is_not_ours_stays(tmp_path):
     night.full()
     folder = night.repository / "disk"
     stem = "disk.20200101T000000Z-00000000"
-    leftovers = [folder / name for name in (f"{stem}.qcow2", f"{stem}.b3", "20200101T000000Z-00000000.json.tmp")]
+    names = ("qcow2", "qcow2.part", "qcow2.new", "qcow2.new.part", "b3")
+    leftovers = [folder / f"{stem}.{name}" for name in names] + [folder / "20200101T000000Z-00000000.json.tmp"]
     foreign = [folder / name for name in ("notes.txt", "disk.qcow2", "x.b3", f"{stem}.qcow2.bak", "my.json.tmp")]
     for path in (*leftovers, *foreign):
         path.write_text("x")
