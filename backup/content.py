@@ -156,6 +156,11 @@ class _Chosen:
         return self._found[0][at], self._found[1][at]
 
 
+def kept_blocks(chain: Chain) -> int:
+    """Checked blocks to be kept while a chain is read in the disk's order."""
+    return min(CACHED + len(chain.links), _MOST_CACHED)
+
+
 @contextmanager
 def checked(folder: Path, chain: Chain, size: int) -> Iterator[Content]:
     """
@@ -166,7 +171,7 @@ def checked(folder: Path, chain: Chain, size: int) -> Iterator[Content]:
     NotFound, Damaged
         A file of the chain is not what was written.
     """
-    with datafile.opened(folder, chain, min(CACHED + len(chain.links), _MOST_CACHED)) as files:
+    with datafile.opened(folder, chain, kept_blocks(chain)) as files:
         yield Content(chain, files, size)
 
 

@@ -69,6 +69,11 @@ def place(
         for each in places:
             refuse_existing(Path(each.target), force=force)
         return Placed(places, Path(base), ())
+    if len(names) > 1 and target == STDOUT:
+        raise UsageError(
+            f"point {point.point} holds several disks, and standard output takes one",
+            hint=f"name it: --disk {' or '.join(names)}",
+        )
     if len(names) > 1:
         raise UsageError(
             f"{target} is no folder, and point {point.point} holds several disks",

@@ -24,7 +24,7 @@ from backup import chain as chains
 from backup import datafile, qcow2, salvage
 from backup.chain import Chain
 from backup.datafile import OpenDataFile
-from backup.digests import BLOCK
+from backup.digests import BLOCK, CACHED
 from backup.errors import BackupError, Damaged, Failed, NotFound
 from backup.extents import Offsets, edges, windows
 from backup.index import NOBODY, Found, Index
@@ -123,9 +123,11 @@ def restore_disk(
 
 
 @contextmanager
-def opened_point(machine: Machine, point: str, disk: str) -> Iterator[tuple[Chain, list[OpenDataFile]]]:
+def opened_point(
+    machine: Machine, point: str, disk: str, cached: Callable[[Chain], int] = lambda _: CACHED
+) -> Iterator[tuple[Chain, list[OpenDataFile]]]:
     """
-    Build a disk's chain and open all its files.
+    Build a disk's chain and open all its files; `cached` says how many checked blocks are kept.
 
     All files are open before the manifests are read again: what changed meanwhile is tried again, so that damage counts
     only when it repeats.
@@ -135,7 +137,7 @@ def opened_point(machine: Machine, point: str, disk: str) -> Iterator[tuple[Chai
         chain = _chain(machine, point, disk)
         with ExitStack() as stack:
             try:
-                files = stack.enter_context(datafile.opened(machine.path, chain))
+                files = stack.enter_context(datafile.opened(machine.path, chain, cached(chain)))
             except (Damaged, NotFound):
                 if chain == failed:
                     raise

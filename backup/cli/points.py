@@ -5,6 +5,7 @@ The commands that look at the points of a repository: list, show, restore, verif
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -31,8 +32,10 @@ from backup.names import check_folder
 
 if TYPE_CHECKING:
     from backup.manifest import Manifest
+    from backup.places import Place
     from backup.prune import Report as PruneReport
     from backup.remove import Removal
+    from backup.repository import Machine
     from backup.salvage import Lost
     from backup.verify import Choice, Verified
 
@@ -116,7 +119,7 @@ def restore(
     limit: WriteLimit = None,
 ) -> None:
     """Bring a point's disk back, checking every digest on the way."""
-    from backup import places
+    from backup import places, room
     from backup import restore as restoring
     from backup import salvage as salvaging
     from backup.cli import settings
@@ -129,6 +132,10 @@ def restore(
     placed = places.place(machine, found, target, disk, format_, force=force)
     for text in placed.warnings:
         render.warning(text)
+    if target == places.STDOUT:
+        _stream(machine, found, placed.places[0], workers, most, salvage=salvage)
+        return
+    room.require(machine, found, placed.places)
     done: list[dict[str, Any]] = []
     lost: list[tuple[str, Lost]] = []
     with places.made(placed.folder):
@@ -165,6 +172,28 @@ def restore(
     if error is not None:
         raise typer.Exit(error.exit_code)
     raise typer.Exit(WARNINGS_EXIT_CODE if placed.warnings else 0)
+
+
+def _stream(machine: Machine, point: Manifest, place: Place, workers: int, limit: int | None, *, salvage: bool) -> None:
+    """A disk to standard output, and all that is said about it to standard error."""
+    from backup import stream as streaming
+
+    output = 1  # sys.stdout would buffer once more
+    if os.isatty(output):
+        raise UsageError(
+            "standard output is a terminal", hint="send the stream into a file or a program: > FILE, | PROGRAM"
+        )
+    for given, option in ((options.json, "--json"), (salvage, "--salvage"), (place.format != "raw", "--format qcow2")):
+        if given:
+            raise UsageError(f"{option} together with -", hint="standard output takes the raw stream and nothing else")
+    began = time.monotonic()
+    with render.progress(wanted=not options.quiet) as progress:
+        done = streaming.stream(
+            machine, point.point, place.disk, output, workers=workers, progress=progress, limit=limit
+        )
+    if not options.quiet:
+        name, seconds = f"{point.machine}/{place.disk}", time.monotonic() - began
+        render.note(render.restored_line(name, "standard output", done.size, seconds), to_stderr=True)
 
 
 def verify(
