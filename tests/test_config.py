@@ -82,6 +82,15 @@ def test_the_example_loads_and_means_what_it_says():
             agent=Path("/run/mail1.qga"),
             freeze="yes",
             scratch=Path("/var/tmp"),
+            exclude=("swap0",),
+            retention=RETENTION,
+        ),
+        MachineConfig(
+            "web2",
+            (DiskConfig("vda", image=Path("/var/lib/libvirt/images/web2.qcow2"), node="virtio0"),),
+            "b1",
+            Compression(1),
+            qmp=Path("/run/web2.qmp"),
             retention=RETENTION,
         ),
     )
@@ -215,6 +224,26 @@ machines:
             "line 4: machines.a.disks.vda: expected `node`, as the machine has `qmp`, and `image` if the machine",
         ),
         (
+            "machines:\n  a:\n    qmp: q\n    disks: {vda: {node: x, image: i}, vdb: {node: y}}\n",
+            "line 4: machines.a.disks: expected `image` beside `node` for each disk, or for none",
+        ),
+        (
+            "machines:\n  a:\n    qmp: q\n    exclude: [a, 5]\n    disks: {vda: {node: x}}\n",
+            "line 4: machines.a.exclude: expected a node's name, a device's id or an image's path, got the number 5",
+        ),
+        (
+            "machines:\n  a:\n    qmp: q\n    exclude: {a: b}\n    disks: {vda: {node: x}}\n",
+            "line 4: machines.a.exclude: expected a node's name, a device's id or an image's path, or a list of such",
+        ),
+        (
+            "machines:\n  a:\n    exclude: b\n    disks: {vda: {image: x}}\n",
+            "line 3: machines.a.exclude: only a running machine, with `qmp`, has that",
+        ),
+        (
+            "machines:\n  a:\n    disks: {vda: {image: x, allow_plaintext: true}}\n",
+            "line 3: machines.a.disks.vda.allow_plaintext: only a running machine, with `qmp`, decrypts its disks",
+        ),
+        (
             "machines:\n  a: {disks: {vda: {node: disk0}}}\n",
             "line 2: machines.a.disks.vda.node: only a running machine, with `qmp`, has nodes",
         ),
@@ -271,6 +300,19 @@ machines:
 def test_a_problem_says_line_key_and_what_was_expected(problems, tmp_path, text, expected):
     found = [problem.replace(f"{tmp_path}", "FOLDER") for problem in problems(text)]
     assert any(problem.startswith(expected) for problem in found), found
+
+
+@pytest.mark.parametrize(
+    ("text", "excluded"), [("[b, /img/c.qcow2]", ("b", "/img/c.qcow2")), ("b", ("b",)), ("[]", ())]
+)
+def test_excluded_disks_are_a_list_or_one(read, text, excluded):
+    machine = read(f"machines:\n  a:\n    qmp: q\n    exclude: {text}\n    disks: {{vda: {{node: x}}}}\n").machines[0]
+    assert (machine.exclude, machine.on_or_off) == (excluded, False)
+
+
+def test_a_machine_is_on_or_off_whose_disks_have_a_node_and_an_image(read):
+    [machine] = read("machines:\n  a:\n    qmp: q\n    disks: {vda: {node: x, image: i, format: raw}}\n").machines
+    assert machine.on_or_off
 
 
 def test_a_limit_is_a_size_a_second(read):
