@@ -47,6 +47,17 @@ def test_the_real_agent_says_that_nothing_is_frozen(tmp_path):
                 assert agent.frozen() is False
 
 
+def test_a_socket_whose_path_is_longer_than_an_address(tmp_path):
+    with qemu_ga(tmp_path) as address:
+        deep = tmp_path / ("d" * 60) / ("e" * 60)
+        deep.mkdir(parents=True)
+        with Agent(address.rename(deep / "qga")) as agent:
+            assert agent.frozen() is False
+    with pytest.raises(AgentError) as caught, Agent(tmp_path / ("n" * 120)):
+        pass
+    require_two_lines(caught.value, "107 bytes")
+
+
 def test_the_real_agents_refusal_is_shown_with_its_class_and_words(tmp_path):
     with qemu_ga(tmp_path) as address, Agent(address) as agent:
         for command, ask in ((FREEZE, agent.freeze), (THAW, agent.thaw)):

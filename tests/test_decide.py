@@ -186,6 +186,19 @@ def test_a_missing_bitmap_is_a_fallback():
     require_fallback(decided(replace(SOUND, bitmaps=()), chain()), NAME, "missing")
 
 
+@pytest.mark.parametrize("was", [True, False])
+@pytest.mark.parametrize("wanted", [INCREMENTAL, RESCAN])
+def test_a_chain_holds_plaintext_or_the_container_and_never_both(was, wanted):
+    """A full, whatever else is wanted where no bitmap continues a chain."""
+    newest = entry()
+    last = chain(replace(newest, source=replace(newest.source, plaintext=was)))
+    settings = {"family": "b1", "short_id": REPO8, "max_chain": 100, "claim": NO_CLAIM}
+    for unusable in (FULL, RESCAN):
+        found = decide(wanted, replace(SOUND, plaintext=not was), last, unusable=unusable, **settings)
+        require_fallback(found, P, "plaintext", "container")
+    assert decide(wanted, replace(SOUND, plaintext=was), last, **settings).kind == INCREMENTAL
+
+
 @pytest.mark.parametrize("recorded", [4096, 1 << 20])
 def test_a_bitmap_of_another_granularity_than_the_recorded_one_was_made_by_another_program(recorded):
     changed = entry()

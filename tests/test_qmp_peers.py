@@ -19,7 +19,9 @@ from lab import call_pybackup
 
 from backup.errors import SourceError
 from backup.qemu.fleece import query_blocks
-from backup.qemu.monitor import Monitor, MonitorLost, NotListening, Refused
+from backup.qemu.leftovers import Place
+from backup.qemu.monitor import Event, Monitor, MonitorLost, NotListening, Refused
+from backup.qemu.scratch import _lost
 
 GREETING = {"QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 22}, "package": ""}, "capabilities": []}}
 NODE = {
@@ -267,6 +269,24 @@ def test_events_without_end_are_not_kept_and_the_loss_of_some_is_an_error():
             assert sum(len(str(event)) for event in monitor._events) < 10 << 20
             with pytest.raises(MonitorLost, match="faster than they can be read"):
                 monitor.events()
+
+
+@pytest.mark.parametrize(
+    "kept", ["", "x", "p {}", "p [1]", 'p ["a"]', 'p ["/a\\u0000", "/b"]', "p " + "[" * 60_000, "p 9" + "9" * 5000]
+)
+def test_what_a_peer_keeps_beside_a_descriptor_is_ours_or_nothing(kept):
+    assert Place.of(kept) is None
+
+
+@pytest.mark.parametrize("node", [None, 5, [], "", "own", "owns", "ownsx", "owns\u0661", "owns" + "9" * 5000, "other0"])
+def test_an_event_of_a_node_that_is_none_of_ours_says_nothing_of_our_scratch_files(node):
+    assert _lost(Event("QUORUM_REPORT_BAD", {"node-name": node, "error": "e"}), "own") is None
+
+
+def test_an_events_words_are_cut():
+    lost = _lost(Event("QUORUM_REPORT_BAD", {"node-name": "owns12", "type": ["t"], "error": "e" * 10_000}), "own")
+    assert lost is not None
+    assert (lost.number, lost.access, len(lost.error)) == (12, "['t']", 300)
 
 
 def test_a_huge_answer_takes_little_memory(tmp_path):

@@ -439,7 +439,8 @@ class Instant:
         """That something of what the guest overwrote is not in the scratch files, where a witness says so."""
         lost = self._witness.lost()
         if lost is not None:
-            return _lost(self._targets[lost.number].scratch, f"{lost.access}: {lost.error}")
+            known = lost.number if lost.number < len(self._targets) else 0  # QEMU's word is not trusted further
+            return _lost(self._targets[known].scratch, f"{lost.access}: {lost.error}")
         for fd, target in zip(self._fds, self._targets, strict=True):
             error = scratch.write_back_error(fd)
             if error is not None:

@@ -43,9 +43,10 @@ class Place:
     @classmethod
     def of(cls, opaque: str) -> Place | None:
         """Read what `opaque` made; None of anything else."""
-        with suppress(ValueError, TypeError):
+        with suppress(ValueError, TypeError, RecursionError):
             scratch, path = json.loads(opaque.partition(" ")[2])
-            return cls(str(scratch), str(path))
+            if "\0" not in f"{scratch}{path}":  # no path of ours has one
+                return cls(str(scratch), str(path))
         return None
 
 

@@ -19,6 +19,7 @@ import ctypes
 import errno
 import functools
 import os
+import re
 import sys
 import threading
 import time
@@ -197,12 +198,17 @@ def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 
 
+_MOST_SHOWN = 300
+"""Characters of QEMU's own words in an error."""
+
+
 def _lost(event: Event, own: str) -> Lost | None:
     """What an event says of a scratch file whose names begin with `own`; None where it is of something else."""
     if event.name not in _LOST:
         return None
     node = str(event.data.get("node-name") or event.data.get("reference") or "")
     digits = node.removeprefix(own)[1:]
-    if not node.startswith(own) or not digits.isdecimal():
+    if not node.startswith(own) or re.fullmatch("[0-9]{1,6}", digits) is None:
         return None
-    return Lost(int(digits), str(event.data.get("type", "access")), str(event.data.get("error", "no error told")))
+    what, why = str(event.data.get("type", "access")), str(event.data.get("error", "no error told"))
+    return Lost(int(digits), what[:_MOST_SHOWN], why[:_MOST_SHOWN])

@@ -139,7 +139,7 @@ class Running:
                 )
             if blocks.storage(name).driver in _PASSED_THROUGH:
                 kind = self._property(device, "type")
-                if kind in _PASS_THROUGH:
+                if isinstance(kind, str) and kind in _PASS_THROUGH:
                     return f"device {device.names[0]} ({kind}) passes the guest's writes to the storage unseen by QEMU"
         return blocks.unseen_writer(name, self.is_one_file)
 
@@ -193,7 +193,7 @@ class Running:
                 f"the machine of {self.socket} has no disk that is writable and not excluded",
                 hint="name a disk with --node NODE (a node's name, a device's id or an image)",
             )
-        self.sources = tuple(NodeSource(self, node.name) for node in nodes.values())
+        self.sources = tuple(NodeSource(self, node.name, label=name) for name, node in nodes.items())
         return list(zip(nodes, self.sources, strict=True))
 
     def recover(self, owner: Owner) -> Sequence[str]:
@@ -353,13 +353,15 @@ class NodeSource:
     """
     A disk of a running machine; `text` is a node's name, a device's id, or the image.
 
-    `image` is what is read in the disk's stead while the machine is off, if anything is.
+    `image` is what is read in the disk's stead while the machine is off, if anything is.  `label` is what warnings call
+    the disk.
     """
 
-    def __init__(self, host: Running, text: str, image: Path | None = None) -> None:
+    def __init__(self, host: Running, text: str, image: Path | None = None, *, label: str | None = None) -> None:
         self._host = host
         self.text = text
         self._image = image
+        self._label = label or text
         self._node: Node | None = None
 
     @property
@@ -452,22 +454,22 @@ class NodeSource:
         name, doubts = self.node.name, []
         if blocks.is_abandoned(name):
             doubts.append(
-                f"disk {self.text}: no device of the machine uses node {name}, so the guest writes elsewhere; was the "
-                "disk moved to another image? name it by its device or its present image"
+                f"disk {self._label}: no device of the machine uses node {name}, so the guest writes elsewhere; was "
+                "the disk moved to another image? name it by its device or its present image"
             )
         why = self._host.why_unseen(blocks, name)
         if why is not None:
-            doubts.append(f"disk {self.text}: {why}; the point may hold several moments of the disk")
+            doubts.append(f"disk {self._label}: {why}; the point may hold several moments of the disk")
         file = self._host.local(blocks.storage(name).file)
         if self._image is not None and not self._host.same_file(str(self._image), file):
             doubts.append(
-                f"disk {self.text}: the machine writes to {file} now, and while it is off {self._image} would be read, "
-                "which lies below it: correct `image:`, or commit the snapshot"
+                f"disk {self._label}: the machine writes to {file} now, and while it is off {self._image} would be "
+                "read, which lies below it: correct `image:`, or commit the snapshot"
             )
         lost = process.lost_file(self._host.monitor.peer, file)
         if lost is not None:
             doubts.append(
-                f"disk {self.text}: the image {file} was {lost} while QEMU has it open; all that the guest writes is "
+                f"disk {self._label}: the image {file} was {lost} while QEMU has it open; all that the guest writes is "
                 "lost when the machine ends"
             )
         return doubts
