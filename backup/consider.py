@@ -109,6 +109,7 @@ def recognised(request: Request, contents: Contents) -> tuple[Request, list[str]
         return request, []
     disks: list[DiskRequest] = []
     notes = []
+    paths: dict[str, str] = {}
     for disk in request.disks:
         given = request.names is Names.GIVEN
         if given and disk.path is None and chains.newest_manifest(contents.manifests.values(), disk.name):
@@ -117,6 +118,10 @@ def recognised(request: Request, contents: Contents) -> tuple[Request, list[str]
             continue
         path = disk.path or disk.source.look().path
         name = known_name(contents.manifests, disk.name, path, given=given)
+        if paths.setdefault(path, disk.name) != disk.name:
+            raise UsageError(
+                f"{paths[path]} and {disk.name} are the same disk, {path}", hint="name each disk of the machine once"
+            )
         if any(other.name == name for other in disks):
             raise UsageError(
                 f"two disks are named {name}: {path} is known as that one",

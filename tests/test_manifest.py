@@ -361,9 +361,16 @@ def test_what_an_exchange_replaces_comes_back_whole():
     assert REWRITTEN.disks[0].restored() == REWRITTEN.disks[0]
 
 
-def test_a_manifest_of_an_older_program_has_no_pin_and_replaces_nothing():
+def test_plaintext_of_an_encrypted_disk_is_recorded():
+    entry = disk()
+    plain = POINT_1.with_disk(replace(entry, source=replace(entry.source, plaintext=True)))
+    assert json.loads(encode(plain))["disks"][0]["source"]["plaintext"] is True
+    assert decode(encode(plain), "m") == plain
+
+
+def test_a_manifest_of_an_older_program_has_no_pin_replaces_nothing_and_says_nothing_of_plaintext():
     document = json.loads(json.dumps(DOCUMENT))
-    del document["pinned"], document["disks"][0]["replaces"]
+    del document["pinned"], document["disks"][0]["replaces"], document["disks"][0]["source"]["plaintext"]
     assert decode(signed(document), "m") == POINT_1
 
 

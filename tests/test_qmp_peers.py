@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -203,6 +204,31 @@ def test_no_value_in_any_answer_ends_in_anything_but_an_error_of_the_source():
                 refused += complaint is not None
             found.answers[command] = SOUND[command]
     assert refused > len(PLACES) * 8
+
+
+@pytest.mark.parametrize(
+    ("command", "path", "odd"),
+    [
+        ("query-named-block-nodes", (0, "dirty-bitmaps", 0, "recording"), 1),
+        ("query-named-block-nodes", (0, "dirty-bitmaps", 0, "busy"), None),
+        ("query-named-block-nodes", (0, "ro"), "false"),
+        ("query-named-block-nodes", (0, "file"), "nul\0"),
+        ("query-named-block-nodes", (0, "file"), "\ud800"),
+        ("query-named-block-nodes", (0, "file"), "x" * 100_000),
+        ("query-named-block-nodes", (0, "image", "virtual-size"), True),
+        ("query-named-block-nodes", (0, "image", "virtual-size"), 1 << 63),
+        ("query-named-block-nodes", (0, "dirty-bitmaps", 0, "count"), -1),
+        ("query-block", (0, "device"), ...),
+        ("x-debug-query-block-graph", ("edges", 0, "perm"), "write"),
+        ("query-fdsets", (0, "fdset-id"), "0"),
+        ("query-jobs", (0, "id"), 5),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused_by_its_place(command, path, odd):
+    with peer() as found, Monitor(found.path) as monitor:
+        found.answers[command] = changed(SOUND[command], path, odd)
+        with pytest.raises(SourceError, match=re.escape(str(path[-1]))):
+            monitor.command(command)
 
 
 @pytest.mark.parametrize(
