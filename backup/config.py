@@ -19,9 +19,9 @@ from typing import Literal
 import yaml
 
 from backup.errors import UsageError
-from backup.names import FOLDER_HINT, Kind, folder_problem, name_problem
+from backup.names import FOLDER_HINT, Kind, folder_problem, name_problem, without_password
 from backup.retention import MAX_COUNT, RULES, Batch, Duration, Policy
-from backup.units import KiB, MiB, parse_size, show_size
+from backup.units import KiB, MiB, parse_duration, parse_size, show_duration, show_size
 
 MIN_LEVEL, MAX_LEVEL = -7, 19
 """Of zstd: its fast levels as far as -7, and those that its program offers without --ultra."""
@@ -124,6 +124,8 @@ class MachineConfig:
         return self.qmp is not None and all(disk.image is not None for disk in self.disks)
 
 
+_TIMEOUTS = 1.0, 86400.0
+"""Seconds that `timeout` may name."""
 _LIMITS = 64 * KiB, 1024 * 1024 * MiB
 """Bytes a second that `limit` may name."""
 
@@ -152,7 +154,8 @@ class Config:
 
     `path` is the file they came from, None for the defaults.  At most `requests` are in flight on each of
     `connections`, each of at most `request_size` bytes.  `workers` is the number of cores to keep busy; None means all.
-    A source is read at no more than `limit` bytes a second.  `max_chain` is the number of points after which an
+    A source is read at no more than `limit` bytes a second.  A wait without progress ends
+    after `timeout` seconds.  `max_chain` is the number of points after which an
     incremental becomes a full.  An incremental reads `spot_check` clean clusters again.  `group_read` lets the group
     read the repository (0640 and 0750 instead of 0600 and 0700).
     """
@@ -171,6 +174,7 @@ class Config:
     request_size: int = 512 * KiB
     workers: int | None = None
     limit: int | None = None
+    timeout: float = 300.0
     scratch: Path | None = None
     scratch_reserve: int = 256 * MiB
     group_read: bool = False
@@ -236,7 +240,7 @@ def _compose(path: Path, text: bytes) -> yaml.Node | None:
 def _config(section: _Section, path: Path) -> Config:
     section.allow(
         "repository", "bitmap", "compression", "cluster_size", "max_chain", "check_zeroes", "spot_check",
-        "on_unusable_bitmap", "connections", "requests", "request_size", "workers", "limit", "scratch",
+        "on_unusable_bitmap", "connections", "requests", "request_size", "workers", "limit", "timeout", "scratch",
         "scratch_reserve", "group_read", "retention", "machines",
     )  # fmt: skip
     known = Config()
@@ -261,6 +265,7 @@ def _config(section: _Section, path: Path) -> Config:
         request_size=section.size("request_size", max(known.request_size, cluster_size), 64 * KiB, 32 * MiB),
         workers=section.integer("workers", 1, 256),
         limit=section.size("limit", 0, *_LIMITS) or None if "limit" in section.fields else None,
+        timeout=section.seconds("timeout", known.timeout, *_TIMEOUTS),
         scratch=section.path("scratch"),
         scratch_reserve=section.size("scratch_reserve", known.scratch_reserve, 0, 1 << 60),
         group_read=section.boolean("group_read", otherwise=known.group_read),
@@ -577,6 +582,19 @@ class _Section:
         self.problem(key, f"expected {expected}, got {text!r}")
         return otherwise
 
+    def seconds(self, key: str, otherwise: float, low: float, high: float) -> float:
+        """A time between two bounds, as 30s, 5m (also 5min) or 1h; in seconds."""
+        expected = f"a time from {show_duration(low)} to {show_duration(high)}, as 30s, 5m or 1h"
+        text = self._scalar(key, ("str",), expected)
+        try:
+            found = otherwise if text is None else parse_duration(re.sub(r"m$", "min", text))
+        except UsageError:
+            found = -1.0
+        if low <= found <= high:
+            return found
+        self.problem(key, f"expected {expected}, got {text!r}")
+        return otherwise
+
     def integer(self, key: str, low: int, high: int) -> int | None:
         """A whole number between two bounds, written in decimal."""
         expected = f"a whole number from {low} to {high}"
@@ -610,8 +628,10 @@ class _Section:
         """An NBD URI."""
         text = self._scalar("nbd", ("str",), "an NBD URI")
         if text is not None and text.partition(":")[0] not in _NBD_SCHEMES:
+            shown = without_password(text)
             self.problem(
-                "nbd", f"expected an NBD URI, as nbd://HOST/EXPORT or nbd+unix:///EXPORT?socket=PATH, got {text!r}"
+                "nbd",
+                f"expected an NBD URI, as nbd://HOST/EXPORT or nbd+unix:///EXPORT?socket=PATH, got {shown!r}",
             )
             return None
         return text

@@ -15,6 +15,8 @@ from backup.errors import UsageError
 
 Kind = Literal["machine", "disk", "bitmap"]
 
+_PASSWORD = re.compile(r"(://[^/?#@\s]*?):[^/?#\s]*@")
+
 MAX_LENGTH = 64
 """Characters.  Of a data file's name 32 follow the disk's, of a bitmap's name 35 the family's: far below any limit."""
 
@@ -93,3 +95,8 @@ def check_folder(text: str) -> str:
 
 
 FOLDER_HINT = "mount the remote place and name its folder; a folder whose name has a colon is written ./NAME"
+
+
+def without_password(text: str) -> str:
+    """Return a URI, or a text with URIs in it, without the passwords (`user:password@`): it may be shown and stored."""
+    return _PASSWORD.sub(r"\1@", text)

@@ -5,6 +5,9 @@ within bounded time and memory.
 
 from __future__ import annotations
 
+import os
+import resource
+import socket
 import struct
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -13,6 +16,10 @@ from pathlib import Path
 import pytest
 from lab import KIB, MIB, Result, call_pybackup, restore_and_cmp
 from peers import ALLOCATION, MULTI_CONN, Asked, Peer, listening, pattern
+from servers import nbdkit_tcp
+
+from backup import names
+from backup.qemu.nbd import Export
 
 DIRTY = "qemu:dirty-bitmap:b0"
 BIG = 2 * MIB
@@ -300,3 +307,92 @@ def test_every_request_is_aligned_to_the_servers_blocks(tmp_path, flags, blocks,
         assert (done.rc, done.stderr, done.disk["kind"]) == (0, "", "incremental")
     assert peer.refused == 0
     restore_and_cmp(tmp_path / "repo", "m/latest", content)
+
+
+def test_an_export_of_no_bytes_is_refused_as_an_empty_image_is(tmp_path):
+    empty = tmp_path / "empty.raw"
+    empty.touch()
+    image = call_pybackup(["full", "--image", empty, "--image-format", "raw", "--repo", tmp_path / "repo"])
+    with listening(Peer(size=0)) as uri:
+        require_refused(full(uri, tmp_path / "repo"), tmp_path / "repo", f"{uri} is empty")
+    assert (image.rc, "is empty" in image.stderr) == (13, True)
+
+
+def test_an_export_without_a_name_is_the_disk_disk(tmp_path):
+    with listening(Peer()) as uri:
+        done = call_pybackup(["full", "--nbd", uri, "--machine", "m", "--repo", tmp_path / "repo", "--json"])
+    assert (done.rc, done.disk["name"]) == (0, "disk")
+
+
+# Lists without end
+
+
+def _names_without_end(connection: socket.socket, option: int, name: bytes) -> bool:
+    if option not in {9, 10}:
+        return False
+    reply = struct.pack(">QIII", 0x3E889045565A9, option, 4, 4 + len(name)) + struct.pack(">I", 1) + name
+    while True:
+        connection.sendall(reply * 64)
+
+
+@pytest.mark.parametrize("name", [b"qemu:dirty-bitmap:x", b"qemu:dirty-bitmap:" + b"x" * 4000])
+def test_a_list_of_bitmaps_without_end_ends_the_run_in_bounded_memory(tmp_path, name):
+    peer = Peer(option=lambda connection, option: _names_without_end(connection, option, name))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with listening(peer) as uri:
+        done = full(uri, tmp_path / "repo", "--bitmap", "b0")
+    require_refused(done, tmp_path / "repo", "lists more dirty bitmaps than a disk can have")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150 << 10, "KiB"
+
+
+# Passwords
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_password_in_a_uri_is_neither_stored_nor_shown(tmp_path, there):
+    with listening(Peer(blocks=(1, 512, MIB))) as uri:
+        given = uri.replace(":///", "://scott:tiger@/") if there else "nbd://scott:tiger@localhost:1/x"
+        command = ["--debug", "full", "--nbd", given, "--machine", "m", "--disk", "d", "--repo", tmp_path / "repo"]
+        done = call_pybackup([*command, "--json"])
+        assert done.rc == (0 if there else 13), done
+    stored = b"".join(path.read_bytes() for path in (tmp_path / "repo").rglob("*.json"))
+    assert b"tiger" not in stored
+    assert (b"scott" in stored) is there
+    assert "tiger" not in done.stderr + done.stdout
+
+
+def test_a_password_in_a_uri_that_is_none_is_not_shown(tmp_path):
+    for uri in ("nbd://scott:tiger@[::1/x", "foo://scott:tiger@host/x"):
+        done = full(uri, tmp_path / "repo")
+        assert done.rc != 0
+        assert "tiger" not in done.stderr
+    config = tmp_path / "c.yaml"
+    config.write_text("repository: repo\nmachines: {a: {disks: {vda: {nbd: 'foo://scott:tiger@host/x'}}}}\n")
+    done = call_pybackup(["--config", config, "check-config"])
+    assert done.rc == 2
+    assert "tiger" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("nbd://scott:tiger@host/x", "nbd://scott@host/x"),
+        ("nbds://scott:ti:ger@host:10809/x: failed", "nbds://scott@host:10809/x: failed"),
+        ("nbd://host:10809/a@b", "nbd://host:10809/a@b"),
+        ("nbds://alice@host/?tls-psk-file=/a:b@c", "nbds://alice@host/?tls-psk-file=/a:b@c"),
+        ("nbd+unix:///x?socket=/a:b@c", "nbd+unix:///x?socket=/a:b@c"),
+        ("1:2@3", "1:2@3"),
+    ],
+)
+def test_only_a_password_is_taken_out_of_a_uri(text, shown):
+    assert names.without_password(text) == shown
+
+
+def test_connections_over_tcp_are_kept_alive(tmp_path):
+    content = tmp_path / "content"
+    content.write_bytes(bytes(MIB))
+    with nbdkit_tcp(tmp_path, "file", content) as port, Export(f"nbd://localhost:{port}") as export, export.lanes(2):
+        for handle in export._handles:
+            with socket.socket(fileno=os.dup(handle.aio_get_fd())) as connection:
+                assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+                assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60

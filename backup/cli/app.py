@@ -19,6 +19,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
 import backup
+from backup import patience
 from backup.cli import backups, inside, points, process, render, repositories
 from backup.cli.state import COMMON, explained, fail, given_twice, options, show_error
 from backup.cli.streams import ReaderGone
@@ -203,6 +204,8 @@ def main() -> NoReturn:
 
 
 def _run(arguments: Sequence[str]) -> int:
+    patience.set_limit(patience.LIMIT)
+    patience.told_by(lambda text: render.note(text, to_stderr=True))
     options.reset(json="--json" in arguments)  # what fails before the options are parsed is a document, too
     try:
         command = typer.main.get_command(app)

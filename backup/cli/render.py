@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from backup.cli.streams import mute
 from backup.errors import BackupError, Damaged, Interrupted, UsageError
+from backup.names import without_password
 from backup.units import counted, show_age, show_duration, show_rate, show_size
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def _out(text: str) -> None:
 
 def _err(text: str) -> None:
     try:
-        sys.stderr.write(text + "\n")
+        sys.stderr.write(without_password(text) + "\n")
     except OSError:
         mute(sys.stderr)  # nobody is left to be told
 

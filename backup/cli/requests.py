@@ -19,7 +19,7 @@ from backup.consider import DiskRequest, Names, Request
 from backup.copier import Settings
 from backup.decide import FULL, INCREMENTAL, RESCAN, Claim, Sight
 from backup.errors import NotFound, SourceError, UsageError
-from backup.names import check_name, name_problem
+from backup.names import check_name, name_problem, without_password
 from backup.qemu.nbd import Export
 from backup.qemu.programs import filename
 from backup.sources.at_rest import AtRest, ImageSource, NbdSource
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 AUDIT = "audit"
 """What is wanted of a machine's disks beside FULL, INCREMENTAL and RESCAN, which `decide` has."""
+
+_UNNAMED = "disk"
+"""The disk of an NBD export without a name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,7 +308,7 @@ def _from_nbd(uri: str, options: Options, config: Config) -> Request:
     machine = check_name("machine", options.machine or _derived(name, "machine"))
     source = NbdSource(uri, options.bitmap)
     _require_bitmap(options, options.bitmap)
-    [disk] = _disk_names(options, [name], "--nbd")
+    [disk] = _disk_names(options, [name or _UNNAMED], "--nbd")
     return _request(
         machine,
         AtRest([source]),
@@ -501,7 +504,8 @@ def _export_name(uri: str) -> str:
         return unquote(urlsplit(uri).path.removeprefix("/"))
     except ValueError:
         raise UsageError(
-            f"{uri!r} is not an NBD URI", hint="for example nbd://host/export or nbd+unix:///export?socket=PATH"
+            f"{without_password(uri)!r} is not an NBD URI",
+            hint="for example nbd://host/export or nbd+unix:///export?socket=PATH",
         ) from None
 
 

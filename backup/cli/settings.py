@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from backup import config as configuration
+from backup import patience
 from backup.config import Config
 from backup.errors import UsageError
 from backup.repository import Modes
@@ -21,7 +22,7 @@ def find_config(given: Path | None, environment: Mapping[str, str], warn: Callab
     """
     Load `--config`, else $PYBACKUP_CONFIG, else ./config.yaml, else /etc/pybackup/config.yaml, else the defaults.
 
-    A file that another user may have written is used, with a warning.
+    A file that another user may have written is used, with a warning.  Its `timeout` holds from now on.
 
     Raises
     ------
@@ -37,6 +38,12 @@ def find_config(given: Path | None, environment: Mapping[str, str], warn: Callab
 
         return configuration.load(path, check)
 
+    config = _found(given, environment, load)
+    patience.set_limit(config.timeout)
+    return config
+
+
+def _found(given: Path | None, environment: Mapping[str, str], load: Callable[[Path], Config]) -> Config:
     named = given or (Path(environment["PYBACKUP_CONFIG"]) if environment.get("PYBACKUP_CONFIG") else None)
     if named is not None:
         return load(named)

@@ -25,8 +25,11 @@ from typing import Any, Self, TypeVar
 from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient, QMPError
 from qemu.qmp.message import Message
 
+from backup import patience
 from backup.errors import SourceError
+from backup.patience import Silent, Wait
 from backup.qemu import answers, sockets
+from backup.units import show_duration
 
 _log = logging.getLogger(__name__)
 # The library tells each failure to its logger; we tell it to the user, once.
@@ -38,6 +41,8 @@ _GREETING_SECONDS = 5.0
 """A socket that another client has connects and never greets."""
 _COMMAND_SECONDS = 120.0
 """A transaction waits for all requests of the guest that are under way, on whatever storage."""
+_TICK = 0.25
+"""Seconds between looks at a wait."""
 _HUNG_SECONDS = 5.0
 """For each command after one that had no answer: what tidies up asks a QEMU that hangs again and again."""
 _LONGEST_MESSAGE = 6 << 20
@@ -236,7 +241,7 @@ class Monitor:
             self._run(self._client.connect(connection), _GREETING_SECONDS)
             assert self._client.greeting is not None
             answers.require_version(self._client.greeting.QMP.version)
-        except (NoAnswer, TimeoutError):
+        except (NoAnswer, TimeoutError, Silent):
             connection.close()
             raise SourceError(
                 f"QEMU does not greet on {self.path} within {_GREETING_SECONDS:.0f} s; is another program connected?",
@@ -257,27 +262,35 @@ class Monitor:
             ) from None
 
     def _answer(self, name: str, execution: Coroutine[Any, Any, object]) -> Any:
-        seconds = _HUNG_SECONDS if self._hung else _COMMAND_SECONDS
+        seconds = patience.limit(_HUNG_SECONDS if self._hung else _COMMAND_SECONDS)
         try:
-            answer = self._run(execution, seconds)
+            answer = self._run(execution, seconds, name)
             answers.require_form(name, answer)
             return answer
         except ExecuteError as error:
             raise Refused(name, error.error.error.desc) from None
-        except NoAnswer:
+        except (NoAnswer, Silent):
             self._hung = True
             raise MonitorLost(
-                f"QEMU did not answer {name} within {seconds:.0f} s", hint="does its storage hang?"
+                f"QEMU did not answer {name} within {show_duration(seconds)}",
+                hint="see whether the storage of its disks, or of the scratch file, hangs",
             ) from None
         except (ExecInterruptedError, QMPError, EOFError, OSError):
             raise MonitorLost(
                 f"the QMP connection {self.path} ended at {name}", hint="was the machine shut down, or QEMU killed?"
             ) from None
 
-    def _run(self, work: Coroutine[Any, Any, _T], seconds: float) -> _T:
+    def _run(self, work: Coroutine[Any, Any, _T], seconds: float, command: str = "") -> _T:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        wait = Wait(f"QEMU's answer to {command} on {self.path}", seconds)
         try:
-            return future.result(seconds)
+            while True:
+                try:
+                    return future.result(min(seconds, _TICK))
+                except NoAnswer:
+                    if future.done():  # it is the work's own
+                        raise
+                    wait.look()
         except BaseException:
             future.cancel()
             raise

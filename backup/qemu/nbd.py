@@ -21,6 +21,7 @@ from __future__ import annotations
 import importlib
 import os
 import queue
+import socket
 import sys
 import threading
 import time
@@ -35,6 +36,8 @@ import numpy as np
 from backup import extents, interrupts
 from backup.errors import BackupError, Failed, SourceError
 from backup.extents import Runs
+from backup.names import without_password
+from backup.patience import Silent, Wait
 
 if TYPE_CHECKING:
     import nbd
@@ -62,6 +65,12 @@ _EXTRA_SECONDS = 5.0
 _LEAVE_SECONDS = 5.0
 """How long a server may take to hang up after a disconnect."""
 _NO_PROTOCOL = "the server does not keep to the NBD protocol; nothing was assumed about the disk"
+_MOST_OFFERED, _A_NAME = 32 << 20, 64
+"""Bytes of memory for the names of a server's bitmaps (an image holds 65,535 of them), and of each beside its text."""
+_MOST_SHOWN, _LONGEST_SHOWN = 10, 128
+"""Names of bitmaps that a hint lists, and characters of each."""
+_KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 4}
+"""Seconds without traffic, seconds between probes, and probes without an answer that end a connection."""
 _INSTALL = (
     "install the distribution's binding: apt-get install python3-libnbd (dnf install python3-libnbd), then make setup"
 )
@@ -165,7 +174,8 @@ class Export:
     def __init__(
         self, uri: str, bitmaps: Sequence[str] = (), size: int | None = None, dialled: Dialled | None = None
     ) -> None:
-        self.uri = uri
+        self.uri = without_password(uri)
+        self._address = uri
         self._dialled = dialled
         self._nbd = load_binding()
         wanted = [ALLOCATION, *(DIRTY_BITMAP + name for name in bitmaps)]
@@ -220,7 +230,7 @@ class Export:
         if not self.has_bitmap(bitmap):
             raise SourceError(
                 f"{self.uri} has no dirty bitmap {bitmap!r}",
-                hint=f"it offers: {', '.join(self.offered_bitmaps()) or 'none'}; qemu-nbd needs -f qcow2 -B {bitmap}",
+                hint=f"it offers: {_listed(self.offered_bitmaps())}; qemu-nbd needs -f qcow2 -B {bitmap}",
             )
         return self._status(DIRTY_BITMAP + bitmap, start, end).masked(extents.DIRTY)
 
@@ -286,7 +296,7 @@ class Export:
         if not self._takes_more:
             return None
         try:
-            handle = connect(self._nbd, self.uri, contexts, seconds=_EXTRA_SECONDS, dialled=self._dialled)
+            handle = connect(self._nbd, self._address, contexts, seconds=_EXTRA_SECONDS, dialled=self._dialled)
         except SourceError:
             self._takes_more = False
             return None
@@ -371,8 +381,10 @@ class Export:
     def _answer(self, question: _Question) -> list[int]:
         handle = question.handle
         asked = f"answered a block status request at {question.start}"
+        wait = Wait(f"block status from {self.uri}")
         while len(question.found) < 2 and not self._ask(lambda: handle.aio_command_completed(question.cookie)):
             self._ask(lambda: _tick(handle))
+            wait.look()
         if not question.found:
             raise self._odd(f"{asked} without {question.context}")
         if len(question.found) > 1:
@@ -473,6 +485,7 @@ class Lane:
         # A simple reply is one run of all the bytes.  Without pieces to watch, libnbd need not call us for each.
         self._in_pieces: bool = handle.get_structured_replies_negotiated()
         self._reads: dict[int, _Read] = {}
+        self._patience = Wait(f"data from {uri}")
         # A read whose bytes did not all come is an error, so the zeroing before each read would only cost time.
         handle.set_pread_initialize(False)
 
@@ -509,8 +522,10 @@ class Lane:
         Raises
         ------
         SourceError
-            A read failed, was answered with less than all of its bytes, or the connection broke.
+            A read failed, was answered with less than all of its bytes, the connection broke, or nothing came for so
+            long that the program's patience is over.
         """
+        self._patience.resume()
         poll = self._handle.poll
         deadline = time.monotonic() + milliseconds / 1000
         try:
@@ -522,6 +537,10 @@ class Lane:
                     break
         except self._nbd.Error as error:
             raise source_error(self._uri, error) from None
+        if done:
+            self._patience.progressed()
+        else:
+            self._patience.look()
         return done
 
     def _finished(self) -> list[object]:
@@ -576,7 +595,8 @@ class Target:
     reads_zero = False  # whatever it held before is still there
 
     def __init__(self, uri: str) -> None:
-        self.uri = uri
+        self.uri = without_password(uri)
+        self._address = uri
         self._nbd = load_binding()
         self._abandoned = threading.Event()
         try:
@@ -660,10 +680,15 @@ class Target:
         try:
             with self._connection() as handle:
                 cookie = start(handle)
+                wait = Wait(f"{self.uri} to store data")
                 while not handle.aio_command_completed(cookie):
                     self._tick(handle)
+                    wait.look()
         except self._nbd.Error as error:
             raise self._failed(error) from None
+        except Silent as silent:
+            self.abandon()
+            raise Failed(silent.message, hint=f"the target is incomplete; {silent.hint}") from None
         except BaseException:
             # The main thread was interrupted, and no other thread should wait for this server any more.
             self.abandon()
@@ -698,7 +723,7 @@ class Target:
         deadline = time.monotonic() + _EXTRA_SECONDS
         with suppress(self._nbd.Error):
             handle.set_uri_allow_local_file(True)
-            handle.aio_connect_uri(self.uri)
+            handle.aio_connect_uri(self._address)
             while handle.aio_is_connecting() and time.monotonic() < deadline:
                 self._tick(handle)
             if handle.aio_is_ready():
@@ -717,7 +742,7 @@ class Target:
 
     def _failed(self, error: Any) -> Failed:
         return Failed(
-            f"{self.uri}: writing failed: {error.string}",
+            without_password(f"{self.uri}: writing failed: {error.string}"),
             hint="the target is incomplete; look at the server's log, then restore again",
         )
 
@@ -757,6 +782,7 @@ def connect(
         The server cannot be reached, does not answer, has no such export, or the URI is not one.
     """
     handle: nbd.NBD = binding.NBD()
+    address, uri = uri, without_password(uri)
     deadline = time.monotonic() + seconds
     try:
         # The user names the URI, so that its tls-psk-file and tls-certificates are the user's own files.
@@ -766,7 +792,7 @@ def connect(
             handle.set_request_structured_replies(False)
         _ask_for(handle, contexts or () if offered is None else [DIRTY_BITMAP])
         if dialled is None:
-            handle.aio_connect_uri(uri)
+            handle.aio_connect_uri(address)
         else:
             handle.set_export_name(dialled.name)
             handle.aio_connect_socket(dialled.dial())
@@ -778,6 +804,8 @@ def connect(
             _await_handshake(handle, uri, deadline)
             if handle.aio_is_negotiating():
                 raise SourceError(f"{uri}: the server refuses the export", hint="see what it has: nbdinfo --list URI")
+        if handle.aio_is_ready():
+            _keep_alive(handle)
     except binding.Error as error:
         raise source_error(uri, error) from None
     return handle
@@ -790,13 +818,43 @@ def _ask_for(handle: nbd.NBD, contexts: Sequence[str]) -> None:
 
 
 def _list_contexts(binding: Any, handle: nbd.NBD, uri: str, deadline: float, offered: list[str]) -> None:
+    fd = handle.aio_get_fd()
+    room = _MOST_OFFERED
+
     def collect(name: str) -> int:
-        offered.append(name)
-        return 0
+        nonlocal room
+        room -= len(name) + _A_NAME
+        if room >= 0:
+            offered.append(name)
+            return 0
+        _hang_up(fd)  # libnbd goes on as long as replies come
+        return -1
 
     with suppress(binding.Error):  # it cannot list them: only a hint is poorer without
         handle.aio_opt_list_meta_context(collect)
         _await_handshake(handle, uri, deadline)
+    if room < 0:
+        raise SourceError(f"{uri} lists more dirty bitmaps than a disk can have", hint=_NO_PROTOCOL)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
+    return ", ".join(name[:_LONGEST_SHOWN] for name in names[:_MOST_SHOWN]) + more or "none"
+
+
+def _hang_up(fd: int) -> None:
+    """End a connection under libnbd's hands; its descriptor stays libnbd's."""
+    with suppress(OSError), socket.socket(fileno=os.dup(fd)) as connection:
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+def _keep_alive(handle: nbd.NBD) -> None:
+    """Have the kernel notice a peer over TCP that is gone, also while it owes us nothing."""
+    with socket.socket(fileno=os.dup(handle.aio_get_fd())) as connection:
+        if connection.family in {socket.AF_INET, socket.AF_INET6}:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in _KEEPALIVE.items():
+                connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def _await_handshake(handle: nbd.NBD, uri: str, deadline: float) -> None:
@@ -817,7 +875,9 @@ def _tick(handle: nbd.NBD) -> None:
 
 def source_error(uri: str, error: Any) -> SourceError:
     """Put libnbd's message into an error of ours, with the URI it is about."""
-    return SourceError(f"{uri}: {error.string}", hint="is the server running, and the URI right? try: nbdinfo URI")
+    return SourceError(
+        without_password(f"{uri}: {error.string}"), hint="is the server running, and the URI right? try: nbdinfo URI"
+    )
 
 
 def _shutdown(binding: Any, handle: nbd.NBD) -> None:

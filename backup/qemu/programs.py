@@ -11,11 +11,13 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from backup.errors import Failed
+from backup.patience import Silent, Wait
 from backup.shortage import NO_PROCESS
 
 _log = logging.getLogger(__name__)
@@ -25,6 +27,12 @@ Process = subprocess.Popen[str]
 Conversation = subprocess.Popen[bytes]
 
 _PACKAGE = "install QEMU's tools: apt-get install qemu-utils (dnf install qemu-img)"
+_TICK = 0.25
+"""Seconds between looks at a program that runs."""
+_DEATH_SECONDS = 2.0
+"""How long a program may take to die."""
+_MOMENTS = 30.0
+"""How long a program that writes may take to end when we were told to stop."""
 _KEEP_BUFFERS = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(128 << 20)}
 """
 For glibc's malloc (mallopt(3)): else qemu-nbd gives the buffer of each large read back to the kernel and gets another,
@@ -66,11 +74,17 @@ class Finished:
 
 
 def run(command: Sequence[str], codes: Sequence[int] = (0,), pass_fds: Sequence[int] = ()) -> str:
-    """Run a program to its end, as `finish` does; its standard output."""
-    return finish(command, codes, pass_fds).stdout
+    """
+    Run a program that leaves nothing half-written, as `finish` does; its standard output.
+
+    A program that hangs is killed.
+    """
+    return finish(command, codes, pass_fds, may_kill=True).stdout
 
 
-def finish(command: Sequence[str], codes: Sequence[int] = (0,), pass_fds: Sequence[int] = ()) -> Finished:
+def finish(
+    command: Sequence[str], codes: Sequence[int] = (0,), pass_fds: Sequence[int] = (), *, may_kill: bool = False
+) -> Finished:
     """
     Run a program to its end; its standard output and standard error.
 
@@ -78,14 +92,23 @@ def finish(command: Sequence[str], codes: Sequence[int] = (0,), pass_fds: Sequen
     ------
     ProgramFailed
         It ended with another code than one of `codes`.
+    Silent
+        It did not end in time.  It is killed if `may_kill`, and else goes on: a qemu-img that is ended while it writes
+        an image's bitmaps damages them.
     """
     process = popen(command, subprocess.PIPE, pass_fds)
     try:
-        stdout, stderr = process.communicate()
+        stdout, stderr = _ended(process, Wait(f"{shlex.join(command)} to end"))
+    except Silent as silent:
+        if may_kill:
+            kill(process)
+        else:
+            silent.hint = f"process {process.pid} goes on, as its end could harm the image; look at the image's storage"
+        raise
     except BaseException:
-        # A signal stops us, not a qemu-img that is writing an image's bitmaps; it needs only moments.  Its output must
-        # be read on: nobody waits for a program that waits for room in a pipe.
-        process.communicate()
+        # A signal stops us, not a qemu-img that is writing an image's bitmaps; it needs only moments.
+        with suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=_MOMENTS)
         raise
     if process.returncode not in codes:
         raise ProgramFailed(command, stderr)
@@ -100,6 +123,22 @@ def has_ended(process: Process, seconds: float) -> bool:
         process.kill()
         return False
     return True
+
+
+def _ended(process: Process, wait: Wait) -> tuple[str, str]:
+    """Await a program's end, and what it printed.  Its output is read all the time: a full pipe would stop it."""
+    while True:
+        try:
+            return process.communicate(timeout=_TICK)
+        except subprocess.TimeoutExpired:
+            wait.look()
+
+
+def kill(process: Process) -> None:
+    """End a program now.  One whose storage hangs ends when it goes on: not even SIGKILL ends it before."""
+    process.kill()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(_DEATH_SECONDS)
 
 
 def converse(

@@ -273,5 +273,4 @@ def _greets(address: _Where, deadline: float) -> bool:
 
 def _end(server: Process) -> None:
     # A read-only server has nothing to tidy up, and one that is asked to end takes its time to.
-    server.kill()
-    server.wait()
+    programs.kill(server)

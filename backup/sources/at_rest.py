@@ -15,6 +15,7 @@ from backup import plan
 from backup.decide import Bitmap, Sight
 from backup.errors import SourceError, UsageError
 from backup.manifest import LowerFile
+from backup.names import without_password
 from backup.qemu import images, locks, programs, servers
 from backup.qemu.nbd import Export
 from backup.sources.base import Moved, NotStarted, Opened, Owner, Source, Wish
@@ -256,7 +257,8 @@ class NbdSource:
     """
 
     def __init__(self, uri: str, bitmap: str | None = None) -> None:
-        self.uri = uri
+        self.uri = without_password(uri)
+        self._address = uri
         self.bitmap = bitmap
         self._export: Export | None = None
 
@@ -276,6 +278,8 @@ class NbdSource:
     def look(self) -> Sight:
         """Ask the server."""
         export = self._connected()
+        if export.size == 0:
+            raise SourceError(f"{self.uri} is empty", hint="is it the right export? a disk has at least one byte")
         shown = (Bitmap(self.bitmap),) if self.bitmap and export.has_bitmap(self.bitmap) else ()
         return Sight(kind="nbd", path=self.uri, format="raw", size=export.size, bitmaps=shown)
 
@@ -317,5 +321,5 @@ class NbdSource:
 
     def _connected(self) -> Export:
         if self._export is None:
-            self._export = Export(self.uri, [self.bitmap] if self.bitmap else [])
+            self._export = Export(self._address, [self.bitmap] if self.bitmap else [])
         return self._export
