@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from lab import MIB, call_pybackup, make_image, restore_and_cmp, write
+from lab import MIB, call_pybackup, make_image, restore_and_cmp, run_pybackup, write
 from peers import Asked, Peer, listening, pattern, silence
 
 from backup import patience
@@ -234,7 +234,7 @@ def test_a_program_that_writes_the_bitmaps_of_an_image_is_left_to_end(tmp_path, 
     ended = tmp_path / "ended"
     _hanging(tmp_path, monkeypatch, "--add", f"trap '' TERM INT; sleep 3; echo > {ended}")
     options = ["--image", image, "--repo", tmp_path / "repo", "--bitmap", "b1"]
-    done = call_pybackup(["--config", config, "full", *options])
+    done = run_pybackup(["--config", config, "full", *options])
     assert done.rc == 13, done
     assert "goes on" in done.stderr
     deadline = time.monotonic() + 20

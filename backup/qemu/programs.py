@@ -33,6 +33,8 @@ _DEATH_SECONDS = 2.0
 """How long a program may take to die."""
 _MOMENTS = 30.0
 """How long a program that writes may take to end when we were told to stop."""
+_left: list[Process] = []
+"""Programs that go on without us; kept, so that their output is not closed as long as this process lives."""
 _KEEP_BUFFERS = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(128 << 20)}
 """
 For glibc's malloc (mallopt(3)): else qemu-nbd gives the buffer of each large read back to the kernel and gets another,
@@ -103,6 +105,7 @@ def finish(
         if may_kill:
             kill(process)
         else:
+            _left.append(process)
             silent.hint = f"process {process.pid} goes on, as its end could harm the image; look at the image's storage"
         raise
     except BaseException:
@@ -139,6 +142,9 @@ def kill(process: Process) -> None:
     process.kill()
     with suppress(subprocess.TimeoutExpired):
         process.wait(_DEATH_SECONDS)
+    for pipe in (process.stdout, process.stderr):
+        if pipe is not None:
+            pipe.close()
 
 
 def converse(
