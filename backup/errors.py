@@ -19,6 +19,8 @@ any other exception is a bug, of which --debug shows the traceback.
 
 from __future__ import annotations
 
+import signal
+
 WARNINGS_EXIT_CODE = 3
 """Exit code of a run that made its points but warned on the way (a fallback to a rescan, for example)."""
 
@@ -107,7 +109,7 @@ class Interrupted(BaseException):
     """
 
     def __init__(self, signal_number: int) -> None:
-        self.message = f"stopped by signal {signal_number}"
+        self.message = f"stopped by {signal.Signals(signal_number).name}"
         self.hint = "no point was harmed by that; run the command again"
         self.exit_code = 128 + signal_number
         super().__init__(self.message)

@@ -263,6 +263,8 @@ def test_a_usage_error_names_the_commands_own_help(args):
     assert done.rc == 2
     assert done.stderr.splitlines()[1] == f"pybackup: hint: see: pybackup {args[0]} --help"
     assert call_pybackup(["nonsense"]).stderr.splitlines()[1] == "pybackup: hint: see: pybackup --help"
+    hint = call_pybackup(["--repo", "r", "list"]).stderr.splitlines()[1]
+    assert hint == "pybackup: hint: an option of a command stands after the command; see: pybackup --help"
 
 
 @pytest.mark.parametrize("args", [["--quiet", "--verbose", "list"], ["nonsense"], ["full", "--nonsense"]], ids=" ".join)

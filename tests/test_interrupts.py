@@ -43,4 +43,4 @@ def test_a_signal_is_not_swallowed_and_nothing_is_said_of_it(struck):
         [sys.executable, "-c", PREPARED + told], capture_output=True, text=True, timeout=60, check=False
     )
     tidied = "tidied up\n" * ("to_the_end" in struck)
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"{tidied}stopped by signal 15\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{tidied}stopped by SIGTERM\n", "")

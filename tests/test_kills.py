@@ -242,7 +242,7 @@ def test_a_signal_that_asks_leaves_no_trace(night, step, number):
     done = struck(night, step, number)
     assert done.returncode == 128 + number, done
     first, second = done.stderr.splitlines()
-    assert first == f"pybackup: error: stopped by signal {int(number)}"
+    assert first == f"pybackup: error: stopped by {signal.Signals(number).name}"
     assert second.startswith("pybackup: hint: ")
     require_nothing_left(night)
     if night.state()[1] == before[1]:

@@ -7,6 +7,7 @@ A connection that breaks, a QEMU that dies, a socket that another program has, a
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Self
 
 import pytest
-from lab import MIB, call_pybackup
+from lab import MIB, PYBACKUP, call_pybackup
 from lab import run as run_program
 from live import (
     Machine,
@@ -816,3 +817,22 @@ def test_clean_leaves_another_repositorys_leftovers_and_a_foreign_nbd_server_alo
     assert clean(nights).rc == 0
     assert ["already running" in text for text in machine.leftovers()] == [True]
     assert not list(Path(tempfile.gettempdir()).glob("pybackup-*"))
+
+
+# The limit of open files
+
+
+def test_a_run_that_may_open_too_few_files_names_the_limit_and_leaves_nothing_in_qemu(nights):
+    before = nights.points()
+    for limit in (8, 14, 21, 25, 32):
+        words = " ".join(shlex.quote(str(word)) for word in (PYBACKUP, *nights.arguments("incremental")))
+        done = subprocess.run(
+            ["bash", "-c", f"ulimit -n {limit}; exec {words}"], check=False, capture_output=True, text=True, timeout=60
+        )
+        nights.require_nothing_left()
+        assert done.returncode == 1, done
+        error, hint = done.stderr.splitlines()
+        assert error.endswith("Too many open files") or "temporary" in error
+        assert "(ulimit -n" in hint
+        assert nights.points() == before
+    nights.require_incremental()

@@ -214,7 +214,10 @@ def _run(arguments: Sequence[str]) -> int:
     except ReaderGone:
         raise
     except TyperException as error:
-        return fail(UsageError(" ".join(error.format_message().split()), hint=f"see: {options.program} --help"))
+        message = " ".join(error.format_message().split())
+        early = options.program == "pybackup" and message.startswith("No such option")
+        hint = "an option of a command stands after the command; " if early else ""
+        return fail(UsageError(message, hint=f"{hint}see: {options.program} --help"))
     except Interrupted as stopped:
         return fail(stopped)
     except typer.Abort:

@@ -18,10 +18,9 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +38,8 @@ from backup.qemu.nbd import Dialled, Export
 
 _log = logging.getLogger(__name__)
 
+_SPARE_FILES = 12
+"""Descriptors; a program that is started takes four, and a second connection to QEMU as many."""
 _WATCH_SECONDS = 0.2
 """Between looks at the scratch folder's space and at QEMU's events."""
 _LEAST = 4096
@@ -145,27 +146,40 @@ def frozen_instant(
     SourceError
         QEMU refuses, the scratch folder has no space, or (from within) the instant was lost while it was read.
     """
-    instant = Instant(monitor, own, targets, room)
-    try:
-        instant.begin(around)
-        yield instant
-    except (BackupError, Interrupted) as error:
-        instant.end()
-        told = instant.lost if instant.lost is not None and isinstance(error, BackupError) else error
-        told.hint = "; ".join([told.hint, *instant.troubles])
-        raise told from None
-    finally:
-        instant.end()
+    with _spare_files() as give_back:
+        instant = Instant(monitor, own, targets, room, give_back)
+        try:
+            instant.begin(around)
+            yield instant
+        except (BackupError, Interrupted) as error:
+            instant.end()
+            told = instant.lost if instant.lost is not None and isinstance(error, BackupError) else error
+            told.hint = "; ".join([told.hint, *instant.troubles])
+            raise told from None
+        finally:
+            instant.end()
+
+
+@contextmanager
+def _spare_files() -> Iterator[Callable[[], None]]:
+    """Keep descriptors back for the removal, which needs some also where a run had no more; yields what frees them."""
+    with ExitStack() as spare:
+        for _ in range(_SPARE_FILES):
+            spare.callback(os.close, os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+        yield spare.close
 
 
 class Instant:
     """A frozen instant."""
 
-    def __init__(self, monitor: Monitor, own: str, targets: Sequence[Target], room: Room) -> None:
+    def __init__(
+        self, monitor: Monitor, own: str, targets: Sequence[Target], room: Room, before_end: Callable[[], None]
+    ) -> None:
         self._monitor = monitor
         self._own = own
         self._targets = targets
         self._room = room
+        self._before_end = before_end
         self._folder, self._lock = folders.shared_folder()
         self._socket = os.fspath(self._folder / "nbd")
         self._fds: list[int] = []
@@ -248,6 +262,7 @@ class Instant:
         to_the_end(self._end)
 
     def _end(self) -> None:
+        self._before_end()
         if self._ended:
             return
         self._over.set()
@@ -259,7 +274,7 @@ class Instant:
             self._undo_by_another()
         except scratch.Silent as error:
             self.troubles.append(error.message)
-        except SourceError as error:
+        except BackupError as error:
             self.troubles.append(f"{error.message}; what is left in QEMU is removed by the next run")
         while self._fds:
             fd = self._fds.pop()
@@ -270,7 +285,7 @@ class Instant:
                 os.ftruncate(fd, 0)
             os.close(fd)
         self._ended = True
-        shutil.rmtree(self._folder, ignore_errors=True)
+        folders.remove_folder(self._folder)
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1

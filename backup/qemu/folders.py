@@ -10,8 +10,10 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+from backup.errors import Failed
 
 _LONGEST_FOLDER = 80
 """Bytes of a temporary folder's path that leave room for a folder and a socket in it."""
@@ -34,7 +36,7 @@ def private_folder() -> Iterator[Path]:
         yield folder
     finally:
         os.close(lock)
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_folder(folder)
 
 
 def shared_folder() -> tuple[Path, int]:
@@ -47,16 +49,25 @@ def shared_folder() -> tuple[Path, int]:
     return _locked_folder(_SHARED)
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove a folder with the sockets in it, with one descriptor: there may be no more, and rmtree takes two."""
+    with suppress(OSError):
+        for name in os.listdir(folder):
+            os.unlink(folder / name)
+        os.rmdir(folder)
+    shutil.rmtree(folder, ignore_errors=True)  # what holds more than was ever put there
+
+
 def _locked_folder(prefix: str) -> tuple[Path, int]:
     folder = Path(_socket_folder(prefix))
-    try:
+    with ExitStack() as undo:
+        undo.callback(os.rmdir, folder)
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    with suppress(OSError):  # a file system without locks: then none of these is removed by others
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    _remove_orphans(folder.parent)
+        undo.callback(os.close, lock)
+        with suppress(OSError):  # a file system without locks: then none of these is removed by others
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        _remove_orphans(folder.parent)
+        undo.pop_all()
     return folder, lock
 
 
@@ -69,7 +80,7 @@ def _remove_orphans(place: Path) -> None:
                 if status.st_uid == os.geteuid() and time.time() - status.st_mtime > _YOUNG:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     if folder.name.startswith(_PRIVATE) or not _is_listened_in(folder):
-                        shutil.rmtree(folder, ignore_errors=True)
+                        remove_folder(folder)
             finally:
                 os.close(fd)
 
@@ -86,7 +97,14 @@ def _socket_folder(prefix: str) -> str:
 
     A socket's path has at most 107 bytes (unix(7)); where the temporary folder's leaves no room it is made in /tmp.
     """
-    folder = tempfile.gettempdir()
+    try:
+        folder = tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise Failed(
+            str(error.strerror),
+            hint="make room there, or name another folder with TMPDIR=DIR; "
+            "where a process may open too few files (ulimit -n), this error comes as well",
+        ) from None
     if len(os.fsencode(folder)) > _LONGEST_FOLDER:
         folder = "/tmp"  # noqa: S108 - what mkdtemp makes in it is ours alone
     return tempfile.mkdtemp(prefix=prefix, dir=folder)
