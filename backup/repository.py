@@ -146,7 +146,7 @@ class Repository:
     def machine_names(self) -> list[str]:
         """Names of the machines' folders, sorted; a folder that can be no machine's (lost+found) is none."""
         with explained(self.path):
-            folders = [entry.name for entry in os.scandir(self.path) if entry.is_dir()]
+            folders = [entry.name for entry in os.scandir(self.path) if _is_folder(entry)]
         return sorted(name for name in folders if name_problem("machine", name) is None)
 
     def machine(self, name: str) -> Machine:
@@ -621,6 +621,14 @@ def write_whole(path: Path, content: bytes, mode: int) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Is it a folder, or a link to one?  A link that leads in a circle is none, and hides none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def make_folder(path: Path, mode: int) -> None:

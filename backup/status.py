@@ -7,7 +7,7 @@ Nothing is read but manifests, the sizes of files, and what `verify` remembers: 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 from backup import chain as chains
 from backup.chain import Chain
 from backup.documents import moment_of
-from backup.errors import BackupError, NotFound
+from backup.errors import BackupError, Damaged, NotFound
 from backup.manifest import Manifest
 from backup.memory import Memory, recall, record_of
 from backup.repository import Contents, Machine
@@ -31,6 +31,7 @@ OLD = 1
 
 
 _NOTHING = "nothing"
+_NO_POINT = "no point yet: run pybackup incremental"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,7 @@ def exit_code(found: Collection[DiskStatus]) -> int:
     return next((code for code in (12, 10) if code in codes), max(codes))
 
 
-def look(machine: Machine, expected: Collection[str] | None, limits: Limits) -> list[DiskStatus]:
+def look(machine: Machine, expected: Collection[str] | None, limits: Limits, *, named: bool = True) -> list[DiskStatus]:
     """
     The state of a machine's disks.
 
@@ -105,11 +106,13 @@ def look(machine: Machine, expected: Collection[str] | None, limits: Limits) -> 
     expected : collection of str or None
         The disks that the configuration names: one without a point is at fault, and another one, which is backed up no
         longer, is never too old.  None: those that have points.
+    named : bool
+        False where the configuration names the repository's machines, and not this one: that is said, and is no fault.
     """
 
     def look_at(contents: Contents) -> list[DiskStatus]:
         evidence = Evidence(contents, recall(machine), lambda chain: files_problem(machine.path, chain))
-        return assess(machine.name, evidence, expected, limits)
+        return assess(machine.name, evidence, expected, limits, named=named)
 
     try:
         return machine.seen(look_at, doubtful=lambda found: any(each.code not in {0, OLD} for each in found))
@@ -117,8 +120,12 @@ def look(machine: Machine, expected: Collection[str] | None, limits: Limits) -> 
         return [_without_point(machine.name, None, error.exit_code, _fault(error))]
 
 
-def assess(machine: str, evidence: Evidence, expected: Collection[str] | None, limits: Limits) -> list[DiskStatus]:
+def assess(
+    machine: str, evidence: Evidence, expected: Collection[str] | None, limits: Limits, *, named: bool = True
+) -> list[DiskStatus]:
     """As `look`, without a file."""
+    if not named:
+        return _with_remark(assess(machine, evidence, (), limits), machine)
     contents = evidence.contents
     found = [_without_point(machine, None, error.exit_code, _fault(error)) for error in contents.damaged.values()]
     newest = newest_by_disk(contents.manifests)
@@ -126,11 +133,22 @@ def assess(machine: str, evidence: Evidence, expected: Collection[str] | None, l
     for disk in sorted({*newest, *(expected or ())}):
         point = newest.get(disk)
         if point is None:
-            found.append(_without_point(machine, disk, OLD, "no point yet: run pybackup incremental"))
+            found.append(_without_point(machine, disk, OLD, _NO_POINT))
         else:
             ages = limits if expected is None or disk in expected else Limits(limits.now, None)
             found.append(_with_doubts(_disk_status(point, disk, evidence, ages), doubtful.get(disk, {})))
-    return found or [_without_point(machine, None, OLD, "no point yet: run pybackup incremental")]
+    return found or [_without_point(machine, None, OLD, _NO_POINT)]
+
+
+def _with_remark(found: Sequence[DiskStatus], machine: str) -> list[DiskStatus]:
+    """Say once, where nothing is wrong, that no configuration names the machine: it may be mistyped, or gone."""
+    remark = f"not in the configuration: pybackup remove {machine} removes the machine and its points"
+    first, *others = found
+    if first.point is None and first.code == OLD:
+        return [_without_point(machine, None, 0, f"no point, and {remark}")]
+    if not first.code:
+        first = replace(first, next=remark if first.next == _NOTHING else f"{first.next}; {remark}")
+    return [first, *others]
 
 
 def _doubtful(manifests: Iterable[Manifest], now: datetime) -> dict[str, dict[str, str]]:
@@ -232,7 +250,7 @@ def _fault(error: BackupError) -> str:
 
 
 def _word(code: int) -> str:
-    return "missing" if code == NotFound.exit_code else "damaged"
+    return {NotFound.exit_code: "missing", Damaged.exit_code: "damaged"}.get(code, "unreadable")
 
 
 def _without_point(machine: str, disk: str | None, code: int, advice: str) -> DiskStatus:

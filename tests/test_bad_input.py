@@ -272,6 +272,41 @@ def test_a_length_that_no_file_has_holds_up_no_sample_and_no_progress_bar(copied
     assert f"bytes where its manifest says {HUGE}" in done.stderr + done.stdout
 
 
+def test_a_machine_that_cannot_be_read_hides_none_of_the_others(copied, monkeypatch):
+    for name in ("a", "z"):  # before it and after it
+        run("cp", "-r", copied.repository / "disk", copied.repository / name)
+    listdir = os.listdir
+
+    def refusing(path="."):
+        if str(path) == str(copied.repository / "disk"):
+            raise PermissionError(13, "Permission denied", path)
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", refusing)
+    done = call_pybackup(["list", "--json", "--repo", copied.repository])
+    assert (done.rc, len(done.document)) == (3, 4), done
+    assert [line.split(" ")[1] for line in done.stderr.splitlines()] == ["warning:"], done.stderr
+    done = call_pybackup(["status", "--json", "--repo", copied.repository])
+    assert done.rc == 1
+    assert [disk["code"] for disk in done.document["disks"]] == [0, 1, 0]
+    assert done.document["disks"][1]["next"].startswith("unreadable: ")
+    done = call_pybackup(["verify", "--json", "--repo", copied.repository])
+    assert (done.rc, done.document["points"]) == (1, 4), done
+    assert [problem["machine"] for problem in done.document["problems"]] == ["disk"]
+    done = call_pybackup(["prune", "--keep-last", "1", "--dry-run", "--json", "--repo", copied.repository])
+    assert (done.rc, [len(found["points"]) for found in done.document]) == (1, [2, 0, 2]), done
+
+
+def test_a_link_that_leads_nowhere_hides_no_machine(copied):
+    for name, target in (("loop", "loop"), ("gone", "nowhere")):
+        (copied.repository / name).symlink_to(target)
+    for command in (["list"], ["status"], ["verify"]):
+        done = call_pybackup([*command, "--repo", copied.repository])
+        assert done.rc in {0, 12}, done
+        assert "disk" in done.stdout or command == ["verify"]
+        assert "a bug" not in done.stderr
+
+
 def test_the_highest_possible_sequence_is_not_passed_silently(copied):
     path = copied.repository / "disk" / f"{copied.newest['point']}.json"
     rewrite(path, lambda document: document.update(sequence=(1 << 62) - 1))

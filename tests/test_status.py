@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from forge import entry, manifest, replaced, rewrite
-from lab import Night, call_pybackup, run_pybackup, write
+from lab import Night, call_pybackup, run, run_pybackup, write
 
 from backup import digests, memory, status
 from backup.errors import Damaged
@@ -174,6 +174,32 @@ def test_the_configurations_machines_and_disks_are_expected(night, tmp_path):
     assert call_pybackup(["--config", config, "status", "--repo", night.repository]).rc == 0
 
 
+def test_a_machine_that_the_configuration_does_not_name_is_said_once_and_is_no_fault(night, tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text(f"repository: {night.repository}\nmachines: {{other: {{disks: {{vda: {{image: a}}}}}}}}\n")
+    remark = "not in the configuration: pybackup remove disk removes the machine and its points"
+    with aged(newest_path(night), days=40):
+        found = call_pybackup(["--config", config, "status", "--max-age", "26h", "--json"]).document["disks"]
+        assert [(each["machine"], each["code"]) for each in found] == [("disk", 0), ("other", 1)]
+        assert found[0]["next"].endswith(remark)
+        assert ask(night, "--max-age", "26h").rc == 1, "without a configuration each machine is held to its age"
+    with replaced(newest_path(night), b""):
+        found = call_pybackup(["--config", config, "status", "--json"]).document["disks"]
+        assert [(each["disk"], each["code"]) for each in found] == [(None, 12), ("disk", 0), ("vda", 1)]
+
+
+def test_an_empty_machine_that_the_configuration_does_not_name_is_no_fault(night, tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text(f"repository: {night.repository}\nmachines: {{disk: {{disks: {{disk: {{image: a}}}}}}}}\n")
+    (night.repository / "mistyped").mkdir()
+    try:
+        done = call_pybackup(["--config", config, "status", "--json"])
+    finally:
+        (night.repository / "mistyped").rmdir()
+    assert done.rc == 0
+    assert done.document["disks"][1]["next"].startswith("no point, and not in the configuration")
+
+
 def test_a_disk_that_the_configuration_names_no_more_is_never_too_old(night, tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text(f"repository: {night.repository}\nmachines: {{disk: {{disks: {{new: {{image: a}}}}}}}}\n")
@@ -220,6 +246,36 @@ def test_what_is_broken_comes_before_what_is_old():
     assert (old.code, old.next[:7]) == (1, "too old")
     [broken] = assess(two_points(), problem=Damaged("x", hint="y"))
     assert (broken.code, broken.next) == (12, "damaged: x")
+
+
+@pytest.mark.parametrize(
+    ("codes", "worst"),
+    [
+        ([], 10),
+        ([0], 0),
+        ([0, 1], 1),
+        ([10, 1, 0], 10),
+        ([10, 12], 12),
+        ([12, 10, 1], 12),
+        ([1, 12, 0], 12),
+        ([0, 10], 10),
+    ],
+)
+def test_the_exit_code_is_damaged_before_missing_before_too_old(codes, worst):
+    found = [status._without_point("m", "vda", code, "") for code in codes]
+    assert status.exit_code(found) == worst
+    assert status.exit_code(found[::-1]) == worst
+
+
+def test_one_disk_missing_and_another_damaged_is_exit_12(night, tmp_path):
+    run("cp", "-r", night.repository, tmp_path / "repo")
+    run("cp", "-r", tmp_path / "repo" / "disk", tmp_path / "repo" / "second")
+    next((tmp_path / "repo" / "disk").glob("*.qcow2")).unlink()
+    copied = Night(night.image, tmp_path / "repo")
+    assert ask(copied).rc == 10
+    newest = tmp_path / "repo" / "second" / newest_path(night).name
+    newest.write_bytes(newest.read_bytes()[:-2])
+    assert ask(copied).rc == 12
 
 
 def test_damage_that_verify_found_is_remembered_until_the_file_is_another():

@@ -335,7 +335,7 @@ def status(
     found = []
     for name in dict.fromkeys(machines or sorted(known)):
         machine = repository.machine(name) if name in known else find.machines(repository, [name])[0]
-        found += states.look(machine, expected.get(name), limits)
+        found += states.look(machine, expected.get(name), limits, named=name in expected or not expected)
     if not found:
         raise NotFound(f"the repository {repository.path} has no machine", hint="`pybackup full` makes a first point")
     code = states.exit_code(found)
