@@ -92,7 +92,8 @@ def u64(value: int) -> bytes:
         (104, b"\0", "compression type is 0"),
         (105, b"\1", "header padding"),
         (112, u32(0), "backing format is None"),
-        (116, u32(1 << 31), "header extensions have no end"),
+        (116, u32(1 << 31), "header extension is too large"),
+        (132, u32(1 << 24), "header extension is too large"),  # of the one that ends them: QEMU refuses it too
         (120, b"raw\0\0", "backing format is"),
         (136, b"\xff\xff", "not UTF-8"),
         (136, b"/", "not a flat file name"),

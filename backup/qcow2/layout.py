@@ -317,11 +317,12 @@ def _find_extension(data: bytes, end: int, refuse: Callable[[str], Damaged]) -> 
     at = _HEADER.size
     while at + _EXTENSION.size <= min(end, len(data)):
         kind, length = _EXTENSION.unpack_from(data, at)
+        at += _EXTENSION.size
+        # Of the last one too, whose length means nothing: QEMU opens no file in which it is too large.
+        if at + length > min(end, len(data)):
+            raise refuse("a header extension is too large")
         if kind == _EXTENSION_END:
             return found
-        at += _EXTENSION.size
-        if at + length > min(end, len(data)):
-            break
         if kind == _EXTENSION_BACKING_FORMAT:
             found = data[at : at + length]
         at += -(-length // 8) * 8
