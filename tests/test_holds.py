@@ -279,3 +279,34 @@ def test_an_exchange_that_was_cut_off_is_taken_back_where_somebody_uses_the_form
         assert data.stat().st_ino == inode
     history.require_tidy()
     history.require_whole()
+
+
+def locked_files(monkeypatch):
+    """The names of the files whose locks are asked for, in order."""
+    asked = []
+    flock = fcntl.flock
+
+    def noted(fd, operation):
+        asked.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
+        flock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", noted)
+    return asked
+
+
+def test_the_digest_file_is_locked_before_the_data_file_and_where_it_is_held_the_data_file_is_left_alone(
+    history, monkeypatch
+):
+    """A reader that starts a QEMU holds the digest file: a lock on the data file would meet QEMU's."""
+    disks = [found.disks[0] for found in list(history.manifests().values())[:2]]
+    asked = locked_files(monkeypatch)
+    with history.machine.unused(*disks) as why_not:
+        assert why_not is None
+    assert asked == [name for disk in disks for name in (disk.data.digests, disk.data.file)]
+    asked.clear()
+    with open(history.machine.path / disks[0].data.digests, "rb") as held:
+        fcntl.flock(held, fcntl.LOCK_SH)
+        asked.clear()
+        with history.machine.unused(disks[0]) as why_not:
+            assert why_not == "in use"
+    assert asked == [disks[0].data.digests]
