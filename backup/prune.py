@@ -25,7 +25,7 @@ from backup.exchange import exchange, settle
 from backup.manifest import Manifest
 from backup.progress import Progress
 from backup.repository import UNTOLD, Contents, Machine, explained, read_manifest
-from backup.retention import DISORDER, FUTURE, JUMP, Batch, Policy
+from backup.retention import DISORDER, FUTURE, UNCONFIRMED, Batch, Policy
 from backup.thin import Remove, Rewrite, Thinning, moment, thin
 from backup.units import counted, show_size
 
@@ -260,19 +260,22 @@ class Thinner:
     def _doubted(self) -> Iterator[str]:
         """A warning on the first night on which a clock seems wrong; the point's reason says it afterwards."""
         *_, former, newest = [None, None, *sorted(self.all.values(), key=lambda manifest: manifest.sequence)]
-        if former is None or newest is None:
+        if former is None or newest is None or self._doubt(former) is not None:
             return
-        wrong, before = (self._doubt(manifest) for manifest in (newest, former))
+        wrong = self._doubt(newest)
         pause = moment_of(newest.started) - moment_of(former.started)
-        if wrong is not None and before is None and not timedelta() < pause < _PAUSE:
+        saved = any(UNCONFIRMED in why for reasons in self.reasons.values() for why in reasons)
+        if wrong is None and pause > _PAUSE and saved:
+            wrong = f"{pause.days} days after the point before it"
+        if wrong is not None:
             yield (
-                f"the newest point {newest.point} is dated {newest.started}: {wrong}. Check this host's clock. The "
-                "point is kept, and no other point is removed because of it"
+                f"the newest point {newest.point} is dated {newest.started}, {wrong}: check this host's clock; "
+                "no other point is removed because of that time"
             )
 
     def _doubt(self, manifest: Manifest) -> str | None:
-        """Why retention does not trust a point's time; None where it does."""
-        return next((why for why in self.reasons.get(manifest.point, ()) if why in {DISORDER, FUTURE, JUMP}), None)
+        """Why a point's time cannot be right; None where it may be."""
+        return next((why for why in self.reasons.get(manifest.point, ()) if why in {DISORDER, FUTURE}), None)
 
     def lacking(self) -> _Lacking | None:
         """The first step for which there is less space than it needs, after what the steps before it free."""

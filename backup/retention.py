@@ -9,15 +9,17 @@ is kept besides, so that the history grows to its full length.
 Each disk is judged by the points that hold it: of a machine whose disks are backed up by separate runs, none takes the
 other's place.  Its newest point is always kept, and so is what is pinned.
 
-A clock that was wrong for a night must not remove anything.  So a point whose time is in doubt is kept, and takes no
-other point's place: the rules are applied as if it were not there (but `last`, which asks for no time).  In doubt are
+A clock that was wrong for a night must not remove anything:
 
-- a time after now;
-- a time that does not fit the order of the points, which their sequence tells: the largest set of points whose times
-  are in order is right.  A difference of less than a day is none: two hosts' clocks, or a change to summer time;
-- the times after a jump: more than two days after the point before, and more than four times the usual distance, which
-  is the second shortest of the five distances before.  The clock may be years ahead, and then it agrees with "now".
-  Points of a week, at least seven, confirm that it was a pause.
+- A point whose time cannot be right is kept, and takes no other point's place: its time is after now, or does not fit
+  the order of the points, which their sequence tells (the largest set of points whose times are in order is right).
+  A difference of less than a day is none: two hosts' clocks, or a change to summer time.
+- The clock may be years ahead, and then it agrees with "now".  So after a jump, what the rules keep of the points
+  before it, as if there were no others, is kept besides.  A jump is more than eight days, and more than four times the
+  usual distance, which is the second shortest of the five distances before; where there are no two, 62 days.  Points
+  of a week, at least seven, confirm that it was a pause.
+
+`last` asks for no time: where nothing else is asked for, no time is in doubt.
 
 Pure.
 """
@@ -27,7 +29,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from itertools import count, pairwise
 
@@ -136,31 +138,33 @@ TOLERANCE = timedelta(minutes=5)
 """A time so far in the future is no fault: two hosts' clocks differ."""
 _SAME = timedelta(days=1)
 """A time so far before the one of the point before it counts as the same."""
-_LOOK = 5
-_USUAL = 4
-_SHORT = timedelta(days=2)
-_CONFIRMED = 7
-_WEEK = timedelta(days=6)
-"""From the first to the last of seven nights."""
+_LOOK, _USUAL, _LEAST, _UNKNOWN = 5, 4, timedelta(days=8), timedelta(days=62)
+"""A jump is longer than _LEAST and _USUAL times the usual of _LOOK distances; _UNKNOWN where too few are known."""
+_CONFIRMED, _WEEK = 7, timedelta(days=6)
+"""So many points, of seven nights at least, confirm a jump."""
 
 FUTURE = "its time is in the future"
 DISORDER = "its time does not fit the order of the points"
-JUMP = "its time is long after the point before it"
+UNCONFIRMED = "not counting those after a jump in time"
 
 
 def doubts(points: Iterable[Moment], now: datetime) -> dict[str, str]:
-    """The points of one disk whose times are in doubt, by id, and why."""
+    """The points of one disk whose times cannot be right, by id, and why."""
     ordered = sorted(points, key=lambda point: point.sequence)
     past = [point for point in ordered if point.started <= now + TOLERANCE]
     found = {point.point: FUTURE for point in ordered if point.started > now + TOLERANCE}
     times = _smoothed([point.started for point in past])
     fitting = _longest_in_order(times)
     found.update({point.point: DISORDER for i, point in enumerate(past) if i not in fitting})
-    # What is pinned stays while its neighbours go: it says nothing of how far apart points usually are.
-    regular = [i for i in sorted(fitting) if not past[i].pinned]
-    after = _after_jump([times[i] for i in regular])
-    found.update({past[i].point: JUMP for i in regular[len(regular) - after :]})
     return found
+
+
+def first_after_jump(points: Iterable[Moment]) -> Moment | None:
+    """The first point of one disk after a jump that is not confirmed; their times must be in order."""
+    # What is pinned stays while its neighbours go: it says nothing of how far apart points usually are.
+    ordered = sorted((point for point in points if not point.pinned), key=lambda point: point.sequence)
+    after = _after_jump(_smoothed([point.started for point in ordered]))
+    return ordered[-after] if after else None
 
 
 def _smoothed(times: Sequence[datetime]) -> list[datetime]:
@@ -197,16 +201,16 @@ def _after_jump(times: Sequence[datetime]) -> int:
     for after in range(1, len(times)):
         if after >= _CONFIRMED and times[-1] - times[-after] >= _WEEK:
             break
-        before = gaps[-after - _LOOK : -after]
-        if _is_jump(gaps[-after], before or gaps[len(gaps) - after + 1 :]):
+        if _is_jump(gaps[-after], gaps[-after - _LOOK : -after]):
             found = after
     return found
 
 
-def _is_jump(gap: timedelta, others: Sequence[timedelta]) -> bool:
-    """Is a distance far longer than the others?  Points that were pruned make some of those longer than they were."""
-    usual = sorted(others)[:2][-1] if others else timedelta()
-    return gap > max(_SHORT, _USUAL * usual)
+def _is_jump(gap: timedelta, before: Sequence[timedelta]) -> bool:
+    """Is a distance far longer than those before it?  Pruned points have made some of these longer."""
+    if len(before) < 2:
+        return gap > _UNKNOWN
+    return gap > max(_LEAST, _USUAL * sorted(before)[1])
 
 
 def keep(points: Iterable[Moment], policy: Policy, now: datetime) -> dict[str, tuple[str, ...]]:
@@ -242,29 +246,42 @@ def keep(points: Iterable[Moment], policy: Policy, now: datetime) -> dict[str, t
 def _of_disk(points: Sequence[Moment], policy: Policy, now: datetime) -> Iterable[tuple[str, str]]:
     """Points to keep and why, of those that hold one disk, newest first."""
     yield points[0].point, "newest"
-    doubtful = doubts(points, now)
+    timed = replace(policy, last=0)
+    doubtful = {} if timed.empty else doubts(points, now)
     yield from doubtful.items()
-    all_of_them = [(point.point, point.started) for point in points]
-    dated = [(point, started) for point, started in all_of_them if point not in doubtful]
+    dated = [point for point in points if point.point not in doubtful]
+    found = list(_by_rules(points, dated, policy))
+    yield from found
+    jumped = first_after_jump(dated)
+    if jumped is not None:
+        kept = {point for point, _ in found}
+        before = [point for point in dated if point.sequence < jumped.sequence]
+        yield from (
+            (point, f"{why}, {UNCONFIRMED}") for point, why in _by_rules((), before, timed) if point not in kept
+        )
+
+
+def _by_rules(points: Sequence[Moment], dated: Sequence[Moment], policy: Policy) -> Iterable[tuple[str, str]]:
+    """Points to keep and why, newest first: `points` by the rule that asks for no time, `dated` by the others."""
     if dated and policy.within is not None:
-        start = policy.within.before(dated[0][1])
-        yield from ((point, f"within {policy.within}") for point, started in dated if started > start)
+        start = policy.within.before(dated[0].started)
+        yield from ((point.point, f"within {policy.within}") for point in dated if point.started > start)
     for rule in RULES:
-        yield from _counted(all_of_them if rule == "last" else dated, rule, getattr(policy, rule))
+        yield from _counted(points if rule == "last" else dated, rule, getattr(policy, rule))
 
 
-def _counted(dated: Sequence[tuple[str, datetime]], rule: str, left: int) -> Iterable[tuple[str, str]]:
+def _counted(dated: Sequence[Moment], rule: str, left: int) -> Iterable[tuple[str, str]]:
     """The newest point of each period, until so many are kept; and the oldest of all, where some are left."""
     period = _PERIODS[rule]()
     latest: object = None
-    for number, (point, started) in enumerate(dated, start=1):
+    for number, point in enumerate(dated, start=1):
         if not left:
             return
-        found = period(started)
+        found = period(point.started)
         if found != latest:
-            yield point, rule
+            yield point.point, rule
         elif number == len(dated):
-            yield point, f"oldest {rule}"
+            yield point.point, f"oldest {rule}"
         else:
             continue
         latest, left = found, left - 1

@@ -42,6 +42,7 @@ import backup.verify
 from backup.cli import app
 from backup.cli.render import Quiet
 from backup.repository import Machine
+from backup.retention import Moment, first_after_jump
 
 KIB = 1 << 10
 EPOCH = datetime(2026, 1, 1, 0, 30, tzinfo=UTC)
@@ -311,14 +312,25 @@ def must_stay(points: Sequence[Kept], rules: Mapping[str, int], within_days: int
         newest = held[0].started
         stay |= {point.point for point in held if within_days and point.started > newest - timedelta(days=within_days)}
         for rule, number in rules.items():
-            runs: list[Kept] = []
-            for point in held:
-                if not runs or PERIODS[rule](point) != PERIODS[rule](runs[-1]):
-                    runs.append(point)
-            stay |= {point.point for point in runs[:number]}
-            if len(runs) < number:
-                stay.add(held[-1].point)
+            stay |= _of_rule(held, rule, number)
+        jump = first_after_jump(Moment(p.point, p.sequence, p.started, (disk,), p.pinned) for p in held)
+        before = [point for point in held if jump is not None and point.sequence < jump.sequence]
+        for rule, number in rules.items():
+            stay |= _of_rule(before, rule, number) if rule != "last" else set()
+        if before and within_days:
+            start = before[0].started - timedelta(days=within_days)
+            stay |= {point.point for point in before if point.started > start}
     return stay
+
+
+def _of_rule(held: Sequence[Kept], rule: str, number: int) -> set[str]:
+    """What one rule keeps of points, newest first."""
+    runs: list[Kept] = []
+    for point in held:
+        if not runs or PERIODS[rule](point) != PERIODS[rule](runs[-1]):
+            runs.append(point)
+    oldest = {held[-1].point} if held and len(runs) < number else set()
+    return {point.point for point in runs[:number]} | oldest
 
 
 # A machine's story

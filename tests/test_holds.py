@@ -127,7 +127,9 @@ def no_locks(monkeypatch) -> None:
     real = fcntl.flock
 
     def flock(fd, operation):
-        if operation & fcntl.LOCK_EX and os.readlink(f"/proc/self/fd/{fd}").endswith((".b3", ".qcow2")):
+        if operation & fcntl.LOCK_EX and os.readlink(
+            f"/proc/self/fd/{fd if isinstance(fd, int) else fd.fileno()}"
+        ).endswith((".b3", ".qcow2")):
             raise OSError(errno.ENOLCK, "No locks available")
         real(fd, operation)
 
@@ -287,7 +289,7 @@ def locked_files(monkeypatch):
     flock = fcntl.flock
 
     def noted(fd, operation):
-        asked.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
+        asked.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd if isinstance(fd, int) else fd.fileno()}")))
         flock(fd, operation)
 
     monkeypatch.setattr(fcntl, "flock", noted)

@@ -312,7 +312,7 @@ def test_a_backup_of_a_host_whose_clock_is_years_ahead_prunes_nothing_more(tmp_p
         monkeypatch.setattr("backup.prune.datetime", Clock)
         done = call_pybackup(["--config", config, "incremental"])
         made.append(done.rc)
-        assert ("Check this host's clock" in done.stderr) == clock.startswith("2036"), done
+        assert ("check this host's clock" in done.stderr) == clock.startswith("2036"), done
     assert made == [0, 0, 0, 3, 0]
     assert len(list((night.repository / "disk").glob("*.json"))) == 5
     check_repository(night.repository)
