@@ -57,6 +57,14 @@ def test_the_name_of_an_image_that_was_removed_replaced_or_moved_away(tmp_path, 
         assert lost_file(pid, str(image)) is None
 
 
+def test_a_name_that_may_lead_elsewhere_in_qemus_own_file_systems_proves_nothing(tmp_path, image):
+    with program(tmp_path, "qemu-system-x", opened=image) as pid:
+        link = tmp_path / "link"
+        link.symlink_to("/nowhere/image")
+        assert lost_file(pid, str(link)) is None
+        assert lost_file(pid, "/nowhere/image") is None
+
+
 def test_of_a_program_that_is_no_qemu_and_of_no_process_nothing_is_said(tmp_path, image):
     with program(tmp_path, "socat", opened=image) as pid:
         image.unlink()

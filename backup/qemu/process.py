@@ -33,10 +33,13 @@ def lost_file(pid: int, path: str) -> str | None:
     opened = _opened(pid) if path.startswith("/") and _is_qemu(pid) else None
     if opened is None:
         return None
+    name = f"/proc/{pid}/root{path}"  # as QEMU sees it: a container has file systems of its own
     try:
-        found = os.stat(f"/proc/{pid}/root{path}")  # as QEMU sees it: a container has file systems of its own
-    except (FileNotFoundError, NotADirectoryError):
-        return "removed"
+        found = os.stat(name)
+    except FileNotFoundError:
+        # An absolute link in a container leads us elsewhere than QEMU.
+        certain = os.path.isdir(os.path.dirname(name)) and not os.path.islink(name)
+        return "removed" if certain else None
     except OSError:
         return None
     return None if _identity(found) in opened else "replaced"
