@@ -84,6 +84,29 @@ def test_pure_modules_import_nothing_above_them(module):
     assert of_package(MODULES[module]) <= PURE[module]
 
 
+REPOSITORY_MODULES = [
+    "repository", "datafile", "digests", "memory", "exchange", "replicate", "consolidate", "prune", "verify", "status",
+    "restore", "serve", "content", "index", "create", "audit", "manifest", "chain",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("module", REPOSITORY_MODULES)
+def test_a_repositorys_files_are_opened_by_plainfile_only(module):
+    """Another opener might follow a link, wait for a pipe, or write to a file with several names."""
+    tree = ast.parse(MODULES[f"backup.{module}"].read_text())
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        if called == "open":
+            opened = ast.unparse(node.args[0])
+            assert opened == "fd" or opened.startswith(("open_file(", "create_file(")), f"line {node.lineno}: {opened}"
+        assert called != "os.open" or "O_DIRECTORY" in ast.unparse(node), f"line {node.lineno}"
+        assert not called.endswith((".read_text", ".write_text", ".write_bytes")), f"line {node.lineno}"
+        shipped = "Path(__file__)" in called
+        assert shipped or not called.endswith(".read_bytes"), f"line {node.lineno}"
+
+
 def test_nothing_below_the_command_line_imports_it():
     users = {module for module, path in MODULES.items() if any(name.startswith("backup.cli") for name in imports(path))}
     assert all(user == "backup.__main__" or user.startswith("backup.cli.") for user in users)

@@ -8,6 +8,7 @@ import signal
 import socket
 import stat
 import subprocess
+import tempfile
 import threading
 from pathlib import Path
 
@@ -689,6 +690,87 @@ def test_an_unreadable_repository_is_no_bug(tmp_path):
         assert "bug" not in done.stderr
         assert "Permission denied" in done.stderr
         assert len(done.stderr.splitlines()) == 2
+
+
+def as_nobody(*command):
+    return subprocess.run(
+        ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", PYBACKUP, *command],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def open_folder():
+    """A folder that others may enter; pytest's own become the owner's alone when another pytest starts."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
+def test_a_machines_folder_that_cannot_be_read_does_not_hide_the_others(open_folder):
+    night = Night.of(open_folder)
+    night.full()
+    for path in (night.repository, *night.repository.rglob("*")):
+        path.chmod(0o755)
+    (night.repository / "secret").mkdir(mode=0o700)
+    listed = as_nobody("list", "--json", "--repo", night.repository)
+    assert listed.returncode == 3, listed
+    assert [point["machine"] for point in json.loads(listed.stdout)] == ["disk"]
+    assert "secret: Permission denied" in listed.stderr
+    states = as_nobody("status", "--json", "--repo", night.repository)
+    codes = {disk["machine"]: disk["code"] for disk in json.loads(states.stdout)["disks"]}
+    assert (states.returncode, codes) == (1, {"disk": 0, "secret": 1})
+    verified = as_nobody("verify", "--json", "--repo", night.repository)
+    assert (verified.returncode, json.loads(verified.stdout)["points"]) == (1, 1)
+    assert as_nobody("list", "disk", "--repo", night.repository).returncode == 0
+    done = as_nobody("restore", "secret/latest", open_folder / "r.raw", "--repo", night.repository)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 2), done
+
+
+READ_ONLY = """
+mount --bind "$1" "$1" && mount -o remount,bind,ro "$1" || exit 77
+shift
+exec "$@"
+"""
+
+
+def read_only(repo, *command):
+    """Run a command where the repository lies on a file system that is mounted read-only."""
+    done = subprocess.run(
+        ["unshare", "--mount", "bash", "-c", READ_ONLY, "_", repo, PYBACKUP, *command, "--repo", repo],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode == 77:
+        pytest.skip("mounting is not allowed here")
+    return done
+
+
+def test_a_repository_on_a_read_only_mount_is_read_and_refused_to_writers(tmp_path):
+    night = Night.with_incremental(tmp_path)
+    before = night.state()
+    assert call_pybackup(["init", "--copy-of", night.repository, tmp_path / "other"]).rc == 0
+    for command in (
+        ["list"],
+        ["show", "disk/latest"],
+        ["verify", "--deep"],
+        ["status"],
+        ["restore", "disk/latest", tmp_path / "r.raw"],
+        ["copy", "disk", tmp_path / "other"],
+        ["incremental", "--image", night.image, "--bitmap", "b1", "--dry-run"],
+        ["prune", "--keep-last", "1", "--dry-run"],
+    ):
+        done = read_only(night.repository, *command)
+        assert done.returncode == 0, done
+    require_identical(raw_copy(night.image, tmp_path / "expected.raw"), tmp_path / "r.raw")
+    restore_and_cmp(tmp_path / "other", "disk/latest", night.image)
+    for command in (["incremental", "--image", night.image, "--bitmap", "b1"], ["prune", "--keep-last", "1"]):
+        done = read_only(night.repository, *command)
+        assert (done.returncode, len(done.stderr.splitlines()), "Read-only" in done.stderr) == (1, 2, True), done
+    assert night.state() == before
 
 
 def test_a_signal_while_manifests_are_read_is_not_taken_for_a_damaged_one(tmp_path, monkeypatch):
