@@ -578,6 +578,20 @@ class _Run:
                         disk.source.remove_bitmap(name)
                     except BackupError as error:
                         self.warnings.append(f"disk {disk.name}: bitmap {name} could not be removed: {error.message}")
+                        self.warnings.extend(self._lost(disk))
+
+    def _lost(self, disk: _Disk) -> list[str]:
+        """That the new bitmap is not there any more, where QEMU lost it while it stored all of the image's anew."""
+        if disk.started is None:
+            return []
+        try:
+            found = disk.source.look().bitmap(disk.started)
+        except BackupError as error:
+            _log.info("%s/%s: %s", self.request.machine, disk.name, error.message)
+            return []
+        if found is not None and found.recording and not found.inconsistent:
+            return []
+        return [f"disk {disk.name}: the new bitmap was lost; the next backup is a {self.request.unusable}"]
 
     def _known_otherwise(self, disk: _Disk) -> list[str]:
         """What shows that a disk which has no point yet is one that the machine has by another name."""

@@ -613,6 +613,16 @@ def test_full_storage_costs_neither_the_night_nor_the_bitmaps_that_are_there(sma
 
 
 @needs_mounts
+def test_a_file_system_that_is_full_and_read_only_is_called_read_only(small_storage):
+    """As a CD's is: it is a warning once, and no space that somebody could free."""
+    fill(small_storage.image.parent)
+    run("mount", "-o", "remount,ro", small_storage.image.parent)
+    done = small_storage.incremental()
+    assert (done.rc, "cannot be opened for writing (Read-only file system)" in done.stderr) == (3, True), done
+    assert small_storage.incremental().rc == 0
+
+
+@needs_mounts
 def test_a_bitmap_that_qemu_loses_on_full_storage_does_not_cost_the_night(small_storage, monkeypatch):
     """The file system said that there is room: a quota, say.  qemu-img ends with 0, and all bitmaps are in use."""
     night = small_storage
@@ -741,6 +751,26 @@ def test_a_bitmap_that_qemu_does_not_add_whatever_it_says_does_not_cost_the_nigh
     assert (done.rc, done.disk["rescan"], "without starting a bitmap" in done.stderr) == (3, True, True)
     assert list(bitmaps(night.image)) == [night.own_bitmap]
     night.require_incremental()
+
+
+def test_a_removal_in_which_qemu_loses_the_new_bitmap_is_a_warning(night, tmp_path, monkeypatch):
+    """It stores all bitmaps of the image anew, and ends with 0 where it has no room for that."""
+    real = shutil.which("qemu-img")
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "qemu-img"
+    names = f'{real} info -f qcow2 "$5" | sed -n "s/.*name: b1/b1/p"'
+    loses = f'for name in $({names}); do {real} "$1" "$2" "$3" "$4" "$5" $name; done'
+    complains = 'echo "qemu-img: Lost persistent bitmaps: No space left on device" >&2'
+    program.write_text(f'#!/bin/sh\n[ "$2" = --remove ] || exec {real} "$@"\n{loses}\n{complains}\n')
+    program.chmod(0o755)
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+        done = night.incremental()
+    assert (done.rc, done.disk["rescan"], bitmaps(night.image)) == (3, False, {})
+    assert "Lost persistent bitmaps: No space left on device" in done.stderr
+    assert "the new bitmap was lost; the next backup is a rescan" in done.stderr
+    night.require_restored()
+    night.require_fallback("is missing")
 
 
 def test_one_disk_without_room_for_a_bitmap_does_not_touch_its_neighbour(machine, tmp_path, forgetful):

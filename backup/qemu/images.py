@@ -321,9 +321,14 @@ def require_room(path: Path, size: int, granularities: Sequence[int], name: str)
     """
     if not path.is_file():
         return
-    with open(path, "rb") as file:
-        found = os.fstatvfs(file.fileno())
-        cluster = 1 << int.from_bytes(file.read(24)[20:24], "big")
+    try:
+        with open(path, "rb") as file:
+            found = os.fstatvfs(file.fileno())
+            cluster = 1 << int.from_bytes(file.read(24)[20:24], "big")
+    except OSError:
+        return  # QEMU says best what is wrong
+    if found.f_flag & os.ST_RDONLY:
+        return  # which is the reason then, and not that nothing is free there
     free = found.f_frsize * (found.f_bfree if os.geteuid() == 0 else found.f_bavail)
     needed = _bitmaps_room(size, [*granularities, max(cluster, 4096)], cluster)
     if found.f_blocks and free < needed:
@@ -376,7 +381,7 @@ def _change_bitmaps(action: str, path: Path, name: str) -> str:
 
 def _refusal(path: Path, name: str, complaints: str) -> BitmapRefused:
     """Why a bitmap was not added, in words that are the same every night."""
-    text = one_line(complaints)[:_LONGEST_REASON]
+    text = one_line(complaints).removeprefix("qemu-img: ")[:_LONGEST_REASON]
     of_system = next((why for why in (*_UNWRITABLE, *_FULL) if why in text), None)
     if of_system in _UNWRITABLE:
         return BitmapRefused(path, name, f"the image cannot be opened for writing ({of_system})", lasting=True)
