@@ -26,6 +26,9 @@ from backup.units import KiB, MiB, parse_duration, parse_size, show_duration, sh
 MIN_LEVEL, MAX_LEVEL = -7, 19
 """Of zstd: its fast levels as far as -7, and those that its program offers without --ultra."""
 
+_MAX_BYTES = 512 << 10
+"""Of a configuration, which is enough for a thousand machines: to parse YAML takes much time and memory."""
+
 _HINT = "`pybackup check-config --example` shows every key with a comment; `pybackup check-config` checks again"
 _NBD_SCHEMES = ("nbd", "nbds", "nbd+unix", "nbds+unix", "nbd+vsock", "nbds+vsock")  # NBD's doc/uri.md
 _PLAIN = {"int": "number", "float": "number", "bool": "truth value", "timestamp": "date"}
@@ -209,7 +212,7 @@ def load(path: Path, check: Callable[[os.stat_result], None] = lambda _status: N
     """
     try:
         with open(path, "rb") as file:
-            text = file.read()
+            text = file.read(_MAX_BYTES + 1)
             status = os.fstat(file.fileno())
     except OSError as error:
         raise UsageError(
@@ -217,6 +220,11 @@ def load(path: Path, check: Callable[[os.stat_result], None] = lambda _status: N
             hint="name another file with --config, or start from `pybackup check-config --example`",
         ) from None
     check(status)
+    if len(text) > _MAX_BYTES:
+        raise UsageError(
+            f"the configuration {path} has more than {_MAX_BYTES} bytes",
+            hint="name another file with --config; a machine takes some hundred bytes",
+        )
     problems = _Problems()
     config = _config(_Section.root(_compose(path, text), problems, path.absolute().parent), path)
     problems.raise_any(path)

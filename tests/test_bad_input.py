@@ -146,6 +146,7 @@ def test_a_first_backup_that_no_fallback_forbids_leaves_no_machine(copied):
         b"a: &a [*a, *a]",
         b"!!python/object/apply:os.system [x]",
         b"- " * 3000,
+        b"a: [" + b"[]," * 200_000 + b"[]]",
     ],
 )
 def test_a_broken_configuration_is_wrong_usage(tmp_path, content):
