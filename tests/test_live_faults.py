@@ -6,6 +6,7 @@ A connection that breaks, a QEMU that dies, a socket that another program has, a
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -817,6 +818,26 @@ def test_clean_leaves_another_repositorys_leftovers_and_a_foreign_nbd_server_alo
     assert clean(nights).rc == 0
     assert ["already running" in text for text in machine.leftovers()] == [True]
     assert not list(Path(tempfile.gettempdir()).glob("pybackup-*"))
+
+
+def test_a_client_in_its_handshake_is_waited_for_before_the_server_is_stopped(nights, monkeypatch):
+    """QEMU would wait for it, and do nothing else."""
+    machine = nights.machine
+    monkeypatch.setattr(leftovers, "_CLIENTS_SECONDS", 1.0)
+    with stopped_at(EXPORTED, nights.arguments("incremental")) as run:
+        run.kill()
+        run.wait(30)
+    [address] = {
+        json.loads(fdset["fds"][0]["opaque"].partition(" ")[2])[1] for fdset in machine.monitor("query-fdsets")
+    }
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.connect(address)
+        done = clean(nights)
+        assert (done.rc, "still has a client" in done.stderr) == (13, True), done
+        assert machine.monitor("query-status")["status"] == "running"
+        assert machine.monitor("query-jobs") == []
+    nights.require_cleaned()
+    nights.require_incremental("--no-fallback")
 
 
 # The limit of open files

@@ -19,6 +19,8 @@ _LONGEST_FOLDER = 80
 """Bytes of a temporary folder's path that leave room for a folder and a socket in it."""
 _PRIVATE = "pybackup-own-"
 _SHARED = "pybackup-live-"
+_CONNECTED = b"03"
+"""A socket's state (SS_CONNECTED) in /proc/net/unix."""
 _YOUNG = 60.0
 """Seconds: a folder that was just made may not be locked yet."""
 
@@ -89,6 +91,14 @@ def _is_listened_in(folder: Path) -> bool:
     """Has the kernel a socket there?  Not by asking who listens: a QEMU 7.2 may not survive a client that leaves."""
     bound = Path("/proc/net/unix").read_bytes()
     return os.fsencode(folder) + b"/" in bound
+
+
+def has_connection(path: str) -> bool:
+    """Tell whether a client is connected to the server that listens at `path`, or waits to be accepted."""
+    with suppress(OSError):
+        bound = [line.split(maxsplit=7) for line in Path("/proc/net/unix").read_bytes().splitlines()]
+        return any(fields[5] == _CONNECTED and fields[7] == os.fsencode(path) for fields in bound if len(fields) == 8)
+    return False
 
 
 def _socket_folder(prefix: str) -> str:

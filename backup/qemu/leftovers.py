@@ -20,11 +20,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from backup.errors import SourceError
+from backup.qemu import folders
 from backup.qemu.blocks import Blocks
 from backup.qemu.monitor import Monitor, Refused
 
 _GONE_SECONDS = 30.0
 """How long QEMU may take to end an export or a job: requests under way are waited for."""
+_CLIENTS_SECONDS = 10.0
+"""How long QEMU may take to notice the end of a connection."""
 _FULL = 16 << 20
 """Bytes.  A file system with less is full for the copies that QEMU makes before a guest's write."""
 
@@ -133,18 +136,39 @@ def remove(
     if clients is not None:
         clients.close()
     removed += [f"export {name}" for name in found.exports]
-    if own_server and _tolerant(monitor, "nbd-server-stop", {}):
+    left = own_server and _clients_left(found)
+    if own_server and not left and _tolerant(monitor, "nbd-server-stop", {}):
         removed.append("the NBD server")
     for job in found.jobs:
         _tolerant(monitor, "job-cancel", {"id": job})
     _await(monitor, "query-jobs", found.jobs)
     removed += [f"job {name}" for name in found.jobs]
     removed += _remove_nodes(monitor, found.nodes)
+    if left:  # by the descriptors the next run knows whose the server is
+        raise SourceError(
+            "QEMU's NBD server, which a backup started, still has a client and cannot be stopped",
+            hint="end the client; after that the next run, or `pybackup clean`, stops the server",
+        )
     for number in found.fdsets:
         _tolerant(monitor, "remove-fd", {"fdset-id": number})
     for place in found.places:
         _remove_socket(place.socket)
     return removed
+
+
+def _clients_left(found: Leftovers) -> bool:
+    """
+    Wait until our NBD server has no client; True where it has one still.
+
+    nbd-server-stop waits for the last client and does not look at what clients in their handshake send, the end of
+    their connection included: a client that is left there hangs QEMU for ever.
+    """
+    deadline = time.monotonic() + _CLIENTS_SECONDS
+    while any(folders.has_connection(place.socket) for place in found.places):
+        if time.monotonic() > deadline:
+            return True
+        time.sleep(0.005)
+    return False
 
 
 def stopped_guest(blocks: Blocks, found: Leftovers) -> bool:
