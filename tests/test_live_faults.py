@@ -38,7 +38,9 @@ from live import (
     wait_until,
 )
 
+from backup.errors import Failed
 from backup.qemu import leftovers, monitor
+from backup.qemu import scratch as scratch_files
 from backup.qemu.fleece import Instant
 from backup.qemu.monitor import Monitor
 from backup.qemu.nbd import Lane
@@ -537,6 +539,25 @@ def test_copies_that_are_lost_right_before_the_last_read_are_noticed(nights, scr
     assert (done.rc, "No space left on device" in done.stderr) == (13, True), done
     assert nights.points() == points
     nights.require_making_up("--no-fallback")
+
+
+def test_a_copy_that_could_not_be_written_back_is_a_lost_one(nights, unwatched, monkeypatch):
+    """tests/test_scratch.py has real storage of that kind."""
+    points = nights.points()
+    with monkeypatch.context() as patched:
+        patched.setattr(scratch_files, "write_back_error", lambda fd: OSError(5, "Input/output error"))
+        done = nights.backup("incremental")
+    assert (done.rc, "lost what the guest overwrote (write: Input/output error)" in done.stderr) == (13, True), done
+    assert nights.points() == points
+    nights.require_making_up("--no-fallback")
+
+
+def test_where_no_program_can_be_started_all_is_removed_all_the_same(nights, monkeypatch):
+    def refuse(*_):
+        raise Failed("dd cannot be run: Too many open files", hint="a test")
+
+    monkeypatch.setattr(scratch_files, "popen", refuse)
+    nights.require_incremental("--no-fallback")
 
 
 @pytest.mark.parametrize("command", ["audit", "incremental --dry-run", "map", "map --totals", "map --json"])

@@ -284,11 +284,11 @@ class Instant:
             with suppress(OSError):
                 os.ftruncate(fd, 0)
             os.close(fd)
-        self._ended = True
         folders.remove_folder(self._folder)
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+        self._ended = True
 
     def _require_space(self, folder: Path) -> None:
         try:

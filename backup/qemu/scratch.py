@@ -24,9 +24,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
-from backup.errors import SourceError
+from backup.errors import Failed, SourceError
 from backup.qemu.monitor import Event, Monitor
 from backup.qemu.programs import DEVNULL, Process, has_ended, popen
 
@@ -150,8 +151,9 @@ def require_answering(files: Mapping[int, str], seconds: float) -> None:
     Silent
         A write did not return in time.
     """
-    probes = [(folder, _write(f"/proc/self/fd/{fd}", [fd])) for fd, folder in files.items()]
-    _require_ended(probes, seconds)
+    with suppress(Failed):  # no program can be started: nobody can ask, and removal must not wait for that
+        probes = [(folder, _write(f"/proc/self/fd/{fd}", [fd])) for fd, folder in files.items()]
+        _require_ended(probes, seconds)
 
 
 def require_folders_answering(folders: Iterable[str], seconds: float) -> None:
@@ -164,7 +166,8 @@ def require_folders_answering(folders: Iterable[str], seconds: float) -> None:
         A folder did not answer in time.
     """
     make = "import sys, tempfile; tempfile.TemporaryFile(dir=sys.argv[1]).write(b'0')"
-    _require_ended([(folder, popen([sys.executable, "-c", make, folder], DEVNULL)) for folder in folders], seconds)
+    with suppress(Failed):
+        _require_ended([(folder, popen([sys.executable, "-c", make, folder], DEVNULL)) for folder in folders], seconds)
 
 
 def _write(file: str, fds: Sequence[int]) -> Process:
