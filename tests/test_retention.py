@@ -1,5 +1,6 @@
 """Which points are kept, held against tables made by hand from restic's manual and its documented examples."""
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import accumulate, pairwise
 
@@ -334,6 +335,7 @@ def test_small_steps_back_of_a_clock_are_no_doubt():
 
 
 def test_of_two_points_that_contradict_each_other_both_stay():
+    assert doubts(moments("2026-11-27T03:00", "1970-01-01"), NOW) == {"1970-01-01": DISORDER}, "the later is believed"
     for policy in TIMED:
         assert len(kept(moments("2026-11-27T03:00", "1970-01-01"), **policy)) == 2
 
@@ -351,3 +353,20 @@ def test_a_point_in_doubt_is_kept_and_changes_nothing_for_the_others(days, now, 
     times = [point.started for point in clear]
     assert all(later > earlier - timedelta(days=1) for earlier, later in pairwise(times))
     assert all(time <= clock + timedelta(minutes=5) for time in times)
+
+
+def test_last_counts_points_by_their_order_whatever_their_times():
+    assert keep(nights(10, n0="2099-01-01"), Policy(last=3, daily=1), NOW) == {
+        "n0": ("newest", FUTURE, "last"),
+        "n1": ("last", "daily"),
+        "n2": ("last",),
+    }
+
+
+def test_pinned_points_say_nothing_of_how_far_apart_points_usually_are():
+    days = [*range(3), *range(200, 204)]
+    points = [
+        replace(point, pinned=day < 3) for day, point in zip(days, at_hours([24 * day for day in days]), strict=True)
+    ]
+    assert first_after_jump(points) is None
+    assert first_after_jump([replace(point, pinned=False) for point in points]) == points[3]
