@@ -7,6 +7,8 @@ oracle that extents are held against.
 
 from __future__ import annotations
 
+import socket
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -152,6 +154,8 @@ class FakeBinding:
         self.connections = 0
         self.open = 0
         self.requests: list[tuple[tuple[str, ...], int, int]] = []
+        self.ends = socket.socketpair()  # for who looks at a connection's descriptor
+        weakref.finalize(self, lambda ends: [end.close() for end in ends], self.ends)
 
     def NBD(self) -> FakeHandle:  # noqa: N802 - libnbd's name
         return FakeHandle(self)
@@ -212,6 +216,12 @@ class FakeHandle:
 
     def aio_is_negotiating(self) -> bool:
         return self.negotiating
+
+    def aio_is_ready(self) -> bool:
+        return not (self.waiting or self.negotiating)
+
+    def aio_get_fd(self) -> int:
+        return self.server.ends[0].fileno()
 
     def aio_opt_list_meta_context(self, context: Callable[[str], int]) -> None:
         for name in self.server.offered:

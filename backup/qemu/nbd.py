@@ -453,24 +453,37 @@ class Pieces:
 
 
 class _Read:
-    """A read under way: of [start, end) in bytes into `room`, of which `view` gets what begins at `offset`."""
+    """A read under way: `length` bytes into `room`, of which `view` gets what begins at `offset`."""
 
-    __slots__ = ("_pieces", "offset", "room", "token", "view")
+    __slots__ = ("_begun", "_length", "_offset", "_pieces", "_room", "_start", "_view", "_whole", "token")
 
-    def __init__(self, token: object, offset: int, view: memoryview, room: memoryview, start: int) -> None:
-        self.token, self.offset, self.view, self.room = token, offset - start, view, room
-        self._pieces = Pieces(start, start + len(room))
+    def __init__(
+        self, token: object, view: memoryview, room: memoryview, *, offset: int, start: int, begun: set[_Read]
+    ) -> None:
+        self.token = token
+        self._begun = begun
+        self._offset, self._start, self._length = offset, start, len(room)
+        self._view, self._room = view, room
+        self._whole = False
+        self._pieces: Pieces | None = None
 
     def arrived(self, data: Any, start: int, _status: int, _error: object) -> int:
         """Note a piece of the answer (of an error: no bytes); libnbd's callback, which fails the read with -1."""
+        self._begun.add(self)
+        if len(data) == self._length:  # nearly always; libnbd counts the bytes, and finds what comes beside it
+            self._whole = True
+            return 0
+        if self._pieces is None:
+            self._pieces = Pieces(self._start, self._start + self._length)
         return 0 if self._pieces.add(start, len(data)) else -1
 
     def finish(self, *, in_pieces: bool) -> bool:
         """Hand the bytes on; False where not all of them came."""
-        if in_pieces and not self._pieces.complete():
+        if in_pieces and not (self._whole or (self._pieces is not None and self._pieces.complete())):
             return False
-        if self.room is not self.view:
-            self.view[:] = self.room[self.offset : self.offset + len(self.view)]
+        if self._room is not self._view:
+            low = self._offset - self._start
+            self._view[:] = self._room[low : low + len(self._view)]
         return True
 
 
@@ -485,6 +498,8 @@ class Lane:
         # A simple reply is one run of all the bytes.  Without pieces to watch, libnbd need not call us for each.
         self._in_pieces: bool = handle.get_structured_replies_negotiated()
         self._reads: dict[int, _Read] = {}
+        self._begun: set[_Read] = set()
+        """Reads of which pieces came: only then one may be finished (or have failed, which has a moment's time)."""
         self._patience = Wait(f"data from {uri}")
         # A read whose bytes did not all come is an error, so the zeroing before each read would only cost time.
         handle.set_pread_initialize(False)
@@ -505,7 +520,7 @@ class Lane:
         """
         start, end = self._blocks.around(offset, offset + len(view))
         room = view if end - start == len(view) else memoryview(bytearray(end - start))
-        read = _Read(token, offset, view, room, start)
+        read = _Read(token, view, room, offset=offset, start=start, begun=self._begun)
         try:
             if self._in_pieces:
                 cookie = self._handle.aio_pread_structured(room, start, read.arrived)
@@ -532,7 +547,8 @@ class Lane:
             done = self._finished()
             # Each call takes what a socket holds just now, a small part of a read: back to it with no detour.
             while len(done) < enough and poll(milliseconds):
-                done += self._finished()
+                if self._begun or not self._in_pieces:
+                    done += self._finished()
                 if time.monotonic() >= deadline:
                     break
         except self._nbd.Error as error:
@@ -553,6 +569,7 @@ class Lane:
         done = []
         while self._reads and (cookie := self._handle.aio_peek_command_completed()):
             read = self._reads.pop(cookie)
+            self._begun.discard(read)
             try:
                 self._handle.aio_command_completed(cookie)
             except self._nbd.Error as error:
@@ -572,6 +589,7 @@ class Lane:
         """No more reads; the connection is the export's to end."""
         self._handle = None
         self._reads.clear()
+        self._begun.clear()
 
 
 class Target:
