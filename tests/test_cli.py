@@ -733,3 +733,23 @@ def test_the_example_is_installed_with_the_package_and_printed(tmp_path, monkeyp
     metadata = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     assert set(metadata["backup"]) >= {"config.example.yaml", "FORMAT.md"}
     assert all((root / "backup" / name).is_file() for name in metadata["backup"])
+
+
+def test_neither_a_home_nor_a_terminal_nor_a_locale_is_needed(tmp_path):
+    night = Night.of(tmp_path)
+    assert call_pybackup(["init", night.repository]).rc == 0
+    places = ["--repo", night.repository]
+    for environment in (
+        {},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        {"TERM": "no-such", "COLUMNS": "1"},
+    ):
+        for args in (["full", "--image", night.image, *places], ["list", *places], ["list", "--help"]):
+            done = subprocess.run([PYBACKUP, *args], env=environment, check=False, capture_output=True, text=True)
+            assert (done.returncode, done.stderr) == (0, ""), done
+        # A name that is not UTF-8 is an argument like any other.
+        done = subprocess.run(
+            [PYBACKUP, "full", "--image", b"n\xfcll.qcow2", *places], env=environment, check=False, capture_output=True
+        )
+        assert done.returncode == 2
+        assert [line.split(b" ")[1] for line in done.stderr.splitlines()] == [b"error:", b"hint:"]

@@ -5,7 +5,6 @@ What a hint says beyond the text that an error brings: the user's own options.
 from __future__ import annotations
 
 import re
-import shlex
 
 _COMMAND = re.compile(r"`pybackup ([a-z][a-z-]*)([^`]*)`")
 WITHOUT_REPO = frozenset({"check-config", "init", "map"})
@@ -14,6 +13,7 @@ WITHOUT_REPO = frozenset({"check-config", "init", "map"})
 
 def complete(text: str, repo: str | None, config: str | None) -> str:
     """Give the commands in a text, such as `pybackup list web1`, the --repo and --config that the user gave."""
+    import shlex
 
     def completed(found: re.Match[str]) -> str:
         command, rest = found[1], found[2]
