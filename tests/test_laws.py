@@ -23,6 +23,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
+from lab import init
 
 from backup.cli import app
 
@@ -324,6 +325,7 @@ class Story:
     def run(self, command: str, *arguments: str, codes: tuple[int, ...] = (0,)) -> Any:
         """Run pybackup in this process; its JSON."""
         repository = [] if command == "restore" else ["--repo", str(self.folder / "repo")]
+        init([command, *repository])
         stdout, stderr = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
             code = app._run(["--config", str(self.config), command, *arguments, *repository, "--json"])
