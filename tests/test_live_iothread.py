@@ -114,4 +114,5 @@ def test_an_instant_that_is_lost_while_a_disk_is_opened_does_not_hang_the_machin
     assert (done.rc, "lost in the handshake" in done.stderr) == (13, True), done
     assert time.monotonic() - began < 20
     require_running(nights.machine)
+    nights.require_nothing_left()
     nights.require_making_up("--no-fallback")
