@@ -109,8 +109,8 @@ class Former:
     def _opened(self) -> int | None:
         try:
             return os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            return None
+        except (FileNotFoundError, NotADirectoryError):
+            return None  # making the new file will say what is wrong
         except OSError as error:
             raise Failed(
                 f"{self._path} cannot be opened to see whether a QEMU has it open: {error.strerror}",

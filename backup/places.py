@@ -60,12 +60,14 @@ def place(
         The target does not fit, exists and --force was not given, or lies in a repository.
     """
     names = _disks(point, disk)
+    if not target:
+        raise UsageError("TARGET is empty", hint="name a file, a folder, a block device, an NBD URI, or -")
     if target != STDOUT and not is_uri(target):
         _refuse_repository(machine, target)
     if _is_folder(target, len(names)):
         base = target.rstrip("/") or "/"
         made = image_format or RAW
-        places = tuple(Place(name, f"{base}/{name}.{made}", made) for name in names)
+        places = tuple(Place(name, os.path.join(base, f"{name}.{made}"), made) for name in names)
         for each in places:
             refuse_existing(Path(each.target), force=force)
         return Placed(places, Path(base), ())

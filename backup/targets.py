@@ -82,9 +82,7 @@ def refuse_existing(path: Path, *, force: bool) -> None:
         It exists and --force was not given, or it is no file.
     """
     if os.path.isdir(path):
-        raise UsageError(
-            f"{path} is a folder", hint="name the file to make, or leave --disk out to restore all disks into a folder"
-        )
+        raise UsageError(f"{path} is a folder, and a file is to be made there", hint="name another target")
     if os.path.exists(path) and not os.path.isfile(path):
         raise UsageError(
             f"{path} is neither a file nor a block device",

@@ -515,8 +515,10 @@ def test_a_full_file_system_is_a_failure_and_leaves_nothing(tmp_path, monkeypatc
 
 def test_a_pipe_or_character_device_is_no_target(night, tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for target in (tmp_path / "pipe", "/dev/null"):
-        assert restore(night, target).rc == 2
+    for target in (tmp_path / "pipe", "/dev/null", "/dev/full", ""):
+        done = restore(night, target)
+        assert (done.rc, len(done.stderr.splitlines())) == (2, 2)
+        assert "-" in done.stderr
         assert restore(night, target, "--force").rc == 2
 
 
