@@ -288,6 +288,30 @@ def test_a_disk_of_an_odd_size_fits_an_export_of_any_block_size(tmp_path, smalle
     assert used.read_bytes()[:1_000_001] == source.read_bytes()
 
 
+@pytest.mark.parametrize("filters", [[], ["--filter=nozero"]])
+def test_a_server_whose_blocks_are_larger_than_the_clusters_keeps_what_lies_behind_the_disk(tmp_path, filters):
+    """Each of its blocks is written by several threads, in parts: data, zeroes and the disk's end."""
+    source = garbage(tmp_path / "small.raw", 2 * MIB + 4096)
+    with source.open("r+b") as disk:
+        for number in range(0, 512, 3):
+            disk.seek(number * 4096)
+            disk.write(bytes(4096))
+    used = garbage(tmp_path / "used.raw", 3 * MIB)
+    behind = used.read_bytes()[2 * MIB + 4096 :]
+    repo = tmp_path / "repo"
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"repository: {repo}\ncluster_size: 4K\nmachines: {{m: {{disks: {{d: {{image: {source}, format: raw}}}}}}}}\n"
+    )
+    assert call_pybackup(["init", repo]).rc == 0
+    assert call_pybackup(["--config", config, "full"]).rc == 0
+    sizes = ["blocksize-minimum=64K", "blocksize-preferred=64K", "blocksize-error-policy=error"]
+    with nbdkit("--filter=blocksize-policy", *filters, "file", str(used), *sizes) as uri:
+        done = call_pybackup(["restore", "m/latest", uri, "--force", "--repo", repo])
+        assert done.rc == 0, done.stderr
+    assert used.read_bytes() == source.read_bytes() + behind
+
+
 @pytest.mark.parametrize("size", [1, 511, 513, 65536, 65537])
 def test_disks_of_tiny_and_odd_sizes_come_back(tmp_path, size):
     source = garbage(tmp_path / "s.raw", size)

@@ -617,6 +617,7 @@ class Target:
         self._address = uri
         self._nbd = load_binding()
         self._abandoned = threading.Event()
+        self._mending = threading.Lock()  # of two threads that write parts of one block, one reads what the other wrote
         try:
             first = connect(self._nbd, uri, ())
         except SourceError as error:
@@ -636,17 +637,19 @@ class Target:
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """
-        Write data (bytes) at offset; an odd end of a disk is filled up with zeroes where the server has room.
+        Write data (bytes) at offset.
 
         Raises
         ------
         Failed
             The server cannot write it, or the target was abandoned.
         """
-        missing = self._missing(offset + len(data))
-        view = memoryview(bytes(data) + bytes(missing) if missing else data)
-        for low in range(0, len(view), self._blocks.largest):
-            self._write_once(offset + low, view[low : low + self._blocks.largest])
+        view, end, largest = memoryview(data), offset + len(data), self._blocks.largest
+        first, last = self._whole_blocks(offset, end)
+        self._write_part(offset, view[: first - offset])
+        for low in range(first, last, largest):
+            self._write_once(low, view[low - offset : min(low + largest, last) - offset])
+        self._write_part(last, view[last - offset :])
 
     def zero(self, offset: int, length: int) -> None:
         """
@@ -658,13 +661,15 @@ class Target:
             As for `write`.
         """
         step = _MAX_ZERO if self._can_zero else min(self._blocks.largest, len(self._ZEROES))
-        end = offset + length + self._missing(offset + length)
-        for low in range(offset, end, step):
-            count = min(step, end - low)
+        first, last = self._whole_blocks(offset, offset + length)
+        self._write_part(offset, memoryview(bytes(first - offset)))
+        for low in range(first, last, step):
+            count = min(step, last - low)
             if self._can_zero:
                 self._zero_once(low, count)
             else:
                 self._write_once(low, self._ZEROES[:count])
+        self._write_part(last, memoryview(bytes(offset + length - last)))
 
     def flush(self) -> None:
         """Have the server store everything written so far, on whichever connection."""
@@ -683,9 +688,22 @@ class Target:
         self._handles.clear()
         self._idle = queue.LifoQueue()
 
-    def _missing(self, end: int) -> int:
-        """Bytes up to the next multiple of the server's smallest block, as far as it has them."""
-        return min(-end % self._blocks.smallest, max(self.size - end, 0))
+    def _whole_blocks(self, start: int, end: int) -> tuple[int, int]:
+        """The part of [start, end) that is whole blocks of the server; an empty part at `end` where there is none."""
+        smallest = self._blocks.smallest
+        first, last = start + -start % smallest, end if end >= self.size else end - end % smallest
+        return (first, last) if first <= last else (end, end)
+
+    def _write_part(self, offset: int, data: memoryview) -> None:
+        """Write a part of one block, the rest of which keeps what it holds: the server takes whole blocks only."""
+        if not data:
+            return
+        start, end = self._blocks.around(offset, offset + len(data))
+        block = bytearray(end - start)
+        with self._mending:
+            self._answered(lambda handle: handle.aio_pread(memoryview(block), start))
+            block[offset - start : offset - start + len(data)] = data
+            self._write_once(start, memoryview(block))
 
     def _write_once(self, offset: int, data: memoryview) -> None:
         self._answered(lambda handle: handle.aio_pwrite(data, offset))
