@@ -145,8 +145,8 @@ class Repository:
 
     def machine_names(self) -> list[str]:
         """Names of the machines' folders, sorted; a folder that can be no machine's (lost+found) is none."""
-        with explained(self.path):
-            folders = [entry.name for entry in os.scandir(self.path) if _is_folder(entry)]
+        with explained(self.path), os.scandir(self.path) as entries:
+            folders = [entry.name for entry in entries if _is_folder(entry)]
         return sorted(name for name in folders if name_problem("machine", name) is None)
 
     def machine(self, name: str) -> Machine:
