@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -537,3 +538,13 @@ def test_no_request_exceeds_the_limit_when_it_is_rounded_out(start, length, shif
     for low, high in found:
         assert low < high
         assert -(-high // smallest) * smallest - low // smallest * smallest <= limit
+
+
+def test_a_copy_that_stored_less_than_was_planned_is_no_copy():
+    content = content_of(40 * CLUSTER)
+    plan = plan_of(content)
+    claimed = replace(plan, totals=replace(plan.totals, data=plan.totals.data + CLUSTER))
+    with pytest.raises(RuntimeError, match=f"{plan.totals.data} bytes were stored of {claimed.totals.data}"):
+        copier.copy(
+            claimed, [FakeLane(content)], MemorySink(), Settings(), max_request=NO_LIMIT, progress=lambda _: None
+        )
