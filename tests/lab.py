@@ -27,6 +27,13 @@ CLUSTER = 64 * KIB
 PYBACKUP = Path(sys.executable).with_name("pybackup")
 
 
+PEAK_KIB = "next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM:'))"
+"""
+Python's expression for the most memory that its process has had, in KiB.  What getrusage says counts the memory of the
+process that started this one as well: a large pytest's.
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     """What a command said and how it ended."""
@@ -78,7 +85,8 @@ def init(args: Sequence[str | Path], cwd: Path | None = None) -> None:
         with contextlib.suppress(BackupError):
             if not os.path.lexists(place / MARKER):
                 Repository.create(place, identity=identity)
-            identity = Repository.open(place).identity
+            if len(places) > 1:
+                identity = Repository.open(place).identity
 
 
 def _named_repository(words: Sequence[str]) -> str | None:

@@ -90,4 +90,5 @@ def test_a_limit_that_makes_no_sense_is_refused(night, tmp_path, command):
     done = call_pybackup([*LIMITED[command](tmp_path / "target"), "--repo", night.repository, "--limit", "1"])
     assert done.rc == 2
     assert "--limit 1 is out of bounds" in done.stderr
-    assert not (tmp_path / "target").exists()
+    assert not (tmp_path / "target").is_file()
+    assert not list((tmp_path / "target").glob("*/*"))

@@ -5,7 +5,6 @@ The commands that look at disks: full, incremental, rescan, audit, map; and clea
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -136,11 +135,16 @@ def _back_up(wanted: str, *, repo: str | None, **parameters: Any) -> None:
     def open_repository() -> Repository:
         return Repository.open(path, modes)
 
-    if not given.dry_run:
-        with suppress(BackupError):  # what is wrong with the command is said before a repository that is missing
-            open_repository().tidy()
+    missing: BackupError | None = None
+    try:
+        repository = open_repository()
+        if not given.dry_run:
+            repository.tidy()
+    except BackupError as error:
+        missing = error
     made = requests.make_requests(given, config)
-    open_repository()  # where there is none, one error is enough for all machines
+    if missing is not None:  # said after what is wrong with the command, and once for all machines
+        raise missing
     outcomes = []
     unshown: Exception | None = None
     for request in made:
