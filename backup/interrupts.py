@@ -40,15 +40,20 @@ def catch() -> None:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Keep a signal back until the block ends; only in the main thread, and only around what takes moments."""
-    _State.held = True
+    """
+    Keep a signal back until the block ends; only in the main thread, and only around what takes moments.
+
+    A block within another one changes nothing.
+    """
+    outer, _State.held = _State.held, True
     try:
         yield
     finally:
-        _State.held = False
-        waiting, _State.waiting = _State.waiting, None
-        if waiting is not None:
-            raise Interrupted(waiting)
+        _State.held = outer
+        if not outer:
+            waiting, _State.waiting = _State.waiting, None
+            if waiting is not None:
+                raise Interrupted(waiting)
 
 
 def to_the_end(tidy_up: Callable[[], None]) -> None:

@@ -141,8 +141,18 @@ def test_a_run_that_is_killed_in_the_freeze_is_made_up_for_by_the_next(nights, s
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-@pytest.mark.parametrize("step", [*IN_THE_FREEZE, Step("Agent.freeze", "after", module=AGENT)], ids=str)
+@pytest.mark.parametrize(
+    "step",
+    [
+        *IN_THE_FREEZE,
+        Step("Agent.freeze", "after", module=AGENT),
+        Step("Agent.__exit__", "before", 2, module=AGENT),
+        Step("_Freezing.end", "before", module="backup.sources.running"),
+    ],
+    ids=str,
+)
 def test_a_run_that_is_asked_to_stop_in_the_freeze_thaws(nights, step, number):
+    """Also where the signal comes as the function begins that thaws, or the one that frees the agent's socket."""
     points = nights.points()
     with agent_of(nights) as agent:
         with stopped_at(step, nights.arguments("incremental")) as run:

@@ -21,14 +21,14 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import quote
 
 from backup.errors import BackupError, Interrupted, SourceError
-from backup.interrupts import to_the_end
+from backup.interrupts import held, to_the_end
 from backup.qemu import folders, images, leftovers, scratch
 from backup.qemu.blocks import OURS, Blocks
 from backup.qemu.clients import Clients
@@ -81,6 +81,10 @@ class Room:
 
 class Around(Protocol):
     """What the guest does for the transaction."""
+
+    @property
+    def wanted(self) -> bool:
+        """Does it do anything?"""
 
     def begin(self) -> None:
         """Flush and freeze."""
@@ -205,10 +209,13 @@ class Instant:
             self._require_space(folder)
         for number, target in enumerate(self._targets):
             self._add_overlay(number, target)
-        with ExitStack() as leaving:
-            leaving.callback(around.end)  # before it begins: a signal may come between any two lines
-            around.begin()
-            self._freeze()
+        # Python raises a signal where a function begins, also where `end` does: a guest must not stay frozen by that.
+        with held() if around.wanted else nullcontext():
+            try:
+                around.begin()
+                self._freeze()
+            finally:
+                around.end()
         self._jobs = [f"{self._own}j{number}" for number in range(len(self._targets))]
         self._watch.start()
         self._start_server()

@@ -544,6 +544,11 @@ class _Freezing:
         self.stuck: str | None = None
         """That the guest may be frozen, and what to do."""
 
+    @property
+    def wanted(self) -> bool:
+        """Is the guest to be frozen, or asked whether it could be?"""
+        return self._freeze.wanted
+
     def begin(self) -> None:
         """Freeze; a failure is a warning, or an error where a freeze is required."""
         if not self._freeze.wanted:
