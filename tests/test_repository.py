@@ -76,7 +76,7 @@ def test_init_makes_a_repository_and_tells_where_it_lies(tmp_path):
     done = call_pybackup(["init", tmp_path / "repo"])
     identity = json.loads((tmp_path / "repo" / MARKER).read_bytes())["id"]
     assert (done.rc, done.stderr) == (0, "")
-    mount_point = run("findmnt", "-n", "-o", "TARGET", "-T", str(tmp_path)).strip()
+    mount_point = run("stat", "--format=%m", str(tmp_path)).strip()
     assert f"id {identity[:8]}, on the file system {mount_point} with " in done.stdout
     assert ("root file system" in done.stdout) == (mount_point == "/")
     shown = call_pybackup(["init", tmp_path / "second", "--json"]).document
@@ -744,7 +744,7 @@ def read_only(repo, *command):
         capture_output=True,
         text=True,
     )
-    if done.returncode == 77:
+    if done.returncode == 77 or done.stderr.startswith("unshare: "):
         pytest.skip("mounting is not allowed here")
     return done
 
