@@ -1,5 +1,5 @@
 """
-A scratch folder that fills up while a real guest writes: QEMU stops the guest, and it must not stay so.
+A scratch folder that fills up while a real guest writes: the backup fails, and the guest notices nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from guest import NAMES, Guest, make_disks, started
-from lab import PYBACKUP, run, run_pybackup
+from lab import PYBACKUP, init, run, run_pybackup
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def small(folder: Path) -> Iterator[Path]:
 
 
 def command(guest: Guest, folder: Path, scratch: Path) -> list[str | Path]:
-    """A slow backup, without a reserve that would end it before QEMU stops the guest."""
+    """A slow backup, without a reserve that would end it before the scratch folder is full."""
     config = folder / "config.yaml"
     config.write_text("scratch_reserve: 0\n")
     nodes = [word for name in NAMES for word in ("--node", f"node-{name}", "--disk", name)]
@@ -59,23 +59,27 @@ def stops(guest: Guest) -> list[str]:
     return [event["event"] for event in guest.monitor.events if event["event"] in {"BLOCK_IO_ERROR", "STOP", "RESUME"}]
 
 
-def test_a_backup_that_fills_its_scratch_folder_ends_and_lets_the_guest_go_on(guest, tmp_path):
+def test_a_backup_that_fills_its_scratch_folder_ends_and_the_guest_notices_nothing(guest, tmp_path):
     with small(tmp_path / "scratch") as scratch:
         done = run_pybackup(command(guest, tmp_path, scratch))
     assert done.rc == 13, done
-    assert "ran out of space" in done.stderr
-    assert stops(guest)[-3:] == ["BLOCK_IO_ERROR", "STOP", "RESUME"]
+    assert "ran out of space" in done.stderr or "lost what the guest overwrote" in done.stderr, done
+    assert not stops(guest)
     require_going_on(guest)
-    assert not list(tmp_path.glob("repo/*/*.qcow2"))
+    assert not list(tmp_path.glob("repo/*/*.qcow2*"))
 
 
-def test_a_guest_that_a_killed_backups_scratch_folder_stopped_goes_on_with_the_next_run(guest, tmp_path):
+def test_a_guest_whose_backup_was_killed_writes_on_when_the_scratch_folder_is_full(guest, tmp_path):
+    arguments = command(guest, tmp_path, tmp_path / "scratch")
+    init(arguments)
     with small(tmp_path / "scratch") as scratch:
-        with subprocess.Popen([PYBACKUP, *command(guest, tmp_path, scratch)]) as process:
+        with subprocess.Popen([PYBACKUP, *arguments]) as process:
             guest.wait_until(lambda guest: guest.monitor("query-block-exports"), "export that the run reads from")
             process.kill()
-        guest.wait_until(lambda guest: guest.monitor("query-status")["status"] == "io-error", "stop of the guest")
+        guest.wait_until(lambda _: os.statvfs(scratch).f_bavail == 0, "full scratch folder")
+        guest.wait_for(numbers=20, generations=1)
+        assert not stops(guest)
         done = run_pybackup(["clean", "--qmp", guest.qmp, "--repo", tmp_path / "repo"])
     assert done.rc == 0, done
-    assert "a stop of the guest" in done.stdout
+    assert "job" in done.stdout
     require_going_on(guest)
