@@ -81,3 +81,26 @@ def nbdinfo_map(uri: str, context: str = "base:allocation") -> list[tuple[int, i
         else:
             merged.append((start, length, flags))
     return merged
+
+
+@contextmanager
+def running(image: Path, driver: str, *, writable: bool = True, file_driver: str = "file") -> Iterator[None]:
+    """A process that has the image open as a running machine has it."""
+    address = image.with_name("machine.sock")
+    mode = f"read-only={'off' if writable else 'on'}"
+    command = ["qemu-storage-daemon", "--blockdev", f"driver={file_driver},node-name=file,filename={image},{mode}"]
+    command += ["--blockdev", f"driver={driver},node-name=disk,file=file,{mode}"]
+    command += ["--nbd-server", f"addr.type=unix,addr.path={address}"]
+    command += ["--export", f"type=nbd,id=e,node-name=disk,name=disk,writable={'on' if writable else 'off'}"]
+    with subprocess.Popen(command) as process:
+        try:
+            deadline = time.monotonic() + 20
+            while not address.exists():
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            yield
+        finally:
+            process.kill()
+            process.wait()
+            address.unlink(missing_ok=True)

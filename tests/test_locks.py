@@ -10,37 +10,14 @@ import errno
 import fcntl
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from lab import MIB, call_pybackup, make_image, write
+from servers import running
 
 from backup.qemu import locks
 from backup.qemu.images import ImageLocked
-
-
-@contextmanager
-def machine(image: Path, *, writable: bool = True) -> Iterator[None]:
-    """A process that has the raw image open as a running machine has it."""
-    address = image.parent / "machine.sock"
-    command = ["qemu-storage-daemon", "--blockdev", f"driver=file,node-name=file,filename={image}"]
-    command += ["--blockdev", f"driver=raw,node-name=disk,file=file,read-only={'off' if writable else 'on'}"]
-    command += ["--nbd-server", f"addr.type=unix,addr.path={address}"]
-    command += ["--export", f"type=nbd,id=e,node-name=disk,name=disk,writable={'on' if writable else 'off'}"]
-    with subprocess.Popen(command) as process:
-        try:
-            deadline = time.monotonic() + 20
-            while not address.exists():
-                assert process.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
-            yield
-        finally:
-            process.kill()
-            process.wait()
-            address.unlink(missing_ok=True)
 
 
 def writing(image: Path) -> str:
@@ -59,7 +36,7 @@ def raw(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("command", ["full", "incremental", "rescan", "map"])
 def test_a_running_machines_raw_image_is_refused(raw, tmp_path, command):
     options = [] if command == "map" else ["--repo", tmp_path / "repo", "--bitmap", "b1"]
-    with machine(raw):
+    with running(raw, "raw"):
         done = call_pybackup([command, "--image", raw, "--image-format", "raw", *options])
     assert done.rc == 13
     assert f"{raw} is in use by another program" in done.stderr
@@ -68,14 +45,14 @@ def test_a_running_machines_raw_image_is_refused(raw, tmp_path, command):
 
 
 def test_a_machine_that_only_reads_does_no_harm(raw, tmp_path):
-    with machine(raw, writable=False):
+    with running(raw, "raw", writable=False):
         assert call_pybackup(["full", "--image", raw, "--image-format", "raw", "--repo", tmp_path / "repo"]).rc == 0
 
 
 def test_a_raw_file_below_the_image_is_as_safe(raw, tmp_path):
     top = make_image(tmp_path / "top.qcow2", MIB, "-b", str(raw), "-F", "raw")
     full = ["full", "--image", top, "--repo", tmp_path / "repo"]
-    with machine(raw):
+    with running(raw, "raw"):
         done = call_pybackup(full)
     assert (done.rc, f"{raw} is in use" in done.stderr) == (13, True), done
     assert call_pybackup(full).rc == 0

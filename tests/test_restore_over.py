@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from lab import MIB, Night, call_pybackup, make_image, raw_copy, require_identical, run, write
+from servers import running
 
 from backup import former, openers, restore, targets
 from backup.errors import Failed
@@ -37,29 +37,6 @@ def restored(night, target, *options):
 
 def format_of(path):
     return "qcow2" if path.read_bytes()[:4] == b"QFI\xfb" else "raw"
-
-
-@contextmanager
-def running(image: Path, driver: str, *, writable: bool = True, file_driver: str = "file") -> Iterator[None]:
-    """A process that has the image open as a running machine has it."""
-    address = image.with_name("machine.sock")
-    mode = f"read-only={'off' if writable else 'on'}"
-    command = ["qemu-storage-daemon", "--blockdev", f"driver={file_driver},node-name=file,filename={image},{mode}"]
-    command += ["--blockdev", f"driver={driver},node-name=disk,file=file,{mode}"]
-    command += ["--nbd-server", f"addr.type=unix,addr.path={address}"]
-    command += ["--export", f"type=nbd,id=e,node-name=disk,name=disk,writable={'on' if writable else 'off'}"]
-    with subprocess.Popen(command) as process:
-        try:
-            deadline = time.monotonic() + 20
-            while not address.exists():
-                assert process.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
-            yield
-        finally:
-            process.kill()
-            process.wait()
-            address.unlink(missing_ok=True)
 
 
 @pytest.fixture(params=["qcow2", "raw"])
