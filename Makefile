@@ -26,7 +26,7 @@ test: setup
 
 test-guest:
 	@tools/setup guest
-	.venv/bin/python -m pytest -n $(JOBS) --dist loadfile tests/guest $(ARGS)
+	.venv/bin/python -m pytest -n $(JOBS) --dist loadfile tests/real_guest $(ARGS)
 
 check: setup
 	.venv/bin/ruff format --check $(PYTHON_FILES)

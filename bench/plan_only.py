@@ -11,8 +11,8 @@ from __future__ import annotations
 import sys
 import time
 
-from backup import plan
-from backup.qemu.nbd import Export
+from backup.nbd.export import Export
+from backup.planning import plan
 
 
 def main() -> None:

@@ -15,9 +15,12 @@ from backup.cli import process
 
 process.prepare()  # as the program does before it imports numpy, whose OpenBLAS else starts threads
 
-from backup import copier, digests, plan, qcow2  # noqa: E402 - see above
-from backup.extents import Offsets  # noqa: E402
-from backup.qemu.nbd import Export  # noqa: E402
+from backup import qcow2  # noqa: E402 - see above
+from backup.engine import copier  # noqa: E402
+from backup.model.extents import Offsets  # noqa: E402
+from backup.nbd.export import Export  # noqa: E402
+from backup.planning import plan  # noqa: E402
+from backup.repository import checked_file  # noqa: E402
 
 CLUSTER = 65536
 
@@ -27,7 +30,7 @@ class HashedAway:
 
     def put(self, number: int, data: bytes | bytearray | memoryview) -> None:  # noqa: ARG002 - the sink's signature
         """Take part `number`."""
-        digests.digest(data)
+        checked_file.digest(data)
 
 
 class Sink:

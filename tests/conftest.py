@@ -7,7 +7,7 @@ import signal
 
 from hypothesis import settings
 
-collect_ignore = ["guest"]  # `make test-guest` names it: an emulated machine takes a minute, and packages of 28 MB
+collect_ignore = ["real_guest"]  # `make test-guest` names it: an emulated machine takes a minute, and packages of 28 MB
 
 # Two cores shared with QEMU's programs: a slow example is no fault.  In CI the examples are the same in each run.
 settings.register_profile("local", deadline=None)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backup.errors import UsageError
-from backup.names import check_name
+from backup.model.names import check_name
 from backup.units import parse_size, show_duration, show_rate, show_size
 
 

@@ -19,11 +19,11 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
 import backup
-from backup import patience
-from backup.cli import backups, inside, points, process, render, repositories
-from backup.cli.state import COMMON, explained, fail, given_twice, options, show_error
+from backup.cli import backups, inside, output, points, process, repositories
+from backup.cli.context import COMMON, explained, fail, given_twice, options, show_error
 from backup.cli.streams import ReaderGone
 from backup.errors import Failed, Interrupted, UsageError
+from backup.runtime import timeouts
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "init": repositories.init,
@@ -194,7 +194,7 @@ def main() -> NoReturn:
     process.prepare()
     try:
         code = _run(sys.argv[1:])
-        render.flush()
+        output.flush()
     except ReaderGone as gone:
         code = gone.exit_code
     except Failed as error:
@@ -204,8 +204,8 @@ def main() -> NoReturn:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    patience.set_limit(patience.LIMIT)
-    patience.told_by(lambda text: render.note(text, to_stderr=True))
+    timeouts.set_limit(timeouts.LIMIT)
+    timeouts.told_by(lambda text: output.note(text, to_stderr=True))
     options.reset(json="--json" in arguments)  # what fails before the options are parsed is a document, too
     try:
         command = typer.main.get_command(app)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from backup.cli import find, render
+from backup.cli import find, output
+from backup.cli.context import common_code, completed, explained, options, show_error
 from backup.cli.find import folder_of, path_of
 from backup.cli.parameters import (
     AgentSocket,
@@ -37,15 +38,14 @@ from backup.cli.parameters import (
     Scratch,
     Since,
 )
-from backup.cli.state import common_code, completed, explained, options, show_error
 from backup.errors import WARNINGS_EXIT_CODE, BackupError, BitmapUnusable, Damaged, Failed, UsageError
 
 if TYPE_CHECKING:
-    from backup.audit import Audit
-    from backup.config import Config
-    from backup.consider import Request
-    from backup.create import Report
-    from backup.repository import Repository
+    from backup.config.reader import Config
+    from backup.operations.audit import Audit
+    from backup.operations.backup import Report
+    from backup.operations.preflight import Request
+    from backup.repository.repository import Repository
 
 
 def full(
@@ -124,7 +124,7 @@ def rescan(
 
 def _back_up(wanted: str, *, repo: str | None, **parameters: Any) -> None:
     from backup.cli import requests, settings
-    from backup.repository import Repository
+    from backup.repository.repository import Repository
 
     config = find.config()
     given = requests.Options.of(wanted, **parameters)
@@ -159,11 +159,11 @@ def _back_up(wanted: str, *, repo: str | None, **parameters: Any) -> None:
     if unshown is not None:
         raise unshown
     if options.json:
-        render.document(
+        output.document(
             [
-                render.failure_object(request.machine, outcome)
+                output.failure_object(request.machine, outcome)
                 if isinstance(outcome, BackupError)
-                else render.report_object(outcome)
+                else output.report_object(outcome)
                 for request, outcome in outcomes
             ]
         )
@@ -172,10 +172,10 @@ def _back_up(wanted: str, *, repo: str | None, **parameters: Any) -> None:
 
 def _back_up_one(open_repository: Callable[[], Repository], request: Request) -> Report | BackupError:
     """Back up one machine.  Whatever happens to it, a bug included, must not keep the others from their backups."""
-    from backup.create import create
+    from backup.operations.backup import create
 
     try:
-        with render.progress(wanted=not options.quiet) as progress:
+        with output.progress(wanted=not options.quiet) as progress:
             return create(open_repository, request, progress)
     except Exception as error:  # noqa: BLE001 - shown, and in the exit code
         return explained(error)
@@ -191,13 +191,13 @@ def _prune_after(report: Report, repository: Path, config: Config) -> Report:
     try:
         from backup.cli import pruning
 
-        pruned = pruning.prune_one(repository, report.machine, wanted, config, render.Quiet())
+        pruned = pruning.prune_one(repository, report.machine, wanted, config, output.Quiet())
     except Exception as error:  # noqa: BLE001 - the point is made, and whatever keeps it from being thinned is shown
         return replace(report, warnings=(*report.warnings, f"not pruned: {explained(error).message}"))
     report = replace(report, warnings=(*report.warnings, *pruned.warnings))
     if not pruned.removed:
         return report
-    return replace(report, notes=(*report.notes, render.prune_line(pruned, dry_run=False)))
+    return replace(report, notes=(*report.notes, output.prune_line(pruned, dry_run=False)))
 
 
 def _show_outcome(request: Request, outcome: Report | BackupError, *, several: bool) -> None:
@@ -205,15 +205,15 @@ def _show_outcome(request: Request, outcome: Report | BackupError, *, several: b
         show_error(outcome, of=request.machine if several else None)
         return
     for warning in outcome.warnings:
-        render.warning(f"{outcome.machine}: {warning}")
+        output.warning(f"{outcome.machine}: {warning}")
     if options.quiet:
         return
     if not options.json:
-        for text in render.report_lines(outcome, dry_run=request.dry_run):
-            render.line(text)
+        for text in output.report_lines(outcome, dry_run=request.dry_run):
+            output.line(text)
     for note in outcome.notes:
-        render.note(note, to_stderr=options.json)
-    render.flush()
+        output.note(note, to_stderr=options.json)
+    output.flush()
 
 
 def audit(
@@ -250,11 +250,11 @@ def _audit(*, repo: str | None, **parameters: Any) -> None:
         outcomes.append((request, outcome))
         _show_audit(request, outcome, several=len(made) > 1)
     if options.json:
-        render.document(
+        output.document(
             [
-                render.audit_failure_object(request.machine, outcome)
+                output.audit_failure_object(request.machine, outcome)
                 if isinstance(outcome, BackupError)
-                else render.audit_object(outcome)
+                else output.audit_object(outcome)
                 for request, outcome in outcomes
             ]
         )
@@ -263,10 +263,10 @@ def _audit(*, repo: str | None, **parameters: Any) -> None:
 
 def _audit_one(repository: Repository, request: Request) -> Audit | BackupError:
     """Audit one machine.  Whatever happens to it must not keep the others from their audits."""
-    from backup.audit import audit as take
+    from backup.operations.audit import audit as take
 
     try:
-        with render.progress(wanted=not options.quiet) as progress:
+        with output.progress(wanted=not options.quiet) as progress:
             return take(repository, request, progress)
     except Exception as error:  # noqa: BLE001 - shown, and in the exit code
         return explained(error)
@@ -277,17 +277,17 @@ def _show_audit(request: Request, outcome: Audit | BackupError, *, several: bool
         show_error(outcome, of=request.machine if several else None)
         return
     for warning in outcome.warnings:
-        render.warning(f"{outcome.machine}: {warning}")
+        output.warning(f"{outcome.machine}: {warning}")
     if not options.json and not options.quiet:
-        for text in render.audit_lines(outcome):
-            render.line(text)
-        render.flush()
-    render.audit_problems(outcome, completed)
+        for text in output.audit_lines(outcome):
+            output.line(text)
+        output.flush()
+    output.audit_problems(outcome, completed)
 
 
 def _audit_code(outcomes: Sequence[Audit | BackupError]) -> int:
     """The worst: a lie, or a damaged chain; then errors as of backups; then what nobody can tell."""
-    from backup.audit import LIES, UNKNOWN
+    from backup.operations.audit import LIES, UNKNOWN
 
     failed = {outcome.exit_code for outcome in outcomes if isinstance(outcome, BackupError)}
     audits = [outcome for outcome in outcomes if not isinstance(outcome, BackupError)]
@@ -312,19 +312,19 @@ def map_(
     totals: Annotated[bool, typer.Option("--totals", help="Sums only.")] = False,
 ) -> None:
     """Show a source as the planner sees it.  Dirty or clean, data, zero or hole, in bytes."""
-    from backup import mapping
     from backup.cli import requests
+    from backup.planning import extent_map
 
     find.require_format(image_format)
     place = requests.Place(path_of(image), image_format, nbd, path_of(qmp), node, path_of(scratch))
-    with requests.open_disk(place, bitmap, find.config_or_default(), render.warning) as export:
+    with requests.open_disk(place, bitmap, find.config_or_default(), output.warning) as export:
         if totals:
-            sums = mapping.map_totals(export, bitmap)
-            render.document(asdict(sums)) if options.json else render.map_sums(sums)
+            sums = extent_map.map_totals(export, bitmap)
+            output.document(asdict(sums)) if options.json else output.map_sums(sums)
         elif options.json:
-            render.map_objects(mapping.read_map(export, bitmap))
+            output.map_objects(extent_map.read_map(export, bitmap))
         else:
-            render.map_table(mapping.read_map(export, bitmap), bitmap)
+            output.map_table(extent_map.read_map(export, bitmap), bitmap)
 
 
 def clean(
@@ -372,10 +372,10 @@ def check_config(
 ) -> None:
     """Check the configuration and say what it names."""
     if example:
-        from backup.config import EXAMPLE
+        from backup.config.reader import EXAMPLE
 
         text = EXAMPLE.read_text(encoding="utf-8")
-        render.document({"example": text}) if options.json else render.line(text.rstrip())
+        output.document({"example": text}) if options.json else output.line(text.rstrip())
         return
     config = find.config()
     if config.path is None:
@@ -385,7 +385,7 @@ def check_config(
         )
     disks = sum(len(machine.disks) for machine in config.machines)
     if options.json:
-        render.document(
+        output.document(
             {
                 "path": str(config.path),
                 "repository": None if config.repository is None else str(config.repository),
@@ -393,7 +393,7 @@ def check_config(
             }
         )
     elif not options.quiet:
-        render.line(
-            f"{render.plain(config.path)}: {len(config.machines)} machine{'s' * (len(config.machines) != 1)}, "
-            f"{disks} disk{'s' * (disks != 1)}, repository {render.plain(config.repository or 'not named')}"
+        output.line(
+            f"{output.plain(config.path)}: {len(config.machines)} machine{'s' * (len(config.machines) != 1)}, "
+            f"{disks} disk{'s' * (disks != 1)}, repository {output.plain(config.repository or 'not named')}"
         )

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backup import clean
-from backup.clean import GoneOwner, ImagePlace, Outcome, Place
-from backup.cli import find, render, requests
-from backup.cli.state import options
+from backup.cli import find, output, requests
+from backup.cli.context import options
 from backup.errors import WARNINGS_EXIT_CODE, UsageError
+from backup.operations import clean
+from backup.operations.clean import GoneOwner, ImagePlace, Outcome, Place
 from backup.sources.base import Freeze, Owner
 from backup.sources.running import Running
 
@@ -69,10 +69,10 @@ def run(wanted: Wanted) -> int:
     with _running(wanted) as host:
         removed = list(host.recover(repository.ownership(None)))
     if options.json:
-        render.document({"removed": removed})
+        output.document({"removed": removed})
     elif not options.quiet:
         for what in removed or ["nothing: there was nothing of this repository's"]:
-            render.line(f"removed {what}")
+            output.line(f"removed {what}")
     return 0
 
 
@@ -123,17 +123,17 @@ def _listed_or_removed(wanted: Wanted, owners: Sequence[Owner], places: Sequence
 def _show(wanted: Wanted, outcomes: Sequence[Outcome], removed: Sequence[str]) -> None:
     for outcome in outcomes:
         if outcome.problem is not None:
-            render.warning(f"{outcome.found.place.text}: {outcome.found.name} stays: {outcome.problem}")
+            output.warning(f"{outcome.found.place.text}: {outcome.found.name} stays: {outcome.problem}")
     if options.json:
-        render.document({"removed": list(removed), "bitmaps": [_object(outcome) for outcome in outcomes]})
+        output.document({"removed": list(removed), "bitmaps": [_object(outcome) for outcome in outcomes]})
         return
     if options.quiet:
         return
     for what in removed:
-        render.line(f"removed {what}")
+        output.line(f"removed {what}")
     for outcome in outcomes:
-        render.line(f"{outcome.found.place.text}: {outcome.found.name}: {_state(outcome)}")
-    render.note(_advice(wanted, outcomes), to_stderr=False)
+        output.line(f"{outcome.found.place.text}: {outcome.found.name}: {_state(outcome)}")
+    output.note(_advice(wanted, outcomes), to_stderr=False)
 
 
 def _state(outcome: Outcome) -> str:

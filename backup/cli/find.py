@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from backup.cli import render
-from backup.cli.state import options
+from backup.cli import output
+from backup.cli.context import options
 from backup.errors import BackupError, NotFound, UsageError
-from backup.names import check_folder
+from backup.model.names import check_folder
 
 if TYPE_CHECKING:
-    from backup.config import Config
-    from backup.manifest import Manifest
-    from backup.repository import Machine, Repository
+    from backup.config.reader import Config
+    from backup.model.manifest import Manifest
+    from backup.repository.repository import Machine, Repository
 
 
 def config() -> Config:
@@ -25,13 +25,13 @@ def config() -> Config:
     from backup.cli import settings
 
     if options.loaded is None:
-        options.loaded = settings.find_config(options.config, os.environ, render.warning)
+        options.loaded = settings.find_config(options.config, os.environ, output.warning)
     return options.loaded
 
 
 def config_or_default() -> Config:
     """For commands that need none: one that was named must be right, one that lies about may be wrong."""
-    from backup import config as configuration
+    from backup.config import reader as configuration
 
     if options.config is not None:
         return config()
@@ -50,7 +50,7 @@ def require_format(*image_formats: str | None) -> None:
 
 def repository(repo: Path | None) -> Repository:
     """The repository of --repo, or of the configuration."""
-    from backup.repository import Repository
+    from backup.repository.repository import Repository
 
     if repo is not None:
         return Repository.open(repo)
@@ -93,7 +93,7 @@ def point(text: str, repo: Path | None) -> tuple[Machine, Manifest]:
     UsageError
         Several points fit.
     """
-    from backup.repository import Machine, read_manifest
+    from backup.repository.repository import Machine, read_manifest
 
     path = _manifest_path(text)
     if path is not None:
@@ -101,14 +101,14 @@ def point(text: str, repo: Path | None) -> tuple[Machine, Manifest]:
     name, slash, wanted = text.partition("/")
     if "/" in wanted or not name:
         raise NotFound(f"there is no manifest {text}", hint=_NAMES)
-    from backup import pick
+    from backup.repository import named_point
 
     opened = repository(repo)
     if not slash and name not in opened.machine_names():
         machine, wanted = _anywhere(opened, text)
     else:
         [machine] = machines(opened, [name])
-    return machine, pick.pick(machine.name, machine.contents(), wanted)
+    return machine, named_point.pick(machine.name, machine.contents(), wanted)
 
 
 _NAMES = "give a manifest's path, MACHINE, MACHINE/POINT, MACHINE/2026-11-28 or a part of a point's id"
@@ -116,7 +116,7 @@ _NAMES = "give a manifest's path, MACHINE, MACHINE/POINT, MACHINE/2026-11-28 or 
 
 def _manifest_path(text: str) -> Path | None:
     """The manifest's path, where the text is a path."""
-    from backup import manifest
+    from backup.model import manifest
 
     path = Path(text)
     if text.endswith(".json"):
@@ -132,7 +132,7 @@ def _manifest_path(text: str) -> Path | None:
 
 def _anywhere(repository: Repository, text: str) -> tuple[Machine, str]:
     """The machine and the id of the only point in the repository whose id begins or ends with the text."""
-    from backup import pick
+    from backup.repository import named_point
 
     found = []
     for machine in machines(repository, None):
@@ -141,9 +141,9 @@ def _anywhere(repository: Repository, text: str) -> tuple[Machine, str]:
         except (OSError, BackupError):
             continue  # what is wrong there must not hide the others
         ids = {name.removesuffix(".json") for name in names if name.endswith(".json")}
-        found += [(machine, point) for point in pick.matching(ids, text)]
+        found += [(machine, point) for point in named_point.matching(ids, text)]
     if len(found) > 1:
-        raise pick.ambiguous(text, [f"{machine.name}/{point}" for machine, point in found])
+        raise named_point.ambiguous(text, [f"{machine.name}/{point}" for machine, point in found])
     if not found:
         raise NotFound(
             f"the repository {repository.path} has no machine {text!r}, and no point whose id begins or ends so",

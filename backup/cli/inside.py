@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from backup.cli import find, render
+from backup.cli import find, output
+from backup.cli.context import options
 from backup.cli.find import folder_of, path_of
 from backup.cli.parameters import (
     Filesystem,
@@ -19,12 +20,11 @@ from backup.cli.parameters import (
     PointDisk,
     Repo,
 )
-from backup.cli.state import options
 from backup.errors import WARNINGS_EXIT_CODE, Interrupted
 
 if TYPE_CHECKING:
-    from backup.manifest import Manifest
-    from backup.serve import Served
+    from backup.model.manifest import Manifest
+    from backup.operations.serve import Served
 
 
 def serve(
@@ -39,7 +39,7 @@ def serve(
     repo: Repo = None,
 ) -> None:
     """Serve a point's disk over NBD until Ctrl-C.  At once: nothing is copied."""
-    from backup import serve as serving
+    from backup.operations import serve as serving
 
     where = serving.address(path_of(socket), port, bind)
     machine, found = find.point(manifest, folder_of(repo))
@@ -54,13 +54,13 @@ def serve(
 
 def _show_served(point: Manifest, disk: str, served: Served, writable: bool) -> None:
     if not served.protected:
-        render.warning("the repository's file system has no locks: nothing keeps prune from what is served")
+        output.warning("the repository's file system has no locks: nothing keeps prune from what is served")
     if options.json:
-        render.document(render.served_object(point, disk, served, writable))
+        output.document(output.served_object(point, disk, served, writable))
     elif not options.quiet:
-        for text in render.served_lines(point, disk, served, writable):
-            render.line(text)
-    render.flush()
+        for text in output.served_lines(point, disk, served, writable):
+            output.line(text)
+    output.flush()
 
 
 def files(
@@ -71,8 +71,8 @@ def files(
     repo: Repo = None,
 ) -> None:
     """List a folder of the guest's files at a point.  Needs libguestfs."""
-    from backup import guestfiles
-    from backup.serve import choose_disk
+    from backup.guest import files as guestfiles
+    from backup.operations.serve import choose_disk
 
     guestfiles.absolute(path)
     machine, found = find.point(manifest, folder_of(repo))
@@ -80,9 +80,9 @@ def files(
         entries = guest.list(path)
     _warn(guest.unmounted)
     if options.json:
-        render.document([asdict(entry) for entry in entries])
+        output.document([asdict(entry) for entry in entries])
     else:
-        render.files_table(entries)
+        output.files_table(entries)
     raise typer.Exit(WARNINGS_EXIT_CODE if guest.unmounted else 0)
 
 
@@ -95,8 +95,8 @@ def get(
     repo: Repo = None,
 ) -> None:
     """Bring a guest's file or folder back from a point.  Needs libguestfs."""
-    from backup import guestfiles
-    from backup.serve import choose_disk
+    from backup.guest import files as guestfiles
+    from backup.operations.serve import choose_disk
 
     machine, found = find.point(manifest, folder_of(repo))
     target = guestfiles.target_of(path, Path(dest))
@@ -106,12 +106,12 @@ def get(
     warnings = [*guest.unmounted, *(f"left out, being no file, folder or link: {name}" for name in fetched.left_out)]
     _warn(warnings)
     if options.json:
-        render.document({"path": path, "target": str(target), "error": None, **asdict(fetched)})
+        output.document({"path": path, "target": str(target), "error": None, **asdict(fetched)})
     elif not options.quiet:
-        render.line(render.fetched_line(path, target, fetched))
+        output.line(output.fetched_line(path, target, fetched))
     raise typer.Exit(WARNINGS_EXIT_CODE if warnings else 0)
 
 
 def _warn(texts: Sequence[str]) -> None:
     for text in texts:
-        render.warning(text)
+        output.warning(text)

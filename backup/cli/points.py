@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from backup.cli import find, render
+from backup.cli import find
+from backup.cli import output as render
+from backup.cli.context import common_code, explained, options, show_error
 from backup.cli.find import folder_of
 from backup.cli.parameters import (
     DryRun,
@@ -26,18 +28,17 @@ from backup.cli.parameters import (
     Repo,
     WriteLimit,
 )
-from backup.cli.state import common_code, explained, options, show_error
 from backup.errors import WARNINGS_EXIT_CODE, BackupError, Failed, NotFound, UsageError
-from backup.names import check_folder
+from backup.model.names import check_folder
 
 if TYPE_CHECKING:
-    from backup.manifest import Manifest
-    from backup.places import Place
-    from backup.prune import Report as PruneReport
-    from backup.remove import Removal
-    from backup.repository import Machine
-    from backup.salvage import Lost
-    from backup.verify import Choice, Verified
+    from backup.model.manifest import Manifest
+    from backup.operations.prune import Report as PruneReport
+    from backup.operations.remove import Removal
+    from backup.operations.restore_targets import Place
+    from backup.operations.verify import Choice, Verified
+    from backup.repository.repository import Machine
+    from backup.repository.salvage import Lost
 
 _KEEPS = {
     "last": "Keep the newest N points.",
@@ -55,7 +56,7 @@ def _keep(what: str) -> Any:
 
 def list_(machines: MachineNames = None, repo: Repo = None) -> None:
     """List the points that there are."""
-    from backup.repository import Contents
+    from backup.repository.repository import Contents
 
     found: list[tuple[Manifest, Path]] = []
     damaged = False
@@ -81,7 +82,7 @@ def show(
     repo: Repo = None,
 ) -> None:
     """Show a point.  Its disks, where they came from, and their chains."""
-    from backup import chain as chains
+    from backup.model import chain as chains
 
     machine, found = find.point(manifest, folder_of(repo))
     contents = machine.contents()
@@ -119,26 +120,26 @@ def restore(
     limit: WriteLimit = None,
 ) -> None:
     """Bring a point's disk back, checking every digest on the way."""
-    from backup import places, room
-    from backup import restore as restoring
-    from backup import salvage as salvaging
     from backup.cli import settings
+    from backup.operations import restore as restoring
+    from backup.operations import restore_space, restore_targets
+    from backup.repository import salvage as salvaging
 
     find.require_format(format_)
     machine, found = find.point(manifest, folder_of(repo))
     config = find.config_or_default()
     # Not the configuration's limit: on the day of a restore everybody waits for it.
     workers, most = settings.workers(config), None if limit is None else settings.limit(limit, config)
-    placed = places.place(machine, found, target, disk, format_, force=force)
+    placed = restore_targets.place(machine, found, target, disk, format_, force=force)
     for text in placed.warnings:
         render.warning(text)
-    if target == places.STDOUT:
+    if target == restore_targets.STDOUT:
         _stream(machine, found, placed.places[0], workers, most, salvage=salvage)
         return
-    room.require(machine, found, placed.places)
+    restore_space.require(machine, found, placed.places)
     done: list[dict[str, Any]] = []
     lost: list[tuple[str, Lost]] = []
-    with places.made(placed.folder):
+    with restore_targets.made(placed.folder):
         for place in placed.places:
             began = time.monotonic()
             with render.progress(wanted=not options.quiet) as progress:
@@ -176,7 +177,7 @@ def restore(
 
 def _stream(machine: Machine, point: Manifest, place: Place, workers: int, limit: int | None, *, salvage: bool) -> None:
     """A disk to standard output, and all that is said about it to standard error."""
-    from backup import stream as streaming
+    from backup.engine import streamer as streaming
 
     output = 1  # sys.stdout would buffer once more
     if os.isatty(output):
@@ -212,8 +213,8 @@ def verify(
     limit: Limit = None,
 ) -> None:
     """Re-read backups and find every changed byte.  12 for damage, 10 for something missing."""
-    from backup import verify as verifying
     from backup.cli import settings
+    from backup.operations import verify as verifying
 
     config = find.config_or_default()
     workers, most = settings.workers(config), settings.limit(limit, config)
@@ -253,8 +254,8 @@ def verify(
 
 
 def _choice(older_than: str | None, sample: str | None, *, deep: bool) -> Choice:
+    from backup.operations.verify import Choice
     from backup.units import parse_duration, parse_share
-    from backup.verify import Choice
 
     if deep and sample is not None:
         raise UsageError("--deep together with --sample", hint="a sample is of blocks, whose clusters cross their ends")
@@ -275,10 +276,10 @@ def copy_(
     dry_run: DryRun = False,
 ) -> None:
     """Copy points to a second place.  Only what is missing there, every digest checked on the way."""
-    from backup import replicate
     from backup.cli import settings
-    from backup.repository import Repository
-    from backup.verify import exit_code
+    from backup.operations import copy
+    from backup.operations.verify import exit_code
+    from backup.repository.repository import Repository
 
     [(machine, points)] = find.points([what], folder_of(repo))
     config = find.config_or_default()
@@ -287,16 +288,16 @@ def copy_(
     contents = machine.contents()
     if not contents.manifests and not contents.damaged:
         raise NotFound(f"machine {machine.name} has no point", hint="see: `pybackup list`")
-    place = replicate.open_second(Path(check_folder(other)), source, settings.modes(config))
+    place = copy.open_second(Path(check_folder(other)), source, settings.modes(config))
     if not dry_run:
         place.tidy()
     second, point = place.machine(machine.name), points[0] if points else None
     began = time.monotonic()
     if dry_run:
-        done = replicate.rehearse(machine, second, point)
+        done = copy.rehearse(machine, second, point)
     else:
         with render.progress(wanted=not options.quiet) as progress:
-            done = replicate.replicate(
+            done = copy.replicate(
                 machine,
                 second,
                 point,
@@ -323,8 +324,8 @@ def status(
     repo: Repo = None,
 ) -> None:
     """Tell how old each disk's newest point is, and what to do.  1 too old, 12 damaged, 10 nothing there."""
-    from backup import status as states
     from backup.cli import settings
+    from backup.operations import status as states
     from backup.units import parse_duration
 
     limits = states.Limits(datetime.now(UTC), None if max_age is None else parse_duration(max_age))
@@ -405,7 +406,7 @@ def prune(
 
 
 def _names(repository: Path, machines: Sequence[str] | None) -> list[str]:
-    from backup.repository import Repository
+    from backup.repository.repository import Repository
 
     return [machine.name for machine in find.machines(Repository.open(repository), machines)]
 
@@ -427,9 +428,9 @@ def remove(
     dry_run: DryRun = False,
 ) -> None:
     """Remove a point, or a machine with all its points.  The points that stay take over what they need."""
-    from backup import remove as removing
     from backup.cli import settings
-    from backup.repository import Repository
+    from backup.operations import remove as removing
+    from backup.repository.repository import Repository
 
     name, slash, point = what.partition("/")
     if slash and (not point or point == "latest"):
@@ -471,7 +472,7 @@ def unpin(manifest: Manifest_, repo: Repo = None) -> None:
 
 
 def _set_pin(manifest: str, repo: str | None, *, pinned: bool) -> None:
-    from backup import prune as pruning
+    from backup.operations import prune as pruning
 
     machine, found = find.point(manifest, folder_of(repo))
     changed = pruning.set_pin(machine, found.point, pinned=pinned)

@@ -10,8 +10,8 @@ import sys
 from contextlib import suppress
 from typing import NoReturn
 
-from backup import interrupts
 from backup.cli import streams
+from backup.runtime import signals
 
 
 def prepare() -> None:
@@ -23,7 +23,7 @@ def prepare() -> None:
     if soft != hard:
         with suppress(OSError, ValueError):  # a chain is opened whole, a file for each point
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    interrupts.catch()
+    signals.catch()
 
 
 def end(code: int) -> NoReturn:

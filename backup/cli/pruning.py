@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from backup import prune
 from backup.cli import settings
-from backup.config import Config, Retention
+from backup.config.reader import Config, Retention
 from backup.errors import UsageError
-from backup.progress import Progress
-from backup.prune import Report, Request
-from backup.repository import Repository
-from backup.retention import MAX_COUNT, Batch, Duration, Policy
+from backup.operations import prune
+from backup.operations.prune import Report, Request
+from backup.planning.retention import MAX_COUNT, Batch, Duration, Policy
+from backup.repository.repository import Repository
+from backup.runtime.progress import Progress
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ from typing import Annotated
 
 import typer
 
-from backup.cli import find, render
-from backup.cli.state import options
-from backup.names import check_folder
+from backup.cli import find, output
+from backup.cli.context import options
+from backup.model.names import check_folder
 
 
 def init(
@@ -23,9 +23,9 @@ def init(
     ] = None,
 ) -> None:
     """Make an empty repository.  No other command does."""
-    from backup import replicate
     from backup.cli import settings
-    from backup.repository import Repository
+    from backup.operations import copy
+    from backup.repository.repository import Repository
     from backup.units import show_size
 
     path = Path(check_folder(repo))
@@ -33,21 +33,21 @@ def init(
     if copy_of is None:
         made = Repository.create(path, modes)
     else:
-        made = replicate.make_second(path, Repository.open(Path(check_folder(copy_of))), modes)
+        made = copy.make_second(path, Repository.open(Path(check_folder(copy_of))), modes)
     place = _mount_point(made.path)
     free = shutil.disk_usage(made.path).free
     if options.json:
         found = {"repository": str(path), "id": made.identity, "copy_of": copy_of}
-        render.document({**found, "file_system": str(place), "free_bytes": free})
+        output.document({**found, "file_system": str(place), "free_bytes": free})
     elif not options.quiet:
-        what = "repository" if copy_of is None else f"empty copy of {render.plain(copy_of)}"
-        render.line(
-            f"made {what} at {render.plain(path)}, id {made.identity[:8]}, "
-            f"on the file system {render.plain(place)} with {show_size(free)} free"
+        what = "repository" if copy_of is None else f"empty copy of {output.plain(copy_of)}"
+        output.line(
+            f"made {what} at {output.plain(path)}, id {made.identity[:8]}, "
+            f"on the file system {output.plain(place)} with {show_size(free)} free"
         )
     if place == Path("/") and not options.quiet:
         # Not a warning: many machines have one file system.  But this is how a disk that is not mounted shows.
-        render.note("it lies on the root file system; make sure that no other disk was meant", to_stderr=options.json)
+        output.note("it lies on the root file system; make sure that no other disk was meant", to_stderr=options.json)
 
 
 def _mount_point(path: Path) -> Path:

@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from backup import config as configuration
 from backup.cli import settings
-from backup.config import Config, DiskConfig, MachineConfig
-from backup.consider import DiskRequest, Names, Request
-from backup.copier import Settings
-from backup.decide import FULL, INCREMENTAL, RESCAN, Claim, Sight
+from backup.config import reader as configuration
+from backup.config.reader import Config, DiskConfig, MachineConfig
+from backup.engine.copier import Settings
 from backup.errors import NotFound, SourceError, UsageError
-from backup.names import check_name, name_problem, without_password
-from backup.qemu.nbd import Export
+from backup.model.names import check_name, name_problem, without_password
+from backup.nbd.export import Export
+from backup.operations.preflight import DiskRequest, Names, Request
+from backup.planning.decision import FULL, INCREMENTAL, RESCAN, Claim, Sight
 from backup.qemu.programs import filename
-from backup.sources.at_rest import AtRest, ImageSource, NbdSource
 from backup.sources.base import NO_FREEZE, Freeze, Host, Source, Wish
+from backup.sources.resting import AtRest, ImageSource, NbdSource
 
 if TYPE_CHECKING:
     from backup.sources.on_or_off import OnOrOff

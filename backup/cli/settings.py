@@ -9,11 +9,11 @@ import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from backup import config as configuration
-from backup import patience
-from backup.config import Config
+from backup.config import reader as configuration
+from backup.config.reader import Config
 from backup.errors import UsageError
-from backup.repository import Modes
+from backup.repository.repository import Modes
+from backup.runtime import timeouts
 
 _PLACES = (Path("config.yaml"), Path("/etc/pybackup/config.yaml"))
 
@@ -39,7 +39,7 @@ def find_config(given: Path | None, environment: Mapping[str, str], warn: Callab
         return configuration.load(path, check)
 
     config = _found(given, environment, load)
-    patience.set_limit(config.timeout)
+    timeouts.set_limit(config.timeout)
     return config
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from backup.errors import Damaged
-from backup.extents import Offsets
+from backup.model.extents import Offsets
 from backup.qcow2 import layout
 from backup.qcow2.layout import COPIED, DAMAGED_HINT, HEADER_BYTES, U8, U16, U64, Header, Image
 

@@ -20,7 +20,7 @@ from threading import Lock
 
 import numpy as np
 
-from backup.extents import Mask, Offsets
+from backup.model.extents import Mask, Offsets
 from backup.qcow2.codec import Codec
 from backup.qcow2.layout import (
     PART,

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import IO
 
 from backup.errors import Failed
-from backup.patience import Silent, Wait
-from backup.shortage import NO_PROCESS
+from backup.runtime.shortage import NO_PROCESS
+from backup.runtime.timeouts import Silent, Wait
 
 _log = logging.getLogger(__name__)
 

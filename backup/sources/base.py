@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from backup.decide import Sight
 from backup.errors import SourceError
-from backup.qemu.nbd import Export
+from backup.nbd.export import Export
+from backup.planning.decision import Sight
 
 
 class Source(Protocol):

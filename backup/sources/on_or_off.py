@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
-from backup.decide import Sight
+from backup.planning.decision import Sight
 from backup.qemu.images import ImageLocked
-from backup.qemu.monitor import NotListening
-from backup.sources.at_rest import AtRest, ImageSource
+from backup.qmp.monitor import NotListening
 from backup.sources.base import Moment, Owner, Source, Wish
+from backup.sources.resting import AtRest, ImageSource
 from backup.sources.running import NodeSource, Running
 
 

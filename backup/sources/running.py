@@ -14,17 +14,19 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Self
 
-from backup import decide
-from backup.decide import Bitmap, Sight
 from backup.errors import BackupError, Interrupted, Locked, SourceError, UsageError
-from backup.interrupts import to_the_end
-from backup.manifest import LowerFile
-from backup.names import name_problem
-from backup.qemu import fleece, images, leftovers, process, scratch
-from backup.qemu.agent import Agent, AgentError
-from backup.qemu.blocks import OURS, Blocks, Device, Node
-from backup.qemu.fleece import Instant, Room, Target
-from backup.qemu.monitor import Monitor, Refused
+from backup.model.manifest import LowerFile
+from backup.model.names import name_problem
+from backup.planning import decision
+from backup.planning.decision import Bitmap, Sight
+from backup.qemu import images
+from backup.qmp import instant as fleece
+from backup.qmp import leftovers, process, scratch
+from backup.qmp.agent import Agent, AgentError
+from backup.qmp.blocks import OURS, Blocks, Device, Node
+from backup.qmp.instant import Instant, Room, Target
+from backup.qmp.monitor import Monitor, Refused
+from backup.runtime.signals import to_the_end
 from backup.sources.base import NO_FREEZE, Freeze, Moved, NotStarted, Opened, Owner, Source, Wish
 
 _THAW_TRIES = 3
@@ -644,7 +646,7 @@ def _unpublished(blocks: Blocks, owner: Owner) -> Iterator[tuple[str, str]]:
     for node in blocks.nodes.values():
         if node.name.startswith(OURS):
             continue  # a copy, which goes with its overlay
-        for name in decide.own_bitmaps((bitmap.name for bitmap in node.bitmaps), owner.short_id, keep=None):
+        for name in decision.own_bitmaps((bitmap.name for bitmap in node.bitmaps), owner.short_id, keep=None):
             if not owner.has_point(name.rpartition(".")[2]):
                 yield node.name, name
 

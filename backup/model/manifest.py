@@ -1,0 +1,446 @@
+"""
+Manifests: the JSON that describes a point and makes it exist (FORMAT.md, "The manifest").
+
+A manifest ends in a digest of all its bytes before that digest, so that any changed byte is found.  Values are frozen;
+`encode` and `decode` are pure.  `decode` checks every field (types, ranges, lengths, characters): what it returns holds
+nothing that pybackup does not write.  Unknown fields are ignored (a later program may add some); a newer `version` is
+refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from functools import cached_property
+
+from backup.errors import Damaged, Failed
+from backup.model import documents
+from backup.model.documents import DIGEST, RANDOM, WORD, BadDocument, Fields, shown
+from backup.repository import checked_file
+
+FORMAT = "pybackup manifest"
+VERSION = 2
+"""The highest that this program reads; a manifest says the lowest that can express it (FORMAT.md, "History")."""
+UNFINISHED = ".part"
+"""What follows a data file's name until it is complete: the newest .qcow2 of a folder is always a whole one."""
+NEW = ".new"
+"""What follows a data file's name while the file that will take its place waits beside it."""
+KINDS = ("full", "incremental")
+NAME_PATTERN = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}"
+POINT_PATTERN = r"[0-9]{8}T[0-9]{6}Z-[0-9a-f]{8}"
+
+_POINT = re.compile(POINT_PATTERN)
+_DATA = re.compile(NAME_PATTERN + r"\.(?P<point>" + POINT_PATTERN + r")\.qcow2")
+_DIGESTS = re.compile(NAME_PATTERN + r"\.(?P<point>" + POINT_PATTERN + r")\.(?:(?P<rewritten>[1-9][0-9]{0,8})\.)?b3")
+_NAME = re.compile(NAME_PATTERN)
+_COMPRESSION = re.compile(r"none|zstd(:-?[0-9]{1,3})?")
+_MAX_FILE = 1 << 56
+"""Bytes that a qcow2's offsets reach."""
+_MAX_TABLE = 4 << 20
+"""Entries of an L1 table (QEMU: QCOW_MAX_L1_SIZE)."""
+_MAX_GRANULARITY = 1 << 40
+_MAX_NANOSECONDS = 1 << 94
+"""Of 64 bits of seconds; file systems return any of them for a damaged inode."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """What an incremental was made against: the point's id and the disk's identity in it."""
+
+    point: str
+    identity: str
+
+
+@dataclass(frozen=True, slots=True)
+class BitmapRecord:
+    """
+    The bitmaps of a backup.
+
+    `read` is the bitmap it was planned from, `started` the one that records since this point; exact names or None.
+    `granularity` is in bytes; None where the server does not say.  `claimed` is true where the user said which point
+    `read` starts from (--since) and no name proves it.  `why_none` says why a bitmap that was wanted does not record
+    since this point; None where one does, or none was wanted.
+    """
+
+    read: str | None
+    started: str | None
+    granularity: int | None
+    claimed: bool
+    why_none: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """A data file: flat names, stored size in bytes, BLAKE3 (hex) over the digest file."""
+
+    file: str
+    size: int
+    digests: str
+    digest: str
+    cluster_size: int
+    compression: str
+
+
+@dataclass(frozen=True, slots=True)
+class Former:
+    """
+    What a disk's entry said before prune rewrote its data file, for as long as either file may have the name.
+
+    The files differ in their backing file: prune rewrites one only where the parent is another afterwards.
+    """
+
+    kind: str
+    reason: str
+    parent: Parent | None
+    data: DataFile
+
+
+@dataclass(frozen=True, slots=True)
+class ByteCounts:
+    """
+    Bytes: reported dirty; read as data; recorded as zero unread; of the data, found to be zero; and the stored file.
+    """
+
+    dirty: int
+    data: int
+    zero: int
+    found_zero: int
+    stored: int
+
+
+@dataclass(frozen=True, slots=True)
+class LowerFile:
+    """A file below the source in its backing chain, as it was: no bitmap of the source sees a change there."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    inode: int
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRecord:
+    """
+    How a disk was read: kind ("image", "nbd" or "qmp"), path or URI, format, consistency, QEMU's version or None.
+
+    `plaintext`: the image is encrypted, and QEMU decrypted what was read.
+    """
+
+    kind: str
+    path: str
+    format: str
+    consistency: str
+    qemu: str | None
+    lower: tuple[LowerFile, ...]
+    plaintext: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DiskEntry:
+    """
+    One disk of a point.  `size` is its exact size in bytes, `identity` stands for its content at that instant.
+
+    `replaces` is set only while prune exchanges the data file.
+    """
+
+    name: str
+    kind: str
+    reason: str
+    size: int
+    identity: str
+    parent: Parent | None
+    bitmap: BitmapRecord
+    data: DataFile
+    bytes: ByteCounts
+    source: SourceRecord
+    replaces: Former | None = None
+
+    def restored(self) -> DiskEntry:
+        """The entry as it was before prune rewrote the data file; itself where it did not."""
+        former = self.replaces
+        if former is None:
+            return self
+        counts = replace(self.bytes, stored=former.data.size)
+        return replace(
+            self,
+            kind=former.kind,
+            reason=former.reason,
+            parent=former.parent,
+            data=former.data,
+            bytes=counts,
+            replaces=None,
+        )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One point of a machine; one that is `pinned` is never pruned."""
+
+    point: str
+    sequence: int
+    machine: str
+    repository: str
+    started: str
+    finished: str
+    program: str
+    disks: tuple[DiskEntry, ...]
+    pinned: bool = False
+
+    @property
+    def version(self) -> int:
+        """
+        The lowest version of the format that can express it.
+
+        An older program would call a file that is exchanged, or a digest file with a number, damaged.
+        """
+        plain = all(disk.replaces is None and generation(disk.data.digests) == 0 for disk in self.disks)
+        return 1 if plain else 2
+
+    def with_disk(self, entry: DiskEntry) -> Manifest:
+        """The same point with another entry for one of its disks."""
+        return replace(self, disks=tuple(entry if disk.name == entry.name else disk for disk in self.disks))
+
+    def disk(self, name: str) -> DiskEntry | None:
+        """The entry of a disk, or None where the point does not hold it."""
+        return self._by_name.get(name)
+
+    @cached_property
+    def _by_name(self) -> Mapping[str, DiskEntry]:
+        """Each disk is asked for by its name: in a list of thousands that would take the square of the time."""
+        return {disk.name: disk for disk in self.disks}
+
+
+def max_disk_size(cluster_size: int) -> int:
+    """The largest disk, in bytes, that a data file with clusters of this size can hold."""
+    return _MAX_TABLE * (cluster_size // 8) * cluster_size
+
+
+def new_point_id(now: datetime, random_hex: str) -> str:
+    """Make a point's id: UTC to the second for people, eight random hex digits for uniqueness; never for ordering."""
+    return f"{now.astimezone(UTC):%Y%m%dT%H%M%SZ}-{random_hex}"
+
+
+def timestamp(moment: datetime) -> str:
+    """A time as it stands in a manifest: UTC, to the second."""
+    return f"{moment.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
+
+
+def is_point_id(text: str) -> bool:
+    """Does the text have the form of a point's id?"""
+    return _POINT.fullmatch(text) is not None
+
+
+def is_data_name(text: str) -> bool:
+    """Is it a data file's or digest file's name, or that of one that is not complete or waits to take its place?"""
+    return (
+        _DATA.fullmatch(text.removesuffix(UNFINISHED).removesuffix(NEW)) is not None
+        or _DIGESTS.fullmatch(text) is not None
+    )
+
+
+def point_of(file: str) -> str | None:
+    """The point whose data file or digest file has this name; None where it can be none's."""
+    match = _DATA.fullmatch(file) or _DIGESTS.fullmatch(file)
+    return match["point"] if match else None
+
+
+def data_name(disk: str, point: str) -> str:
+    """The name of a disk's data file."""
+    return f"{disk}.{point}.qcow2"
+
+
+def digest_name(disk: str, point: str, rewritten: int) -> str:
+    """The name of the digest file of a disk's data file that was rewritten so many times."""
+    return f"{disk}.{point}.{rewritten}.b3" if rewritten else f"{disk}.{point}.b3"
+
+
+def generation(digest_file: str) -> int:
+    """How often prune has rewritten the data file that a digest file of this name is of."""
+    match = _DIGESTS.fullmatch(digest_file)
+    return int(match["rewritten"] or 0) if match else 0
+
+
+def encode(manifest: Manifest) -> bytes:
+    """
+    Write the manifest as JSON text, its own digest last.
+
+    Raises
+    ------
+    Failed
+        It is larger than a manifest may be.
+    """
+    document = {"format": FORMAT, "version": manifest.version, **asdict(manifest), "digest": "0" * 64}
+    text = json.dumps(document, indent=2, ensure_ascii=True) + "\n"
+    head = text.encode("ascii").removesuffix(_tail("0" * 64))
+    if len(text) > documents.MAX_BYTES:
+        raise Failed(
+            f"the manifest of {len(manifest.disks)} disks of machine {manifest.machine} has {len(text)} bytes, more "
+            f"than {documents.MAX_BYTES}",
+            hint="divide the disks between several machines: --machine NAME, or `machines:` in the configuration",
+        )
+    return head + _tail(checked_file.digest(head).hex())
+
+
+def decode(content: bytes, name: str) -> Manifest:
+    """
+    Read a manifest; `name` is for messages.
+
+    The digest comes before the parser: of bytes that are not what was written, nothing else is looked at.
+
+    Raises
+    ------
+    Damaged
+        It is not a manifest, or not the one that was written.
+    Failed
+        A newer program wrote it.
+    """
+    try:
+        _require_digest(content)
+        document = documents.parse(content)
+        if document.get("format") != FORMAT:
+            raise BadDocument(f'its "format" is not "{FORMAT}"')
+        # After the digest, which all versions end in: a flipped bit must not pass for a newer version.
+        _require_version(document.get("version"), name)
+        return _manifest(Fields(document, "manifest"))
+    except BadDocument as error:
+        raise Damaged(
+            f"manifest {name} is damaged: {error}",
+            hint="bring the file back from a copy of the repository; points that do not build on it are unharmed",
+        ) from None
+
+
+def _tail(digest: str) -> bytes:
+    return f',\n  "digest": "{digest}"\n}}\n'.encode("ascii")
+
+
+def _require_digest(content: bytes) -> None:
+    """Make sure that the content ends in the digest of all bytes before that end."""
+    if len(content) > documents.MAX_BYTES:
+        raise BadDocument(f"it has {len(content)} bytes, more than {documents.MAX_BYTES}")
+    length = len(content) - len(_tail("0" * 64))
+    if length < 0 or content[length:] != _tail(checked_file.digest(memoryview(content)[:length]).hex()):
+        raise BadDocument("its bytes do not match its digest")
+
+
+def _require_version(version: object, name: str) -> None:
+    if type(version) is int and version > VERSION:
+        raise Failed(
+            f"{name} has format version {shown(version)}; this program reads versions up to {VERSION}",
+            hint="upgrade pybackup; nothing was changed",
+        )
+    if type(version) is not int or version < 1:
+        raise BadDocument(f"its version is {shown(version)}")
+
+
+def _manifest(fields: Fields) -> Manifest:
+    point = fields.matching("point", _POINT)
+    disks = tuple(_disk(item, point) for item in fields.items("disks"))
+    if len({disk.name for disk in disks}) != len(disks) or not disks:
+        raise BadDocument("manifest.disks is empty or names a disk twice")
+    return Manifest(
+        point=point,
+        sequence=fields.number("sequence", low=1),
+        machine=fields.matching("machine", _NAME),
+        repository=fields.matching("repository", RANDOM),
+        started=fields.time("started"),
+        finished=fields.time("finished"),
+        program=fields.matching("program", WORD),
+        disks=disks,
+        pinned=fields.has("pinned") and fields.take("pinned", bool),
+    )
+
+
+def _disk(fields: Fields, point: str) -> DiskEntry:
+    name = fields.matching("name", _NAME)
+    kind, parent = _kind(fields)
+    data = _data(fields.inner("data"), name, point)
+    return DiskEntry(
+        name=name,
+        kind=kind,
+        reason=fields.text("reason"),
+        size=fields.number("size", high=max_disk_size(data.cluster_size)),
+        identity=fields.matching("identity", RANDOM),
+        parent=parent,
+        bitmap=_bitmap(fields.inner("bitmap")),
+        data=data,
+        bytes=_counts(fields.inner("bytes")),
+        source=_source(fields.inner("source")),
+        replaces=_former(fields.inner("replaces"), name, point) if fields.has("replaces") else None,
+    )
+
+
+def _kind(fields: Fields) -> tuple[str, Parent | None]:
+    kind = fields.take("kind", str)
+    parent = fields.inner("parent") if fields.has("parent") else None
+    if kind not in KINDS or (kind == "incremental") != (parent is not None):
+        raise BadDocument(f"a disk's kind is {shown(kind)} and its parent {'missing' if parent is None else 'given'}")
+    if parent is None:
+        return kind, None
+    return kind, Parent(parent.matching("point", _POINT), parent.matching("identity", RANDOM))
+
+
+def _former(fields: Fields, disk: str, point: str) -> Former:
+    kind, parent = _kind(fields)
+    return Former(kind, fields.text("reason"), parent, _data(fields.inner("data"), disk, point))
+
+
+def _bitmap(fields: Fields) -> BitmapRecord:
+    return BitmapRecord(
+        read=fields.optional_text("read"),
+        started=fields.optional_text("started"),
+        granularity=fields.number("granularity", 1, _MAX_GRANULARITY) if fields.has("granularity") else None,
+        claimed=fields.take("claimed", bool),
+        why_none=fields.optional_text("why_none"),
+    )
+
+
+def _data(fields: Fields, disk: str, point: str) -> DataFile:
+    cluster_size = fields.number("cluster_size", 4096, 2 << 20)
+    if cluster_size & (cluster_size - 1):
+        raise BadDocument(f"the cluster size {cluster_size} is no power of two")
+    file, listed = fields.matching("file", _DATA), fields.matching("digests", _DIGESTS)
+    # Whoever removes a point removes these: they must be its own.
+    if file != data_name(disk, point) or listed != digest_name(disk, point, generation(listed)):
+        raise BadDocument(f"{fields.where()} names {file} and {listed}, which are not disk {disk}'s of point {point}")
+    return DataFile(
+        file=file,
+        size=fields.number("size", low=1, high=_MAX_FILE),
+        digests=listed,
+        digest=fields.matching("digest", DIGEST),
+        cluster_size=cluster_size,
+        compression=fields.matching("compression", _COMPRESSION),
+    )
+
+
+def _counts(fields: Fields) -> ByteCounts:
+    return ByteCounts(
+        dirty=fields.number("dirty"),
+        data=fields.number("data"),
+        zero=fields.number("zero"),
+        found_zero=fields.number("found_zero"),
+        stored=fields.number("stored"),
+    )
+
+
+def _source(fields: Fields) -> SourceRecord:
+    return SourceRecord(
+        kind=fields.matching("kind", WORD),
+        path=fields.text("path"),
+        format=fields.matching("format", WORD),
+        consistency=fields.matching("consistency", WORD),
+        qemu=fields.optional_text("qemu"),
+        lower=tuple(_lower(item) for item in fields.items("lower")),
+        plaintext=fields.has("plaintext") and fields.take("plaintext", bool),
+    )
+
+
+def _lower(fields: Fields) -> LowerFile:
+    return LowerFile(
+        path=fields.text("path"),
+        size=fields.number("size"),
+        mtime_ns=fields.number("mtime_ns", -_MAX_NANOSECONDS, _MAX_NANOSECONDS),
+        inode=fields.number("inode", 0, (1 << 64) - 1),
+    )

@@ -1,0 +1,218 @@
+"""
+An audit: one instant of a machine's disks, held against their newest point and what changed since.
+
+    clean by the bitmap  -> must be what the chain says     a difference: the chain or the bitmap lies
+    dirty                -> left out: it changed, and the next backup takes it
+    no usable bitmap     -> all is compared                 no difference: the truth; else nobody can tell a lie from
+                                                            a change, and what differs is listed
+
+Nothing is changed: no bitmap begins or ends, and no file of the repository is written.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+
+from backup.errors import Damaged, NotFound, SourceError
+from backup.model import chain as chains
+from backup.model.chain import Chain
+from backup.nbd.export import Export
+from backup.operations.preflight import DiskRequest, Names, Request, consider, recognised
+from backup.planning import decision, plan
+from backup.planning.plan import Plan
+from backup.repository import chain_reader, salvage
+from backup.repository.chain_reader import Differences
+from backup.repository.repository import Contents, Machine, Repository
+from backup.runtime.progress import Progress
+from backup.sources.base import Moment, Moved, Wish
+
+TRUE, LIES, UNKNOWN = "true", "lies", "unknown"
+"""Verdicts: what must be equal is equal; it is not; what differs may have changed or not, nobody can tell."""
+
+_TRIES = 5
+"""How often it begins again because a disk changed between a look at it and its instant."""
+_UNBOUNDED = 1 << 62
+
+
+@dataclass(frozen=True, slots=True)
+class DiskAudit:
+    """
+    What an audit found of one disk.  Bytes and seconds.
+
+    `point` is its newest; `bitmap` the exact name of the one that was asked, or None, and then `why` says why none
+    could be.  `dirty_bytes` changed since by the bitmap, or grew, and were left out; `read_bytes` were read: the others
+    are zero on both sides.  `differences` are starts and ends, ascending and apart, of whole sectors of 512 bytes;
+    `complete`: all of them.
+    """
+
+    name: str
+    point: str
+    bitmap: str | None
+    why: str | None
+    size: int
+    point_size: int
+    dirty_bytes: int
+    read_bytes: int
+    differing_bytes: int
+    differences: tuple[tuple[int, int], ...]
+    complete: bool
+    seconds: float
+
+    @property
+    def verdict(self) -> str:
+        """TRUE, LIES or UNKNOWN."""
+        if self.bitmap is not None:
+            return LIES if self.differing_bytes else TRUE
+        return UNKNOWN if self.differing_bytes or self.size != self.point_size else TRUE
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """What an audit found of one machine."""
+
+    machine: str
+    disks: tuple[DiskAudit, ...]
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Disk:
+    """A disk to be audited."""
+
+    request: DiskRequest
+    wish: Wish
+    chain: Chain
+    why: str | None
+
+
+def audit(repository: Repository, request: Request, progress: Progress) -> Audit:
+    """
+    Audit one machine; of the request count the machine, its disks, the bitmaps' family and how to read.
+
+    Raises
+    ------
+    NotFound
+        A disk has no point.
+    NotFound, Damaged
+        A chain is not what was written.
+    SourceError
+        A disk cannot be read.
+    """
+    machine = repository.machine(request.machine)
+    if not machine.exists():
+        raise NotFound(
+            f"the repository {repository.path} has no machine {request.machine!r}",
+            hint=f"it has: {', '.join(repository.machine_names()) or 'none'}",
+        )
+    # Not for writing: a backup would take away the bitmap that is asked, or be kept from the disks by us.
+    with machine.lock(), request.host:
+        run = _Run(machine, repository.identity[:8], request.complete(), progress)
+        for _ in range(_TRIES):
+            try:
+                return run.attempt()
+            except Moved:
+                continue
+    raise SourceError(
+        f"the disks of machine {request.machine} kept changing between a look at them and their audit",
+        hint="run the command again",
+    )
+
+
+class _Run:
+    """One audit: what is there, and the steps."""
+
+    def __init__(self, machine: Machine, short_id: str, request: Request, progress: Progress) -> None:
+        self.machine = machine
+        self.short_id = short_id
+        self.progress = progress
+        self.contents: Contents = machine.contents()
+        # A disk that the user names must be there by that name.
+        self.request = request if request.names is Names.GIVEN else recognised(request, self.contents)[0]
+
+    def attempt(self) -> Audit:
+        disks = [self._considered(disk) for disk in self.request.disks]
+        with self._instant(disks) as moment:
+            found = [
+                self._audited(disk, opened.export, moment) for disk, opened in zip(disks, moment.disks, strict=True)
+            ]
+            moment.require_sound()  # else differences would be of no instant
+        left_out = [f"{name} is left out: {error.message}" for name, error in self.contents.damaged.items()]
+        return Audit(self.machine.name, tuple(found), (*left_out, *moment.warnings))
+
+    def _instant(self, disks: Sequence[_Disk]) -> AbstractContextManager[Moment]:
+        return self.request.host.instant(
+            [disk.wish for disk in disks],
+            self.request.copying.connections,
+            point=f"audit-{os.urandom(4).hex()}",
+            short_id="0" * 8,  # nobody's: the next run of any repository may remove what a killed audit left
+            repository=None,
+        )
+
+    def _considered(self, disk: DiskRequest) -> _Disk:
+        asked = replace(
+            self.request,
+            wanted=decision.INCREMENTAL,
+            unusable=decision.RESCAN,
+            max_chain=_UNBOUNDED,
+            family=self.request.family or self._family(disk.name),
+        )
+        seen = consider(self.machine, self.contents, asked, disk, self.short_id)
+        if seen.last is None:
+            raise NotFound(
+                f"disk {disk.name} of machine {self.machine.name} has no point to be held against",
+                hint="take a backup first; see `pybackup list` for the points that there are",
+            )
+        if not isinstance(seen.last, Chain):
+            raise seen.last
+        read = seen.decision.read
+        why = None if read is not None else seen.decision.reason.removeprefix("rescan: ")
+        return _Disk(disk, Wish(seen.sight, read, None), seen.last, why)
+
+    def _family(self, disk: str) -> str | None:
+        """The family of the bitmap that the disk's newest point started: a name that nobody needs to give again."""
+        newest = chains.newest_manifest(self.contents.manifests.values(), disk)
+        entry = None if newest is None else newest.disk(disk)
+        started = None if entry is None else entry.bitmap.started
+        return None if started is None else started.partition(".")[0]
+
+    def _audited(self, disk: _Disk, export: Export, moment: Moment) -> DiskAudit:
+        began = time.monotonic()
+        chain = disk.chain
+
+        def advance(done: int) -> None:
+            moment.require_kept()
+            self.progress.advance(done)
+
+        try:
+            found, planned = self._compared(disk, export, advance)
+        except Damaged as error:
+            raise salvage.located(error, self.machine, chain.newest.point, chain.disk) from None
+        return _told(disk, planned, found, time.monotonic() - began)
+
+    def _compared(self, disk: _Disk, export: Export, advance: Callable[[int], None]) -> tuple[Differences, Plan]:
+        chain, bitmap = disk.chain, disk.wish.read
+        with chain_reader.checked(self.machine.path, chain, export.size) as held:
+            planned = plan.plan_audit(export, chain.cluster_size, bitmap, parent_size=chain.size, chain=held.index)
+            self.progress.begin(disk.request.name, planned.totals.data)
+            return chain_reader.compare(export, planned, held, self.request.copying, advance), planned
+
+
+def _told(disk: _Disk, planned: Plan, found: Differences, seconds: float) -> DiskAudit:
+    return DiskAudit(
+        name=disk.request.name,
+        point=disk.chain.newest.point,
+        bitmap=disk.wish.read,
+        why=disk.why,
+        size=planned.size,
+        point_size=disk.chain.size,
+        dirty_bytes=planned.totals.dirty,
+        read_bytes=planned.totals.data,
+        differing_bytes=found.bytes,
+        differences=tuple(found.ranges()),
+        complete=found.complete,
+        seconds=round(seconds, 3),
+    )

@@ -1,0 +1,689 @@
+"""
+One backup of one machine, from the request to the published point.
+
+The order of steps is the promise (design.md, "The bitmap's life"); N is the new point:
+
+1. add N's bitmap, recording, and only then
+2. fix the point in time: all the machine's images are locked before any byte is read; N's bitmap must be wholly clean
+3. read through the old bitmap, check some of what it calls clean, store, fsync, publish N
+4. remove the old bitmap and every other one of ours but N's; what cannot be removed is tried again next time
+
+Nothing is ever cleared, so nothing can be cleared too early.  Killed at any instant, the next run tells from the names
+alone what happened.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import backup
+from backup import qcow2
+from backup.engine import copier
+from backup.errors import BackupError, BitmapUnusable, Damaged, Interrupted, NotFound, SourceError
+from backup.model.chain import Chain
+from backup.model.manifest import (
+    BitmapRecord,
+    ByteCounts,
+    DataFile,
+    DiskEntry,
+    Manifest,
+    Parent,
+    SourceRecord,
+    new_point_id,
+    timestamp,
+)
+from backup.nbd.export import Export
+from backup.operations import spot_check
+from backup.operations.preflight import DiskRequest, Request, consider, known_name, recognised
+from backup.planning import decision as decide
+from backup.planning import plan
+from backup.planning.decision import Decision, Refusal, Sight
+from backup.planning.plan import Plan
+from backup.planning.sampling import Reservoir
+from backup.repository import chain_reader, data_file
+from backup.repository.chain_reader import Content, Rescanned
+from backup.repository.replacement import settle
+from backup.repository.repository import Contents, Machine, Repository
+from backup.runtime.progress import Progress
+from backup.sources.base import Moment, Moved, NotStarted, Opened, Source, Wish
+
+_log = logging.getLogger(__name__)
+
+_SETTLE_TRIES = 5
+"""How often a run begins again because a machine started between adding the bitmaps and locking the images."""
+
+
+@dataclass(frozen=True, slots=True)
+class DiskReport:
+    """
+    What was done, or on a dry run would be done, for one disk.  Bytes and seconds.
+
+    `rescan`: an incremental that was found by comparing everything with the chain.  Its `dirty_bytes` are what differs;
+    of a dry run, which compares nothing, the disk's size.
+    """
+
+    name: str
+    kind: str
+    reason: str
+    size: int
+    dirty_bytes: int
+    data_bytes: int
+    zero_bytes: int
+    stored_bytes: int
+    seconds: float
+    rescan: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What came of one machine's backup; `point` and `manifest` are None on a dry run."""
+
+    machine: str
+    point: str | None
+    manifest: Path | None
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+    disks: tuple[DiskReport, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Disk:
+    """One disk of a run: the request, what its source showed, and what was decided."""
+
+    request: DiskRequest
+    sight: Sight
+    decision: Decision
+    started: str | None
+    """The bitmap that records since the new point, where one is started."""
+    why_none: str | None
+    """Why none is started, where one was wanted and the disk's bitmaps are ours."""
+    warned: bool
+    """Is that a reason which lasts, and did an earlier point warn of it?"""
+    refused: bool
+    """Was the reason found only when the bitmap was to be added?"""
+    granularity: int | None = None
+    """Bytes; of `started`, known once it is there."""
+
+    @property
+    def name(self) -> str:
+        return self.request.name
+
+    @property
+    def source(self) -> Source:
+        return self.request.source
+
+    @property
+    def wish(self) -> Wish:
+        return Wish(self.sight, self.decision.read, self.started)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A disk whose image is locked, and its plan; planning took so many seconds."""
+
+    disk: _Disk
+    export: Export
+    planned: Plan
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A disk whose data file is complete; what its backup was may differ from what it was planned to be."""
+
+    disk: _Disk
+    entry: DiskEntry
+    report: DiskReport
+
+
+def create(open_repository: Callable[[], Repository], request: Request, progress: Progress) -> Report:
+    """
+    Back up one machine.
+
+    Parameters
+    ----------
+    open_repository : callable
+        Opens the repository.  It must be open to each machine anew: its disk may be gone since the last one's backup.
+
+    Raises
+    ------
+    BackupError
+        Nothing was published, and nothing published before was touched.
+    """
+    repository = open_repository()
+    machine = repository.machine(request.machine)
+    if not machine.exists():
+        _require_sources(machine, repository.identity, request, progress)
+    if request.dry_run:
+        with request.host:
+            # A broken chain is a warning of a rehearsal, too.
+            return machine.seen(
+                lambda contents: _Run(machine, contents, repository.identity, request.complete(), progress).rehearse(),
+                doubtful=lambda report: bool(report.warnings),
+            )
+    run: _Run | None = None
+    try:
+        with machine.lock(), request.host:
+            contents = settle(machine)
+            run = _Run(machine, contents, repository.identity, request.complete(), progress)
+            removed = request.host.recover(repository.ownership(request.machine))
+            if removed:
+                run.notes.append(f"removed what a run that was cut off had left in QEMU: {', '.join(removed)}")
+            return run.take()
+    except Interrupted as stopped:
+        stopped.hint = _after_stop(request.machine, run)
+        raise
+
+
+def _require_sources(machine: Machine, repository: str, request: Request, progress: Progress) -> None:
+    """
+    Make sure that the disks of a new machine can be opened and backed up, before its folder is made.
+
+    A mistyped image must leave no machine behind.
+    """
+    with request.host:
+        _Run(machine, Contents({}, {}), repository, request.complete(), progress).require_disks()
+
+
+def _after_stop(machine: str, run: _Run | None) -> str:
+    """What a run that a signal stopped has left, for people."""
+    if run is not None and run.published is not None:
+        return f"point {run.point} is published; what it replaces is removed by the next run"
+    return f"no point was published of machine {machine}, and earlier ones are untouched; run the command again"
+
+
+class _Run:
+    """One run: what is there, what is asked, and the steps."""
+
+    def __init__(
+        self, machine: Machine, contents: Contents, repository: str, request: Request, progress: Progress
+    ) -> None:
+        self.machine = machine
+        self.contents = contents
+        self.repository = repository
+        self.request = request
+        self.notes: list[str] = []
+        self.progress = progress
+        self.started_at = datetime.now(UTC)
+        self.point = self._new_point()
+        self.published: Path | None = None
+        self.warnings = [f"{name} is left out: {error.message}" for name, error in contents.damaged.items()]
+        self.refusals: dict[str, Refusal] = {}
+        """By disk: why a bitmap could not be started in an earlier attempt of this run."""
+
+    def _new_point(self) -> str:
+        return new_point_id(self.started_at, os.urandom(4).hex())
+
+    def require_disks(self) -> None:
+        """
+        Look at all disks, and change nothing.
+
+        Raises
+        ------
+        BackupError
+            One of them cannot be backed up.
+        """
+        self._decided(start_bitmaps=False)
+
+    def rehearse(self) -> Report:
+        """Plan as a real run would, and change nothing."""
+        self._recognise()
+        disks = self._decided(start_bitmaps=False)
+        with self._instant(disks) as moment:
+            jobs = [self._plan(disk, opened, moment) for disk, opened in zip(disks, moment.disks, strict=True)]
+            moment.require_sound()
+        return self._report([job.disk for job in jobs], [_disk_report(job, 0, 0.0) for job in jobs], moment)
+
+    def take(self) -> Report:
+        """
+        Take the backup.
+
+        A machine could start, write and stop between steps 1 and 2.  Then N's bitmap is not clean, or the image looks
+        another, and both steps are done again.  They are also done again where a bitmap could not be started: a disk
+        without room for one is backed up without it.
+        """
+        self._recognise()
+        moves = 0
+        while moves < _SETTLE_TRIES:
+            try:
+                return self._attempt()
+            except Moved as moved:
+                _log.info("%s: %s; once more", self.request.machine, moved.message)
+                moves += 1
+            except NotStarted as refused:  # which happens twice at most for each disk
+                _log.info("%s: %s; once more", self.request.machine, refused.message)
+            # A copy of the image may hold this try's bitmap, which must not be taken for one of the next try's point.
+            self.point = self._new_point()
+        raise SourceError(
+            f"the disks of machine {self.request.machine} kept changing between a look at them and their backup",
+            hint="an image must not be written to while it is backed up: back up the machine while it is off",
+        )
+
+    def _recognise(self) -> None:
+        """
+        Give the disks the names that the machine's points know.
+
+        It may ask QEMU, and so it comes after the host has thawed a guest that an earlier run left frozen.
+        """
+        self.request, notes = recognised(self.request, self.contents)
+        self.notes.extend(notes)
+
+    def _attempt(self) -> Report:
+        disks = self._decided(start_bitmaps=True)
+        try:
+            with self._instant(disks) as moment:
+                jobs = [self._plan(disk, opened, moment) for disk, opened in zip(disks, moment.disks, strict=True)]
+                stored = self._store_and_publish(jobs, moment)
+        except NotStarted as refused:
+            self._refused(disks[refused.number], refused)
+            raise
+        finally:
+            if self.published is None:
+                _forget(disks)
+        disks = [each.disk for each in stored]
+        self._retire(disks)
+        return self._report(disks, [each.report for each in stored], moment)
+
+    def _refused(self, disk: _Disk, refused: NotStarted) -> None:
+        """
+        Remember why a disk gets no bitmap.
+
+        Where the attempt made bitmaps of ours inconsistent, their removal may leave room for the new one: once.
+        """
+        earlier = self.refusals.get(disk.name)
+        lost = disk.decision.read if earlier is None else earlier.lost
+        again = earlier is None and not refused.lasting and self._removed_inconsistent(disk)
+        self.refusals[disk.name] = Refusal(refused.why, refused.lasting, lost, final=not again)
+
+    def _removed_inconsistent(self, disk: _Disk) -> bool:
+        """Remove our bitmaps that can continue nothing any more; was there one?"""
+        try:
+            found = [bitmap.name for bitmap in disk.source.look().bitmaps if bitmap.inconsistent]
+            useless = decide.own_bitmaps(found, self._short_id, keep=None)
+            for name in useless:
+                disk.source.remove_bitmap(name)
+        except BackupError as error:
+            _log.info("%s/%s: %s", self.request.machine, disk.name, error.message)
+            return False
+        return bool(useless)
+
+    def _instant(self, disks: Sequence[_Disk]) -> AbstractContextManager[Moment]:
+        return self.request.host.instant(
+            [disk.wish for disk in disks],
+            self.request.copying.connections,
+            point=self.point,
+            # A dry run's names are nobody's: the next run of any repository may remove what a killed one left.
+            short_id="0" * 8 if self.request.dry_run else self._short_id,
+            repository=self.machine.path,
+        )
+
+    def _decided(self, *, start_bitmaps: bool) -> list[_Disk]:
+        disks = [self._decide(disk, start_bitmaps=start_bitmaps) for disk in self.request.disks]
+        for disk in disks:
+            self._require_allowed(disk)
+        return disks
+
+    def _require_allowed(self, disk: _Disk) -> None:
+        name = f"disk {disk.name} of machine {self.request.machine}"
+        if disk.decision.first and not self.request.begin:
+            raise BitmapUnusable(
+                f"{name} has no point yet, and needs a full",
+                hint="run it without --no-fallback once, or run `pybackup full`",
+            )
+        if disk.decision.fallback and not self.request.fallback:
+            raise BitmapUnusable(
+                f"{name} needs a {disk.decision.way}: {disk.decision.reason.removeprefix('rescan: ')}",
+                hint="run it without --no-fallback, or run `pybackup rescan` or `pybackup full`",
+            )
+
+    def _instead(self, disk: _Disk, decision: Decision) -> _Disk:
+        """The disk with what its backup becomes where planning or copying showed that it cannot be what it was."""
+        changed = replace(disk, decision=decision)
+        self._require_allowed(changed)
+        self._require_writable(disk.sight, decision)
+        return changed
+
+    def _decide(self, disk: DiskRequest, *, start_bitmaps: bool) -> _Disk:
+        refusal = self.refusals.get(disk.name)
+        seen = consider(self.machine, self.contents, self.request, disk, self._short_id, refusal=refusal)
+        sight, decision = seen.sight, seen.decision
+        self._require_writable(sight, decision)
+        given_up = refusal if refusal is not None and refusal.final else None
+        never = disk.source.why_no_bitmap(sight)
+        why_none = never or (given_up.why if given_up else None)
+        starts = start_bitmaps and self.request.family and why_none is None
+        wanted = self.request.family and disk.source.owns_bitmaps
+        return _Disk(
+            disk,
+            sight,
+            decision,
+            started=decide.bitmap_name(self.request.family or "", self._short_id, self.point) if starts else None,
+            why_none=why_none if wanted else None,
+            warned=why_none is not None
+            and (given_up is None or given_up.lasting)
+            and decide.warned(self._entries(disk.name, sight.kind), why_none, refused=given_up is not None),
+            refused=given_up is not None,
+        )
+
+    def _entries(self, disk: str, kind: str) -> list[DiskEntry]:
+        """The disk's entries that were read from a source of this kind, from the oldest."""
+        entries = [entry for manifest in self._by_age() if (entry := manifest.disk(disk)) is not None]
+        return [entry for entry in entries if entry.source.kind == kind]
+
+    def _by_age(self) -> list[Manifest]:
+        """The machine's points, from the oldest."""
+        return sorted(self.contents.manifests.values(), key=lambda manifest: manifest.sequence)
+
+    def _require_writable(self, sight: Sight, decision: Decision) -> None:
+        """Refuse a disk that no data file can hold; its clusters are the chain's, and only a full's the configured."""
+        parent = decision.parent
+        cluster_size = self.request.cluster_size if parent is None else parent.cluster_size
+        qcow2.require_writable(qcow2.Image(sight.size, cluster_size, None, zstd=self.request.level is not None))
+
+    @property
+    def _short_id(self) -> str:
+        return self.repository[:8]
+
+    def _store_and_publish(self, jobs: Sequence[_Job], moment: Moment) -> list[_Stored]:
+        written: list[Path] = []
+        try:
+            stored = [self._store(job, written, moment) for job in jobs]
+            moment.require_sound()
+            self.published = self.machine.publish(self._manifest([each.entry for each in stored]))
+        except BaseException:
+            # What a kill leaves here, the next run removes; a failure tidies up at once.  The manifest may have its
+            # name already (a signal, just then) and goes first: a point must not lose its files.
+            self.published = None
+            with suppress(OSError):
+                for path in (self.machine.path / f"{self.point}.json", *written):
+                    path.unlink(missing_ok=True)
+            raise
+        return stored
+
+    def _store(self, job: _Job, written: list[Path], moment: Moment) -> _Stored:
+        if not job.disk.decision.rescan:
+            return self._copied(job, written, moment)
+        tried: list[Path] = []
+        try:
+            return self._rescanned(job, tried, moment)
+        except (Damaged, NotFound) as error:  # of the chain, which is verified as it is read
+            for path in tried:
+                path.unlink(missing_ok=True)
+            disk, planned = self._planned(self._instead(job.disk, decide.broken(error)), job.export, moment)
+            return self._copied(replace(job, disk=disk, planned=planned), written, moment)
+        finally:
+            written.extend(tried)
+
+    def _rescanned(self, job: _Job, written: list[Path], moment: Moment) -> _Stored:
+        """Store what differs from the parent, and nothing else."""
+        parent = job.disk.decision.parent
+        assert parent is not None
+        with chain_reader.checked(self.machine.path, parent, job.planned.size) as held:
+            return self._copied(job, written, moment, held)
+
+    def _copied(self, job: _Job, written: list[Path], moment: Moment, held: Content | None = None) -> _Stored:
+        """Make the data file; of what is planned, with `held`, only what differs from that."""
+        began = time.monotonic()
+        disk, planned = job.disk, job.planned
+        self.progress.begin(disk.name, planned.totals.data)
+        made = data_file.DataFileMaker(
+            self.machine.path,
+            f"{disk.name}.{self.point}",
+            size=planned.size,
+            cluster_size=planned.cluster_size,
+            backing=disk.decision.parent.newest.entry.data.file if disk.decision.parent else None,
+            level=self.request.level,
+            mode=self.machine.modes.file,
+            written=written,
+        )
+        sink = made if held is None else Rescanned(held, made)
+        _log.info("%s/%s: %s (%s)", self.request.machine, disk.name, disk.decision.way, disk.decision.reason)
+
+        def advance(done: int) -> None:
+            moment.require_kept()
+            self.progress.advance(done)
+
+        copying = self.request.copying.within(job.export.max_in_flight)
+        with made, job.export.lanes(copying.connections) as lanes:
+            found_zero = copier.copy(
+                planned,
+                lanes,
+                sink,
+                copying,
+                max_request=job.export.max_request,
+                smallest_request=job.export.smallest_request,
+                progress=advance,
+            )
+            data = made.finish(self.request.compression)
+        if isinstance(sink, Rescanned):
+            job = _found(job, sink.differing)
+        entry = self._entry(job.disk, job.planned, data, found_zero, moment.consistency)
+        return _Stored(job.disk, entry, _disk_report(job, data.size, time.monotonic() - began))
+
+    def _plan(self, disk: _Disk, opened: Opened, moment: Moment) -> _Job:
+        began = time.monotonic()
+        disk, planned = self._planned(replace(disk, granularity=opened.granularity), opened.export, moment)
+        return _Job(disk, opened.export, planned, time.monotonic() - began)
+
+    def _planned(self, disk: _Disk, export: Export, moment: Moment) -> tuple[_Disk, Plan]:
+        """
+        The disk's plan.
+
+        Where planning shows what no name did, the disk is given another decision and planned again: an incremental
+        may become a rescan or a full, a rescan a full.
+        """
+        decision = disk.decision
+        try:
+            if decision.parent is None:
+                return disk, plan.plan_full(export, self.request.cluster_size)
+            if decision.read is None:
+                return disk, self._plan_rescan(export, decision.parent)
+            planned, why_not = self._plan_incremental(disk, decision.read, export, decision.parent)
+        except (Damaged, NotFound) as error:  # of the chain: a source's errors are others
+            return self._planned(self._instead(disk, decide.broken(error)), export, moment)
+        if why_not is None:
+            return disk, planned
+        moment.require_sound()  # else it may be the instant that is lost, and no lie
+        instead = decide.instead(why_not, decision.parent, self.request.unusable)
+        return self._planned(self._instead(disk, instead), export, moment)
+
+    def _plan_rescan(self, export: Export, parent: Chain) -> Plan:
+        with chain_reader.checked(self.machine.path, parent, export.size) as held:
+            return plan.plan_rescan(export, parent.cluster_size, held.index)
+
+    def _plan_incremental(self, disk: _Disk, bitmap: str, export: Export, parent: Chain) -> tuple[Plan, str | None]:
+        """The plan; and why the bitmap is not to be trusted, where planning or a spot check shows that."""
+        sampler = Reservoir(0 if self.request.dry_run else self.request.spot_check, _draw)
+        with data_file.peeked(self.machine.path, parent) as index:
+            planned = plan.plan_incremental(
+                export,
+                parent.cluster_size,
+                bitmap,
+                parent_size=parent.size,
+                chain=index if self.request.check_zeroes else None,
+                sampler=sampler,
+            )
+        if planned.totals.missed:
+            return planned, decide.why_missed(bitmap, planned.totals.missed)
+        return planned, self._spot_checked(disk, export, parent, sampler)
+
+    def _spot_checked(self, disk: _Disk, export: Export, parent: Chain, sampler: Reservoir) -> str | None:
+        """Why the bitmap is not to be trusted, where one of the sampled clusters shows that."""
+        clusters = sampler.chosen()
+        try:
+            lies = spot_check.differing(export, clusters, self.machine.path, parent, self.request.copying)
+        except SourceError as error:
+            # A bad sector where nothing changed must not keep what did change from being backed up.
+            self.warnings.append(f"disk {disk.name}: the spot check could not be made: {error.message}")
+            return None
+        _log.info(
+            "%s/%s: %d of %d clean clusters checked", self.request.machine, disk.name, len(clusters), sampler.seen
+        )
+        if not lies.clusters:
+            return None
+        return decide.why_lied(disk.decision.read or "", parent.newest.point, lies.clusters, len(clusters), lies.first)
+
+    def _manifest(self, entries: Sequence[DiskEntry]) -> Manifest:
+        return Manifest(
+            point=self.point,
+            sequence=self.machine.next_sequence(self.contents),
+            machine=self.request.machine,
+            repository=self.repository,
+            started=timestamp(self.started_at),
+            finished=timestamp(datetime.now(UTC)),
+            program=f"pybackup {backup.__version__}",
+            disks=tuple(entries),
+        )
+
+    def _entry(self, disk: _Disk, planned: Plan, data: DataFile, found_zero: int, consistency: str) -> DiskEntry:
+        parent = disk.decision.parent
+        totals = planned.totals
+        return DiskEntry(
+            name=disk.name,
+            kind=disk.decision.kind,
+            reason=disk.decision.reason,
+            size=planned.size,
+            identity=os.urandom(16).hex(),
+            parent=None if parent is None else Parent(parent.newest.point, parent.newest.entry.identity),
+            bitmap=BitmapRecord(
+                disk.decision.read, disk.started, disk.granularity, disk.decision.claimed, disk.why_none
+            ),
+            data=data,
+            bytes=ByteCounts(totals.dirty, totals.data, totals.zero, found_zero, data.size),
+            source=SourceRecord(
+                kind=disk.sight.kind,
+                path=disk.sight.path,
+                format=disk.sight.format,
+                consistency=consistency,
+                qemu=disk.source.qemu_version(),
+                lower=disk.sight.lower,
+                plaintext=disk.sight.plaintext,
+            ),
+        )
+
+    def _retire(self, disks: Sequence[_Disk]) -> None:
+        """
+        Step 4: N is published, so that its bitmap alone is needed.
+
+        An image that takes no new bitmap is left alone: QEMU would store all other programs' bitmaps anew, and may lose
+        them where it has no room.  A later run removes ours.
+        """
+        for disk in disks:
+            if disk.source.owns_bitmaps and not disk.refused:
+                names = [bitmap.name for bitmap in disk.sight.bitmaps]
+                for name in decide.own_bitmaps(names, self._short_id, keep=disk.started):
+                    try:
+                        disk.source.remove_bitmap(name)
+                    except BackupError as error:
+                        self.warnings.append(f"disk {disk.name}: bitmap {name} could not be removed: {error.message}")
+                        self.warnings.extend(self._lost(disk))
+
+    def _lost(self, disk: _Disk) -> list[str]:
+        """That the new bitmap is not there any more, where QEMU lost it while it stored all of the image's anew."""
+        if disk.started is None:
+            return []
+        try:
+            found = disk.source.look().bitmap(disk.started)
+        except BackupError as error:
+            _log.info("%s/%s: %s", self.request.machine, disk.name, error.message)
+            return []
+        if found is not None and found.recording and not found.inconsistent:
+            return []
+        return [f"disk {disk.name}: the new bitmap was lost; the next backup is a {self.request.unusable}"]
+
+    def _known_otherwise(self, disk: _Disk) -> list[str]:
+        """What shows that a disk which has no point yet is one that the machine has by another name."""
+        manifests = self.contents.manifests
+        known = known_name(manifests, disk.name, disk.sight.path, given=True)
+        if known != disk.name:  # which only a name of the configuration can be
+            return [f"disk {disk.name}: {disk.sight.path} was disk {known} until now, and a new chain begins"]
+        names = {bitmap.name for bitmap in disk.sight.bitmaps}
+        last = {entry.name: entry for found in self._by_age() for entry in found.disks}
+        moved = [entry.name for entry in last.values() if entry.bitmap.started in names]
+        if not moved:
+            return []
+        why = (
+            f"a new chain begins, and its image has the bitmap of disk {moved[0]}'s newest point; if the image was "
+            f"moved, name the disk {moved[0]} again"
+        )
+        return [f"disk {disk.name}: {why}"]
+
+    def _report(self, disks: Sequence[_Disk], reports: Sequence[DiskReport], moment: Moment) -> Report:
+        self.warnings.extend(moment.warnings)
+        self.notes.extend(moment.notes)
+        for disk in disks:
+            if disk.decision.fallback and not (disk.decision.unavoidable and disk.warned):
+                why = disk.decision.reason.removeprefix("rescan: ")
+                self.warnings.append(f"disk {disk.name}: {disk.decision.way} instead of {self.request.wanted}: {why}")
+            if disk.decision.first:
+                self.warnings.extend(self._known_otherwise(disk))
+            if disk.refused and not disk.warned:
+                then = f"the next backup is a {self.request.unusable}"
+                self.warnings.append(f"disk {disk.name}: no bitmap was started: {disk.why_none}; {then}")
+            if disk.started is not None and disk.decision.kind == decide.FULL and disk.sight.volatile:
+                then = f"the first backup after a restart of the machine is a {self.request.unusable}"
+                self.warnings.append(f"disk {disk.name}: {disk.sight.volatile}, so that {then}")
+            self.notes.extend(_note(disk, self.request))
+        return Report(
+            machine=self.request.machine,
+            point=None if self.published is None else self.point,
+            manifest=self.published,
+            warnings=tuple(self.warnings),
+            notes=tuple(self.notes),
+            disks=tuple(reports),
+        )
+
+
+def _note(disk: _Disk, request: Request) -> list[str]:
+    family = request.family
+    if not disk.source.owns_bitmaps:
+        return []
+    if family is None:
+        why = f"no bitmap was named, so none is started: the next backup is a {request.unusable} (--bitmap NAME)"
+        return [f"disk {disk.name}: {why}"]
+    if disk.why_none is not None and not disk.refused and not disk.warned:
+        return [f"disk {disk.name}: bitmap {family} cannot be started: {disk.why_none}"]
+    return []
+
+
+def _forget(disks: Sequence[_Disk]) -> None:
+    """Remove N's bitmaps: the point was not made.  What stays behind, the next run's step 4 removes."""
+    for disk in disks:
+        if disk.started is not None:
+            with suppress(BackupError):
+                if disk.source.look().bitmap(disk.started) is not None:
+                    disk.source.remove_bitmap(disk.started)
+
+
+def _draw() -> float:
+    """A number from [0, 1) that nobody foresees, as random.SystemRandom draws it, whose module is slow to import."""
+    return (int.from_bytes(os.urandom(7)) >> 3) * 2**-53
+
+
+def _found(job: _Job, differing: int) -> _Job:
+    """A rescan with what it found: so many bytes that differ from the parent."""
+    disk = replace(job.disk, decision=job.disk.decision.with_found(differing))
+    planned = replace(job.planned, totals=replace(job.planned.totals, dirty=differing))
+    return replace(job, disk=disk, planned=planned)
+
+
+def _disk_report(job: _Job, stored: int, seconds: float) -> DiskReport:
+    return DiskReport(
+        name=job.disk.name,
+        kind=job.disk.decision.kind,
+        reason=job.disk.decision.reason,
+        size=job.planned.size,
+        dirty_bytes=job.planned.totals.dirty,
+        data_bytes=job.planned.totals.data,
+        zero_bytes=job.planned.totals.zero,
+        stored_bytes=stored,
+        seconds=round(job.seconds + seconds, 3),
+        rescan=job.disk.decision.rescan,
+    )

@@ -1,0 +1,374 @@
+"""
+Remove the points that retention does not keep, and have those that stay take over what they need of them.
+
+    manifests -> retention (which points) -> thin (which steps) -> space -> rewrite, exchange, remove, step by step
+
+After every step, and at every instant within one, each point that stays restores to what it did, by pybackup and by
+`qemu-img convert`: files are exchanged whole (`exchange`), and a point goes only when nothing builds on it any more.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+
+from backup.engine.merge import Estimate, Merge, consolidate, discard, estimate
+from backup.errors import BackupError, Failed, Interrupted
+from backup.model import chain as chains
+from backup.model.documents import moment_of
+from backup.model.manifest import Manifest
+from backup.planning import retention
+from backup.planning.prune_steps import Remove, Rewrite, Thinning, moment, thin
+from backup.planning.retention import DISORDER, FUTURE, UNCONFIRMED, Batch, Policy
+from backup.repository.replacement import exchange, settle
+from backup.repository.repository import UNTOLD, Contents, Machine, explained, read_manifest
+from backup.runtime.progress import Progress
+from backup.units import counted, show_size
+
+_log = logging.getLogger(__name__)
+
+_MARGIN = 4 << 20
+"""Bytes that a rewrite may need besides its data file: a digest file, manifests, what the file system keeps itself."""
+
+_PAUSE = timedelta(days=30)
+"""Machines are left alone for days or weeks; a clock that is wrong is mostly wrong by years."""
+
+DEFAULT_BATCH = Batch()
+
+KEEP, WAIT, REMOVE = "keep", "wait", "remove"
+"""What becomes of a point; one that waits goes when enough go with it (`thin.Batch`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to keep of a machine's points; `workers` threads rewrite."""
+
+    policy: Policy
+    batch: Batch = DEFAULT_BATCH
+    workers: int = 2
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PointReport:
+    """One point: when its run began as its manifest says it, what becomes of it (KEEP, WAIT, REMOVE), and why."""
+
+    point: str
+    sequence: int
+    created: str
+    action: str
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RewriteReport:
+    """
+    A data file that was, or on a dry run would be, rewritten: its point and disk, its kind afterwards, the points that
+    it takes over.  Bytes: read; in the file before; in the file afterwards, at most.
+    """
+
+    point: str
+    disk: str
+    kind: str
+    merged: tuple[str, ...]
+    read_bytes: int
+    stored_before: int
+    stored_after: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What became, or on a dry run would become, of a machine's points, oldest first; bytes of data files freed."""
+
+    machine: str
+    points: tuple[PointReport, ...]
+    rewrites: tuple[RewriteReport, ...]
+    freed_bytes: int
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def removed(self) -> int:
+        """Number of points removed."""
+        return sum(point.action == REMOVE for point in self.points)
+
+    @property
+    def waiting(self) -> int:
+        """Number of points that wait for others."""
+        return sum(point.action == WAIT for point in self.points)
+
+
+def prune(machine: Machine, request: Request, progress: Progress) -> Report:
+    """
+    Prune one machine.
+
+    Raises
+    ------
+    UsageError
+        The policy keeps nothing.
+    Damaged, NotFound
+        A manifest cannot be read, or a chain is broken: nothing is removed.
+    Failed
+        The disk is full or fails, or there is less space than a rewrite needs: what was done before stays done.
+    """
+    if request.dry_run or not any(machine.path.glob("*.json*")):
+        return _rehearse(machine, request)  # of a folder that is no machine's, too: not even a lock is made in it
+    with settled(machine) as contents:
+        return Thinner(machine, request, contents, _wanted(request, contents)).run(progress)
+
+
+@contextmanager
+def settled(machine: Machine) -> Iterator[Contents]:
+    """Hold the machine's lock, with the leftovers of runs that were cut off removed, before and after a failure."""
+    with machine.lock():
+        try:
+            yield settle(machine)
+        except BaseException as error:
+            with suppress(BackupError, OSError):
+                settle(machine)
+            if isinstance(error, Interrupted):
+                error.hint = "all points that are kept are whole; run the command again to go on"
+            raise
+
+
+def _rehearse(machine: Machine, request: Request) -> Report:
+    return machine.seen(lambda contents: Thinner(machine, request, contents, _wanted(request, contents))).rehearse()
+
+
+def _wanted(request: Request, contents: Contents) -> Mapping[str, tuple[str, ...]]:
+    """The points that the policy keeps, and why."""
+    return retention.keep(map(moment, contents.manifests.values()), request.policy, datetime.now(UTC))
+
+
+@dataclass(frozen=True, slots=True)
+class _Lacking:
+    """The number of the first step for which there is no space, and the error that says so."""
+
+    number: int
+    error: BackupError
+
+
+class Thinner:
+    """
+    Removes all points of a machine but some: the plan, and its execution.
+
+    Parameters
+    ----------
+    contents : Contents
+        The machine's manifests, of which every chain is whole.
+    keep : mapping
+        The points that stay, and why; those that are in use stay as well (`reasons` has all of them).
+
+    Raises
+    ------
+    Damaged, NotFound
+        A manifest cannot be read, or a chain is broken.
+    """
+
+    def __init__(
+        self, machine: Machine, request: Request, contents: Contents, keep: Mapping[str, tuple[str, ...]]
+    ) -> None:
+        _require_whole(machine, contents)
+        self.machine = machine
+        self.request = request
+        self.manifests = dict(contents.manifests)
+        self.reasons = dict(keep)
+        self._keep_used()
+        self.thinning: Thinning = thin(self.manifests, self.reasons, request.batch)
+        rewrites = [step for step in self.thinning.steps if isinstance(step, Rewrite)]
+        self.estimates = {step: estimate(machine, _merge(self.manifests, step)) for step in rewrites}
+        self.all = contents.manifests
+
+    def run(self, progress: Progress) -> Report:
+        """Do the steps for which there is space."""
+        lacking = self.lacking()
+        steps = self.thinning.steps if lacking is None else self.thinning.steps[: lacking.number]
+        before = _stored(self.manifests)
+        for step in steps:
+            if isinstance(step, Rewrite):
+                self._rewrite(step, progress)
+            else:
+                self._remove(step.point)
+        if lacking is not None:
+            raise lacking.error
+        return self.report(before - _stored(self.manifests))
+
+    def rehearse(self) -> Report:
+        """What a run would do, with a warning where there is too little space for it."""
+        lacking = self.lacking()
+        found = self.report()
+        return found if lacking is None else replace(found, warnings=(*found.warnings, lacking.error.message))
+
+    def _rewrite(self, step: Rewrite, progress: Progress) -> None:
+        merge = _merge(self.manifests, step)
+        former = merge.newest.entry
+        with self.machine.unused(former) as why_not:
+            pass
+        if why_not is None:
+            _log.info("%s: %s/%s takes over %d points", self.machine.name, step.point, step.disk, len(step.merged))
+            entry = consolidate(self.machine, merge, workers=self.request.workers, progress=progress)
+            with self.machine.unused(former) as why_not:  # that may have taken hours
+                if why_not is None:
+                    self.manifests[step.point] = exchange(self.machine, self.manifests[step.point], entry)
+        if why_not is not None:
+            discard(self.machine, merge)
+            del self.estimates[step]
+            self._keep(step.point, why_not)
+
+    def _remove(self, point: str) -> None:
+        """Remove a point; it stays where somebody uses it, or a point builds on it that could not be rewritten."""
+        manifest = self.manifests[point]
+        with self.machine.unused(*manifest.disks) as why_not:
+            why_not = why_not or self._why_needed(point)
+            if why_not is None:
+                self.machine.remove_point(self.manifests.pop(point))
+                _log.info("%s: removed point %s", self.machine.name, point)
+        if why_not is not None:
+            self._keep(point, why_not)
+
+    def _why_needed(self, point: str) -> str | None:
+        builds = (
+            manifest.point
+            for manifest in self.manifests.values()
+            for disk in manifest.disks
+            if disk.parent is not None and disk.parent.point == point
+        )
+        child = next(builds, None)
+        return None if child is None else f"point {child} builds on it"
+
+    def _keep_used(self) -> None:
+        """Keep the points that are in use: whole chains, so that none of those is rewritten."""
+        for point, why in self.machine.points_in_use().items():
+            if point in self.manifests:
+                self._keep(point, why)
+
+    def _keep(self, point: str, why: str) -> None:
+        """Have a point stay, for this reason as well."""
+        before = self.reasons.get(point, ())
+        if why not in before:
+            self.reasons[point] = (*before, why)
+
+    def _untold(self) -> Iterator[str]:
+        """A warning of points that only stay as there is no telling: a repository must not grow without a word."""
+        why = [reasons[0] for reasons in self.reasons.values() if reasons[0].startswith(UNTOLD)]
+        if why:
+            yield f"{counted(len(why), 'point')} not removed: {why[0]}"
+
+    def _doubted(self) -> Iterator[str]:
+        """A warning on the first night on which a clock seems wrong; the point's reason says it afterwards."""
+        *_, former, newest = [None, None, *sorted(self.all.values(), key=lambda manifest: manifest.sequence)]
+        if former is None or newest is None or self._doubt(former) is not None:
+            return
+        wrong = self._doubt(newest)
+        pause = moment_of(newest.started) - moment_of(former.started)
+        saved = any(UNCONFIRMED in why for reasons in self.reasons.values() for why in reasons)
+        if wrong is None and pause > _PAUSE and saved:
+            wrong = f"{pause.days} days after the point before it"
+        if wrong is not None:
+            yield (
+                f"the newest point {newest.point} is dated {newest.started}, {wrong}: check this host's clock; "
+                "no other point is removed because of that time"
+            )
+
+    def _doubt(self, manifest: Manifest) -> str | None:
+        """Why a point's time cannot be right; None where it may be."""
+        return next((why for why in self.reasons.get(manifest.point, ()) if why in {DISORDER, FUTURE}), None)
+
+    def lacking(self) -> _Lacking | None:
+        """The first step for which there is less space than it needs, after what the steps before it free."""
+        with explained(self.machine.path):
+            found = os.statvfs(self.machine.path)
+        free = found.f_bavail * found.f_frsize
+        for number, step in enumerate(self.thinning.steps):
+            if isinstance(step, Remove):
+                free += sum(disk.data.size for disk in self.all[step.point].disks)
+                continue
+            needed = self.estimates[step].writes + _MARGIN
+            if needed > free:
+                return _Lacking(number, self._no_space(step, needed, free))
+            free += self._former_size(step) - self.estimates[step].writes
+        return None
+
+    def _no_space(self, step: Rewrite, needed: int, free: int) -> BackupError:
+        return Failed(
+            f"machine {self.machine.name}: to rewrite disk {step.disk} of point {step.point} takes {needed} bytes "
+            f"({show_size(needed)}) beside what is there, and {free} ({show_size(free)}) are free",
+            hint="free or add space for the repository, or keep the points before it; every point there is is whole",
+        )
+
+    def _former_size(self, step: Rewrite) -> int:
+        return next(disk.data.size for disk in self.all[step.point].disks if disk.name == step.disk)
+
+    def report(self, freed: int | None = None) -> Report:
+        """What is done, or planned; `freed` bytes, None: as estimated."""
+        if freed is None:
+            gone = sum(disk.data.size for point in self.thinning.going for disk in self.all[point].disks)
+            grown = sum(found.writes - self._former_size(step) for step, found in self.estimates.items())
+            freed = gone - grown
+        ordered = sorted(self.all.values(), key=lambda manifest: manifest.sequence)
+        return Report(
+            machine=self.machine.name,
+            points=tuple(self._point(manifest) for manifest in ordered),
+            rewrites=tuple(self._rewritten(step, found) for step, found in self.estimates.items()),
+            freed_bytes=freed,
+            warnings=(*self._untold(), *self._doubted()),
+        )
+
+    def _point(self, manifest: Manifest) -> PointReport:
+        point = manifest.point
+        batch = self.request.batch
+        action, reasons = KEEP, self.reasons.get(point, ())
+        if point in self.thinning.going and not reasons:
+            action = REMOVE
+        elif point in self.thinning.waiting:
+            action = WAIT
+            reasons = (f"for {batch.points} points to go at once, or {batch.share} % of the full's bytes",)
+        return PointReport(point, manifest.sequence, manifest.started, action, reasons)
+
+    def _rewritten(self, step: Rewrite, found: Estimate) -> RewriteReport:
+        done = self.manifests[step.point].disk(step.disk)
+        former = self._former_size(step)
+        after = found.writes if done is None or self.request.dry_run else done.data.size
+        kind = "full" if step.onto is None else "incremental"
+        return RewriteReport(step.point, step.disk, kind, step.merged, found.reads, former, after)
+
+
+def _require_whole(machine: Machine, contents: Contents) -> None:
+    """Refuse a machine of which not everything can be read: what looks unneeded may be needed."""
+    for error in contents.damaged.values():
+        raise type(error)(
+            f"machine {machine.name} is not pruned, as one of its manifests cannot be read: {error.message}",
+            hint=error.hint,
+        )
+    chains.require_whole(contents.manifests)
+
+
+def _merge(manifests: Mapping[str, Manifest], step: Rewrite) -> Merge:
+    return Merge(chains.build(manifests, step.point, step.disk), 1 + len(step.merged))
+
+
+def _stored(manifests: Mapping[str, Manifest]) -> int:
+    return sum(disk.data.size for manifest in manifests.values() for disk in manifest.disks)
+
+
+def set_pin(machine: Machine, point: str, *, pinned: bool) -> bool:
+    """
+    Pin a point, so that no prune removes it, or unpin it; False where it was so already.
+
+    Raises
+    ------
+    NotFound
+        There is no such point any more.
+    BackupError
+        Its manifest cannot be read or written.
+    """
+    with machine.lock():
+        settle(machine)
+        manifest = read_manifest(machine.path / f"{point}.json")
+        if manifest.pinned == pinned:
+            return False
+        machine.rewrite(replace(manifest, pinned=pinned))
+        return True

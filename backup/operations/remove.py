@@ -1,0 +1,203 @@
+"""
+Remove a point, or a machine with all its points, because the user names it.
+
+A point goes as prune removes it (see `prune`): the points that build on it take over what they need of it first.  The
+points of a machine go newest first.  So at every instant each point that is left is whole.
+
+A disk's bitmap continues the disk's newest point.  Where that point goes, the next backup has no bitmap to continue
+from and reads everything; `Removal.notes` says so before anything is removed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+from backup.errors import BackupError, Damaged, Failed, Locked, NotFound
+from backup.model import chain as chains
+from backup.model.manifest import Manifest
+from backup.operations.prune import Request, RewriteReport, Thinner, settled
+from backup.planning.retention import Batch, Policy
+from backup.repository import verified
+from backup.repository.repository import SEQUENCE, UNTOLD, Contents, Machine, explained, sync_folder
+from backup.runtime.progress import Progress
+
+_KEPT = ("not named",)
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """
+    What is, or would be, removed of a machine.
+
+    `point` is None where the whole machine goes.  `removed` are point ids, oldest first; `rewrites` the data files that
+    take over what they need; `damaged` the manifests that cannot be read and go as well.  `freed_bytes` are those of
+    data files.  `notes` say what follows.
+    """
+
+    machine: str
+    point: str | None
+    removed: tuple[str, ...]
+    rewrites: tuple[RewriteReport, ...]
+    damaged: tuple[str, ...]
+    freed_bytes: int
+    notes: tuple[str, ...]
+
+
+def plan(machine: Machine, point: str | None, *, workers: int) -> Removal:
+    """
+    Tell what `remove` would do; changes nothing.
+
+    Raises
+    ------
+    BackupError
+        As `remove`.
+    """
+
+    def look(contents: Contents) -> Removal:
+        if point is None:
+            return _machine_removal(machine, contents)
+        thinner = _thinner(machine, contents, point, workers)
+        if (lacking := thinner.lacking()) is not None:
+            raise lacking.error
+        report = thinner.report()
+        return _point_removal(machine, contents, point, report.rewrites, report.freed_bytes)
+
+    return machine.seen(look)
+
+
+def remove(machine: Machine, planned: Removal, *, workers: int, progress: Progress) -> Removal:
+    """
+    Remove what `planned` names.
+
+    Raises
+    ------
+    NotFound
+        There is no such point.
+    Locked
+        Another run has the machine, or something uses the point.
+    Damaged
+        A manifest cannot be read, so that nobody knows what builds on the point.  (A whole machine goes all the same.)
+    Failed
+        A point is pinned, the machine has other points than `planned` says, or there is too little space.  What was
+        done before stays done, and every point that is left is whole.
+    """
+    with settled(machine) as contents:
+        if planned.point is None:
+            return _remove_machine(machine, contents, planned)
+        thinner = _thinner(machine, contents, planned.point, workers)
+        newest = chains.newest_manifest(contents.manifests.values())
+        if newest is not None and newest.point == planned.point:
+            machine.note_removed(newest.sequence)
+        report = thinner.run(progress)
+        if planned.point in thinner.manifests:
+            raise _in_use(machine, planned.point, thinner.reasons[planned.point][-1])
+        return _point_removal(machine, contents, planned.point, report.rewrites, report.freed_bytes)
+
+
+def _thinner(machine: Machine, contents: Contents, point: str, workers: int) -> Thinner:
+    """The removal of one point, which may not be pinned or in use."""
+    if point not in contents.manifests and f"{point}.json" not in contents.damaged:
+        raise NotFound(f"machine {machine.name} has no point {point}", hint=f"see: `pybackup list {machine.name}`")
+    keep = {name: _KEPT for name in contents.manifests if name != point}
+    thinner = Thinner(machine, Request(Policy(), Batch(points=1), workers), contents, keep)
+    _require_unpinned(machine, {point: contents.manifests[point]})
+    if point in thinner.reasons:
+        raise _in_use(machine, point, thinner.reasons[point][-1])
+    return thinner
+
+
+def _point_removal(
+    machine: Machine, contents: Contents, point: str, rewrites: tuple[RewriteReport, ...], freed: int
+) -> Removal:
+    gone = contents.manifests[point]
+    left = [manifest for name, manifest in contents.manifests.items() if name != point]
+    notes = []
+    for disk in gone.disks:
+        older = chains.newest_manifest(left, disk.name)
+        if older is None:
+            notes.append(f"no other point holds disk {disk.name}: its next backup is a full")
+        elif older.sequence < gone.sequence:
+            notes.append(
+                f"point {point} is the newest of disk {disk.name}, and the disk's bitmap continues no other: "
+                "the next backup of that disk reads everything (a rescan)"
+            )
+    return Removal(machine.name, point, (point,), rewrites, (), freed, tuple(notes))
+
+
+def _machine_removal(machine: Machine, contents: Contents) -> Removal:
+    _require_unpinned(machine, contents.manifests)
+    for error in contents.damaged.values():
+        if not isinstance(error, Damaged | NotFound):  # a newer program's, or not ours to read: it may be pinned
+            raise error
+    for point, why in machine.points_in_use().items():
+        raise _in_use(machine, point, why)
+    ordered = sorted(contents.manifests.values(), key=lambda manifest: manifest.sequence)
+    freed = sum(disk.data.size for manifest in ordered for disk in manifest.disks)
+    notes = [f"the next backup of machine {machine.name} is a full; a copy in a second place keeps its points"]
+    return Removal(
+        machine.name,
+        None,
+        tuple(manifest.point for manifest in ordered),
+        (),
+        tuple(sorted(contents.damaged)),
+        freed,
+        tuple(notes),
+    )
+
+
+def _remove_machine(machine: Machine, contents: Contents, planned: Removal) -> Removal:
+    found = _machine_removal(machine, contents)
+    if (found.removed, found.damaged) != (planned.removed, planned.damaged):
+        raise Failed(
+            f"the points of machine {machine.name} changed meanwhile; nothing was removed",
+            hint=f"see: `pybackup list {machine.name}`, and run the command again",
+        )
+    for point in reversed(found.removed):
+        manifest = contents.manifests[point]
+        with machine.unused(*manifest.disks) as why_not:
+            if why_not is not None:
+                raise _in_use(machine, point, why_not)
+            machine.remove_point(manifest)
+    with explained(machine.path):
+        for name in found.damaged:
+            os.unlink(machine.path / name)
+        sync_folder(machine.path)
+    machine.remove_leftovers(Contents({}, {}))
+    others = _remove_folder(machine)
+    if others:
+        note = f"the folder {machine.path} stays, as it holds what is not pybackup's: {', '.join(others[:5])}"
+        found = replace(found, notes=(*found.notes, note))
+    return found
+
+
+def _remove_folder(machine: Machine) -> list[str]:
+    """Remove the folder of a machine without points; the names in it that are not ours, for which it stays."""
+    with explained(machine.path):
+        for name in (verified.NAME, f"{verified.NAME}.tmp", SEQUENCE):
+            (machine.path / name).unlink(missing_ok=True)
+        others = sorted(name for name in os.listdir(machine.path) if name != "lock")
+        if not others:
+            os.unlink(machine.path / "lock")
+            with suppress(OSError):  # something came in meanwhile: it stays, and the folder with it
+                os.rmdir(machine.path)
+            sync_folder(machine.path.parent)
+    return others
+
+
+def _require_unpinned(machine: Machine, manifests: Mapping[str, Manifest]) -> None:
+    for point, manifest in manifests.items():
+        if manifest.pinned:
+            raise Failed(
+                f"point {point} of machine {machine.name} is pinned; nothing was removed",
+                hint=f"to remove it all the same, run `pybackup unpin {machine.name}/{point}` first",
+            )
+
+
+def _in_use(machine: Machine, point: str, why: str) -> BackupError:
+    message = f"point {point} of machine {machine.name} stays: {why}"
+    if why.startswith(UNTOLD):
+        return Failed(message, hint="remove it on the host that has the repository's disk, where locks work")
+    return Locked(message, hint="end what uses the point (`pybackup serve`), and run the command again")

@@ -1,0 +1,90 @@
+"""Whether a restore's files will fit: asked before the first byte is written, and not found out hours later."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from backup.engine.targets import is_device, is_uri
+from backup.errors import Damaged, Failed, NotFound
+from backup.model import chain as chains
+from backup.model.extents import windows
+from backup.model.manifest import Manifest
+from backup.operations.restore_targets import Place
+from backup.repository import data_file
+from backup.repository.repository import Machine
+from backup.units import show_size
+
+_WINDOW = 1 << 20
+"""Clusters looked at at once."""
+_COMPRESSING = {0x9123683E, 0x2FC12FC1, 0xCA451A4E, 0xF2F52010}
+"""btrfs, ZFS, bcachefs, F2FS (statfs(2), f_type): they may compress, so that more fits than is free."""
+
+
+def require(machine: Machine, point: Manifest, places: Sequence[Place]) -> None:
+    """
+    Refuse files for which their file system has less room than the disks hold data.
+
+    Nothing is counted where everything fits at its full size, which is the rule; and a chain that cannot be read is the
+    restore's to report.
+
+    Raises
+    ------
+    Failed
+        There is too little room.
+    """
+    files = [each for each in places if not is_uri(each.target) and not is_device(Path(each.target))]
+    if not files:
+        return
+    sizes = {disk.name: disk.size for disk in point.disks}
+    folder = _existing(Path(os.path.realpath(files[0].target)).parent)
+    free = _free(folder)
+    if free is None or sum(sizes[each.disk] for each in files) <= free or _compresses(folder):
+        return
+    try:
+        needed = sum(_data_bytes(machine, point, each.disk) for each in files)
+    except (Damaged, NotFound):
+        return
+    if needed > free:
+        raise Failed(
+            f"{folder} has {show_size(free)} free, and the data of the restore takes {show_size(needed)}",
+            hint="name another target, or make room; nothing was written",
+        )
+
+
+def _existing(folder: Path) -> Path:
+    return next(each for each in (folder, *folder.parents) if os.path.isdir(each))
+
+
+def _free(folder: Path) -> int | None:
+    """Bytes that this user may still write there; None where the file system does not tell."""
+    try:
+        found = os.statvfs(folder)
+    except OSError:
+        return None
+    blocks = found.f_bfree if os.geteuid() == 0 else found.f_bavail
+    return blocks * found.f_frsize if found.f_blocks else None
+
+
+def _compresses(folder: Path) -> bool:
+    """May files take less room than they have bytes?  Of an unknown kind of file system: yes."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    buffer = (ctypes.c_long * 32)()
+    if libc.statfs(os.fsencode(folder), ctypes.byref(buffer)):
+        return True
+    return buffer[0] & 0xFFFFFFFF in _COMPRESSING
+
+
+def _data_bytes(machine: Machine, point: Manifest, disk: str) -> int:
+    """Bytes in clusters that hold data, by the chain's tables alone."""
+    contents = machine.contents()
+    chain = chains.build(contents.manifests, point.point, disk, contents.damaged)
+    size = chain.cluster_size
+    with data_file.peeked(machine.path, chain) as index:
+        held = (
+            int(index.holds_data(start // size, -(-(end - start) // size)).sum())
+            for start, end in windows(0, chain.size, _WINDOW * size)
+        )
+        return min(sum(held) * size, chain.size)

@@ -1,0 +1,148 @@
+"""
+Serve: a point's disk over NBD at once, by a qemu-nbd of our own on the chain's data files.
+
+Nothing is copied and no digest is read: the manifests, the files' lengths and their heads are checked, and QEMU checks
+each compressed cluster as it is read.  While it runs, a shared flock on each digest file keeps `prune` from them.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from backup.errors import BackupError, Failed, NotFound, UsageError
+from backup.model import chain as chains
+from backup.model.chain import Chain
+from backup.model.manifest import Manifest
+from backup.qemu import folders, images, servers
+from backup.qemu.programs import filename
+from backup.qemu.servers import Address, Lent
+from backup.repository import data_file
+from backup.repository.repository import Machine
+
+_TRIES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """
+    A disk that is being served.
+
+    `size` is the disk's in bytes, `export_size` what clients see: rounded up to 512 by QEMU, with zeroes.  `protected`
+    is False where no lock keeps `prune` away.
+    """
+
+    uri: str
+    size: int
+    export_size: int
+    protected: bool
+    server: Lent
+    address: Address
+
+
+def choose_disk(point: Manifest, disk: str | None) -> str:
+    """
+    The disk of a point that is meant.
+
+    Raises
+    ------
+    NotFound, UsageError
+        The point does not hold it; it holds several and none is named.
+    """
+    names = [held.name for held in point.disks]
+    if disk is None and len(names) > 1:
+        raise UsageError(f"point {point.point} holds {len(names)} disks", hint=f"name one: --disk {' or '.join(names)}")
+    if disk is not None and disk not in names:
+        raise NotFound(f"point {point.point} holds no disk {disk!r}", hint=f"it holds: {', '.join(names)}")
+    return disk or names[0]
+
+
+def address(socket: Path | None, port: str | None, bind: str | None) -> Address | None:
+    """
+    Where to listen, as the options say it; None: on a socket of our own.
+
+    Raises
+    ------
+    UsageError
+        They contradict each other, or the port is none.
+    """
+    if socket is not None and (port is not None or bind is not None):
+        raise UsageError("--socket together with --port or --bind", hint="choose one")
+    if bind is not None and port is None:
+        raise UsageError("--bind without --port", hint="name the port: --port 10809")
+    if port is None:
+        return None if socket is None else Address(socket)
+    if not (port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16):
+        raise UsageError(f"{port!r} is not a port", hint="a number from 1 to 65535; NBD's own is 10809")
+    return Address(None, bind or "127.0.0.1", int(port))
+
+
+@contextmanager
+def serving(machine: Machine, point: str, disk: str, where: Address | None, *, writable: bool) -> Iterator[Served]:
+    """
+    Serve a disk of a point until the block ends; `writable`: what clients write is thrown away then.
+
+    Raises
+    ------
+    BackupError
+        The chain is not what was written as far as its heads tell, or cannot be served, or the address is taken.
+    """
+    with ExitStack() as outer:
+        address = where or Address(outer.enter_context(folders.private_folder()) / "nbd")
+        for attempt in range(_TRIES):
+            chain = _chain(machine, point, disk)
+            with ExitStack() as stack:
+                try:
+                    protected = stack.enter_context(data_file.held(machine.path, chain))
+                    server = _start(stack, machine.path, chain, address, writable=writable)
+                except BackupError:
+                    # A prune that looked before we held the files may have changed them meanwhile.
+                    if attempt == _TRIES - 1 or _chain(machine, point, disk) == chain:
+                        raise
+                    continue
+                if _chain(machine, point, disk) == chain:
+                    export_size = -(-chain.size // 512) * 512
+                    yield Served(address.uri, chain.size, export_size, protected, server, address)
+                    return
+    raise Failed(f"the chain of point {point} changed {_TRIES} times while it was opened", hint="run the command again")
+
+
+def _start(stack: ExitStack, folder: Path, chain: Chain, address: Address, *, writable: bool) -> Lent:
+    image = folder / chain.newest.entry.data.file
+    overlay = stack.enter_context(images.throw_away(image)) if writable else None
+    return stack.enter_context(servers.lent(image, address, overlay))
+
+
+def _chain(machine: Machine, point: str, disk: str) -> Chain:
+    contents = machine.contents()
+    return chains.build(contents.manifests, point, disk, contents.damaged)
+
+
+def commands(uri: str, where: Address, *, writable: bool) -> dict[str, str]:
+    """Shell commands that look inside, by the program's name."""
+    if where.socket is not None:
+        guestfish = uri.replace("nbd+unix:///", "nbd://", 1)  # libguestfs' spelling
+        client = ["-unix", str(where.socket), "/dev/nbd0"]
+    else:
+        host, port = uri.removeprefix("nbd://").removesuffix("/").rsplit(":", 1)
+        guestfish, client = f"nbd://{host}:{port}", [host.strip("[]"), port, "/dev/nbd0"]
+    drive = f"format=raw,{_qemu_file(uri, where)},if=virtio{'' if writable else ',snapshot=on'}"
+    return {
+        "guestfish": shlex.join(["guestfish", "--rw" if writable else "--ro", "--format=raw", "-a", guestfish, "-i"]),
+        "nbd-client": shlex.join(["nbd-client", *client]),
+        "qemu": shlex.join(["qemu-system-x86_64", "-m", "2G", "-drive", drive]),
+    }
+
+
+def _qemu_file(uri: str, where: Address) -> str:
+    """
+    The export as options of QEMU's -drive.
+
+    A socket's name not as part of a URI: QEMU 10 decodes that twice, and refuses what is not UTF-8.
+    """
+    if where.socket is None:
+        return f"file={uri}"
+    return f"file.driver=nbd,file.server.type=unix,file.server.path={filename(where.socket).replace(',', ',,')}"

@@ -1,0 +1,57 @@
+"""
+The spot check: a few clusters that the bitmap calls clean, read from the disk and held against the chain.
+
+No name shows that a bitmap was cleared, or disabled and enabled again after writes, or that something wrote past QEMU
+(trap 47); this finds it with a probability that grows with the lie.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from backup.engine import copier
+from backup.model.chain import Chain
+from backup.model.extents import Offsets
+from backup.nbd.export import Export
+from backup.planning import plan
+from backup.repository import chain_reader
+
+
+@dataclass(frozen=True, slots=True)
+class Lies:
+    """How many of the clusters differ, and the first byte (a sector's first) that does; 0 and 0 where none differs."""
+
+    clusters: int
+    first: int
+
+
+def differing(export: Export, clusters: Offsets, folder: Path, chain: Chain, settings: copier.Settings) -> Lies:
+    """
+    Which of these clusters (ascending) of the disk are not what the chain in `folder` says.
+
+    Each is compared with what lies in the chain's files, which a frame's own checksum covers.  What differs is compared
+    again, with every block of the files held against its digest: only then it is the bitmap that lied.
+
+    Raises
+    ------
+    NotFound, Damaged
+        The chain is not what was written.
+    SourceError
+        The disk cannot be read.
+    """
+    if not len(clusters):
+        return Lies(0, 0)
+    planned = plan.plan_of(clusters, export.size, chain.cluster_size)
+    with chain_reader.glanced(folder, chain, export.size, clusters) as held:
+        suspected = chain_reader.compare(export, planned, held, settings, _unwatched).clusters()
+    if not len(suspected):
+        return Lies(0, 0)
+    planned = plan.plan_of(suspected, export.size, chain.cluster_size)
+    with chain_reader.checked(folder, chain, export.size) as held:
+        found = chain_reader.compare(export, planned, held, settings, _unwatched)
+    return Lies(len(found.clusters()), found.ranges()[0][0]) if found.bytes else Lies(0, 0)
+
+
+def _unwatched(_done: int) -> None:
+    """It takes moments."""

@@ -1,0 +1,496 @@
+"""
+Verify: re-read what the repository holds and find every changed byte.
+
+For each data file: its digest file against the manifest, every block against its digest, the head against the manifest
+and its parent's, the tables and all refcounts; with `deep` also every cluster decompressed.  For each point: its chain,
+down to the full.
+
+What was found is remembered (`memory`), so that a later run can leave out what was read not long ago.
+
+What a file's structure is checked with costs time to import (numpy); the thread that does it imports it, while the
+others hash.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from backup.errors import BackupError, Damaged, DamagedBlock, Failed, NotFound
+from backup.model import chain as chains
+from backup.model.chain import Chain
+from backup.model.manifest import DataFile, DiskEntry, Manifest, timestamp
+from backup.repository import checked_file
+from backup.repository import verified as memories
+from backup.repository.checked_file import BlockCache, CheckedFile, block_count
+from backup.repository.repository import Contents, Machine
+from backup.repository.verified import Memory, Record
+from backup.runtime.pace import Pace
+from backup.runtime.threads import in_threads
+
+_WHOLE_BLOCKS = 4
+"""
+A file of up to so many blocks is checked by one thread, which reads each block once; a chain may have a thousand such.
+"""
+_TRIES = 20
+"""How often points are looked at again that a prune changes meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something damaged or missing: where, and the error that says what."""
+
+    machine: str
+    point: str | None
+    disk: str | None
+    error: BackupError
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """
+    Which data files are read, and how much of them.
+
+    Attributes
+    ----------
+    since : datetime or None
+        Not those that were found to be sound at this time or later; None: all.
+    share : float
+        Of the others each block with this probability: 1 is all of them.
+    """
+
+    since: datetime | None = None
+    share: float = 1.0
+
+
+ALL = Choice()
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """
+    What was verified, and what is wrong.
+
+    Attributes
+    ----------
+    points, files, bytes : int
+        Points looked at, data files read, wholly or in part, and bytes read.
+    skipped : int
+        Data files that were left out, being found sound not long ago; only that they are there was looked at.
+    sampled : int
+        Of `files`, those of which not all was read.
+    problems : tuple
+        What is wrong.
+    forgotten : str or None
+        Why it is not remembered; None: it is.
+    """
+
+    points: int
+    files: int
+    bytes: int
+    skipped: int
+    sampled: int
+    problems: tuple[Problem, ...]
+    forgotten: str | None
+
+
+def unverified(machine: Machine, error: BackupError) -> Verified:
+    """What comes of a machine whose folder cannot be read, or is no machine's."""
+    return Verified(0, 0, 0, 0, 0, (Problem(machine.name, None, None, error),), None)
+
+
+def exit_code(problems: Sequence[Problem]) -> int:
+    """The worst: damaged (12) before missing (10) before the rest."""
+    codes = {problem.error.exit_code for problem in problems}
+    return next((code for code in (12, 10) if code in codes), next(iter(codes), 0))
+
+
+def stored_bytes(machine: Machine, points: Sequence[str] | None, choice: Choice = ALL, *, deep: bool = False) -> int:
+    """About how many bytes will be read: of all data files, or those of the points named and their chains."""
+    contents = machine.contents()
+    manifests = contents.manifests
+    wanted = [manifests[point] for point in points if point in manifests] if points is not None else manifests.values()
+    memory = {} if choice.since is None else memories.recall(machine)
+    sizes = {}
+    for manifest, disk, result in _chains(contents, wanted):
+        links = (
+            [(manifest.point, disk)]
+            if isinstance(result, BackupError)
+            else [(link.point, link.entry) for link in result.links]
+        )
+        due = [link for link in links if is_due(memories.record_of(memory, link[1].data), choice, deep=deep)]
+        there = [link for link in due if glance(machine.path, link[1].data) is None]
+        sizes.update({(point, entry.name): entry.data.size for point, entry in there})
+    return round(sum(sizes.values()) * choice.share)
+
+
+def is_due(record: Record | None, choice: Choice, *, deep: bool) -> bool:
+    """Is a file to be read of which this is remembered?  What lies in the future was written by a wrong clock."""
+    sound = None if record is None else record.sound_since(deep)
+    if choice.since is None or sound is None:
+        return True
+    return not choice.since <= sound <= datetime.now(UTC) + _CLOCKS
+
+
+_CLOCKS = timedelta(minutes=5)
+"""So much may two hosts' clocks differ."""
+
+
+def draw(blocks: Sequence[int], share: float, chance: Callable[[], float]) -> list[list[int] | None]:
+    """
+    Which blocks of each file are read, each with the probability `share`; None: all of them.  At least one is.
+
+    `chance` gives numbers from 0 to below 1.  Of n damaged blocks one at least is found with 1 - (1 - share) ** n.
+    """
+    drawn = [[number for number in range(count) if chance() < share] for count in blocks]
+    if blocks and not any(drawn):
+        file = int(chance() * len(blocks))
+        drawn[file] = [int(chance() * blocks[file])]
+    return [None if len(some) == count else some for some, count in zip(drawn, blocks, strict=True)]
+
+
+def glance(folder: Path, data: DataFile) -> BackupError | None:
+    """What is wrong with a data file as far as names and lengths tell; None: nothing."""
+    try:
+        size = os.stat(folder / data.file, follow_symlinks=False).st_size
+        os.stat(folder / data.digests, follow_symlinks=False)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        return NotFound(f"{error.filename} is missing", hint=_FROM_COPY)
+    except OSError as error:
+        return Failed(f"{error.filename} cannot be looked at: {error.strerror}", hint="run as the repository's owner")
+    if size != data.size:
+        return Damaged(f"{folder / data.file} has {size} bytes where its manifest says {data.size}", hint=_FROM_COPY)
+    return None
+
+
+_FROM_COPY = "bring the file back from a copy of the repository"
+
+
+def verify_machine(
+    machine: Machine,
+    *,
+    deep: bool,
+    workers: int,
+    progress: Callable[[int], None],
+    points: Sequence[str] | None = None,
+    choice: Choice = ALL,
+    limit: int | None = None,
+) -> Verified:
+    """
+    Verify a machine's points and their chains, or only the points named, and remember what was found.
+
+    `progress` is called with the bytes read so far, in this thread.  No more than `limit` bytes a second are read.
+    """
+    contents = machine.contents()
+    run = functools.partial(_verify, machine, deep=deep, workers=workers, progress=progress, pace=Pace(limit))
+    found = again = run(contents, points=points, choice=choice)
+    for _ in range(_TRIES):
+        # What a prune changed meanwhile is looked at again: damage counts only where it repeats.
+        before, contents = contents, machine.contents()
+        if not again.problems or contents.manifests == before.manifests:
+            break
+        doubtful = [point for point in contents.manifests if any(point == each.point for each in again.problems)]
+        again = run(contents, points=doubtful, choice=replace(choice, share=1.0))  # a sample may miss what it met
+    return replace(found, problems=(*_unreadable(machine, contents, points), *again.problems))
+
+
+def _unreadable(machine: Machine, contents: Contents, points: Sequence[str] | None) -> Iterator[Problem]:
+    """Manifests that cannot be read, and points that were asked for and have none."""
+    for name, error in contents.damaged.items():
+        if points is None or name.removesuffix(".json") in points:
+            yield Problem(machine.name, None, None, error)
+    for point in points or ():
+        if point not in contents.manifests and f"{point}.json" not in contents.damaged:
+            vanished = NotFound("its manifest vanished", hint="see `pybackup list`")
+            yield Problem(machine.name, point, None, vanished)
+
+
+def _verify(
+    machine: Machine,
+    contents: Contents,
+    *,
+    deep: bool,
+    workers: int,
+    progress: Callable[[int], None],
+    pace: Pace,
+    points: Sequence[str] | None,
+    choice: Choice,
+) -> Verified:
+    """Verify points that have a manifest, and their chains, once, and remember what was found."""
+    began = datetime.now(UTC)
+    problems = []
+    wanted = [contents.manifests[point] for point in sorted(contents.manifests) if points is None or point in points]
+    # By entry, not by file name: of two entries that name one file, neither may be skipped.
+    files: dict[tuple[str, str], tuple[Manifest, DiskEntry, DiskEntry | None]] = {}
+    for manifest, disk, result in _chains(contents, wanted):
+        if isinstance(result, BackupError):
+            problems.append(Problem(machine.name, manifest.point, disk.name, result))
+            files.setdefault((manifest.point, disk.name), (manifest, disk, None))
+        else:
+            files.update(_chain_files(contents.manifests, result))
+    memory = memories.recall(machine)
+    checks = [_Check(manifest.point, disk, parent) for manifest, disk, parent in files.values()]
+    for check in checks:
+        check.skipped = not is_due(memories.record_of(memory, check.entry.data), choice, deep=deep)
+    due = [check for check in checks if not check.skipped]
+    for check in checks:
+        unread = check.skipped or choice.share < 1
+        if unread and (problem := glance(machine.path, check.entry.data)) is not None:
+            check.wrong[0] = problem
+            check.blocks = []
+    # A manifest may claim any length; lots are drawn only where the file has it.
+    _sample([check for check in due if not check.wrong], choice.share)
+    run = _Run(machine.path, due, deep=deep, progress=progress, pace=pace)
+    try:
+        run.run(workers)
+    finally:  # also of a run that was interrupted: the next one need not begin again
+        found = _records(checks, memory, timestamp(began), deep=deep)
+        forgotten = memories.remember(machine, found, _present(contents)) if found else None
+    problems += [
+        Problem(machine.name, check.point, check.entry.name, _located(machine.path, check))
+        for check in checks
+        if check.wrong
+    ]
+    read = [check for check in due if not check.is_unread]
+    sampled = sum(check.blocks is not None for check in read)
+    skipped = len(checks) - len(due)
+    return Verified(len(wanted), len(read), run.done, skipped, sampled, tuple(problems), forgotten)
+
+
+def _located(folder: Path, check: _Check) -> BackupError:
+    """What is wrong with a data file first, and where in it there is damage which ranges of the disk that affects."""
+    errors = [check.wrong[number] for number in sorted(check.wrong)]
+    if not isinstance(errors[0], DamagedBlock):
+        return errors[0]
+    from backup.repository import salvage  # noqa: PLC0415 - see the module's docstring
+
+    return salvage.located_in_file(folder, check.entry, check.parent, errors)
+
+
+def _sample(checks: Sequence[_Check], share: float) -> None:
+    if share >= 1:
+        return
+    import random  # noqa: PLC0415 - brings OpenSSL with it
+
+    drawn = draw([block_count(check.entry.data.size) for check in checks], share, random.random)
+    for check, blocks in zip(checks, drawn, strict=True):
+        check.blocks = blocks
+
+
+def _records(checks: Sequence[_Check], memory: Memory, now: str, *, deep: bool) -> dict[str, Record]:
+    """What there is to remember: files that were read whole, and faults; not what only this process could not do."""
+    found: dict[str, Record] = {}
+    for check in checks:
+        data = check.entry.data
+        known = memories.record_of(memory, data)
+        if check.wrong:
+            error = check.wrong[min(check.wrong)]
+            if error.exit_code in {Damaged.exit_code, NotFound.exit_code}:
+                found[data.file] = Record(data.digest, now, None, error.exit_code, error.message)
+        elif check.is_proven and not (data.file in found and found[data.file].code):
+            before = known.deep if known is not None and not known.code else None
+            found[data.file] = Record(data.digest, now, now if deep else before, 0, None)
+    return found
+
+
+def _present(contents: Contents) -> Collection[str] | None:
+    """The data files that there are; None where a damaged manifest may name others."""
+    if contents.damaged:
+        return None
+    return {disk.data.file for point in contents.manifests.values() for disk in point.disks}
+
+
+def _chains(
+    contents: Contents, wanted: Iterable[Manifest]
+) -> Iterator[tuple[Manifest, DiskEntry, Chain | BackupError]]:
+    for manifest in wanted:
+        for disk in manifest.disks:
+            try:
+                yield manifest, disk, chains.build(contents.manifests, manifest.point, disk.name, contents.damaged)
+            except BackupError as error:
+                yield manifest, disk, error
+
+
+def _chain_files(
+    manifests: Mapping[str, Manifest], chain: Chain
+) -> Iterator[tuple[tuple[str, str], tuple[Manifest, DiskEntry, DiskEntry | None]]]:
+    parents = [*(link.entry for link in chain.links[1:]), None]
+    for link, parent in zip(chain.links, parents, strict=True):
+        yield (link.point, link.entry.name), (manifests[link.point], link.entry, parent)
+
+
+@dataclass(slots=True, eq=False)
+class _Check:
+    """
+    One data file: what is to be checked, and what was found.
+
+    Attributes
+    ----------
+    blocks : list of int or None
+        The blocks that are read; None: all, and the structure.
+    skipped, done : bool
+        It was not due; it was read to its end.
+    left : int
+        Units that are not done.
+    wrong : dict
+        The first thing wrong with each part of it, by the part's number: blocks in order, then the structure.
+    """
+
+    point: str
+    entry: DiskEntry
+    parent: DiskEntry | None
+    blocks: list[int] | None = None
+    skipped: bool = False
+    done: bool = False
+    left: int = 0
+    wrong: dict[int, BackupError] = field(default_factory=dict)
+
+    @property
+    def is_unread(self) -> bool:
+        """Is nothing of it read?  It was left out, or not what it should be at a glance, or no lot fell on it."""
+        return self.skipped or self.blocks == []
+
+    @property
+    def is_proven(self) -> bool:
+        """Was all of it read, and held against its parent, without fault?"""
+        whole = self.blocks is None and (self.parent is not None or self.entry.parent is None)
+        return whole and self.done and not self.wrong
+
+
+_Unit = tuple[_Check, CheckedFile | None, int]
+"""A check; of a large file, the open file and the number of one block, or of blocks: the structure."""
+
+
+class _Stopped(BaseException):
+    """Ends a long check in a worker when the others have ended."""
+
+
+class _Cache(BlockCache):
+    """Blocks of one file; tells `read` how many bytes came from the disk, and gives none when the run was stopped."""
+
+    def __init__(self, stop: threading.Event, read: Callable[[int], None]) -> None:
+        super().__init__(_WHOLE_BLOCKS)
+        self._stop = stop
+        self._read = read
+
+    def get(self, key: tuple[int, int], load: Callable[[], bytes]) -> bytes:
+        def loaded() -> bytes:
+            block = load()
+            self._read(len(block))
+            return block
+
+        if self._stop.is_set():
+            raise _Stopped
+        return super().get(key, loaded)
+
+
+class _Run:
+    """
+    Checks data files in several threads: small ones whole, of large ones each block by whichever thread is free.
+
+    Any number of files keeps all threads busy, and a large one's structure is checked while its blocks are read.
+    """
+
+    def __init__(
+        self, folder: Path, checks: Sequence[_Check], *, deep: bool, progress: Callable[[int], None], pace: Pace
+    ) -> None:
+        self._folder = folder
+        self._deep = deep
+        self._progress = progress
+        self._pace = pace
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._open: set[CheckedFile] = set()
+        self._units = self._each_unit(checks)
+        self.done = 0
+
+    def run(self, workers: int) -> None:
+        """Check them all; the first error that is no file's fault is raised here."""
+        try:
+            in_threads(self._units, lambda unit: self._do(*unit), workers, self._show, self._stop)
+        finally:
+            for file in self._open:
+                file.close()
+        self._show()
+
+    def _show(self) -> None:
+        self._progress(self.done)
+
+    def _each_unit(self, checks: Sequence[_Check]) -> Iterator[_Unit]:
+        for check in checks:
+            blocks = block_count(check.entry.data.size)
+            if check.blocks is None and blocks <= _WHOLE_BLOCKS:
+                check.left = 1
+                yield check, None, 0
+                continue
+            if check.is_unread:
+                continue
+            try:
+                file = self._opened(check.entry)
+            except BackupError as error:
+                check.wrong[0] = error
+                continue
+            self._open.add(file)
+            numbers = range(blocks) if check.blocks is None else check.blocks
+            check.left = len(numbers) + (check.blocks is None)
+            if check.blocks is None:
+                yield check, file, blocks  # first, as it takes longest
+            for number in numbers:
+                yield check, file, number
+
+    def _opened(self, entry: DiskEntry) -> CheckedFile:
+        data = entry.data
+        cache = _Cache(self._stop, self._keep_pace)
+        names = self._folder / data.file, data.size, self._folder / data.digests, data.digest
+        return checked_file.opened(*names, cache, once=True)
+
+    def _do(self, check: _Check, file: CheckedFile | None, number: int) -> None:
+        read = 0
+        try:
+            if file is None:
+                read = self._whole(check)
+            elif number == file.blocks:
+                self._structure(check, file)
+            else:
+                read = len(file.check_block(number))
+                self._keep_pace(read)
+        except BackupError as error:
+            with self._lock:
+                check.wrong[number] = error
+        with self._lock:
+            self.done += read
+            check.left -= 1
+            check.done = not check.left
+            if file is not None and check.done:
+                self._open.discard(file)
+                file.close()
+
+    def _keep_pace(self, read: int) -> None:
+        """After so many bytes were read, wait for as long as the limit wants it."""
+        if not self._pace.keep(read, self._stop):
+            raise _Stopped
+
+    def _whole(self, check: _Check) -> int:
+        """Check a small file; its bytes."""
+        with closing(self._opened(check.entry)) as file:
+            for number in range(file.blocks):
+                try:
+                    file.block(number)
+                except DamagedBlock as error:
+                    with self._lock:
+                        check.wrong[number] = error
+            if not check.wrong:
+                self._structure(check, file)
+            return file.size
+
+    def _structure(self, check: _Check, file: CheckedFile) -> None:
+        """Check a file's head, tables and refcounts, and with `deep` its frames."""
+        from backup.repository.data_file import check_structure  # noqa: PLC0415 - see the module's docstring
+
+        check_structure(file, check.entry, check.parent, deep=self._deep)

@@ -1,0 +1,364 @@
+"""
+Decisions: whether a disk's next backup may be an incremental, and why not.
+
+A bitmap is named for the point it starts from, `FAMILY.REPO8.POINT` (design.md, "The bitmap's life").  The newest point
+P of a disk can only be continued by P's bitmap, and only when that bitmap is in the image itself, recording and
+consistent.  Where the chain is sound, everything else is a rescan, or a full if that is wanted; without a chain it is a
+full.  Each with its reason.  Pure functions over values.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+from backup.errors import BackupError
+from backup.model.chain import Chain
+from backup.model.manifest import POINT_PATTERN, DiskEntry, LowerFile
+
+FULL, INCREMENTAL, RESCAN = "full", "incremental", "rescan"
+_FIRST = "first point of this disk"
+ITSELF = "this disk"
+_UNKNOWN: Mapping[str, str] = MappingProxyType({})
+
+
+_OWN_NAME = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9_-]*\.([0-9a-f]{{8}})\.{POINT_PATTERN}")
+
+
+@dataclass(frozen=True, slots=True)
+class Bitmap:
+    """A dirty bitmap that the source shows.  `granularity` in bytes, None where unknown."""
+
+    name: str
+    granularity: int | None = None
+    recording: bool = True
+    inconsistent: bool = False
+    busy: bool = False
+    persistent: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """
+    What a source shows of a disk, taken at one moment.
+
+    `size` is exact, in bytes.  `no_bitmaps` says why it can hold no bitmap, `unseen_writes` why no bitmap would see all
+    writes, `volatile` why a bitmap lasts no longer than the running QEMU.  `lower` are the files of its backing chain,
+    `lower_bitmaps` the bitmaps in those.  `plaintext`: the image is encrypted, and QEMU decrypts what it shows.
+    """
+
+    kind: str
+    path: str
+    format: str
+    size: int
+    bitmaps: tuple[Bitmap, ...] = ()
+    no_bitmaps: str | None = None
+    unseen_writes: str | None = None
+    volatile: str | None = None
+    lower: tuple[LowerFile, ...] = ()
+    lower_bitmaps: tuple[str, ...] = ()
+    plaintext: bool = False
+
+    def bitmap(self, name: str) -> Bitmap | None:
+        """The bitmap of exactly that name in the source's own image."""
+        return next((bitmap for bitmap in self.bitmaps if bitmap.name == name), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The user's word that `bitmap` on someone else's server records since point `since` (None: no word given)."""
+
+    bitmap: str | None
+    since: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """
+    Why a new bitmap could not be started on a disk in this run.
+
+    `lasting`: the reason is a property of the disk, and every run meets it.  `lost` names the bitmap that continued the
+    newest point until the attempt, which may have cost it.  `final`: no further attempt is made.
+    """
+
+    why: str
+    lasting: bool
+    lost: str | None
+    final: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """
+    What one disk's backup will be.
+
+    `kind` is FULL or INCREMENTAL.  `fallback` is true where there was a point to continue, and it could not be in the
+    way that was wanted; `first` where there was none.  `parent` is set for an incremental only, and with it either
+    `read`, the exact name of the bitmap that says what changed, or `rescan`: all is read and compared with the parent.
+    `unavoidable`: it is a fallback, and no night of this disk can be anything else.
+    """
+
+    kind: str
+    reason: str
+    fallback: bool = False
+    first: bool = False
+    parent: Chain | None = None
+    read: str | None = None
+    claimed: bool = False
+    rescan: bool = False
+    unavoidable: bool = False
+
+    @property
+    def way(self) -> str:
+        """FULL, INCREMENTAL or RESCAN."""
+        return RESCAN if self.rescan else self.kind
+
+    def with_found(self, differing: int) -> Decision:
+        """A rescan that found so many bytes that differ from the parent."""
+        assert self.parent is not None
+        found = f"{differing} bytes differ from {self.parent.newest.point}" if differing else "nothing differs"
+        return replace(self, reason=f"{self.reason}; {found}")
+
+
+def bitmap_name(family: str, short_id: str, point: str) -> str:
+    """The name of the bitmap that starts at a point."""
+    return f"{family}.{short_id}.{point}"
+
+
+def own_bitmaps(names: Iterable[str], short_id: str, *, keep: str | None) -> list[str]:
+    """Names that are this repository's to remove: those of exactly our form, but `keep`."""
+    return [name for name in names if name != keep and repository_of(name) == short_id]
+
+
+def repository_of(name: str) -> str | None:
+    """Return the short id of the repository in a bitmap's name of exactly our form; None for any other name."""
+    found = _OWN_NAME.fullmatch(name)
+    return None if found is None else found[1]
+
+
+def decide(
+    wanted: str,
+    sight: Sight,
+    last: Chain | BackupError | None,
+    *,
+    family: str | None,
+    short_id: str,
+    max_chain: int,
+    claim: Claim,
+    unusable: str = RESCAN,
+    was: str | None = None,
+    refusal: Refusal | None = None,
+    origins: Mapping[str, str] = _UNKNOWN,
+) -> Decision:
+    """
+    Decide one disk's backup.
+
+    Parameters
+    ----------
+    wanted : str
+        FULL, INCREMENTAL or RESCAN.
+    last : Chain, BackupError or None
+        The chain of the disk's newest point; what is wrong with it; or None where there is no point.
+    unusable : str
+        FULL or RESCAN: what an incremental becomes where the chain is sound and no bitmap continues it.
+    was : str or None
+        The other disk of the newest point that this image was then.  All disks' bitmaps of one point have one name.
+    refusal : Refusal or None
+        Why a new bitmap could not be started a moment ago.
+    origins : mapping
+        Of points whose bitmaps are in sight, other than the newest: ITSELF where they are earlier ones of this disk,
+        else whose they are ("machine db1").
+    """
+    if wanted == FULL:
+        return Decision(FULL, "asked for")
+    if last is None:
+        return Decision(FULL, _FIRST + _and_then(sight, unusable, refusal), first=True)
+    if isinstance(last, BackupError):
+        return broken(last)
+    if sight.kind != "nbd" and sight.plaintext != last.newest.entry.source.plaintext:
+        return Decision(FULL, _why_not_mixed(sight, last), fallback=True)
+    if len(last.links) >= max_chain:
+        return Decision(FULL, f"the chain has {len(last.links)} points and max_chain is {max_chain}")
+    if wanted == RESCAN:
+        return Decision(INCREMENTAL, "rescan: asked for", parent=last, rescan=True)
+    if sight.kind == "nbd":
+        return _decide_claim(sight, last, claim, unusable)
+    name = bitmap_name(family or "", short_id, last.newest.point)
+    why_not = _why_not(sight, last.newest.entry, name, short_id, refusal=refusal, origins=origins)
+    if why_not is None and was is not None:
+        why_not = f"bitmap {name} is of disk {was}, which {sight.path} was at the newest point"
+    if why_not is not None:
+        never = _never(why_not, sight, last.newest.entry, refusal)
+        return replace(instead(why_not, last, unusable), unavoidable=never)
+    return Decision(INCREMENTAL, f"changes since {last.newest.point}", parent=last, read=name)
+
+
+def instead(why: str, last: Chain, unusable: str) -> Decision:
+    """What an incremental becomes that no bitmap can continue: `unusable`, FULL or RESCAN."""
+    if unusable == RESCAN:
+        return Decision(INCREMENTAL, f"rescan: {why}", fallback=True, parent=last, rescan=True)
+    return Decision(FULL, why, fallback=True)
+
+
+def warned(before: Sequence[DiskEntry], why: str, *, refused: bool) -> bool:
+    """
+    Did an earlier point give the user the warning that the disk has no bitmap, for the same reason?
+
+    Parameters
+    ----------
+    before : sequence of DiskEntry
+        The disk's entries, from the oldest, of the same kind of source.
+    refused : bool
+        Whether the reason appeared only when the bitmap was to be added; then the first full warns of it already, and
+        what counts is the newest point: storage can become read-only for a second time.
+    """
+    if refused:
+        return bool(before) and before[-1].bitmap.why_none == why
+    return any(entry.bitmap.why_none == why and why in entry.reason and _FIRST not in entry.reason for entry in before)
+
+
+def broken(error: BackupError) -> Decision:
+    """A full, since the chain cannot be continued."""
+    return Decision(FULL, f"the chain is broken: {error.message}", fallback=True)
+
+
+def why_missed(bitmap: str, missed: int) -> str:
+    """
+    Why a bitmap is not trusted of which planning found `missed` bytes that are clean and zero, and data in the chain.
+
+    The bitmap did not see all that happened to the disk (it was shrunk and grown again, say), and what else it did not
+    see may look like any other data (traps 4 and 28).
+    """
+    return (
+        f"bitmap {bitmap} missed {missed} bytes that were data and read as zeroes now; was the disk shrunk and grown?"
+    )
+
+
+def why_lied(bitmap: str, point: str, differing: int, checked: int, offset: int) -> str:
+    """
+    Why a bitmap is not trusted when a spot check of `checked` clean clusters found `differing` ones, of which the first
+    difference is at byte `offset`: it was cleared, or disabled for a while, or something wrote past QEMU (trap 47).
+    """
+    return (
+        f"bitmap {bitmap} lied: {differing} of {checked} clean clusters that were read again differ from {point}, "
+        f"the first at byte {offset}"
+    )
+
+
+def _why_not_mixed(sight: Sight, last: Chain) -> str:
+    """Why a chain does not go on when the same disk is decrypted at one point and not at the next."""
+    before, now = "the encrypted container", "the disk's plaintext"
+    if not sight.plaintext:
+        before, now = now, before
+    return f"point {last.newest.point} holds {before}, and this backup holds {now}: one chain holds only one of them"
+
+
+def _and_then(sight: Sight, unusable: str, refusal: Refusal | None) -> str:
+    why = sight.unseen_writes or sight.no_bitmaps or (refusal.why if refusal and refusal.lasting else None)
+    later = "a full as well" if unusable == FULL else f"a {unusable}"
+    return f"; every later one is {later}: {why}" if why else ""
+
+
+def _decide_claim(sight: Sight, last: Chain, claim: Claim, unusable: str) -> Decision:
+    if claim.bitmap is None:
+        return instead("no bitmap of the NBD server was named", last, unusable)
+    if claim.since is None:
+        why = f"nothing says which point the server's bitmap {claim.bitmap} starts from (--since POINT)"
+        return instead(why, last, unusable)
+    if sight.bitmap(claim.bitmap) is None:
+        return instead(f"the NBD server has no bitmap {claim.bitmap}", last, unusable)
+    why = f"changes since {claim.since}, by the user's word on bitmap {claim.bitmap}"
+    return Decision(INCREMENTAL, why, parent=last, read=claim.bitmap, claimed=True)
+
+
+def _never(why_not: str, sight: Sight, parent: DiskEntry, refusal: Refusal | None) -> bool:
+    """Is the reason one that every night of this disk has, as far as the disk and its newest point tell?"""
+    if why_not in {sight.unseen_writes, sight.no_bitmaps}:
+        return True
+    same = refusal is not None and refusal.lasting and parent.bitmap.why_none == refusal.why
+    return same and why_not == _made_without(parent)
+
+
+def _why_not(
+    sight: Sight,
+    parent: DiskEntry,
+    name: str,
+    short_id: str,
+    *,
+    refusal: Refusal | None,
+    origins: Mapping[str, str],
+) -> str | None:
+    """Why the bitmap `name` cannot continue the parent point; None when it can."""
+    if sight.unseen_writes or sight.no_bitmaps:
+        return sight.unseen_writes or sight.no_bitmaps
+    if sight.lower != parent.source.lower:
+        return _lower_changed(parent.source.lower, sight.lower)
+    bitmap = sight.bitmap(name)
+    if refusal is not None and refusal.lost == name and (bitmap is None or bitmap.inconsistent):
+        return f"bitmap {name} was lost when QEMU tried to add a new one: {refusal.why}"
+    if bitmap is None:
+        return _why_missing(sight, parent, name, short_id, origins)
+    if bitmap.inconsistent:
+        return (
+            f"bitmap {name} is inconsistent: QEMU was killed or crashed while it recorded, or had no room to store it"
+        )
+    if not bitmap.recording:
+        return f"bitmap {name} is disabled: writes since then were not recorded"
+    if bitmap.busy:
+        return f"bitmap {name} is in use by another operation in QEMU"
+    if not bitmap.persistent and not sight.volatile:
+        return f"bitmap {name} is not persistent, as pybackup makes it: someone else made this one"
+    recorded = parent.bitmap.granularity
+    if None not in (bitmap.granularity, recorded) and bitmap.granularity != recorded:
+        return (
+            f"bitmap {name} has a granularity of {bitmap.granularity} bytes, and pybackup's had {recorded}: "
+            "another program removed the bitmap and added one of the same name"
+        )
+    return None
+
+
+def _why_missing(sight: Sight, parent: DiskEntry, name: str, short_id: str, origins: Mapping[str, str]) -> str:
+    if parent.bitmap.started is None:
+        return _made_without(parent)
+    if name in sight.lower_bitmaps:
+        return f"bitmap {name} is only in a backing file: writes to the image above it were not recorded"
+    others = own_bitmaps((bitmap.name for bitmap in sight.bitmaps), short_id, keep=None)
+    if others:
+        return min((_why_another(name, other, origins) for other in others), key=lambda found: found[0])[1]
+    if sight.volatile:
+        return f"bitmap {name} is missing: {sight.volatile}, and it was restarted; or someone removed it"
+    return (
+        f"bitmap {name} is missing: someone removed it, QEMU was killed or had no room to store it, or the image was "
+        "replaced by a restore or a copy"
+    )
+
+
+def _why_another(name: str, other: str, origins: Mapping[str, str]) -> tuple[int, str]:
+    """Why `other`, a bitmap of this repository, is there and `name` is not; and how far down this reason ranks."""
+    point = other.rpartition(".")[2]
+    missing = f"bitmap {name} is missing and {other} is there"
+    if point == name.rpartition(".")[2]:
+        return 0, f"{missing}: the newest point started that one, and another bitmap was named now"
+    if point not in origins:
+        return (
+            3,
+            f"{missing}, which belongs to no point: a run that failed left it, or a copy of the repository was used",
+        )
+    if origins[point] == ITSELF:
+        return 2, f"{missing}, which an earlier point started: the image was rolled back"
+    return 1, f"{missing}: the image was backed up as {origins[point]} since"
+
+
+def _made_without(parent: DiskEntry) -> str:
+    why = f": {parent.bitmap.why_none}" if parent.bitmap.why_none else ""
+    return f"the newest point was made without starting a bitmap{why}"
+
+
+def _lower_changed(before: tuple[LowerFile, ...], now: tuple[LowerFile, ...]) -> str:
+    for old, new in zip(before, now, strict=False):
+        if old != new:
+            which = old.path if old.path == new.path else f"{old.path} (now {new.path})"
+            return f"the backing file {which} changed since the newest point"
+    return f"the image's backing chain has {len(now)} files and had {len(before)}"

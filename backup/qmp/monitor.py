@@ -1,0 +1,317 @@
+"""
+QMP: commands to a running QEMU, and the events that it sends.  The only user of `qemu.qmp`.
+
+The library is asynchronous and this program is not: a thread of the monitor's own runs the library's loop, so that
+events are received whatever the rest of the program waits for.  QEMU serves one client at a time on a socket; a second
+one connects and hears nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import socket
+import struct
+import threading
+from collections.abc import Coroutine, Mapping
+from concurrent.futures import TimeoutError as NoAnswer
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient, QMPError
+from qemu.qmp.message import Message
+
+from backup.errors import SourceError
+from backup.qemu import sockets
+from backup.qmp import answers
+from backup.runtime import timeouts
+from backup.runtime.timeouts import Silent, Wait
+from backup.units import show_duration
+
+_log = logging.getLogger(__name__)
+# The library tells each failure to its logger; we tell it to the user, once.
+logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
+
+_T = TypeVar("_T")
+
+_GREETING_SECONDS = 5.0
+"""A socket that another client has connects and never greets."""
+_COMMAND_SECONDS = 120.0
+"""A transaction waits for all requests of the guest that are under way, on whatever storage."""
+_TICK = 0.25
+"""Seconds between looks at a wait."""
+_HUNG_SECONDS = 5.0
+"""For each command after one that had no answer: what tidies up asks a QEMU that hangs again and again."""
+_LONGEST_MESSAGE = 6 << 20
+"""
+Bytes of one message of the peer's, and of all events that wait.
+
+QEMU's longest answer has one or two KiB for each node.  A JSON text takes up to thirty times its length in memory.
+"""
+_MOST_EVENTS = 10_000
+"""Events that wait for `Monitor.events`, which is called several times a second while a disk is read."""
+_MOST_SHOWN = 500
+"""Characters of the peer's own words in an error."""
+
+
+_UNUSED = {errno.ENOENT, errno.ECONNREFUSED}
+"""Errors of connecting to a socket that is not there, or that a QEMU left when it was killed."""
+
+
+class Refused(SourceError):
+    """QEMU answered a command with an error; `text` is QEMU's."""
+
+    def __init__(self, command: str, text: str) -> None:
+        text = text[:_MOST_SHOWN]
+        busy = "block job" in text
+        hint = "wait for that job of another program to end, or end it" if busy else "see the machine's log"
+        super().__init__(f"QEMU refused {command}: {text}", hint=hint)
+        self.text = text
+
+
+class NotListening(SourceError):
+    """There is no socket, or no process listens on it any more: the machine is off."""
+
+
+class MonitorLost(SourceError):
+    """The connection ended, or QEMU does not answer any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One event: its name, as QEMU's QAPI schema has it, and its data."""
+
+    name: str
+    data: Mapping[str, Any]
+
+
+class Monitor:
+    """
+    A connection to a QMP socket; safe to use from several threads.
+
+    Parameters
+    ----------
+    path : Path
+        The unix socket.
+
+    Raises
+    ------
+    SourceError
+        The socket cannot be reached, or QEMU serves another client on it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._peer = 0
+        self._hung = False
+        self._client = QMPClient("pybackup", readbuflen=_LONGEST_MESSAGE)
+        # The library's listeners keep each event for ever; a filter sees all of them, and lets none through.
+        self._client.events.event_filter = self._heard
+        self._events: list[Event] = []
+        self._waiting_bytes = 0
+        self._overrun = False
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="qmp", daemon=True)
+        self._thread.start()
+        try:
+            self._connect()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the connection.  QEMU keeps all that was made through it."""
+        if self._loop.is_closed():
+            return
+        with contextlib.suppress(Exception):
+            self._run(self._client.disconnect(), 5.0)
+        with contextlib.suppress(Exception):
+            self._run(_end_tasks(), 5.0)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    @property
+    def version(self) -> str:
+        """QEMU's version, "7.2.22" for example."""
+        greeting = self._client.greeting
+        assert greeting is not None
+        found = _mapping(greeting.QMP.version["qemu"])
+        return f"{found['major']}.{found['minor']}.{found['micro']}"
+
+    def command(self, name: str, arguments: Mapping[str, object] | None = None) -> Any:
+        """
+        Execute a command and return what QEMU returns.
+
+        Raises
+        ------
+        Refused
+            QEMU answered with an error.
+        MonitorLost
+            The connection ended before the answer; whether the command was executed is not known.
+        SourceError
+            The answer is none of QEMU's.
+        """
+        _log.info("qmp: %s %s", name, dict(arguments or {}))
+        return self._answer(name, self._client.execute(name, arguments))
+
+    def pass_fd(self, fd: int, name: str, arguments: Mapping[str, object]) -> Any:
+        """
+        Execute a command that takes a file descriptor (add-fd, getfd); ours stays open.
+
+        Raises
+        ------
+        Refused, MonitorLost
+            As for `command`.
+        """
+        _log.info("qmp: %s %s", name, dict(arguments))
+
+        async def send() -> object:
+            self._client.send_fd_scm(fd)
+            return await self._client.execute(name, arguments)
+
+        return self._answer(name, send())
+
+    def events(self) -> list[Event]:
+        """
+        Events since the last call, in order.
+
+        Raises
+        ------
+        MonitorLost
+            There were so many that some were lost.
+        """
+
+        async def take() -> list[Event]:
+            taken, self._events, self._waiting_bytes = self._events, [], 0
+            return taken
+
+        taken = self._run(take(), _COMMAND_SECONDS)
+        if self._overrun:
+            raise MonitorLost(
+                f"the QMP peer at {self.path} sends events faster than they can be read", hint="is it a QEMU's socket?"
+            )
+        return taken
+
+    def _heard(self, event: Message) -> bool:
+        """Keep an event, unless too many wait already; False, so that the library keeps none."""
+        self._waiting_bytes += len(bytes(event))
+        if len(self._events) >= _MOST_EVENTS or self._waiting_bytes > _LONGEST_MESSAGE:
+            self._overrun = True
+        else:
+            self._events.append(Event(str(event["event"]), _mapping(event.get("data"))))
+        return False
+
+    def alive(self) -> bool:
+        """Is the connection still there, as far as is known?"""
+        return self._client.runstate.name == "RUNNING"
+
+    @property
+    def peer(self) -> int:
+        """The process id of the program that listens on the socket; 0 where the kernel does not tell."""
+        return self._peer
+
+    def working_folder(self) -> Path | None:
+        """
+        The folder that QEMU's relative file names start from, where that can be known.
+
+        It is the folder of whoever listens on the socket: QEMU, or a libvirtd (which names no relative files).
+        """
+        with contextlib.suppress(OSError):
+            return Path(os.readlink(f"/proc/{self._peer}/cwd"))
+        return None
+
+    def _connect(self) -> None:
+        # QEMU accepts a second client only after the first one; until its queue is full the connection succeeds.
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.settimeout(_GREETING_SECONDS)
+            sockets.connect(connection, self.path)
+            self._peer, _, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            connection.settimeout(0)
+            self._run(self._client.connect(connection), _GREETING_SECONDS)
+            assert self._client.greeting is not None
+            answers.require_version(self._client.greeting.QMP.version)
+        except (NoAnswer, TimeoutError, Silent):
+            connection.close()
+            raise SourceError(
+                f"QEMU does not greet on {self.path} within {_GREETING_SECONDS:.0f} s; is another program connected?",
+                hint="a QMP socket serves one client at a time: give the machine a second one, "
+                "-qmp unix:PATH,server=on,wait=off",
+            ) from None
+        except OSError as error:
+            connection.close()
+            unused = error.errno in _UNUSED
+            raise (NotListening if unused else SourceError)(
+                f"the QMP socket {self.path} cannot be used: {error.strerror or error}", hint=_hint(error)
+            ) from None
+        except ConnectError as error:
+            connection.close()
+            why = str(error.exc) or type(error.exc).__name__
+            raise SourceError(
+                f"the QMP socket {self.path} cannot be used: {why[:_MOST_SHOWN]}", hint=answers.NOT_QEMU
+            ) from None
+
+    def _answer(self, name: str, execution: Coroutine[Any, Any, object]) -> Any:
+        seconds = timeouts.limit(_HUNG_SECONDS if self._hung else _COMMAND_SECONDS)
+        try:
+            answer = self._run(execution, seconds, name)
+            answers.require_form(name, answer)
+            return answer
+        except ExecuteError as error:
+            raise Refused(name, error.error.error.desc) from None
+        except (NoAnswer, Silent):
+            self._hung = True
+            raise MonitorLost(
+                f"QEMU did not answer {name} within {show_duration(seconds)}",
+                hint="see whether the storage of its disks, or of the scratch file, hangs",
+            ) from None
+        except (ExecInterruptedError, QMPError, EOFError, OSError):
+            raise MonitorLost(
+                f"the QMP connection {self.path} ended at {name}", hint="was the machine shut down, or QEMU killed?"
+            ) from None
+
+    def _run(self, work: Coroutine[Any, Any, _T], seconds: float, command: str = "") -> _T:
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        wait = Wait(f"QEMU's answer to {command} on {self.path}", seconds)
+        try:
+            while True:
+                try:
+                    return future.result(min(seconds, _TICK))
+                except NoAnswer:
+                    if future.done():  # it is the work's own
+                        raise
+                    wait.look()
+        except BaseException:
+            future.cancel()
+            raise
+
+
+def _hint(error: OSError) -> str:
+    if error.errno == errno.ENAMETOOLONG:
+        return "give the socket a shorter name"
+    if error.errno in {errno.EACCES, errno.EPERM}:
+        return "run pybackup as root, or as the user who owns the socket"
+    return "is the machine running? --qmp names the socket of its option -qmp unix:PATH,server=on,wait=off"
+
+
+def _mapping(found: object) -> Mapping[str, Any]:
+    return found if isinstance(found, dict) else {}
+
+
+async def _end_tasks() -> None:
+    """End what a connection that never came about left in the loop."""
+    others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)

@@ -1,0 +1,260 @@
+"""
+Digests: BLAKE3 of the data file's blocks, the `.b3` file, and reading with a check.  The only user of `blake3`.
+
+A `.b3` file is the 32-byte BLAKE3 digests of its data file's blocks, one for each 4 MiB, in order, and nothing else.
+The last block may be short.  The manifest holds the digest over the `.b3` (FORMAT.md, "The digest file").
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+from blake3 import blake3
+
+from backup.errors import Damaged, DamagedBlock, Failed, NotFound
+from backup.readonce import ReadOnce
+from backup.runtime.shortage import NOT_DAMAGE
+from backup.storage.plain_file import HINT, open_file
+
+BLOCK = 4 << 20
+"""Bytes of the data file under one digest."""
+LENGTH = 32
+"""Bytes of a digest."""
+
+
+def digest(data: bytes | bytearray | memoryview) -> bytes:
+    """BLAKE3 of data, 32 bytes."""
+    return blake3(data).digest()
+
+
+def block_count(file_size: int) -> int:
+    """Number of blocks of a file of so many bytes."""
+    return -(-file_size // BLOCK)
+
+
+def open_plain(path: Path) -> int:
+    """
+    Open a file of the repository for reading and return its descriptor; never a link, a pipe or a device.
+
+    Raises
+    ------
+    NotFound
+        There is no such file.
+    Damaged
+        Something else than a file has its name, or the disk fails.
+    Failed
+        This process may not open it, or not so many files: nothing is known to be damaged.
+    """
+    try:
+        return open_file(path, os.O_RDONLY)
+    except FileNotFoundError:
+        raise NotFound(f"{path} is missing", hint="bring the file back from a copy of the repository") from None
+    except OSError as error:
+        if error.errno in NOT_DAMAGE:
+            raise Failed(
+                f"{path} cannot be opened: {error.strerror}",
+                hint="run as the repository's owner; a chain needs as many open files as it has points (ulimit -n)",
+            ) from None
+        raise Damaged(f"{path} cannot be opened: {error.strerror}", hint=HINT) from None
+
+
+def load(path: Path, expected: str, blocks: int) -> bytes:
+    """
+    Read a `.b3` file and hold it against the manifest.
+
+    Raises
+    ------
+    NotFound
+        It is missing.
+    Damaged
+        Its length or its digest (64 hex digits in `expected`) is another.
+    """
+    fd = open_plain(path)
+    try:
+        # The length comes first: a hostile manifest may name a size that no memory holds.
+        fits = os.fstat(fd).st_size == blocks * LENGTH
+        with open(fd, "rb", closefd=False) as file:
+            content = file.read(blocks * LENGTH) if fits else b""
+    except OSError as error:
+        raise Damaged(f"{path} cannot be read: {error.strerror}", hint=_FROM_COPY) from None
+    finally:
+        os.close(fd)
+    if not fits or digest(content).hex() != expected:
+        raise Damaged(f"{path} is not the digest file that the manifest names", hint=_FROM_COPY)
+    return content
+
+
+_FROM_COPY = (
+    "bring the file back from a copy of the repository, or restore another point; `pybackup verify` lists all damage, "
+    "and `pybackup restore --salvage` restores what is not damaged"
+)
+
+
+_PATIENCE = 2.0
+"""Seconds to wait for another thread's block before loading it again, which costs time and nothing else."""
+
+
+CACHED = 16
+"""Blocks that a cache keeps, where nothing else is said."""
+
+
+class BlockCache:
+    """
+    Checked blocks, the latest few of all the files that share it; each is read once, also when several threads want it.
+
+    Metadata lies between the data and frames cross from one block to the next, so that neighbours in time want the
+    same blocks.  `capacity` (blocks) bounds the memory of a chain of any length.
+    """
+
+    def __init__(self, capacity: int = CACHED) -> None:
+        self._capacity = capacity
+        self._blocks: OrderedDict[tuple[int, int], bytes] = OrderedDict()
+        self._loading: dict[tuple[int, int], threading.Event] = {}
+        self._lock = threading.Lock()
+
+    def get(self, key: tuple[int, int], load: Callable[[], bytes]) -> bytes:
+        """
+        The block under `key`, loaded when it is not there.
+
+        A signal may end the main thread's call at any line, also where it can tell nobody: who waits for another
+        thread does so for a while only, and then takes its place.
+        """
+        mine = threading.Event()
+        given_up: threading.Event | None = None
+        while True:
+            with self._lock:
+                if key in self._blocks:
+                    self._blocks.move_to_end(key)
+                    return self._blocks[key]
+                loading = self._loading.get(key)
+                if loading is None or loading is given_up or loading.is_set():
+                    self._loading[key] = mine
+                    break
+            if not loading.wait(_PATIENCE):
+                given_up = loading
+        try:
+            block = load()
+            with self._lock:
+                self._blocks[key] = block
+                while len(self._blocks) > self._capacity:
+                    self._blocks.popitem(last=False)
+            return block
+        finally:
+            mine.set()
+            with self._lock:
+                if self._loading.get(key) is mine:
+                    del self._loading[key]
+
+
+class CheckedFile:
+    """
+    A data file whose every byte is held against its digest before it is used.  Safe to use from several threads.
+
+    `once`: nothing of it will be read again soon, so that it need not stay in the kernel's page cache.  Without `whole`
+    a file of another length is opened as well, and `digests` may be empty: then each block counts as damaged.
+
+    Raises
+    ------
+    NotFound, Damaged
+        It is missing, or not as long as its manifest says.
+    """
+
+    def __init__(
+        self, path: Path, size: int, digests: bytes, cache: BlockCache, *, once: bool = False, whole: bool = True
+    ) -> None:
+        self.path = path
+        self.size = size
+        self._digests = digests
+        self._cache = cache
+        self._fd = open_plain(path)
+        self._once = ReadOnce(self._fd, BLOCK) if once else None
+        actual = os.fstat(self._fd).st_size
+        if whole and actual != size:
+            self.close()
+            raise Damaged(f"{path} has {actual} bytes where its manifest says {size}", hint=_FROM_COPY)
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return block_count(self.size)
+
+    def listed(self, number: int) -> bytes:
+        """The digest that a block must have."""
+        return self._digests[number * LENGTH : (number + 1) * LENGTH]
+
+    def check_block(self, number: int) -> bytes | memoryview:
+        """
+        Read one block from the disk and hold it against its digest; with `once` this thread's next call overwrites it.
+
+        Raises
+        ------
+        Damaged
+            It is not what was written, or cannot be read.
+        """
+        start, length = number * BLOCK, min(BLOCK, self.size - number * BLOCK)
+        try:
+            content = self._once.read(start, length) if self._once else os.pread(self._fd, length, start)
+        except OSError as error:
+            raise self._damaged(start, length, f"cannot be read at {start}: {error.strerror}") from None
+        if len(content) != length or digest(content) != self.listed(number):
+            raise self._damaged(start, length, f"is damaged between bytes {start} and {start + length}")
+        return content
+
+    def read_unchecked(self, offset: int, length: int) -> bytes:
+        """
+        Bytes [offset, offset + length), of which no digest is asked: something else must prove them.
+
+        Raises
+        ------
+        Damaged
+            The disk fails, or the file ends before.
+        """
+        try:
+            content = os.pread(self._fd, length, offset)
+        except OSError as error:
+            raise self._damaged(offset, length, f"cannot be read at {offset}: {error.strerror}") from None
+        if len(content) != length:
+            raise self._damaged(offset, length, f"ends before byte {offset + length}")
+        return content
+
+    def _damaged(self, start: int, length: int, what: str) -> Damaged:
+        return DamagedBlock(str(self.path), start, start + length, message=f"{self.path} {what}", hint=_FROM_COPY)
+
+    def block(self, number: int) -> bytes:
+        """A checked block, from the cache where it is there."""
+        return self._cache.get((id(self), number), lambda: bytes(self.check_block(number)))
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """Checked bytes [offset, offset + length)."""
+        parts = []
+        while length > 0:
+            number, at = divmod(offset, BLOCK)
+            if number >= self.blocks:
+                raise Damaged(f"{self.path} ends before byte {offset}", hint=_FROM_COPY)
+            part = self.block(number)[at : at + length]
+            parts.append(part)
+            offset += len(part)
+            length -= len(part)
+        return b"".join(parts)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def opened(path: Path, size: int, listed: Path, expected: str, cache: BlockCache, *, once: bool = False) -> CheckedFile:
+    """
+    Open a data file of `size` bytes and the `.b3` file `listed`, whose digest is `expected` (64 hex digits).
+
+    Raises
+    ------
+    NotFound, Damaged
+        One of them is missing, or not what the manifest names.
+    """
+    return CheckedFile(path, size, load(listed, expected, block_count(size)), cache, once=once)

@@ -1,0 +1,110 @@
+"""
+Which point of a machine a text names: its newest, one by its id or a unique beginning or end of it, or one by a day.
+
+Pure: values in, a manifest out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from datetime import UTC, date, datetime, time, timedelta
+
+from backup.errors import Damaged, NotFound, UsageError
+from backup.model import chain as chains
+from backup.model.documents import moment_of
+from backup.model.manifest import Manifest, is_point_id
+from backup.repository.repository import Contents
+
+LATEST = ("", "latest")
+"""The newest point: MACHINE alone, and MACHINE/latest."""
+_DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
+_PART_OF_ID = re.compile(r"[0-9TZa-f-]+")
+_SHOWN = 10
+
+
+def pick(machine: str, contents: Contents, text: str) -> Manifest:
+    """
+    The point of a machine that `text` names.
+
+    Raises
+    ------
+    NotFound
+        There is none.
+    UsageError
+        Several may be meant, or the day is none.
+    Damaged
+        The manifest cannot be read; or one that cannot be may be the newest.
+    """
+    if text in LATEST:
+        return _newest(machine, contents, None)
+    if _DAY.fullmatch(text):
+        return _newest(machine, contents, _end_of(text))
+    ids = [*contents.manifests, *(name.removesuffix(".json") for name in contents.damaged)]
+    found = matching(ids, text)
+    if not found:
+        raise NotFound(f"machine {machine} has no point {text}", hint=f"see: `pybackup list {machine}`")
+    if len(found) > 1:
+        raise ambiguous(text, found)
+    damaged = contents.damaged.get(f"{found[0]}.json")
+    if damaged is not None:
+        raise damaged
+    return contents.manifests[found[0]]
+
+
+def matching(points: Iterable[str], text: str) -> list[str]:
+    """The point ids that are `text`, or else that begin or end with it."""
+    ids = sorted(point for point in points if is_point_id(point))
+    if text in ids:
+        return [text]
+    if not _PART_OF_ID.fullmatch(text):
+        return []
+    return [point for point in ids if point.startswith(text) or point.endswith(text)]
+
+
+def ambiguous(text: str, found: list[str]) -> UsageError:
+    """The error for a text that several points fit; it lists them."""
+    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return UsageError(
+        f"{text!r} fits {len(found)} points: {', '.join(found[:_SHOWN])}{more}",
+        hint="write more of the point's id; its last eight characters are random and nearly always unique",
+    )
+
+
+def _newest(machine: str, contents: Contents, end: datetime | None) -> Manifest:
+    """The newest point (by sequence) of those that began before `end`; None: of all."""
+    some = [point for point in contents.manifests.values() if end is None or moment_of(point.started) < end]
+    found = chains.newest_manifest(some)
+    for name, error in contents.damaged.items():
+        # It may have the highest sequence; an older point must not pass for the newest.
+        if end is None or (_in_id(name) < end and (found is None or name > f"{found.point}.json")):
+            raise Damaged(
+                f"machine {machine} has a manifest that cannot be read, which may be "
+                f"{'its latest point' if end is None else 'the point that is meant'}: {error.message}",
+                hint=f"name a point: `pybackup list {machine}`",
+            )
+    if found is not None:
+        return found
+    if end is None or not contents.manifests:
+        raise NotFound(f"machine {machine} has no point", hint=f"see: `pybackup list {machine}`")
+    oldest = min(contents.manifests.values(), key=lambda point: point.sequence)
+    raise NotFound(
+        f"machine {machine} has no point that began before {end:%Y-%m-%d %H:%M:%S %Z}",
+        hint=f"its oldest point is {oldest.point}; see `pybackup list {machine}`",
+    )
+
+
+def _in_id(name: str) -> datetime:
+    """The time in a point's id: of a damaged manifest nothing else tells when it was made."""
+    try:
+        return datetime.strptime(f"{name[:15]}+0000", "%Y%m%dT%H%M%S%z")
+    except ValueError:
+        return datetime.max.replace(tzinfo=UTC)
+
+
+def _end_of(day: str) -> datetime:
+    """The end of a day, local time."""
+    try:
+        return datetime.combine(date.fromisoformat(day) + timedelta(days=1), time()).astimezone()
+    except (ValueError, OverflowError, OSError):
+        raise UsageError(f"{day!r} is not a day", hint="write it as 2026-11-28; MACHINE/2026-11-28") from None

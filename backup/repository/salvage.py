@@ -1,0 +1,553 @@
+"""
+Salvage: what can be proven of a chain that is damaged, and which ranges of the disk are lost (FORMAT.md, "Salvage").
+
+    stored cluster    proven by the digest of its block, or, of a compressed one, by its frame's own checksum
+    table, head       proven by the digest of its block, or by accounting for the whole file: see `_accounted`
+    holder unknown    where a table of any file in the chain is not proven, no older file's bytes may pass for the
+                      point's: the range is lost, unless a newer file holds it
+    link missing      a manifest that is missing or unreadable is replaced by the data file that its child's head names,
+                      where that file agrees with its digest file
+
+Nothing else counts: a range that is not proven is listed, and is zeroes.  The one exception is a cluster that is stored
+uncompressed in a block that fails its digest: a proven table says that these bytes are the point's, and nearly all of
+the 4 MiB will be right, so that they are written as they are stored; they are listed like all others.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from backup import qcow2
+from backup.errors import BackupError, Damaged, DamagedBlock, NotFound
+from backup.model import chain as chains
+from backup.model import manifest
+from backup.model.chain import Chain, Link
+from backup.model.extents import Mask, Offsets, edges, windows
+from backup.model.manifest import BitmapRecord, ByteCounts, DataFile, DiskEntry, Parent, SourceRecord
+from backup.repository import checked_file
+from backup.repository.checked_file import BLOCK, LENGTH, BlockCache, CheckedFile, block_count
+from backup.repository.cluster_index import NOBODY, Index
+from backup.repository.data_file import check_head
+from backup.repository.repository import Contents, Machine
+
+U64 = npt.NDArray[np.uint64]
+
+ZEROES, AS_STORED = "zeroes", "as stored"
+UNKNOWN = np.uint64((1 << 64) - 1)
+"""An L2 entry that is not proven; no file holds such a one."""
+_UNKNOWN_KIND = 255
+_WINDOW = 1 << 20
+"""Clusters resolved at once; whole L2 tables for every size of cluster."""
+_MOST_MIXES = 1 << 10
+"""Ways of putting a digest file together, of its stored and its recomputed digests, that are tried."""
+_SHOWN = 4
+"""Ranges that a message has room for."""
+_TRIES = 20
+"""How often a chain is looked at that a prune changes meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """
+    A range of the disk (bytes) that could not be proven, and why.
+
+    `content` says what was written there: ZEROES, or AS_STORED, the bytes of a damaged block as they are.
+    """
+
+    start: int
+    length: int
+    content: str
+    why: str
+
+
+class LostRanges:
+    """Collects what is lost; neighbours are merged."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, str], list[tuple[int, int]]] = {}
+
+    def add(self, start: int, end: int, why: str, content: str) -> None:
+        """Bytes [start, end) of the disk."""
+        found = self._found.setdefault((content, why), [])
+        if found and found[-1][1] == start:
+            found[-1] = (found[-1][0], end)
+        else:
+            found.append((start, end))
+
+    def list(self) -> tuple[Lost, ...]:
+        """All of them, ascending."""
+        merged = [(low, high, *what) for what, found in self._found.items() for low, high in merge(found)]
+        return tuple(Lost(low, high - low, content, why) for low, high, content, why in sorted(merged))
+
+
+def merge(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ranges (start, end) in any order, ascending and with those joined that touch."""
+    joined: list[tuple[int, int]] = []
+    for low, high in sorted(ranges):
+        if joined and low <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(high, joined[-1][1]))
+        else:
+            joined.append((low, high))
+    return joined
+
+
+class SalvagedFile:
+    """
+    One link's data file, as far as it can be proven (an `index.ClusterFile`).
+
+    Tables that are not proven give UNKNOWN for each of their clusters.  `why` says what is wrong with them; `kinds` and
+    `spans` are for what is known.  Not for several threads, but for `read`.
+    """
+
+    def __init__(self, folder: Path, entry: DiskEntry, parent: DiskEntry | None, cache: BlockCache) -> None:
+        self.entry = entry
+        self.why = ""
+        self._parent = parent
+        self._file: CheckedFile | None = None
+        self._reader: qcow2.Reader | None = None
+        self._accounts: bool | None = None
+        data = entry.data
+        try:
+            path = folder / data.file
+            self._file = CheckedFile(path, data.size, _listed(folder, data), cache, whole=False)
+            self._reader = self._read_head()
+        except (Damaged, NotFound) as error:  # others say nothing about the file: no rights, too many open files
+            self.why = error.message
+
+    @property
+    def backing(self) -> str | None:
+        """The parent's data file, as a head that its digest proves names it; None where none does."""
+        return None if self._reader is None or self._accounts else self._reader.image.backing
+
+    def allocated_tables(self) -> Mask:
+        """One flag for each L2 table; True as well for what is not proven."""
+        if self._reader is not None:
+            return self._reader.allocated_tables()
+        cluster = self.entry.data.cluster_size
+        return np.ones(max(1, -(-self.entry.size // (cluster * (cluster // 8)))), np.bool_)
+
+    def allocated(self, first: int, count: int) -> tuple[Offsets, U64]:
+        """Clusters counted from `first` with entries other than 0, and these; UNKNOWN of each that is not proven."""
+        if self._reader is None:
+            return _unknown(0, count)
+        try:
+            return self._reader.allocated(first, count)
+        except Damaged as error:
+            self.why = error.message
+        if self._accounted():
+            return self._reader.allocated(first, count)
+        per = self.entry.data.cluster_size // 8
+        parts = [self._of_table(first, low, high) for low, high in windows(first, first + count, per)]
+        return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+
+    def _of_table(self, first: int, low: int, high: int) -> tuple[Offsets, U64]:
+        assert self._reader is not None
+        try:
+            places, entries = self._reader.allocated(low, high - low)
+        except Damaged:
+            return _unknown(low - first, high - low)
+        return places + (low - first), entries
+
+    @staticmethod
+    def kinds(entries: U64) -> npt.NDArray[np.uint8]:
+        """Codes of entries; more than any of a known one for UNKNOWN."""
+        codes = qcow2.Reader.kinds(entries)
+        codes[entries == UNKNOWN] = _UNKNOWN_KIND
+        return codes
+
+    def read(self, offset: int, length: int, codec: qcow2.Codec | None, cluster: memoryview) -> tuple[str, str] | None:
+        """
+        Fill `cluster` with what is stored there; where that is not proven, what it was filled with, and why.
+
+        `codec` decodes what is a frame; None: it is stored as it is.  Safe to use from several threads.
+        """
+        assert self._file is not None
+        try:
+            _fill(self._file.read_at(offset, length), codec, cluster)
+        except Damaged as error:
+            try:
+                _fill(self._file.read_unchecked(offset, length), codec, cluster)
+            except Damaged:
+                cluster[:] = bytes(len(cluster))
+                return ZEROES, error.message
+            return None if codec is not None else (AS_STORED, error.message)
+        return None
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def _read_head(self) -> qcow2.Reader | None:
+        assert self._file is not None
+        try:
+            reader = qcow2.Reader(self._file.read_at, self.entry.data.size, self.entry.data.file)
+            check_head(reader, self.entry, self.entry.data.file, self._parent)
+        except Damaged as error:
+            self.why = error.message
+            return self._reader if self._accounted() else None
+        return reader
+
+    def _accounted(self) -> bool:
+        """
+        Read the head and all tables without digests, and take them where they account for the whole file.
+
+        That is: the head says what the manifest says; each host cluster is referred to exactly as often as the
+        refcounts say, so that no entry of stored data was lost, gained or changed; and an incremental has as many zero
+        clusters as its manifest counts.  (A merged point's counts tell how the disk was read, and not what the file
+        holds.)
+        """
+        if self._accounts is None:
+            self._accounts = False
+            assert self._file is not None
+            try:
+                reader = qcow2.Reader(self._file.read_unchecked, self.entry.data.size, self.entry.data.file)
+                check_head(reader, self.entry, self.entry.data.file, self._parent)
+                if self._counts_zeroes(reader):
+                    qcow2.check(reader)
+                    self._accounts = True
+                    self._reader = reader
+            except Damaged:
+                pass
+        return self._accounts
+
+    def _counts_zeroes(self, reader: qcow2.Reader) -> bool:
+        if self.entry.parent is None:
+            return True
+        if manifest.generation(self.entry.data.digests) or not self.entry.identity:
+            return False
+        zeroes = sum(int(np.count_nonzero(reader.kinds(table.entries) == qcow2.ZERO)) for table in reader.tables())
+        counted = self.entry.bytes.zero + self.entry.bytes.found_zero
+        return zeroes == -(-counted // self.entry.data.cluster_size)
+
+
+class _Nothing(SalvagedFile):
+    """What stands for all older links where it is not known what they are."""
+
+    def __init__(self, entry: DiskEntry, why: str) -> None:
+        self.entry = entry
+        self.why = why
+        self._file = self._reader = None
+        self._accounts = False
+
+
+def _unknown(start: int, count: int) -> tuple[Offsets, U64]:
+    return np.arange(start, start + count), np.full(count, UNKNOWN)
+
+
+def _fill(stored: bytes, codec: qcow2.Codec | None, cluster: memoryview) -> None:
+    if codec is None:
+        cluster[:] = stored
+    else:
+        codec.decode_into(memoryview(stored), cluster)
+
+
+def _listed(folder: Path, data: DataFile) -> bytes:
+    """
+    The digests of a data file's blocks; none where neither the digest file nor the data file proves them.
+
+    The manifest has the digest of the digest file, so that one made anew from an undamaged data file is as good.
+    """
+    blocks = block_count(data.size)
+    try:
+        return checked_file.load(folder / data.digests, data.digest, blocks)
+    except (Damaged, NotFound):
+        pass
+    made = _made(folder / data.file, data.size, blocks)
+    stored = _stored(folder / data.digests, blocks)
+    return next((mix for mix in _mixes(made, stored) if checked_file.digest(mix).hex() == data.digest), b"")
+
+
+def _made(path: Path, size: int, blocks: int) -> bytes:
+    """The digests that the data file's blocks have now; zeroes for those that cannot be read."""
+    made = bytearray(blocks * LENGTH)
+    fd = checked_file.open_plain(path)
+    try:
+        for number in range(min(blocks, block_count(os.fstat(fd).st_size))):
+            try:
+                content = os.pread(fd, min(BLOCK, size - number * BLOCK), number * BLOCK)
+            except OSError:
+                continue
+            made[number * LENGTH : (number + 1) * LENGTH] = checked_file.digest(content)
+    finally:
+        os.close(fd)
+    return bytes(made)
+
+
+def _stored(path: Path, blocks: int) -> bytes | None:
+    try:
+        fd = checked_file.open_plain(path)
+    except (Damaged, NotFound):
+        return None
+    with open(fd, "rb") as file:
+        try:
+            content = file.read(blocks * LENGTH + 1)
+        except OSError:
+            return None
+    return content if len(content) == blocks * LENGTH else None
+
+
+def _mixes(made: bytes, stored: bytes | None) -> Iterator[bytes]:
+    """Lists that may be the right one: of each digest that differs the data's own or the digest file's."""
+    yield made
+    if stored is None:
+        return
+    rows, others = (np.frombuffer(listed, np.uint8).reshape(-1, LENGTH) for listed in (made, stored))
+    differ = np.flatnonzero((rows != others).any(axis=1))
+    if 1 << min(len(differ), 64) > _MOST_MIXES:
+        return
+    for chosen in itertools.product((False, True), repeat=len(differ)):
+        mix = rows.copy()
+        mix[differ[list(chosen)]] = others[differ[list(chosen)]]
+        yield mix.tobytes()
+
+
+@contextmanager
+def opened(
+    machine: Machine, point: str, disk: str, cached: int = checked_file.CACHED
+) -> Iterator[tuple[Chain, list[SalvagedFile]]]:
+    """
+    Build a disk's chain as far as it can be known, and open all of its files.
+
+    Raises
+    ------
+    BackupError
+        The point's own manifest cannot be read: nothing is known then.
+    """
+    for _ in range(_TRIES):
+        contents = machine.contents()
+        with ExitStack() as stack:
+            builder = _Builder(machine.path, contents, disk, BlockCache(cached))
+            stack.callback(builder.close)
+            chain, files = builder.build(point)
+            if machine.contents().manifests == contents.manifests:
+                yield chain, files
+                return
+    raise Damaged(
+        f"the chain of point {point} changed {_TRIES} times while it was opened", hint="run the command again"
+    )
+
+
+class _Builder:
+    """Follows a disk's chain down to a full, as far as manifests or data files tell."""
+
+    def __init__(self, folder: Path, contents: Contents, disk: str, cache: BlockCache) -> None:
+        self._folder = folder
+        self._contents = contents
+        self._disk = disk
+        self._cache = cache
+        self._files: list[SalvagedFile] = []
+
+    def build(self, point: str) -> tuple[Chain, list[SalvagedFile]]:
+        """The chain of a point; one of which the end is not known ends in a link that holds nothing known."""
+        links = [chains.first_link(self._contents.manifests, point, self._disk, self._contents.damaged)]
+        while (wanted := links[-1].entry.parent) is not None:
+            parent, why = self._by_manifest(links[-1], wanted)
+            file = self._open(links[-1].entry, None if parent is None else parent.entry)
+            if parent is None and wanted.point not in self._contents.manifests and file.backing is not None:
+                parent = self._by_data_file(file.backing, links[-1].entry, wanted)
+            if parent is None or any(parent.point == link.point for link in links):
+                nothing = _Nothing(_stand_in(links[-1].entry), why)
+                self._files.append(nothing)
+                links.append(Link(wanted.point, 0, nothing.entry))
+                break
+            links.append(parent)
+        else:
+            self._open(links[-1].entry, None)
+        return Chain(self._disk, tuple(links)), self._files
+
+    def close(self) -> None:
+        """Close all files."""
+        for file in self._files:
+            file.close()
+
+    def _open(self, entry: DiskEntry, parent: DiskEntry | None) -> SalvagedFile:
+        self._files.append(SalvagedFile(self._folder, entry, parent, self._cache))
+        return self._files[-1]
+
+    def _by_manifest(self, child: Link, wanted: Parent) -> tuple[Link | None, str]:
+        """The parent; or None, and why its manifest does not tell."""
+        manifests = self._contents.manifests
+        if wanted.identity or wanted.point not in manifests:
+            try:
+                return chains.parent_link(manifests, child, self._disk, self._contents.damaged), ""
+            except (Damaged, NotFound) as error:
+                return None, error.message
+        # The child is known by its data file only, which names no identity.
+        found = manifests[wanted.point]
+        entry = found.disk(self._disk)
+        if entry is None or entry.data.cluster_size != child.entry.data.cluster_size:
+            return None, f"point {child.point} does not continue point {wanted.point}"
+        return Link(wanted.point, found.sequence, entry), ""
+
+    def _by_data_file(self, name: str, child: DiskEntry, wanted: Parent) -> Link | None:
+        entry = _by_data_file(self._folder, name, child, wanted)
+        return None if entry is None else Link(wanted.point, 0, entry)
+
+
+def _by_data_file(folder: Path, name: str, child: DiskEntry, wanted: Parent) -> DiskEntry | None:
+    """The entry of a point without a manifest, of its data file and a digest file that agrees with the file's head."""
+    if manifest.point_of(name) != wanted.point:
+        return None
+    try:
+        size = os.stat(folder / name, follow_symlinks=False).st_size
+        others = sorted(os.listdir(folder), key=manifest.generation, reverse=True)
+    except OSError:
+        return None
+    blocks = block_count(size)
+    for listed in others:
+        if manifest.point_of(listed) != wanted.point or not listed.startswith(f"{child.name}.") or listed == name:
+            continue
+        content = _stored(folder / listed, blocks)
+        if content is None:
+            continue
+        entry = _stand_in(
+            child, DataFile(name, size, listed, checked_file.digest(content).hex(), child.data.cluster_size, "")
+        )
+        image = _head(folder, entry.data)
+        if image is not None:
+            older = None if image.backing is None else manifest.point_of(image.backing)
+            if image.cluster_size != child.data.cluster_size or (image.backing is not None and older is None):
+                return None
+            return _stand_in(child, entry.data, image.size, None if older is None else Parent(older, ""))
+    return None
+
+
+def _head(folder: Path, data: DataFile) -> qcow2.Image | None:
+    """What a data file is of, where its first block agrees with its digest file."""
+    try:
+        listed = checked_file.load(folder / data.digests, data.digest, block_count(data.size))
+        with closing(CheckedFile(folder / data.file, data.size, listed, BlockCache(1))) as file:
+            head = file.read_at(0, min(qcow2.HEADER_BYTES, data.size))
+            return qcow2.parse_header(head, data.size, data.file).image
+    except (Damaged, NotFound):
+        return None
+
+
+def _stand_in(
+    child: DiskEntry, data: DataFile | None = None, size: int | None = None, parent: Parent | None = None
+) -> DiskEntry:
+    """An entry of which only the data file, size and parent are known; it has no identity."""
+    return DiskEntry(
+        name=child.name,
+        kind="full" if parent is None else "incremental",
+        reason="",
+        size=child.size if size is None else size,
+        identity="",
+        parent=parent,
+        bitmap=BitmapRecord(None, None, None, claimed=False),
+        data=child.data if data is None else data,
+        bytes=ByteCounts(0, 0, 0, 0, 0),
+        source=SourceRecord("", "", "", "", None, ()),
+    )
+
+
+def drop_unknown(
+    chain: Chain, files: Sequence[SalvagedFile], first: int, found: tuple[npt.NDArray[np.int16], U64], lost: LostRanges
+) -> None:
+    """Add the clusters whose holder is not known to what is lost, and have nobody hold them."""
+    holders, entries = found
+    size = chain.cluster_size
+    unknown = (holders != NOBODY) & (entries == UNKNOWN)
+    if not unknown.any():
+        return
+    limits = chain.limits
+    for number in sorted(set(holders[unknown].tolist())):
+        lows, highs = edges(unknown & (holders == number))
+        for low, high in zip(lows.tolist(), highs.tolist(), strict=True):
+            lost.add((first + low) * size, min((first + high) * size, limits[number]), files[number].why, ZEROES)
+    holders[unknown] = NOBODY
+
+
+def loss(machine: str, lost: Sequence[tuple[str, Lost]]) -> Damaged | None:
+    """What a salvage could not bring back of a machine's disks, as an error; None: nothing is lost."""
+    if not lost:
+        return None
+    total = sum(each.length for _, each in lost)
+    first = ", ".join(f"{disk} {each.start} to {each.start + each.length}" for disk, each in lost[:_SHOWN])
+    rest = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
+    return Damaged(
+        f"{total} bytes of machine {machine} could not be proven: bytes of disk {first}{rest}",
+        hint="check the file systems before use; an older point, or a copy of the repository, may hold these ranges",
+    )
+
+
+def located(error: Damaged, machine: Machine, point: str, disk: str) -> Damaged:
+    """
+    The error with the ranges of a point's disk that the damage puts in doubt; as it is where they cannot be told.
+    """
+    if not isinstance(error, DamagedBlock) or error.ranges:
+        return error
+    try:
+        with opened(machine, point, disk) as (chain, files):
+            names = [file.entry.data.file for file in files]
+            if Path(error.path).name not in names:
+                return error
+            number = names.index(Path(error.path).name)
+            return with_ranges(error, _doubtful(chain, files, number, [(error.start, error.end)]))
+    except BackupError:
+        return error
+
+
+def located_in_file(
+    folder: Path, entry: DiskEntry, parent: DiskEntry | None, errors: Sequence[BackupError]
+) -> BackupError:
+    """
+    The first error of those of one data file, with the ranges of the disk that all of its damaged blocks hold.
+    """
+    first = errors[0]
+    blocks = sorted({(error.start, error.end) for error in errors if isinstance(error, DamagedBlock)})
+    if not isinstance(first, DamagedBlock):
+        return first
+    chain = Chain(entry.name, (Link("", 0, entry),))
+    try:
+        with closing(SalvagedFile(folder, entry, parent, BlockCache())) as file:
+            ranges = _doubtful(chain, [file], 0, blocks)
+    except BackupError:
+        return first
+    more = f" and {len(blocks) - 1} more places" if len(blocks) > 1 else ""
+    return with_ranges(first, ranges, more)
+
+
+def _doubtful(
+    chain: Chain, files: Sequence[SalvagedFile], number: int, blocks: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """Ranges of the disk that one file of the chain holds in these blocks of it, or that it may hold."""
+    index = Index(chain, files)
+    size, limit = chain.cluster_size, chain.limits[number]
+    damaged = np.zeros(block_count(files[number].entry.data.size) + 1, np.bool_)
+    for low, high in blocks:
+        damaged[low // BLOCK : -(-high // BLOCK)] = True
+    found: list[tuple[int, int]] = []
+    for start, end in windows(0, chain.size, _WINDOW * size):
+        first = start // size
+        holders, entries = index.resolve(first, -(-(end - start) // size))
+        ours = holders == number
+        stored = np.flatnonzero(ours & (entries != UNKNOWN))
+        offsets, lengths = qcow2.spans(entries[stored], size)
+        ours[stored] = damaged[offsets // BLOCK] | damaged[(offsets + lengths - np.uint64(1)) // BLOCK]
+        lows, highs = edges(ours)
+        pairs = zip(lows.tolist(), highs.tolist(), strict=True)
+        found += [((first + low) * size, min((first + high) * size, limit)) for low, high in pairs]
+    return merge(found)
+
+
+def with_ranges(error: DamagedBlock, ranges: Sequence[tuple[int, int]], more: str = "") -> Damaged:
+    """The same error, whose message names ranges of the disk."""
+    if not ranges:
+        where = "; no range of the disk is stored there"
+    else:
+        some = ", ".join(f"{low} to {high}" for low, high in ranges[:_SHOWN])
+        rest = f" and {len(ranges) - _SHOWN} more ranges" if len(ranges) > _SHOWN else ""
+        where = f"; of the disk that affects bytes {some}{rest}"
+    found = DamagedBlock(error.path, error.start, error.end, message=f"{error.message}{more}{where}", hint=error.hint)
+    found.ranges = tuple(ranges)
+    return found

@@ -1,0 +1,93 @@
+"""FORMAT.md is the specification: its tables are held against the code."""
+
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import backup
+from backup import qcow2
+from backup.model import documents, manifest
+from backup.model.manifest import (
+    BitmapRecord,
+    ByteCounts,
+    DataFile,
+    DiskEntry,
+    Former,
+    LowerFile,
+    Manifest,
+    Parent,
+    SourceRecord,
+)
+from backup.repository import checked_file, repository, verified
+
+TEXT = (Path(backup.__file__).parent / "FORMAT.md").read_text()
+
+
+def section(title):
+    """The lines below a heading, up to the next one."""
+    return re.split(r"^#+ .*$", TEXT.split(f"# {title}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def documented(title):
+    return re.findall(r"^\| `(\w+)` \|", section(title), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("title", "value"),
+    [
+        ("An entry of `disks`", DiskEntry),
+        ("`parent`", Parent),
+        ("`replaces`", Former),
+        ("`bitmap`", BitmapRecord),
+        ("`data`", DataFile),
+        ("`bytes`", ByteCounts),
+        ("`source`", SourceRecord),
+        ("An entry of `lower`", LowerFile),
+    ],
+)
+def test_fields_of_a_table_are_the_fields_of_the_value_in_order(title, value):
+    assert documented(title) == [field.name for field in fields(value)]
+
+
+def test_fields_of_the_manifest_are_what_is_written():
+    assert documented("The manifest") == ["format", "version", *(field.name for field in fields(Manifest)), "digest"]
+
+
+def test_fields_of_the_memory_are_what_is_written():
+    record = verified.Record("0" * 64, "2026-11-22T01:00:00Z", None, 0, None)
+    lines = verified.encode({"vda.20261122T010000Z-1f3a09c1.qcow2": record}).decode().splitlines()
+    first, found, last = map(json.loads, lines)
+    assert first == {"format": verified.FORMAT, "version": verified.VERSION}
+    assert json.dumps(first) in section("What `verify` remembers")
+    assert documented("A record of `verified`") == list(found)
+    assert list(last) == ["digest"]
+    assert f"`MACHINE/{verified.NAME}`" in TEXT
+
+
+def test_bounds_of_documents_are_the_codes():
+    assert f"A document has at most {documents.MAX_BYTES} bytes" in section("Documents")
+    assert f"at most {documents.MAX_TEXT} characters" in section("Documents")
+    assert f"at most {verified._MAX_BYTES} bytes" in " ".join(section("What `verify` remembers").split())
+
+
+def test_names_and_versions_are_the_codes():
+    assert f'"{manifest.FORMAT}"' in section("The manifest")
+    assert f'"{repository.FORMAT}"' in section("The marker")
+    assert re.search(rf"`version` \| integer \| {manifest.VERSION} ", section("The manifest"))
+    assert re.search(rf"`version` \| integer \| {repository.VERSION};", section("The marker"))
+    assert f"version {manifest.VERSION}\n" in TEXT.splitlines(keepends=True)[0]
+
+
+def test_sizes_are_the_codes():
+    assert f"A block has {checked_file.BLOCK} bytes" in TEXT
+    assert f"in parts of {qcow2.PART} bytes" in TEXT
+    assert checked_file.BLOCK == qcow2.PART
+
+
+def test_history_ends_with_the_version_that_is_written():
+    rows = re.findall(r"^\| (\d+) \|", section("History"), flags=re.MULTILINE)
+    assert int(rows[-1]) == manifest.VERSION
+    assert repository.VERSION == 1  # the marker's own: nothing of it has changed

@@ -1,0 +1,95 @@
+"""Manifests and repositories as a faulty disk or a hostile hand would make them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from backup.model.manifest import BitmapRecord, ByteCounts, DataFile, DiskEntry, Manifest, Parent, SourceRecord
+from backup.repository import checked_file
+
+KIB, MIB = 1 << 10, 1 << 20
+TIME = "2026-11-22T01:00:00Z"
+
+
+def point_id(number):
+    return f"20261122T010000Z-{number:08x}"
+
+
+def entry(number, parent=None, size=4 * MIB, name="vda", cluster=64 * KIB):
+    point = point_id(number)
+    return DiskEntry(
+        name=name,
+        kind="full" if parent is None else "incremental",
+        reason="r",
+        size=size,
+        identity=f"{number:032x}",
+        parent=None if parent is None else Parent(point_id(parent), f"{parent:032x}"),
+        bitmap=BitmapRecord(None, None, None, False),
+        data=DataFile(f"{name}.{point}.qcow2", 1, f"{name}.{point}.b3", "0" * 64, cluster, "zstd:1"),
+        bytes=ByteCounts(0, 0, 0, 0, 0),
+        source=SourceRecord("image", "/x", "qcow2", "crash", None, ()),
+    )
+
+
+def manifest(number, *disks, sequence=None):
+    return Manifest(point_id(number), sequence or number, "m", "0" * 32, TIME, TIME, "pybackup 0", disks)
+
+
+def signed(document):
+    """A document with a valid digest: what a hostile writer would make."""
+    return signed_bytes((json.dumps({**document, "digest": "0" * 64}, indent=2) + "\n").encode())
+
+
+def signed_bytes(content):
+    """A manifest whose bytes were changed, with a valid digest."""
+    at = content.rindex(b',\n  "digest"')
+    head, tail = content[:at], content[at:]
+    old = re.search(b"[0-9a-f]{64}", tail)[0]
+    return head + tail.replace(old, checked_file.digest(head).hex().encode())
+
+
+def rewrite(path: Path, change: Callable[[Any], object]) -> None:
+    """Change a manifest's document in place and give it a valid digest."""
+    document = json.loads(path.read_bytes())
+    change(document)
+    del document["digest"]
+    path.write_bytes(signed(document))
+
+
+def bless(manifest_path: Path, disk: int = 0) -> None:
+    """Make digest file and manifest agree with a data file that was changed: only its own structure can betray it."""
+
+    def change(document: Any) -> None:
+        data = document["disks"][disk]["data"]
+        content = (manifest_path.parent / data["file"]).read_bytes()
+        listed = b"".join(
+            checked_file.digest(content[at : at + checked_file.BLOCK])
+            for at in range(0, len(content), checked_file.BLOCK)
+        )
+        (manifest_path.parent / data["digests"]).write_bytes(listed)
+        data["size"], data["digest"] = len(content), checked_file.digest(listed).hex()
+
+    rewrite(manifest_path, change)
+
+
+@contextmanager
+def replaced(path: Path, content: bytes) -> Iterator[None]:
+    """Let a file have other content for a while."""
+    before = path.read_bytes()
+    path.write_bytes(content)
+    try:
+        yield
+    finally:
+        path.write_bytes(before)
+
+
+def flipped(content: bytes, at: int, bit: int) -> bytes:
+    """Content with one bit changed."""
+    changed = bytearray(content)
+    changed[at] ^= 1 << bit
+    return bytes(changed)
