@@ -5,9 +5,8 @@ import time
 from itertools import count
 
 import pytest
-from forge import point_id
+from forge import point_id, store
 from lab import GIB, KIB, MIB, call_pybackup, run
-from test_chain import store
 
 from backup.engine.targets import Qcow2File
 from backup.errors import Failed, Interrupted

@@ -5,13 +5,12 @@ from random import Random
 
 import numpy as np
 import pytest
-from forge import entry, manifest, point_id
+from forge import entry, manifest, point_id, store
 from lab import KIB, MIB, Night, call_pybackup, raw_copy, require_identical, run, write
 
 from backup.errors import Damaged, NotFound
 from backup.model.chain import Chain, Link, build, newest_manifest
 from backup.repository.cluster_index import NOBODY, Index
-from backup.repository.data_file import DataFileMaker
 from backup.repository.repository import Repository
 
 C = 64 * KIB
@@ -146,27 +145,6 @@ def test_an_old_tail_does_not_come_back_when_a_disk_shrinks_and_grows(tmp_path):
     night.require_restored()
     newest = night.repository / "disk" / night.newest["disks"][0]["data"]["file"]
     require_identical(raw_copy(night.image, tmp_path / "source.raw"), raw_copy(newest, tmp_path / "qemu.raw"))
-
-
-def store(folder, number, parent, size, clusters):
-    """Publish a point that holds these clusters (number: bytes), without a source, which would cost a second."""
-    link = entry(number, None if parent is None else number - 1, size)
-    maker = DataFileMaker(
-        folder.path,
-        f"vda.{point_id(number)}",
-        size=size,
-        cluster_size=C,
-        backing=None if parent is None else parent.data.file,
-        level=1,
-        mode=0o600,
-        written=[],
-    )
-    with maker:
-        for cluster, data in clusters.items():
-            maker.write(np.array([cluster]), memoryview(data))
-        link = replace(link, data=maker.finish("zstd:1"))
-    folder.publish(manifest(number, link))
-    return link
 
 
 def require_restored(folder, link, expected):

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from forge import flipped, replaced, rewrite
+from kills import DATA, DRIVER, REPOSITORY, Step
 from lab import (
     MIB,
     Night,
@@ -25,7 +26,6 @@ from lab import (
     run_pybackup,
     write,
 )
-from test_kills import DATA, DRIVER, REPOSITORY, Step
 
 from backup.errors import Failed
 from backup.model.names import MARKER

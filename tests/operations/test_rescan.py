@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import yaml
 from lab import CLUSTER, MIB, Night, Result, bitmaps, call_pybackup, make_image, restore_and_cmp, run, write
+from laws import Story
 from lies import configured, data_file, flip, lie_to, stored_at
 from live import Machine, Nights, private_tmp
 from servers import qemu_nbd
-from test_laws import Story
 
 RESCAN = "on_unusable_bitmap"
 

@@ -9,7 +9,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 
 import pytest
 from dissect.hypervisor.disk.qcow2 import QCow2
@@ -25,44 +24,12 @@ from lab import (
     run,
     write,
 )
+from targets import nbdkit, qemu_nbd
 
 from backup.engine import targets
 from backup.errors import Failed
 from backup.nbd.export import Target
 from backup.operations import restore as restoring
-
-
-def listens(path):
-    """Does a server listen there?  The socket's name is there a moment before that; connecting could use it up."""
-    sockets = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
-    return any(words[-1] == path and words[3] == "00010000" for words in sockets)  # __SO_ACCEPTCON
-
-
-@contextmanager
-def server(*command):
-    """An NBD server on a socket in the folder; `command` has SOCKET where the path goes."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "s")
-        process = subprocess.Popen([word.replace("SOCKET", path) for word in command], stderr=subprocess.DEVNULL)
-        try:
-            deadline = time.monotonic() + 20
-            while not listens(path) and time.monotonic() < deadline:
-                assert process.poll() is None
-                time.sleep(0.01)
-            yield f"nbd+unix:///?socket={path}"
-        finally:
-            process.kill()
-            process.wait()
-
-
-def nbdkit(*arguments):
-    return server("nbdkit", "-f", "-U", "SOCKET", *arguments)
-
-
-def qemu_nbd(path, *options, image_format="raw"):
-    return server("qemu-nbd", "-t", "-f", image_format, "-k", "SOCKET", *options, str(path))
 
 
 @pytest.fixture(scope="module")

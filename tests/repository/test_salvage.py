@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from lab import CLUSTER, MIB, Night, call_pybackup, raw_copy, require_identical, run, write
-from test_restore import qemu_nbd
+from targets import qemu_nbd
 
 from backup.model import manifest
 from backup.repository import checked_file, salvage
