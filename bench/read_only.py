@@ -12,6 +12,7 @@ import sys
 import threading
 
 from backup.cli import process
+from backup.model import digests
 
 process.prepare()  # as the program does before it imports numpy, whose OpenBLAS else starts threads
 
@@ -20,7 +21,6 @@ from backup.engine import copier  # noqa: E402
 from backup.model.extents import Offsets  # noqa: E402
 from backup.nbd.export import Export  # noqa: E402
 from backup.planning import plan  # noqa: E402
-from backup.repository import checked_file  # noqa: E402
 
 CLUSTER = 65536
 
@@ -30,7 +30,7 @@ class HashedAway:
 
     def put(self, number: int, data: bytes | bytearray | memoryview) -> None:  # noqa: ARG002 - the sink's signature
         """Take part `number`."""
-        checked_file.digest(data)
+        digests.digest(data)
 
 
 class Sink:

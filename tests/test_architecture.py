@@ -18,36 +18,43 @@ MODULES = {
     for path in sorted(ROOT.rglob("*.py"))
 }
 
+LAYERS = {
+    "errors": "what can go wrong, with exit codes and hints",
+    "units": "sizes, rates and durations, parsed and shown",
+    "model": "what a backup is: values without input or output",
+    "planning": "decisions before a byte moves",
+    "config": "a YAML file to values",
+    "runtime": "what long work needs: threads, signals, time limits, progress",
+    "qcow2": "the bytes of a data file",
+    "storage": "where files lie",
+    "repository": "points in a storage",
+    "nbd": "libnbd",
+    "qemu": "QEMU's programs, and its images",
+    "qmp": "a running QEMU",
+    "sources": "what a machine's disks are read from",
+    "engine": "threads that move bytes",
+    "guest": "files inside a disk",
+    "operations": "one module for each thing that can be asked for",
+    "cli": "the command line",
+    "__main__": "python -m backup",
+}
+"""Every package of `backup`, lowest first: a package imports itself and those above it in this table."""
+
+PURE = {"errors", "units", "model", "planning"}
+"""Packages that neither open files nor start anything."""
+
+EFFECTS = {"os", "socket", "subprocess", "threading", "select", "fcntl", "shutil", "tempfile", "nbd"}
+"""Modules of Python that a pure package has no use for."""
+
 ONLY_USERS = {
-    "nbd": {"backup.nbd.export"},
+    "nbd": {"backup.nbd.connection", "backup.nbd.export", "backup.nbd.replies", "backup.nbd.target"},
     "subprocess": {"backup.qemu.programs"},
-    "typer": {
-        f"backup.cli.{module}" for module in ("app", "parameters", "backups", "points", "inside", "repositories")
-    },
     "rich": {"backup.cli.output"},
-    "yaml": {"backup.config.reader"},
+    "yaml": {"backup.config.reader", "backup.config.sections"},
     "zstandard": {"backup.qcow2.codec"},
-    "blake3": {"backup.repository.checked_file"},
+    "blake3": {"backup.model.digests"},
     "qemu": {"backup.qmp.monitor"},
 }
-
-PURE = {
-    "backup.errors": set(),
-    "backup.units": {"backup.errors"},
-    "backup.model.names": {"backup.errors"},
-    "backup.model.extents": set(),
-    "backup.planning.retention": {"backup.errors"},
-    "backup.config.reader": {"backup.errors", "backup.model.names", "backup.planning.retention", "backup.units"},
-    "backup.planning.plan": {"backup.model.extents"},
-    "backup.planning.sampling": {"backup.model.extents"},
-    "backup.model.documents": set(),
-    "backup.model.manifest": {"backup.repository.checked_file", "backup.model.documents", "backup.errors"},
-    "backup.model.chain": {"backup.errors", "backup.model.manifest"},
-    "backup.repository.cluster_index": {"backup.model.chain", "backup.model.extents"},
-    "backup.planning.prune_steps": {"backup.model.documents", "backup.model.manifest", "backup.planning.retention"},
-    "backup.planning.decision": {"backup.model.chain", "backup.errors", "backup.model.manifest"},
-}
-"""What each pure module may import of the package."""
 
 
 def imports(path):
@@ -79,9 +86,32 @@ def test_a_library_is_imported_by_its_only_user(library):
     assert users == ONLY_USERS[library]
 
 
-@pytest.mark.parametrize("module", PURE)
-def test_pure_modules_import_nothing_above_them(module):
-    assert of_package(MODULES[module]) <= PURE[module]
+def package(module):
+    return module.split(".")[1]
+
+
+def test_the_table_names_every_package():
+    assert set(LAYERS) == {package(module) for module in MODULES if module != "backup"}
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module != "backup"])
+def test_a_package_imports_only_those_that_stand_before_it_in_the_table(module):
+    order = list(LAYERS)
+    allowed = set(order[: order.index(package(module)) + 1])
+    assert {package(name) for name in of_package(MODULES[module])} <= allowed
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module != "backup" and package(module) in PURE])
+def test_a_pure_module_has_no_effects(module):
+    assert not {name.split(".")[0] for name in imports(MODULES[module])} & EFFECTS
+
+
+def test_typer_is_for_the_command_line():
+    users = {module for module, path in MODULES.items() if "typer" in {name.split(".")[0] for name in imports(path)}}
+    assert {user for user in users if not user.startswith("backup.cli.commands.")} == {
+        "backup.cli.app",
+        "backup.cli.parameters",
+    }
 
 
 REPOSITORY_MODULES = sorted(
@@ -108,11 +138,6 @@ def test_a_repositorys_files_are_opened_by_plainfile_only(module):
         assert not called.endswith((".read_text", ".write_text", ".write_bytes")), f"line {node.lineno}"
         shipped = "Path(__file__)" in called
         assert shipped or not called.endswith(".read_bytes"), f"line {node.lineno}"
-
-
-def test_nothing_below_the_command_line_imports_it():
-    users = {module for module, path in MODULES.items() if any(name.startswith("backup.cli") for name in imports(path))}
-    assert all(user == "backup.__main__" or user.startswith("backup.cli.") for user in users)
 
 
 def test_no_cycles():

@@ -16,7 +16,7 @@ from backup.errors import WARNINGS_EXIT_CODE, BackupError, Damaged, Failed, Inte
 from backup.runtime import shortage
 
 if TYPE_CHECKING:
-    from backup.config.reader import Config
+    from backup.config.settings import Config
 
 COMMON = ("config", "verbose", "quiet", "debug", "json")
 """Options that are taken before the command and after it."""

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING
 
 from backup.cli import output
 from backup.cli.context import options
+from backup.config.settings import default
 from backup.errors import BackupError, NotFound, UsageError
 from backup.model.names import check_folder
 
 if TYPE_CHECKING:
-    from backup.config.reader import Config
+    from backup.config.settings import Config
     from backup.model.manifest import Manifest
-    from backup.repository.repository import Machine, Repository
+    from backup.repository.machine import Machine
+    from backup.repository.repository import Repository
 
 
 def config() -> Config:
@@ -31,14 +33,12 @@ def config() -> Config:
 
 def config_or_default() -> Config:
     """For commands that need none: one that was named must be right, one that lies about may be wrong."""
-    from backup.config import reader as configuration
-
     if options.config is not None:
         return config()
     try:
         return config()
     except UsageError:
-        return configuration.default()
+        return default()
 
 
 def require_format(*image_formats: str | None) -> None:
@@ -93,7 +93,8 @@ def point(text: str, repo: Path | None) -> tuple[Machine, Manifest]:
     UsageError
         Several points fit.
     """
-    from backup.repository.repository import Machine, read_manifest
+    from backup.repository.machine import Machine
+    from backup.repository.manifests import read_manifest
 
     path = _manifest_path(text)
     if path is not None:

@@ -13,17 +13,20 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from backup.cli import settings
-from backup.config import reader as configuration
-from backup.config.reader import Config, DiskConfig, MachineConfig
+from backup.config.settings import Config, DiskConfig, MachineConfig, OnUnusableBitmap
 from backup.engine.copier import Settings
 from backup.errors import NotFound, SourceError, UsageError
+from backup.model.compression import Compression
+from backup.model.disk import Claim, Sight
 from backup.model.names import check_name, name_problem, without_password
 from backup.nbd.export import Export
-from backup.operations.preflight import DiskRequest, Names, Request
-from backup.planning.decision import FULL, INCREMENTAL, RESCAN, Claim, Sight
+from backup.operations.request import Names, Request
+from backup.planning.decision import FULL, INCREMENTAL, RESCAN
 from backup.qemu.programs import filename
-from backup.sources.base import NO_FREEZE, Freeze, Host, Source, Wish
-from backup.sources.resting import AtRest, ImageSource, NbdSource
+from backup.sources.base import NO_FREEZE, DiskRequest, Freeze, Host, Source, Wish
+from backup.sources.image import ImageSource
+from backup.sources.nbd_server import NbdSource
+from backup.sources.resting import AtRest
 
 if TYPE_CHECKING:
     from backup.sources.on_or_off import OnOrOff
@@ -452,12 +455,12 @@ def _request(
     *,
     named_by_path: bool = False,
     names: Names = Names.SUGGESTED,
-    compression: configuration.Compression | None = None,
-    unusable: configuration.OnUnusableBitmap | None = None,
+    compression: Compression | None = None,
+    unusable: OnUnusableBitmap | None = None,
 ) -> Request:
     unusable = unusable or config.on_unusable_bitmap
     if options.compression is not None:
-        compression = configuration.Compression.parse(options.compression)
+        compression = Compression.parse(options.compression)
     return Request(
         machine=machine,
         host=host,

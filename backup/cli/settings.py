@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from backup.config import reader as configuration
-from backup.config.reader import Config
+from backup.config import settings
+from backup.config.settings import Config
 from backup.errors import UsageError
-from backup.repository.repository import Modes
 from backup.runtime import timeouts
+from backup.storage.folder import Modes
 
 _PLACES = (Path("config.yaml"), Path("/etc/pybackup/config.yaml"))
 
@@ -48,7 +49,7 @@ def _found(given: Path | None, environment: Mapping[str, str], load: Callable[[P
     if named is not None:
         return load(named)
     found = next((place for place in _PLACES if os.path.exists(place)), None)
-    return configuration.default() if found is None else load(found)
+    return settings.default() if found is None else load(found)
 
 
 def distrust(status: os.stat_result, user: int) -> str | None:
@@ -98,7 +99,7 @@ def limit(option: str | None, config: Config) -> int | None:
     UsageError
         The option is no size that makes sense.
     """
-    return config.limit if option is None else configuration.parse_limit(option)
+    return config.limit if option is None else settings.parse_limit(option)
 
 
 def workers(config: Config) -> int:

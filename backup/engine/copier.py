@@ -25,8 +25,8 @@ from typing import Protocol
 import numpy as np
 
 from backup.model.extents import Offsets
-from backup.pages import pages
 from backup.planning.plan import DATA, Plan, cluster_runs
+from backup.runtime.direct_io import pages
 from backup.runtime.pace import Pace
 
 _TICK = 0.1

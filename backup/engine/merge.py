@@ -24,17 +24,19 @@ import numpy as np
 import numpy.typing as npt
 
 from backup import qcow2
-from backup.config.reader import Compression
 from backup.errors import UsageError
+from backup.model import digests
 from backup.model.chain import Chain, Link
+from backup.model.compression import Compression
+from backup.model.digests import BLOCK
 from backup.model.extents import Mask, Offsets, edges, windows
 from backup.model.manifest import NEW, UNFINISHED, DataFile, DiskEntry, Parent, digest_name, generation
 from backup.qcow2 import COMPRESSED, PART, RAW, Codec, Image, Writer
-from backup.repository import checked_file, data_file
-from backup.repository.checked_file import BLOCK
+from backup.repository import data_file
 from backup.repository.cluster_index import NOBODY, ZERO, Index
-from backup.repository.data_file import OpenDataFile, PartFile, PeekedDataFile, write_digests
-from backup.repository.repository import Machine
+from backup.repository.data_file import OpenDataFile, PeekedDataFile
+from backup.repository.data_file_writer import PartFile, write_digests
+from backup.repository.machine import Machine
 from backup.runtime.progress import Progress
 from backup.runtime.threads import in_threads
 
@@ -212,7 +214,7 @@ def _write(machine: Machine, merge: Merge, workers: int, progress: Progress) -> 
         file=merge.newest.entry.data.file,
         size=size,
         digests=merge.digests,
-        digest=checked_file.digest(content).hex(),
+        digest=digests.digest(content).hex(),
         cluster_size=image.cluster_size,
         compression=str(compression),
     )

@@ -20,14 +20,15 @@ from contextlib import suppress
 
 import numpy as np
 
+from backup.engine.restorer import Restored
 from backup.errors import Damaged, Failed
 from backup.model.extents import windows
-from backup.operations.restore import Restored, opened_point
-from backup.pages import pages
 from backup.qcow2 import PART, Codec
 from backup.repository import chain_reader, salvage
 from backup.repository.chain_reader import Content
-from backup.repository.repository import Machine
+from backup.repository.machine import Machine
+from backup.repository.opened_chain import opened_point
+from backup.runtime.direct_io import pages
 from backup.runtime.pace import Pace
 from backup.runtime.progress import Progress
 

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Protocol
 
 from backup import qcow2
-from backup.engine import device_openers
+from backup.engine import block_devices
 from backup.engine.replaced_file import Former, claim
 from backup.errors import BackupError, Failed, UsageError
-from backup.nbd import export as nbd
+from backup.nbd.target import NbdTarget
 from backup.runtime.direct_io import Output, write_all
 
 RAW, QCOW2 = "raw", "qcow2"
@@ -163,7 +163,7 @@ def _device(path: Path, size: int, image_format: str, *, force: bool) -> Iterato
 
 
 def _refuse_writers(fd: int, path: Path) -> None:
-    found = device_openers.writers(os.fstat(fd).st_rdev)
+    found = block_devices.writers(os.fstat(fd).st_rdev)
     if found:
         raise Failed(
             f"{path} is open for writing in {', '.join(found)}", hint="end that program first, or name another target"
@@ -173,7 +173,7 @@ def _refuse_writers(fd: int, path: Path) -> None:
 @contextmanager
 def _nbd(uri: str, size: int, image_format: str, *, force: bool) -> Iterator[Target]:
     _require_force(uri, image_format, "an NBD export", force=force)
-    export = nbd.Target(uri)
+    export = NbdTarget(uri)
     try:
         if export.read_only:
             raise Failed(f"{uri} is read-only", hint="start the server without -r")

@@ -25,7 +25,7 @@ from backup.guest.guestfish import Guestfish, GuestfishError
 from backup.model.chain import Chain, build
 from backup.model.manifest import timestamp
 from backup.repository import data_file
-from backup.repository.repository import Machine
+from backup.repository.machine import Machine
 
 _NOT_MOUNTED = {"swap", "unknown", "crypto_LUKS"}
 _CHUNK = 1 << 16

@@ -18,8 +18,8 @@ from functools import cached_property
 
 from backup.errors import Damaged, Failed
 from backup.model import documents
+from backup.model.digests import digest
 from backup.model.documents import DIGEST, RANDOM, WORD, BadDocument, Fields, shown
-from backup.repository import checked_file
 
 FORMAT = "pybackup manifest"
 VERSION = 2
@@ -281,7 +281,7 @@ def encode(manifest: Manifest) -> bytes:
             f"than {documents.MAX_BYTES}",
             hint="divide the disks between several machines: --machine NAME, or `machines:` in the configuration",
         )
-    return head + _tail(checked_file.digest(head).hex())
+    return head + _tail(digest(head).hex())
 
 
 def decode(content: bytes, name: str) -> Manifest:
@@ -321,7 +321,7 @@ def _require_digest(content: bytes) -> None:
     if len(content) > documents.MAX_BYTES:
         raise BadDocument(f"it has {len(content)} bytes, more than {documents.MAX_BYTES}")
     length = len(content) - len(_tail("0" * 64))
-    if length < 0 or content[length:] != _tail(checked_file.digest(memoryview(content)[:length]).hex()):
+    if length < 0 or content[length:] != _tail(digest(memoryview(content)[:length]).hex()):
         raise BadDocument("its bytes do not match its digest")
 
 

@@ -17,18 +17,21 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
+from backup.engine import compare
+from backup.engine.compare import Differences
 from backup.errors import Damaged, NotFound, SourceError
 from backup.model import chain as chains
 from backup.model.chain import Chain
 from backup.nbd.export import Export
-from backup.operations.preflight import DiskRequest, Names, Request, consider, recognised
+from backup.operations.preflight import consider, recognised
+from backup.operations.request import Names, Request
 from backup.planning import decision, plan
 from backup.planning.plan import Plan
 from backup.repository import chain_reader, salvage
-from backup.repository.chain_reader import Differences
-from backup.repository.repository import Contents, Machine, Repository
+from backup.repository.machine import Contents, Machine
+from backup.repository.repository import Repository
 from backup.runtime.progress import Progress
-from backup.sources.base import Moment, Moved, Wish
+from backup.sources.base import DiskRequest, Moment, Moved, Wish
 
 TRUE, LIES, UNKNOWN = "true", "lies", "unknown"
 """Verdicts: what must be equal is equal; it is not; what differs may have changed or not, nobody can tell."""
@@ -198,7 +201,7 @@ class _Run:
         with chain_reader.checked(self.machine.path, chain, export.size) as held:
             planned = plan.plan_audit(export, chain.cluster_size, bitmap, parent_size=chain.size, chain=held.index)
             self.progress.begin(disk.request.name, planned.totals.data)
-            return chain_reader.compare(export, planned, held, self.request.copying, advance), planned
+            return compare.compare(export, planned, held, self.request.copying, advance), planned
 
 
 def _told(disk: _Disk, planned: Plan, found: Differences, seconds: float) -> DiskAudit:

@@ -26,8 +26,10 @@ from pathlib import Path
 import backup
 from backup import qcow2
 from backup.engine import copier
+from backup.engine.compare import Rescanned
 from backup.errors import BackupError, BitmapUnusable, Damaged, Interrupted, NotFound, SourceError
 from backup.model.chain import Chain
+from backup.model.disk import Sight, bitmap_name, own_bitmaps
 from backup.model.manifest import (
     BitmapRecord,
     ByteCounts,
@@ -41,18 +43,20 @@ from backup.model.manifest import (
 )
 from backup.nbd.export import Export
 from backup.operations import spot_check
-from backup.operations.preflight import DiskRequest, Request, consider, known_name, recognised
+from backup.operations.preflight import consider, known_name, recognised
+from backup.operations.request import Request
 from backup.planning import decision as decide
 from backup.planning import plan
-from backup.planning.decision import Decision, Refusal, Sight
+from backup.planning.decision import Decision, Refusal
 from backup.planning.plan import Plan
 from backup.planning.sampling import Reservoir
-from backup.repository import chain_reader, data_file
-from backup.repository.chain_reader import Content, Rescanned
+from backup.repository import chain_reader, data_file, data_file_writer
+from backup.repository.chain_reader import Content
+from backup.repository.machine import Contents, Machine
 from backup.repository.replacement import settle
-from backup.repository.repository import Contents, Machine, Repository
+from backup.repository.repository import Repository
 from backup.runtime.progress import Progress
-from backup.sources.base import Moment, Moved, NotStarted, Opened, Source, Wish
+from backup.sources.base import DiskRequest, Moment, Moved, NotStarted, Opened, Source, Wish
 
 _log = logging.getLogger(__name__)
 
@@ -306,7 +310,7 @@ class _Run:
         """Remove our bitmaps that can continue nothing any more; was there one?"""
         try:
             found = [bitmap.name for bitmap in disk.source.look().bitmaps if bitmap.inconsistent]
-            useless = decide.own_bitmaps(found, self._short_id, keep=None)
+            useless = own_bitmaps(found, self._short_id, keep=None)
             for name in useless:
                 disk.source.remove_bitmap(name)
         except BackupError as error:
@@ -364,7 +368,7 @@ class _Run:
             disk,
             sight,
             decision,
-            started=decide.bitmap_name(self.request.family or "", self._short_id, self.point) if starts else None,
+            started=bitmap_name(self.request.family or "", self._short_id, self.point) if starts else None,
             why_none=why_none if wanted else None,
             warned=why_none is not None
             and (given_up is None or given_up.lasting)
@@ -433,7 +437,7 @@ class _Run:
         began = time.monotonic()
         disk, planned = job.disk, job.planned
         self.progress.begin(disk.name, planned.totals.data)
-        made = data_file.DataFileMaker(
+        made = data_file_writer.DataFileMaker(
             self.machine.path,
             f"{disk.name}.{self.point}",
             size=planned.size,
@@ -578,7 +582,7 @@ class _Run:
         for disk in disks:
             if disk.source.owns_bitmaps and not disk.refused:
                 names = [bitmap.name for bitmap in disk.sight.bitmaps]
-                for name in decide.own_bitmaps(names, self._short_id, keep=disk.started):
+                for name in own_bitmaps(names, self._short_id, keep=disk.started):
                     try:
                         disk.source.remove_bitmap(name)
                     except BackupError as error:

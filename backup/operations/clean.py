@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from backup.errors import SourceError
-from backup.planning import decision
+from backup.model import disk
 from backup.qemu import images
 from backup.qmp.blocks import OURS, Blocks
 from backup.qmp.monitor import Monitor
@@ -145,7 +145,7 @@ def find(places: Iterable[Place]) -> list[Found]:
         Found(place, name, repository)
         for place in places
         for name in place.bitmaps()
-        if (repository := decision.repository_of(name)) is not None
+        if (repository := disk.repository_of(name)) is not None
     ]
 
 

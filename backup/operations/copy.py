@@ -21,19 +21,13 @@ from backup.model.manifest import DataFile, Manifest, encode
 from backup.operations.verify import Problem
 from backup.repository import checked_file
 from backup.repository.checked_file import BlockCache, CheckedFile
-from backup.repository.data_file import PartFile, part_name, write_digests
-from backup.repository.repository import (
-    Contents,
-    Machine,
-    Modes,
-    Repository,
-    as_stored,
-    explained,
-    read_manifest_whole,
-    require_outside,
-)
+from backup.repository.data_file_writer import PartFile, part_name, write_digests
+from backup.repository.machine import Contents, Machine
+from backup.repository.manifests import as_stored, read_manifest_whole
+from backup.repository.repository import Repository, require_outside
 from backup.runtime.pace import Pace
 from backup.runtime.threads import in_threads
+from backup.storage.folder import Modes, explained
 from backup.units import counted, show_size
 
 _TRIES = 3

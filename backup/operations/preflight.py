@@ -6,94 +6,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from enum import Enum, auto
+from dataclasses import dataclass, replace
 
-from backup.engine import copier
 from backup.errors import BackupError, Damaged, NotFound, SourceError, UsageError
 from backup.model import chain as chains
 from backup.model.chain import Chain
+from backup.model.disk import Sight, own_bitmaps
 from backup.model.manifest import DiskEntry, Manifest, SourceRecord
+from backup.operations.request import Names, Request
 from backup.planning import decision as decide
-from backup.planning.decision import Claim, Decision, Refusal, Sight
+from backup.planning.decision import Decision, Refusal
 from backup.repository import data_file
-from backup.repository.repository import Contents, Machine
+from backup.repository.machine import Contents, Machine
 from backup.repository.verified import known_damage, recall
-from backup.sources.base import Host, Source
-
-_NO_CLAIM = Claim(None, None)
-
-
-class Names(Enum):
-    """
-    Where the names of a request's disks come from: the configuration, --disk, or what names their sources.
-
-    A name of the configuration holds.  Else a disk that the machine has already, by another name, keeps that.
-    """
-
-    CONFIGURED = auto()
-    GIVEN = auto()
-    SUGGESTED = auto()
-
-
-@dataclass(frozen=True, slots=True)
-class DiskRequest:
-    """
-    One disk to back up.
-
-    `claim` is the user's word about a bitmap of someone else's server.  `path` is the image's, where it is known before
-    the image is opened: a disk of the machine is recognised by it.  `allow_plaintext` lets a running QEMU decrypt the
-    disk.
-    """
-
-    name: str
-    source: Source
-    claim: Claim = _NO_CLAIM
-    path: str | None = None
-    allow_plaintext: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """
-    What to back up and how.
-
-    `wanted` is decide.FULL, INCREMENTAL or RESCAN; `unusable` (FULL or RESCAN) what an incremental becomes where no
-    bitmap continues a sound chain, unless `fallback` forbids it; `begin` allows a disk's first full in its place;
-    `spot_check` the number of clean clusters that an incremental reads again.  `host` holds the disks' sources, in the
-    order of `disks`, to which `complete` adds those that the host finds.  `family` names the bitmaps to keep (None:
-    none); `level` is zstd's, None for no compression; `cluster_size` in bytes counts for fulls; `named_by_path` says
-    that the machine's name was taken from the image's, not given; `allow_plaintext` lets a running QEMU decrypt disks.
-    """
-
-    machine: str
-    host: Host
-    disks: tuple[DiskRequest, ...]
-    wanted: str
-    family: str | None
-    level: int | None = 1
-    cluster_size: int = 64 << 10
-    max_chain: int = 100
-    check_zeroes: bool = True
-    spot_check: int = 64
-    unusable: str = decide.RESCAN
-    fallback: bool = True
-    begin: bool = True
-    dry_run: bool = False
-    named_by_path: bool = False
-    names: Names = Names.SUGGESTED
-    allow_plaintext: bool = False
-    copying: copier.Settings = field(default_factory=copier.Settings)
-
-    @property
-    def compression(self) -> str:
-        """As the configuration and the manifest write it."""
-        return "none" if self.level is None else f"zstd:{self.level}"
-
-    def complete(self) -> Request:
-        """The request with the disks that its host, once connected, finds by itself."""
-        found = tuple(DiskRequest(name, source) for name, source in self.host.found())
-        return replace(self, disks=(*self.disks, *found)) if found else self
+from backup.sources.base import DiskRequest
 
 
 def recognised(request: Request, contents: Contents) -> tuple[Request, list[str]]:
@@ -222,7 +148,7 @@ def consider(
             machine,
             contents,
             disk.name,
-            decide.own_bitmaps((bitmap.name for bitmap in sight.bitmaps), short_id, keep=None),
+            own_bitmaps((bitmap.name for bitmap in sight.bitmaps), short_id, keep=None),
         ),
     )
     return Considered(sight, last, decision)

@@ -24,9 +24,12 @@ from backup.model.manifest import Manifest
 from backup.planning import retention
 from backup.planning.prune_steps import Remove, Rewrite, Thinning, moment, thin
 from backup.planning.retention import DISORDER, FUTURE, UNCONFIRMED, Batch, Policy
+from backup.repository.machine import Contents, Machine
+from backup.repository.manifests import read_manifest
 from backup.repository.replacement import exchange, settle
-from backup.repository.repository import UNTOLD, Contents, Machine, explained, read_manifest
 from backup.runtime.progress import Progress
+from backup.storage.folder import explained
+from backup.storage.locks import UNTOLD
 from backup.units import counted, show_size
 
 _log = logging.getLogger(__name__)

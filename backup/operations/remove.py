@@ -21,8 +21,10 @@ from backup.model.manifest import Manifest
 from backup.operations.prune import Request, RewriteReport, Thinner, settled
 from backup.planning.retention import Batch, Policy
 from backup.repository import verified
-from backup.repository.repository import SEQUENCE, UNTOLD, Contents, Machine, explained, sync_folder
+from backup.repository.machine import SEQUENCE, Contents, Machine
 from backup.runtime.progress import Progress
+from backup.storage.folder import explained, sync_folder
+from backup.storage.locks import UNTOLD
 
 _KEPT = ("not named",)
 

@@ -14,7 +14,7 @@ from backup.model.extents import windows
 from backup.model.manifest import Manifest
 from backup.operations.restore_targets import Place
 from backup.repository import data_file
-from backup.repository.repository import Machine
+from backup.repository.machine import Machine
 from backup.units import show_size
 
 _WINDOW = 1 << 20

@@ -10,17 +10,17 @@ Which disk of a point goes where, and in which format: what a restore's TARGET m
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from backup.engine.block_devices import real_places
 from backup.engine.targets import QCOW2, RAW, is_device, is_uri, refuse_existing
 from backup.errors import Failed, NotFound, UsageError
 from backup.model.manifest import Manifest
 from backup.model.names import MARKER
-from backup.repository.repository import Machine
+from backup.repository.machine import Machine
 
 STDOUT = "-"
 _SUFFIXES = {".qcow2": QCOW2, ".raw": RAW}
@@ -137,25 +137,10 @@ def made(folder: Path | None) -> Iterator[None]:
 
 def _refuse_repository(machine: Machine, target: str) -> None:
     """Refuse to restore over backups or between them, whatever way the target is written."""
-    for place in _real(target):
+    for place in real_places(target):
         for folder in (place, *place.parents):
             beside = os.path.exists(folder) and machine.exists() and folder.samefile(machine.path)
             if beside or os.path.lexists(folder / MARKER):
                 raise UsageError(
                     f"{target} lies among the backups in {folder}", hint="restore to a place outside of it"
                 )
-
-
-def _real(target: str) -> Iterator[Path]:
-    """The place that the target really is; of a loop device the file behind it as well."""
-    yield Path(os.path.realpath(target))
-    try:
-        status = os.stat(target)
-    except OSError:
-        return
-    if not stat.S_ISBLK(status.st_mode):
-        return
-    number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
-    for entry in ("loop", "../loop"):  # of the device, or of the one that it is a partition of
-        with suppress(OSError):
-            yield Path(os.path.realpath(Path(f"/sys/dev/block/{number}/{entry}/backing_file").read_text().rstrip("\n")))

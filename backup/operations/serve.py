@@ -21,7 +21,7 @@ from backup.qemu import folders, images, servers
 from backup.qemu.programs import filename
 from backup.qemu.servers import Address, Lent
 from backup.repository import data_file
-from backup.repository.repository import Machine
+from backup.repository.machine import Machine
 
 _TRIES = 3
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from backup.engine import copier
+from backup.engine import compare, copier
 from backup.model.chain import Chain
 from backup.model.extents import Offsets
 from backup.nbd.export import Export
@@ -44,12 +44,12 @@ def differing(export: Export, clusters: Offsets, folder: Path, chain: Chain, set
         return Lies(0, 0)
     planned = plan.plan_of(clusters, export.size, chain.cluster_size)
     with chain_reader.glanced(folder, chain, export.size, clusters) as held:
-        suspected = chain_reader.compare(export, planned, held, settings, _unwatched).clusters()
+        suspected = compare.compare(export, planned, held, settings, _unwatched).clusters()
     if not len(suspected):
         return Lies(0, 0)
     planned = plan.plan_of(suspected, export.size, chain.cluster_size)
     with chain_reader.checked(folder, chain, export.size) as held:
-        found = chain_reader.compare(export, planned, held, settings, _unwatched)
+        found = compare.compare(export, planned, held, settings, _unwatched)
     return Lies(len(found.clusters()), found.ranges()[0][0]) if found.bytes else Lies(0, 0)
 
 

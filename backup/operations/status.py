@@ -20,7 +20,7 @@ from backup.model.manifest import Manifest
 from backup.operations.verify import glance
 from backup.planning.prune_steps import moment
 from backup.planning.retention import DISORDER, FUTURE, Moment, doubts
-from backup.repository.repository import Contents, Machine
+from backup.repository.machine import Contents, Machine
 from backup.repository.verified import Memory, recall, record_of
 from backup.units import counted, show_age
 
@@ -28,8 +28,6 @@ TOLERANCE = 300.0
 """Seconds that a point may lie in the future: two hosts' clocks differ.  Beyond that nothing is known of its age."""
 OLD = 1
 """Exit code where something is too old, as Nagios and its kind know a warning."""
-
-
 _NOTHING = "nothing"
 _NO_POINT = "no point yet: run pybackup incremental"
 

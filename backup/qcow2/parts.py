@@ -8,8 +8,8 @@ from typing import Protocol
 
 import numpy as np
 
-from backup.pages import pages
 from backup.qcow2.layout import PART, U8
+from backup.runtime.direct_io import pages
 
 _KEPT_BUFFERS = 4  # a few, for the threads that fill parts at one time; more would only hold memory
 

@@ -28,7 +28,8 @@ from typing import Protocol
 from urllib.parse import quote
 
 from backup.errors import BackupError, Interrupted, SourceError
-from backup.nbd.export import Dialled, Export
+from backup.nbd.connection import Dialled
+from backup.nbd.export import Export
 from backup.qemu import folders, images
 from backup.qmp import leftovers, scratch
 from backup.qmp.blocks import OURS, Blocks

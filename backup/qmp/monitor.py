@@ -56,8 +56,6 @@ _MOST_EVENTS = 10_000
 """Events that wait for `Monitor.events`, which is called several times a second while a disk is read."""
 _MOST_SHOWN = 500
 """Characters of the peer's own words in an error."""
-
-
 _UNUSED = {errno.ENOENT, errno.ECONNREFUSED}
 """Errors of connecting to a socket that is not there, or that a QEMU left when it was killed."""
 

@@ -13,21 +13,16 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from backup.engine import copier
-from backup.engine.copier import Sink
 from backup.model.chain import Chain
-from backup.model.extents import Mask, Offsets, distinct
-from backup.nbd.export import Export
-from backup.pages import pages
-from backup.planning.plan import Plan, cut_cluster
-from backup.qcow2 import COMPRESSED, PART, Codec, Reader
+from backup.model.extents import Offsets, distinct
+from backup.qcow2 import COMPRESSED, Codec, Reader
 from backup.repository import data_file
 from backup.repository.checked_file import CACHED
 from backup.repository.cluster_index import NOBODY, Found, Index
@@ -36,10 +31,6 @@ _MOST_CACHED = 64
 """Checked blocks (4 MiB each) kept at most: of a long chain one for each file that a batch reads from."""
 _WINDOWS = 8
 """Windows whose holders are remembered: each worker is in another one."""
-_SECTOR = 512
-"""Bytes: differences are told as exactly as this."""
-MOST_RANGES = 100_000
-"""Ranges of differences that are remembered; beyond that they are only counted."""
 
 
 class StoredFile(Protocol):
@@ -181,165 +172,3 @@ def glanced(folder: Path, chain: Chain, size: int, clusters: Offsets) -> Iterato
     """A few clusters (ascending) of a chain's content, for a look: of a difference `checked` must be asked."""
     with data_file.peeked_files(folder, chain) as files:
         yield Content(chain, files, size, clusters)
-
-
-def compare(
-    export: Export, planned: Plan, held: Content, settings: copier.Settings, progress: Callable[[int], None]
-) -> Differences:
-    """
-    Read what is planned of the disk and hold it against the chain.
-
-    `progress` is called in this thread with the bytes done so far.
-
-    Raises
-    ------
-    NotFound, Damaged
-        The chain is not what was written.
-    SourceError
-        The disk cannot be read.
-    """
-    found = Differences(held)
-    settings = settings.within(export.max_in_flight)
-    with export.lanes(settings.connections) as lanes:
-        copier.copy(
-            planned,
-            lanes,
-            found,
-            settings,
-            max_request=export.max_request,
-            smallest_request=export.smallest_request,
-            progress=progress,
-        )
-    return found
-
-
-class _Comparison:
-    """The disk's clusters beside the chain's; each thread has its own memory."""
-
-    def __init__(self, content: Content) -> None:
-        self.content = content
-        self._hands = threading.local()
-
-    def beside(self, clusters: Offsets, data: memoryview) -> Mask:
-        """Which 8 bytes differ, a row for each cluster."""
-        if not hasattr(self._hands, "codec"):
-            self._hands.codec = Codec(self.content.cluster_size, None)
-            self._hands.room = pages(len(data))
-        if len(self._hands.room) < len(data):
-            self._hands.room = pages(len(data))
-        with self._hands.room[: len(data)] as room:
-            self.content.read(clusters, room, self._hands.codec)
-            differ: Mask = np.frombuffer(data, np.uint64) != np.frombuffer(room, np.uint64)
-        return differ.reshape(len(clusters), -1)
-
-
-class Rescanned:
-    """A sink (`copier.Sink`) that hands on what differs from the chain, and counts it."""
-
-    batch = PART
-
-    def __init__(self, content: Content, sink: Sink) -> None:
-        self._comparison = _Comparison(content)
-        self._sink = sink
-        self._always = cut_cluster(content.size, content.index.chain.size, content.cluster_size)
-        self._lock = threading.Lock()
-        self.differing = 0
-        """Bytes, in whole clusters, clipped at the disk's size."""
-
-    def write(self, clusters: Offsets, data: memoryview) -> int:
-        """Hand on the clusters that differ; returns how many of these are all zeroes."""
-        differ = self._comparison.beside(clusters, data).any(axis=1)
-        numbers = clusters[differ]
-        if len(numbers):
-            self._count(int(numbers[-1]) + 1, len(numbers))
-        stored = differ if self._always is None else differ | (clusters == self._always)
-        if not stored.any():
-            return 0
-        if stored.all():
-            return self._sink.write(clusters, data)
-        rows = np.frombuffer(data, np.uint8).reshape(len(clusters), -1)[stored]
-        return self._sink.write(clusters[stored], rows.reshape(-1).data)
-
-    def zero(self, first_cluster: int, count: int) -> None:
-        """Hand on: a rescan's plan has zeroes only where the chain holds data."""
-        self._count(first_cluster + count, count)
-        self._sink.zero(first_cluster, count)
-
-    def completed_below(self, cluster: int) -> None:
-        """Hand on."""
-        self._sink.completed_below(cluster)
-
-    def _count(self, end: int, count: int) -> None:
-        content = self._comparison.content
-        beyond = max(0, end * content.cluster_size - content.size)
-        with self._lock:
-            self.differing += count * content.cluster_size - beyond
-
-
-class Differences:
-    """A sink (`copier.Sink`) that stores nothing and collects where the disk differs from the chain."""
-
-    batch = PART
-
-    def __init__(self, content: Content) -> None:
-        self._comparison = _Comparison(content)
-        self._lock = threading.Lock()
-        self._found: list[tuple[Offsets, Offsets]] = []
-        self._ranges = 0
-        self.bytes = 0
-        """That differ, in whole sectors, clipped at the disk's size."""
-
-    @property
-    def complete(self) -> bool:
-        """Are all differences in `ranges`?"""
-        return self._ranges <= MOST_RANGES
-
-    def write(self, clusters: Offsets, data: memoryview) -> int:
-        """Compare."""
-        differ = self._comparison.beside(clusters, data)
-        if differ.any():
-            self._add(*_ranges(clusters, differ, self._comparison.content))
-        return 0
-
-    def zero(self, first_cluster: int, count: int) -> None:
-        """Never: what is compared is read."""
-        raise ValueError(f"clusters {first_cluster} to {first_cluster + count} were planned as zeroes")
-
-    def completed_below(self, cluster: int) -> None:
-        """Nothing to do."""
-
-    def ranges(self) -> list[tuple[int, int]]:
-        """Start and end (bytes) of what differs, ascending, merged; the first that were found, of very many."""
-        if not self._found:
-            return []
-        starts = np.concatenate([found[0] for found in self._found])
-        ends = np.concatenate([found[1] for found in self._found])
-        order = np.argsort(starts)
-        starts, ends = starts[order], ends[order]
-        apart = starts[1:] != ends[:-1]
-        lows, highs = starts[np.append(True, apart)], ends[np.append(apart, True)]
-        return list(zip(lows.tolist(), highs.tolist(), strict=True))
-
-    def clusters(self) -> Offsets:
-        """Numbers of the clusters that differ, ascending."""
-        size = self._comparison.content.cluster_size
-        spans = [np.arange(low // size, -(-high // size)) for low, high in self.ranges()]
-        return distinct(np.concatenate(spans)) if spans else np.empty(0, np.int64)
-
-    def _add(self, starts: Offsets, ends: Offsets) -> None:
-        with self._lock:
-            self.bytes += int((ends - starts).sum())
-            if self.complete:
-                self._found.append((starts, ends))
-            self._ranges += len(starts)
-
-
-def _ranges(clusters: Offsets, differ: Mask, content: Content) -> tuple[Offsets, Offsets]:
-    """Starts and ends in bytes of the sectors that differ, neighbours merged."""
-    per = content.cluster_size // _SECTOR
-    sectors = np.flatnonzero(differ.reshape(len(clusters) * per, -1).any(axis=1))
-    offsets = clusters[sectors // per] * content.cluster_size + sectors % per * _SECTOR
-    apart = np.flatnonzero(np.diff(offsets) != _SECTOR)
-    starts = offsets[np.append(0, apart + 1)]
-    ends = offsets[np.append(apart, len(offsets) - 1)] + _SECTOR
-    return starts, np.minimum(ends, content.size)

@@ -13,53 +13,10 @@ from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
-from blake3 import blake3
-
-from backup.errors import Damaged, DamagedBlock, Failed, NotFound
-from backup.readonce import ReadOnce
-from backup.runtime.shortage import NOT_DAMAGE
-from backup.storage.plain_file import HINT, open_file
-
-BLOCK = 4 << 20
-"""Bytes of the data file under one digest."""
-LENGTH = 32
-"""Bytes of a digest."""
-
-
-def digest(data: bytes | bytearray | memoryview) -> bytes:
-    """BLAKE3 of data, 32 bytes."""
-    return blake3(data).digest()
-
-
-def block_count(file_size: int) -> int:
-    """Number of blocks of a file of so many bytes."""
-    return -(-file_size // BLOCK)
-
-
-def open_plain(path: Path) -> int:
-    """
-    Open a file of the repository for reading and return its descriptor; never a link, a pipe or a device.
-
-    Raises
-    ------
-    NotFound
-        There is no such file.
-    Damaged
-        Something else than a file has its name, or the disk fails.
-    Failed
-        This process may not open it, or not so many files: nothing is known to be damaged.
-    """
-    try:
-        return open_file(path, os.O_RDONLY)
-    except FileNotFoundError:
-        raise NotFound(f"{path} is missing", hint="bring the file back from a copy of the repository") from None
-    except OSError as error:
-        if error.errno in NOT_DAMAGE:
-            raise Failed(
-                f"{path} cannot be opened: {error.strerror}",
-                hint="run as the repository's owner; a chain needs as many open files as it has points (ulimit -n)",
-            ) from None
-        raise Damaged(f"{path} cannot be opened: {error.strerror}", hint=HINT) from None
+from backup.errors import Damaged, DamagedBlock
+from backup.model.digests import BLOCK, LENGTH, block_count, digest
+from backup.runtime.direct_io import ReadOnce
+from backup.storage.folder import open_plain
 
 
 def load(path: Path, expected: str, blocks: int) -> bytes:
@@ -92,12 +49,8 @@ _FROM_COPY = (
     "bring the file back from a copy of the repository, or restore another point; `pybackup verify` lists all damage, "
     "and `pybackup restore --salvage` restores what is not damaged"
 )
-
-
 _PATIENCE = 2.0
 """Seconds to wait for another thread's block before loading it again, which costs time and nothing else."""
-
-
 CACHED = 16
 """Blocks that a cache keeps, where nothing else is said."""
 

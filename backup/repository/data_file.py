@@ -4,103 +4,22 @@ Data files in a machine's folder: written in parts with digests on the way, open
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Self
 
 from backup import qcow2
-from backup.errors import BackupError, Damaged, Failed
+from backup.errors import Damaged
 from backup.model.chain import Chain
-from backup.model.extents import Offsets
-from backup.model.manifest import UNFINISHED, DataFile, DiskEntry
+from backup.model.manifest import DiskEntry
 from backup.repository import checked_file
 from backup.repository.checked_file import CACHED, BlockCache, CheckedFile
 from backup.repository.cluster_index import Index
-from backup.runtime.direct_io import Output
-from backup.storage.plain_file import create_file
+from backup.storage.folder import open_plain
 
 _FROM_COPY = "bring the file back from a copy of the repository, or restore another point"
-
-
-class PartFile:
-    """
-    A file that is written in numbered parts, each hashed as it comes (a `qcow2.PartSink`).
-
-    It is called `path` with `.part` until `finish`, so that a file without that is complete.
-
-    Raises
-    ------
-    Failed
-        The file exists, or the disk is full.
-    """
-
-    def __init__(self, path: Path, mode: int) -> None:
-        self.path = path
-        self._part = part_name(path)
-        self._digests: dict[int, bytes] = {}
-        self._lock = threading.Lock()
-        try:
-            if os.path.lexists(path):
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-            self._fd = create_file(self._part, mode)
-        except OSError as error:
-            raise _cannot_write(path, error) from None
-        self._output = Output(self._fd, self._part, grows=True)
-
-    def put(self, number: int, data: bytes | bytearray | memoryview, known: bytes | None = None) -> None:
-        """Write part `number` (digests.BLOCK bytes each, the last may be short); `known` is its digest, if it is."""
-        found = checked_file.digest(data) if known is None else known
-        with self._lock:
-            self._digests[number] = found
-        try:
-            self._output.write(number * checked_file.BLOCK, data)
-        except OSError as error:
-            raise _cannot_write(self.path, error) from None
-
-    def finish(self) -> bytes:
-        """Make the file last, give it its name, and return the digests of its blocks, in order."""
-        try:
-            os.fsync(self._fd)
-            os.rename(self._part, self.path)
-        except OSError as error:
-            raise _cannot_write(self.path, error) from None
-        self.close()
-        return b"".join(self._digests[number] for number in range(len(self._digests)))
-
-    def close(self) -> None:
-        """Close the file, finished or not."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-        self._output.close()
-
-
-def part_name(path: Path) -> Path:
-    """What a data file is called until it is complete."""
-    return path.with_name(path.name + UNFINISHED)
-
-
-def write_digests(path: Path, content: bytes, mode: int) -> None:
-    """Write a `.b3` file that lasts."""
-    try:
-        with open(create_file(path, mode), "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise _cannot_write(path, error) from None
-
-
-def _cannot_write(path: Path, error: OSError) -> BackupError:
-    return Failed(
-        f"{path} cannot be written: {error.strerror}",
-        hint="check the space and the permissions there; what was published before is untouched",
-    )
 
 
 class OpenDataFile:
@@ -131,7 +50,7 @@ class PeekedDataFile:
 
     def __init__(self, folder: Path, entry: DiskEntry) -> None:
         path = folder / entry.data.file
-        self._fd = checked_file.open_plain(path)
+        self._fd = open_plain(path)
         try:
             actual = os.fstat(self._fd).st_size
             if actual != entry.data.size:
@@ -212,84 +131,13 @@ def held(folder: Path, chain: Chain) -> Iterator[bool]:
 
 
 def _hold(stack: ExitStack, path: Path) -> bool:
-    fd = checked_file.open_plain(path)
+    fd = open_plain(path)
     stack.callback(os.close, fd)
     try:
         fcntl.flock(fd, fcntl.LOCK_SH)  # a prune that replaces the file just now ends in a moment
     except OSError:
         return False
     return True
-
-
-class DataFileMaker:
-    """
-    Makes one data file and its digest file under their own names (a `copier.Sink`).
-
-    `written` collects the paths, so that a run that fails can remove them; `stem` is "DISK.POINT".
-    """
-
-    batch = qcow2.PART
-
-    def __init__(
-        self,
-        folder: Path,
-        stem: str,
-        *,
-        size: int,
-        cluster_size: int,
-        backing: str | None,
-        level: int | None,
-        mode: int,
-        written: list[Path],
-    ) -> None:
-        self._folder = folder
-        self._mode = mode
-        self._level = level
-        self._cluster_size = cluster_size
-        self._data = folder / f"{stem}.qcow2"
-        self._digests = folder / f"{stem}.b3"
-        self._written = written
-        self._codecs = threading.local()
-        image = qcow2.Image(size=size, cluster_size=cluster_size, backing=backing, zstd=level is not None)
-        written += [part_name(self._data), self._data]  # first: a signal may come as soon as the file is there
-        self._file = PartFile(self._data, mode)
-        self._writer = qcow2.Writer(image, self._file, level=level)
-
-    def write(self, clusters: Offsets, data: memoryview) -> int:
-        """Store whole clusters with these numbers, ascending; returns how many of them are all zeroes."""
-        codec = getattr(self._codecs, "codec", None)
-        if codec is None:
-            codec = self._codecs.codec = qcow2.Codec(self._cluster_size, self._level)
-        return self._writer.write_scattered(clusters, data, codec)
-
-    def zero(self, first_cluster: int, count: int) -> None:
-        """Record clusters that read as zero."""
-        self._writer.zero(first_cluster, count)
-
-    def completed_below(self, cluster: int) -> None:
-        """Nothing will come for clusters below this one any more."""
-        self._writer.completed_below(cluster)
-
-    def finish(self, compression: str) -> DataFile:
-        """Complete both files, make them last, and describe them for the manifest."""
-        size = self._writer.finish()
-        listed = self._file.finish()
-        self._written.append(self._digests)
-        write_digests(self._digests, listed, self._mode)
-        return DataFile(
-            file=self._data.name,
-            size=size,
-            digests=self._digests.name,
-            digest=checked_file.digest(listed).hex(),
-            cluster_size=self._cluster_size,
-            compression=compression,
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
 
 
 def check_head(reader: qcow2.Reader, entry: DiskEntry, name: str, parent: DiskEntry | None = None) -> None:

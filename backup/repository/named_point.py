@@ -14,7 +14,7 @@ from backup.errors import Damaged, NotFound, UsageError
 from backup.model import chain as chains
 from backup.model.documents import moment_of
 from backup.model.manifest import Manifest, is_point_id
-from backup.repository.repository import Contents
+from backup.repository.machine import Contents
 
 LATEST = ("", "latest")
 """The newest point: MACHINE alone, and MACHINE/latest."""

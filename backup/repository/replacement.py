@@ -21,10 +21,13 @@ from contextlib import closing
 from dataclasses import replace
 
 from backup.errors import Damaged, NotFound
+from backup.model import digests
 from backup.model.manifest import NEW, DiskEntry, Former, Manifest
 from backup.repository import checked_file
 from backup.repository.checked_file import BlockCache, CheckedFile
-from backup.repository.repository import Contents, Machine, explained, is_exchanged, sync_folder
+from backup.repository.machine import Contents, Machine
+from backup.repository.manifests import is_exchanged
+from backup.storage.folder import explained, sync_folder
 
 _log = logging.getLogger(__name__)
 
@@ -114,7 +117,7 @@ def _waits(machine: Machine, disk: DiskEntry) -> bool:
     """Is the file that is to take the place there, as its digests say?"""
     data = disk.data
     try:
-        listed = checked_file.load(machine.path / data.digests, data.digest, checked_file.block_count(data.size))
+        listed = checked_file.load(machine.path / data.digests, data.digest, digests.block_count(data.size))
         with closing(CheckedFile(machine.path / (data.file + NEW), data.size, listed, BlockCache())) as file:
             for number in range(file.blocks):
                 file.check_block(number)

@@ -28,15 +28,17 @@ import numpy.typing as npt
 from backup import qcow2
 from backup.errors import BackupError, Damaged, DamagedBlock, NotFound
 from backup.model import chain as chains
-from backup.model import manifest
+from backup.model import digests, manifest
 from backup.model.chain import Chain, Link
+from backup.model.digests import BLOCK, LENGTH, block_count
 from backup.model.extents import Mask, Offsets, edges, windows
 from backup.model.manifest import BitmapRecord, ByteCounts, DataFile, DiskEntry, Parent, SourceRecord
 from backup.repository import checked_file
-from backup.repository.checked_file import BLOCK, LENGTH, BlockCache, CheckedFile, block_count
+from backup.repository.checked_file import BlockCache, CheckedFile
 from backup.repository.cluster_index import NOBODY, Index
 from backup.repository.data_file import check_head
-from backup.repository.repository import Contents, Machine
+from backup.repository.machine import Contents, Machine
+from backup.storage.folder import open_plain
 
 U64 = npt.NDArray[np.uint64]
 
@@ -263,20 +265,20 @@ def _listed(folder: Path, data: DataFile) -> bytes:
         pass
     made = _made(folder / data.file, data.size, blocks)
     stored = _stored(folder / data.digests, blocks)
-    return next((mix for mix in _mixes(made, stored) if checked_file.digest(mix).hex() == data.digest), b"")
+    return next((mix for mix in _mixes(made, stored) if digests.digest(mix).hex() == data.digest), b"")
 
 
 def _made(path: Path, size: int, blocks: int) -> bytes:
     """The digests that the data file's blocks have now; zeroes for those that cannot be read."""
     made = bytearray(blocks * LENGTH)
-    fd = checked_file.open_plain(path)
+    fd = open_plain(path)
     try:
         for number in range(min(blocks, block_count(os.fstat(fd).st_size))):
             try:
                 content = os.pread(fd, min(BLOCK, size - number * BLOCK), number * BLOCK)
             except OSError:
                 continue
-            made[number * LENGTH : (number + 1) * LENGTH] = checked_file.digest(content)
+            made[number * LENGTH : (number + 1) * LENGTH] = digests.digest(content)
     finally:
         os.close(fd)
     return bytes(made)
@@ -284,7 +286,7 @@ def _made(path: Path, size: int, blocks: int) -> bytes:
 
 def _stored(path: Path, blocks: int) -> bytes | None:
     try:
-        fd = checked_file.open_plain(path)
+        fd = open_plain(path)
     except (Damaged, NotFound):
         return None
     with open(fd, "rb") as file:
@@ -410,7 +412,7 @@ def _by_data_file(folder: Path, name: str, child: DiskEntry, wanted: Parent) -> 
         if content is None:
             continue
         entry = _stand_in(
-            child, DataFile(name, size, listed, checked_file.digest(content).hex(), child.data.cluster_size, "")
+            child, DataFile(name, size, listed, digests.digest(content).hex(), child.data.cluster_size, "")
         )
         image = _head(folder, entry.data)
         if image is not None:

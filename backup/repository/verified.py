@@ -19,11 +19,12 @@ from datetime import datetime
 from pathlib import Path
 
 from backup.errors import BackupError, Damaged, NotFound
-from backup.model import documents
+from backup.model import digests, documents
 from backup.model.documents import DIGEST, BadDocument, Fields, moment_of, shown
 from backup.model.manifest import DataFile, is_data_name
-from backup.repository import checked_file
-from backup.repository.repository import Machine, sync_folder
+from backup.repository.machine import Machine
+from backup.storage import folder
+from backup.storage.folder import sync_folder
 from backup.storage.plain_file import allow, open_file
 
 NAME = "verified"
@@ -87,7 +88,7 @@ def known_damage(memory: Memory, files: Iterable[DataFile]) -> Damaged | None:
 def recall(machine: Machine) -> Memory:
     """What is remembered of a machine's data files; nothing where it cannot be read, whatever the reason."""
     try:
-        fd = checked_file.open_plain(machine.path / NAME)
+        fd = folder.open_plain(machine.path / NAME)
     except BackupError:
         return {}
     try:
@@ -184,7 +185,7 @@ _FIRST_LINE = json.dumps({"format": FORMAT, "version": VERSION}).encode("ascii")
 
 
 def _tail(head: bytes | memoryview) -> bytes:
-    return json.dumps({"digest": checked_file.digest(head).hex()}).encode("ascii") + b"\n"
+    return json.dumps({"digest": digests.digest(head).hex()}).encode("ascii") + b"\n"
 
 
 def _records(content: bytes) -> Iterator[tuple[str, Record]]:
@@ -205,7 +206,7 @@ def _decode_version_1(content: bytes) -> Memory:
         raise BadDocument("its format is another")
     files = document.get("files")
     canonical = json.dumps(files, sort_keys=True, separators=(",", ":")).encode("ascii")
-    if not isinstance(files, dict) or document.get("digest") != checked_file.digest(canonical).hex():
+    if not isinstance(files, dict) or document.get("digest") != digests.digest(canonical).hex():
         raise BadDocument("its files do not match its digest")
     return {_data_name(name): _record(Fields(fields, "record")) for name, fields in files.items()}
 

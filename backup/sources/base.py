@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Protocol
 
 from backup.errors import SourceError
+from backup.model.disk import Claim, Sight
 from backup.nbd.export import Export
-from backup.planning.decision import Sight
 
 
 class Source(Protocol):
@@ -190,3 +190,23 @@ class NotStarted(SourceError):
         self.number = number
         self.why = why
         self.lasting = lasting
+
+
+_NO_CLAIM = Claim(None, None)
+
+
+@dataclass(frozen=True, slots=True)
+class DiskRequest:
+    """
+    One disk to back up.
+
+    `claim` is the user's word about a bitmap of someone else's server.  `path` is the image's, where it is known before
+    the image is opened: a disk of the machine is recognised by it.  `allow_plaintext` lets a running QEMU decrypt the
+    disk.
+    """
+
+    name: str
+    source: Source
+    claim: Claim = _NO_CLAIM
+    path: str | None = None
+    allow_plaintext: bool = False

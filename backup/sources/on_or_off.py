@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
-from backup.planning.decision import Sight
+from backup.model.disk import Sight
 from backup.qemu.images import ImageLocked
 from backup.qmp.monitor import NotListening
 from backup.sources.base import Moment, Owner, Source, Wish
-from backup.sources.resting import AtRest, ImageSource
+from backup.sources.image import ImageSource
+from backup.sources.resting import AtRest
 from backup.sources.running import NodeSource, Running
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Self
 
 from backup.errors import BackupError, Interrupted, Locked, SourceError, UsageError
+from backup.model import disk
+from backup.model.disk import Bitmap, Sight
 from backup.model.manifest import LowerFile
 from backup.model.names import name_problem
-from backup.planning import decision
-from backup.planning.decision import Bitmap, Sight
 from backup.qemu import images
 from backup.qmp import instant as fleece
 from backup.qmp import leftovers, process, scratch
@@ -646,7 +646,7 @@ def _unpublished(blocks: Blocks, owner: Owner) -> Iterator[tuple[str, str]]:
     for node in blocks.nodes.values():
         if node.name.startswith(OURS):
             continue  # a copy, which goes with its overlay
-        for name in decision.own_bitmaps((bitmap.name for bitmap in node.bitmaps), owner.short_id, keep=None):
+        for name in disk.own_bitmaps((bitmap.name for bitmap in node.bitmaps), owner.short_id, keep=None):
             if not owner.has_point(name.rpartition(".")[2]):
                 yield node.name, name
 

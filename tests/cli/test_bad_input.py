@@ -12,7 +12,7 @@ from lab import KIB, MIB, PYBACKUP, Night, call_pybackup, make_image, restore_an
 
 from backup.operations import verify
 from backup.qemu.truncation import may_be_cut_off
-from backup.repository.repository import Machine
+from backup.repository.machine import Machine
 
 ESCAPE = "\x1b[2J\x1b]0;owned\x07"
 

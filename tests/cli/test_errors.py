@@ -13,9 +13,9 @@ from backup.cli import output
 from backup.cli.context import explained
 from backup.errors import BackupError, Interrupted
 from backup.qemu import programs
-from backup.repository.checked_file import open_plain
-from backup.repository.repository import read_manifest
+from backup.repository.manifests import read_manifest
 from backup.runtime import shortage
+from backup.storage.folder import open_plain
 
 CLASSES = [value for value in vars(errors).values() if isinstance(value, type) and BackupError in value.__bases__]
 

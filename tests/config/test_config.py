@@ -13,8 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backup.config.reader import Compression, Config, DiskConfig, MachineConfig, Retention, default, load
+from backup.config.reader import load
+from backup.config.settings import Config, DiskConfig, MachineConfig, Retention, default
 from backup.errors import UsageError
+from backup.model.compression import Compression
 from backup.planning.retention import Batch, Duration, Policy
 
 EXAMPLE = Path(__file__).parents[2] / "config.example.yaml"

@@ -24,7 +24,7 @@ from backup.model import chain as chains
 from backup.model.manifest import DiskEntry
 from backup.operations import restore as restoring
 from backup.qcow2 import COMPRESSED, RAW, ZERO, Codec
-from backup.repository import data_file
+from backup.repository import data_file, opened_chain
 from backup.repository.cluster_index import NOBODY, Index
 from backup.repository.replacement import exchange, settle
 
@@ -272,7 +272,7 @@ def test_a_reader_of_a_chain_reads_on_while_the_chain_is_merged_and_its_parents_
     """What was opened stays what it was: the files that lose their names live on for who has them open."""
     built.take(4 * CLUSTER, {0: 1, 1: "noise", 2: 5}, full=True)
     newest = built.take(4 * CLUSTER, {2: 1})
-    with restoring.opened_point(built.machine, newest, "vda") as (chain, files):
+    with opened_chain.opened_point(built.machine, newest, "vda") as (chain, files):
         built.merge(newest, 2)
         first, *_ = built.manifests()
         built.machine.remove_point(built.manifests()[first])

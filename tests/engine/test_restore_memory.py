@@ -8,9 +8,9 @@ import pytest
 from forge import point_id, store
 from lab import GIB, KIB, MIB, call_pybackup, run
 
+from backup.engine import restorer
 from backup.engine.targets import Qcow2File
 from backup.errors import Failed, Interrupted
-from backup.operations import restore
 from backup.qcow2 import Writer
 from backup.repository import checked_file
 from backup.repository.checked_file import BlockCache
@@ -24,7 +24,7 @@ SIZE = TABLES * 512 * MIB
 @pytest.fixture
 def sparse(tmp_path, monkeypatch):
     """A point of 24 GiB with one cluster in every L2 table, restored in windows of 4 tables."""
-    monkeypatch.setattr(restore, "_WINDOW", 4 * C // 8)
+    monkeypatch.setattr(restorer, "_WINDOW", 4 * C // 8)
     folder = Repository.create(tmp_path / "repo").machine("m")
     with folder.lock():
         store(folder, 1, None, SIZE, {8192 * n + n: bytes([n + 1]) * C for n in range(TABLES)})

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from backup.errors import SourceError
 from backup.model import extents
 from backup.model.extents import Runs
-from backup.nbd.export import extents_from_reply
+from backup.nbd.replies import extents_from_reply
 
 FLAGS = st.lists(st.integers(0, 7), min_size=1, max_size=60)
 BASE = st.sampled_from([0, 7, 1 << 40])

@@ -27,6 +27,8 @@ from lies import data_file, flip, lie, lie_to, stored_at
 from live import Machine, Nights, private_tmp
 from servers import qemu_nbd
 
+from backup.engine import compare
+
 
 def audit(night: Night, *options: str | Path) -> Result:
     return call_pybackup(["audit", "--image", night.image, "--repo", night.repository, "--json", *options])
@@ -161,7 +163,7 @@ def test_what_is_not_there(night, tmp_path):
 
 
 def test_a_machine_that_is_being_backed_up_is_left_alone(night):
-    from backup.repository.repository import Machine as Stored
+    from backup.repository.machine import Machine as Stored
 
     with Stored(night.repository / "disk").lock():
         assert audit(night).rc == 11
@@ -262,12 +264,11 @@ def merged(sectors: list[int]) -> list[tuple[int, int]]:
 
 
 def test_more_ranges_than_are_remembered_are_counted(tmp_path, monkeypatch):
-    from backup.repository import chain_reader
 
     night = Night.of(tmp_path, "8M")
     write(night.image, "write -P 0x31 0 8M")
     night.full()
-    monkeypatch.setattr(chain_reader, "MOST_RANGES", 2)
+    monkeypatch.setattr(compare, "MOST_RANGES", 2)
     lie_to(night, *(f"write -P 0x91 {at}k 512" for at in range(10, 8192, 600)))
     done = audit(night)
     assert done.rc == 12

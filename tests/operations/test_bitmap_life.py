@@ -36,7 +36,9 @@ from lab import (
 
 from backup.operations import backup as creating
 from backup.qemu import images, servers
-from backup.sources.resting import ImageSource
+from backup.sources.image import ImageSource
+from backup.storage import folder
+from backup.storage.folder import sync_folder
 
 
 @pytest.fixture
@@ -1114,7 +1116,7 @@ def test_each_try_has_a_bitmap_name_of_its_own(night, monkeypatch):
 
 def test_a_run_that_fails_leaves_the_bitmap_and_no_trace(night, monkeypatch):
     from backup.errors import Failed
-    from backup.repository.repository import Machine
+    from backup.repository.machine import Machine
 
     def full(self: Machine, manifest: object) -> Path:
         raise Failed("No space left on device", hint="")
@@ -1130,9 +1132,8 @@ def test_a_run_that_fails_leaves_the_bitmap_and_no_trace(night, monkeypatch):
 @pytest.mark.parametrize("failing", [1, 2, 3])
 def test_an_fsync_that_fails_while_publishing_leaves_a_whole_point_or_none(night, monkeypatch, failing):
     """After the rename the point exists: taking its files away then would leave a damaged one."""
-    from backup.repository import repository
 
-    sync = repository.sync_folder
+    sync = sync_folder
     calls = []
 
     def fails(path: Path) -> None:
@@ -1143,7 +1144,7 @@ def test_an_fsync_that_fails_while_publishing_leaves_a_whole_point_or_none(night
 
     before = night.state()
     with monkeypatch.context() as patch:
-        patch.setattr(repository, "sync_folder", fails)
+        patch.setattr(folder, "sync_folder", fails)
         assert night.incremental().rc == 1
     assert len(calls) >= failing
     assert night.state() == before
@@ -1153,7 +1154,7 @@ def test_an_fsync_that_fails_while_publishing_leaves_a_whole_point_or_none(night
 def test_an_error_just_after_the_point_is_published_leaves_a_whole_point_or_none(night, monkeypatch):
     """A signal may come at any instruction, so also between the manifest's rename and our notice of it."""
     from backup.errors import Interrupted
-    from backup.repository.repository import Machine
+    from backup.repository.machine import Machine
 
     publish = Machine.publish
 
@@ -1329,9 +1330,9 @@ def test_the_story_is_told_for_the_last_step_too(night):
 
 
 def test_another_image_of_the_same_name_is_no_disk_of_the_same_machine(tmp_path):
-    for folder in ("p", "q"):
-        (tmp_path / folder).mkdir()
-        make_image(tmp_path / folder / "web1.qcow2", "1M")
+    for name in ("p", "q"):
+        (tmp_path / name).mkdir()
+        make_image(tmp_path / name / "web1.qcow2", "1M")
     repo = ["--repo", tmp_path / "repo"]
     assert call_pybackup(["full", "--image", tmp_path / "p" / "web1.qcow2", *repo]).rc == 0
     done = call_pybackup(["full", "--image", tmp_path / "q" / "web1.qcow2", "--disk", "x", *repo])

@@ -30,7 +30,7 @@ from lab import (
 from backup.errors import Failed
 from backup.model.names import MARKER
 from backup.operations import copy as replicate
-from backup.repository.repository import Machine
+from backup.repository.machine import Machine
 
 
 @pytest.fixture(scope="module")
@@ -318,7 +318,7 @@ def _opened(night):
 
 
 def test_a_full_disk_there_leaves_whole_points_and_nothing_else(night, tmp_path, monkeypatch):
-    from backup.repository.data_file import PartFile
+    from backup.repository.data_file_writer import PartFile
 
     other, finish, calls = tmp_path / "other", PartFile.finish, []
 

@@ -20,7 +20,7 @@ from lab import PYBACKUP, Night, call_pybackup, run_pybackup, write
 from backup.cli.output import Quiet
 from backup.errors import BackupError, Failed
 from backup.operations.remove import Removal, plan, remove
-from backup.repository.repository import SEQUENCE, Machine
+from backup.repository.machine import SEQUENCE, Machine
 
 FIELDS = ["machine", "point", "removed", "rewrites", "damaged", "freed_bytes", "notes", "dry_run", "error"]
 

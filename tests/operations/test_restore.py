@@ -26,10 +26,9 @@ from lab import (
 )
 from targets import nbdkit, qemu_nbd
 
-from backup.engine import targets
+from backup.engine import restorer, targets
 from backup.errors import Failed
-from backup.nbd.export import Target
-from backup.operations import restore as restoring
+from backup.nbd.target import NbdTarget
 
 
 @pytest.fixture(scope="module")
@@ -600,7 +599,7 @@ def test_threads_write_at_once_as_far_as_the_server_allows(tmp_path, mode, conne
     pieces = [random.Random(number).randbytes(2 * MIB) for number in range(4)]
     filters = [*mode[:1], "--filter=log", "--filter=delay", "file", str(used), *mode[1:]]
     with nbdkit(*filters, f"logfile={log}", "wdelay=200ms") as uri:
-        target = Target(uri)
+        target = NbdTarget(uri)
         calls = [partial(target.write, number * 2 * MIB, piece) for number, piece in enumerate(pieces)]
         assert in_threads(*calls) == [None] * 4
         target.flush()
@@ -612,7 +611,7 @@ def test_threads_write_at_once_as_far_as_the_server_allows(tmp_path, mode, conne
 def test_a_server_that_takes_fewer_connections_than_it_could_is_written_through_those(tmp_path):
     used = garbage(tmp_path / "used.raw", 8 * MIB)
     with qemu_nbd(used, "--shared=2") as uri:
-        target = Target(uri)
+        target = NbdTarget(uri)
         calls = [partial(target.write, low * 64 * 1024, bytes([low + 1]) * 64 * 1024) for low in range(128)]
         assert in_threads(*calls) == [None] * 128
         target.flush()
@@ -623,7 +622,7 @@ def test_a_server_that_takes_fewer_connections_than_it_could_is_written_through_
 @pytest.mark.parametrize("mode", [[], ONE_CONNECTION], ids=["many", "one"])
 def test_an_abandoned_target_lets_all_threads_go(mode):
     with nbdkit(*mode[:1], "--filter=delay", "memory", "8M", *mode[1:], "wdelay=600") as uri:
-        target = Target(uri)
+        target = NbdTarget(uri)
         began = time.monotonic()
         writes = [partial(target.write, number * MIB, bytes(MIB)) for number in range(3)]
         errors = in_threads(*writes, lambda: (time.sleep(0.5), target.abandon()))
@@ -648,7 +647,7 @@ def test_an_error_in_one_thread_does_not_wait_for_another_that_hangs(night, tmp_
 
 def test_an_error_in_a_worker_ends_a_zero_request_of_the_main_thread_that_hangs(tmp_path, monkeypatch):
     # Windows of 1 MiB: the main thread is among the second one's zeroes while workers write the first one.
-    monkeypatch.setattr(restoring, "_WINDOW", 16)
+    monkeypatch.setattr(restorer, "_WINDOW", 16)
     night = Night.of(tmp_path, "2M")
     write(night.image, "write -P 7 0 1M")
     night.full()

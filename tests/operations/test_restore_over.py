@@ -17,9 +17,8 @@ import pytest
 from lab import MIB, Night, call_pybackup, make_image, raw_copy, require_identical, run, write
 from servers import running
 
-from backup.engine import device_openers, replaced_file, targets
+from backup.engine import block_devices, replaced_file, restorer, targets
 from backup.errors import Failed
-from backup.operations import restore
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +119,7 @@ def test_writers_of_a_device_are_found_and_readers_are_not(device):
             ["python3", "-c", code, device, str(flags)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         ) as process:
             assert process.stdout.readline() == b"open\n"
-            found = device_openers.writers(number)
+            found = block_devices.writers(number)
             process.stdin.close()
         assert len(found) == count, found
         assert all(f"({process.pid})" in name for name in found)
@@ -132,13 +131,13 @@ def refused_writing(image):
 
 
 def test_no_qemu_can_open_the_image_while_it_is_replaced(night, image, monkeypatch):
-    real, seen = restore._Run._do, []
+    real, seen = restorer.Run._do, []
 
     def looking(self, job, hand):
         seen.append(refused_writing(image))
         return real(self, job, hand)
 
-    monkeypatch.setattr(restore._Run, "_do", looking)
+    monkeypatch.setattr(restorer.Run, "_do", looking)
     assert restored(night, image, "--format", format_of(image)).rc == 0
     assert seen
     assert all(seen)

@@ -8,7 +8,8 @@ import subprocess
 import pytest
 from lab import MIB, Night, call_pybackup, raw_copy, require_identical, write
 
-from backup.operations import restore, restore_space
+from backup.engine import restorer
+from backup.operations import restore_space
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +36,8 @@ def small(tmp_path, request):
 @pytest.fixture
 def written(monkeypatch):
     """Jobs that a restore began."""
-    began, real = [], restore._Run._do
-    monkeypatch.setattr(restore._Run, "_do", lambda self, *args: (began.append(1), real(self, *args))[1])
+    began, real = [], restorer.Run._do
+    monkeypatch.setattr(restorer.Run, "_do", lambda self, *args: (began.append(1), real(self, *args))[1])
     return began
 
 

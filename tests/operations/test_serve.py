@@ -16,7 +16,7 @@ from forge import flipped, replaced
 from lab import MIB, PYBACKUP, Night, call_pybackup, check_repository, make_image, raw_copy, run, write
 
 from backup.operations.serve import address, commands
-from backup.repository.repository import Machine
+from backup.repository.machine import Machine
 
 FIELDS = ["machine", "point", "disk", "uri", "size", "export_size", "writable", "commands"]
 ODD = 3 * MIB + 1000

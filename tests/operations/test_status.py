@@ -9,9 +9,10 @@ from forge import entry, manifest, replaced, rewrite
 from lab import Night, call_pybackup, run, run_pybackup, write
 
 from backup.errors import Damaged
+from backup.model import digests
 from backup.operations import status
-from backup.repository import checked_file, verified
-from backup.repository.repository import Contents
+from backup.repository import verified
+from backup.repository.machine import Contents
 from backup.repository.verified import Record
 
 NOW = datetime(2026, 11, 23, 12, 0, 0, tzinfo=UTC)
@@ -321,12 +322,12 @@ def test_a_memory_that_was_changed_or_is_of_another_version_is_none():
 def signed_lines(content):
     """A memory whose lines were changed, with a valid digest."""
     head = content[: content.rindex(b'{"digest"')]
-    return head + json.dumps({"digest": checked_file.digest(head).hex()}).encode() + b"\n"
+    return head + json.dumps({"digest": digests.digest(head).hex()}).encode() + b"\n"
 
 
 def version_1(files):
     """A memory as programs before 2026-11-29 wrote it."""
-    digest = checked_file.digest(json.dumps(files, sort_keys=True, separators=(",", ":")).encode()).hex()
+    digest = digests.digest(json.dumps(files, sort_keys=True, separators=(",", ":")).encode()).hex()
     document = {"format": verified.FORMAT, "version": 1, "files": files, "digest": digest}
     return (json.dumps(document, indent=2) + "\n").encode()
 

@@ -11,7 +11,7 @@ from lab import KIB, MIB, Night, call_pybackup, raw_copy, run, write
 
 from backup.errors import Damaged, Failed, NotFound
 from backup.operations.verify import Problem, exit_code, verify_machine
-from backup.repository.repository import Machine
+from backup.repository.machine import Machine
 
 
 def verify(night, *what, deep=False):

@@ -8,22 +8,9 @@ import pytest
 
 from backup.errors import Damaged
 from backup.model.chain import Chain, Link
+from backup.model.disk import Bitmap, Claim, Sight, bitmap_name, own_bitmaps
 from backup.model.manifest import BitmapRecord, ByteCounts, DataFile, DiskEntry, LowerFile, Parent, SourceRecord
-from backup.planning.decision import (
-    FULL,
-    INCREMENTAL,
-    ITSELF,
-    RESCAN,
-    Bitmap,
-    Claim,
-    Decision,
-    Refusal,
-    Sight,
-    bitmap_name,
-    decide,
-    own_bitmaps,
-    warned,
-)
+from backup.planning.decision import FULL, INCREMENTAL, ITSELF, RESCAN, Decision, Refusal, decide, warned
 
 P = "20261122T010000Z-1f3a09c1"
 OLDER = "20261121T010000Z-00000001"

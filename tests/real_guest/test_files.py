@@ -18,7 +18,7 @@ from live import private_tmp
 
 from backup.guest import files
 from backup.model.manifest import Manifest
-from backup.repository.repository import Machine
+from backup.repository.machine import Machine
 
 pytestmark = pytest.mark.timeout(600)  # an emulated machine, on cores that others use as well
 

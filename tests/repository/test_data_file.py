@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 
 from backup.errors import Failed
-from backup.pages import pages
-from backup.repository import checked_file
-from backup.repository.data_file import PartFile
+from backup.model import digests
+from backup.repository.data_file_writer import PartFile
 from backup.runtime import direct_io
+from backup.runtime.direct_io import pages
 
 PAGE = 4096
 
 
-def part(seed: int, length: int = checked_file.BLOCK) -> memoryview:
+def part(seed: int, length: int = digests.BLOCK) -> memoryview:
     memory = pages(length)
     memory[:] = random.Random(seed).randbytes(length)
     return memory
@@ -38,17 +38,17 @@ def real_path(tmp_path):
     return tmp_path / "a"
 
 
-@pytest.mark.parametrize("last", [512, PAGE - 1, PAGE, 3 * PAGE + 512, checked_file.BLOCK])
+@pytest.mark.parametrize("last", [512, PAGE - 1, PAGE, 3 * PAGE + 512, digests.BLOCK])
 def test_parts_of_any_length_arrive_as_they_are(real_path, last):
     parts = [part(0), part(1), part(2, last)]
     listed = write(real_path, parts)
     assert real_path.read_bytes() == b"".join(parts)
-    assert listed == b"".join(checked_file.digest(one) for one in parts)
+    assert listed == b"".join(digests.digest(one) for one in parts)
     assert stat.S_IMODE(real_path.stat().st_mode) == 0o600
 
 
 def test_memory_that_does_not_begin_on_a_page_is_written_all_the_same(real_path):
-    memory = part(3, checked_file.BLOCK + 1)
+    memory = part(3, digests.BLOCK + 1)
     write(real_path, [memory[1:]])
     assert real_path.read_bytes() == bytes(memory[1:])
 

@@ -9,7 +9,7 @@ import pytest
 
 import backup
 from backup import qcow2
-from backup.model import documents, manifest
+from backup.model import digests, documents, manifest
 from backup.model.manifest import (
     BitmapRecord,
     ByteCounts,
@@ -21,7 +21,7 @@ from backup.model.manifest import (
     Parent,
     SourceRecord,
 )
-from backup.repository import checked_file, repository, verified
+from backup.repository import repository, verified
 
 TEXT = (Path(backup.__file__).parent / "FORMAT.md").read_text()
 
@@ -82,9 +82,9 @@ def test_names_and_versions_are_the_codes():
 
 
 def test_sizes_are_the_codes():
-    assert f"A block has {checked_file.BLOCK} bytes" in TEXT
+    assert f"A block has {digests.BLOCK} bytes" in TEXT
     assert f"in parts of {qcow2.PART} bytes" in TEXT
-    assert checked_file.BLOCK == qcow2.PART
+    assert digests.BLOCK == qcow2.PART
 
 
 def test_history_ends_with_the_version_that_is_written():

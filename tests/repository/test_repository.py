@@ -29,8 +29,9 @@ from lab import (
 
 from backup.errors import Damaged, Failed, Interrupted, Locked, UsageError
 from backup.model.names import MARKER, RECOVERY
-from backup.repository import checked_file, repository
-from backup.repository.repository import Modes, Repository
+from backup.repository import manifests, repository
+from backup.repository.repository import Repository
+from backup.storage.folder import Modes, open_plain
 
 
 def modes(folder):
@@ -780,7 +781,7 @@ def test_a_signal_while_manifests_are_read_is_not_taken_for_a_damaged_one(tmp_pa
     machine = Repository.create(tmp_path / "repo").machine("web1")
     with machine.lock():
         machine.publish(manifest(1, entry(1)))
-    monkeypatch.setattr(repository, "read_raw", stopped)
+    monkeypatch.setattr(manifests, "read_raw", stopped)
     with pytest.raises(Interrupted):
         machine.contents()
 
@@ -799,7 +800,7 @@ def test_a_pipe_with_a_writer_is_no_file_of_the_repository(tmp_path):
     with (tmp_path / "pipe").open("r+b", buffering=0) as writer:
         writer.write(b"x")
         with pytest.raises(Damaged, match="no plain file"):
-            checked_file.open_plain(tmp_path / "pipe")
+            open_plain(tmp_path / "pipe")
 
 
 def test_sequence_is_one_more_than_the_highest(tmp_path):

@@ -19,7 +19,8 @@ from lab import CLUSTER, MIB, Night, call_pybackup, raw_copy, require_identical,
 from targets import qemu_nbd
 
 from backup.model import manifest
-from backup.repository import checked_file, salvage
+from backup.model.digests import digest
+from backup.repository import salvage
 
 BLOCK = 4 * MIB
 
@@ -490,7 +491,7 @@ def test_an_audit_names_the_ranges_too(victim):
 
 
 def test_a_list_of_stored_and_recomputed_digests_is_mixed_to_the_right_one():
-    right = [checked_file.digest(bytes([number])) for number in range(4)]
+    right = [digest(bytes([number])) for number in range(4)]
     made, stored = list(right), list(right)
     made[1], stored[3] = b"\0" * 32, b"\1" * 32
     assert b"".join(right) in list(salvage._mixes(b"".join(made), b"".join(stored)))

@@ -15,7 +15,7 @@ from lies import data_file, flip
 from backup.model.manifest import timestamp
 from backup.operations.verify import draw, verify_machine
 from backup.repository import verified
-from backup.repository.repository import Machine
+from backup.repository.machine import Machine
 from backup.repository.verified import Record
 
 

@@ -7,8 +7,8 @@ import threading
 import pytest
 from lab import MIB, Night, call_pybackup, run, write
 
-from backup import readonce
-from backup.readonce import ReadOnce
+from backup.runtime import direct_io
+from backup.runtime.direct_io import ReadOnce
 
 CAN = "the kernel (6.14) and the file system can read past the page cache"
 
@@ -44,7 +44,7 @@ def forget(path):
 def require_past_the_cache(path):
     with open(path, "rb") as file:
         try:
-            os.preadv(file.fileno(), [bytearray(1)], 0, readonce._DONTCACHE)
+            os.preadv(file.fileno(), [bytearray(1)], 0, direct_io._DONTCACHE)
         except OSError as error:
             pytest.skip(f"not here: {CAN} ({error.strerror})")
 
@@ -82,7 +82,7 @@ def test_a_kernel_that_does_not_know_the_flag_is_asked_once(fd, noise, monkeypat
     reads = ReadOnce(fd, MIB)
     for _ in range(3):
         assert reads.read(0, MIB) == noise.read_bytes()[:MIB]
-    assert asked == [readonce._DONTCACHE, 0, 0, 0]
+    assert asked == [direct_io._DONTCACHE, 0, 0, 0]
 
 
 def test_a_failing_disk_is_an_error(fd, monkeypatch):

@@ -36,7 +36,7 @@ from stories import (
 )
 
 from backup.repository import chain_reader, data_file
-from backup.repository.repository import Machine
+from backup.repository.machine import Machine
 
 FIRST, END = (int(number) for number in os.environ.get("STORIES", "0:2").split(":"))
 EVERY, FROM = (int(number) for number in os.environ.get("STRIKES", "240:0").split(":"))

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from backup.model import digests
 from backup.model.manifest import BitmapRecord, ByteCounts, DataFile, DiskEntry, Manifest, Parent, SourceRecord
-from backup.repository import checked_file
-from backup.repository.data_file import DataFileMaker
+from backup.repository.data_file_writer import DataFileMaker
 
 KIB, MIB = 1 << 10, 1 << 20
 TIME = "2026-11-22T01:00:00Z"
@@ -54,7 +54,7 @@ def signed_bytes(content):
     at = content.rindex(b',\n  "digest"')
     head, tail = content[:at], content[at:]
     old = re.search(b"[0-9a-f]{64}", tail)[0]
-    return head + tail.replace(old, checked_file.digest(head).hex().encode())
+    return head + tail.replace(old, digests.digest(head).hex().encode())
 
 
 def rewrite(path: Path, change: Callable[[Any], object]) -> None:
@@ -72,11 +72,10 @@ def bless(manifest_path: Path, disk: int = 0) -> None:
         data = document["disks"][disk]["data"]
         content = (manifest_path.parent / data["file"]).read_bytes()
         listed = b"".join(
-            checked_file.digest(content[at : at + checked_file.BLOCK])
-            for at in range(0, len(content), checked_file.BLOCK)
+            digests.digest(content[at : at + digests.BLOCK]) for at in range(0, len(content), digests.BLOCK)
         )
         (manifest_path.parent / data["digests"]).write_bytes(listed)
-        data["size"], data["digest"] = len(content), checked_file.digest(listed).hex()
+        data["size"], data["digest"] = len(content), digests.digest(listed).hex()
 
     rewrite(manifest_path, change)
 

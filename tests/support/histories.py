@@ -21,8 +21,9 @@ from pathlib import Path
 from backup.cli.output import Quiet
 from backup.model.manifest import BitmapRecord, ByteCounts, DiskEntry, Manifest, Parent, SourceRecord, new_point_id
 from backup.operations import restore as restoring
-from backup.repository import data_file
-from backup.repository.repository import Machine, Repository
+from backup.repository import data_file_writer
+from backup.repository.machine import Machine
+from backup.repository.repository import Repository
 
 
 @dataclass
@@ -93,7 +94,7 @@ class History:
         content = bytearray(old[:size].ljust(size, b"\0"))
         parent = None if before is None else Parent(before[0], before[1].identity)
         level = self.any_level()
-        made = data_file.DataFileMaker(
+        made = data_file_writer.DataFileMaker(
             self.machine.path,
             f"{disk}.{point}",
             size=size,
@@ -120,7 +121,9 @@ class History:
         )
         return entry, bytes(content)
 
-    def _fill(self, made: data_file.DataFileMaker, content: bytearray, must: set[int], *, everything: bool) -> None:
+    def _fill(
+        self, made: data_file_writer.DataFileMaker, content: bytearray, must: set[int], *, everything: bool
+    ) -> None:
         clusters = -(-len(content) // self.cluster)
         share = self.rng.choice([0.0, 0.1, 0.5, 1.0]) if not everything else self.rng.choice([0.3, 0.9])
         import numpy as np

@@ -42,7 +42,7 @@ import backup.operations.verify
 from backup.cli import app
 from backup.cli.output import Quiet
 from backup.planning.retention import Moment, first_after_jump
-from backup.repository.repository import Machine
+from backup.repository.machine import Machine
 
 KIB = 1 << 10
 EPOCH = datetime(2026, 1, 1, 0, 30, tzinfo=UTC)

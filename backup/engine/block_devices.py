@@ -1,10 +1,12 @@
-"""Which programs have a block device open, as /proc tells: of all processes for root, of their own for others."""
+"""What the kernel tells of block devices: which programs have one open (for root: of all users), and loop files."""
 
 from __future__ import annotations
 
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
 
 def writers(device: int) -> list[str]:
@@ -50,3 +52,18 @@ def _name(pid: int) -> str:
             return file.read().strip()
     except OSError:
         return "a program"
+
+
+def real_places(target: str) -> Iterator[Path]:
+    """Yield the path that a target really is, and for a loop device the path of the file behind it."""
+    yield Path(os.path.realpath(target))
+    try:
+        status = os.stat(target)
+    except OSError:
+        return
+    if not stat.S_ISBLK(status.st_mode):
+        return
+    number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+    for entry in ("loop", "../loop"):  # of the device, or of the one that it is a partition of
+        with suppress(OSError):
+            yield Path(os.path.realpath(Path(f"/sys/dev/block/{number}/{entry}/backing_file").read_text().rstrip("\n")))

@@ -1,6 +1,4 @@
-"""
-The commands that look inside a point without a restore: serve, files, get.
-"""
+"""The commands files and get."""
 
 from __future__ import annotations
 
@@ -13,54 +11,19 @@ import typer
 
 from backup.cli import find, output
 from backup.cli.context import options
-from backup.cli.find import folder_of, path_of
+from backup.cli.find import folder_of
+from backup.cli.output import plain, table
 from backup.cli.parameters import (
     Filesystem,
     Manifest_,
     PointDisk,
     Repo,
 )
-from backup.errors import WARNINGS_EXIT_CODE, Interrupted
+from backup.errors import WARNINGS_EXIT_CODE
+from backup.units import counted, show_size
 
 if TYPE_CHECKING:
-    from backup.model.manifest import Manifest
-    from backup.operations.serve import Served
-
-
-def serve(
-    manifest: Manifest_,
-    disk: PointDisk = None,
-    socket: Annotated[str | None, typer.Option("--socket", metavar="PATH", help="A Unix socket to listen on.")] = None,
-    port: Annotated[str | None, typer.Option("--port", metavar="N", help="A TCP port; anyone there can read.")] = None,
-    bind: Annotated[
-        str | None, typer.Option("--bind", metavar="ADDRESS", help="With --port: instead of 127.0.0.1.")
-    ] = None,
-    writable: Annotated[bool, typer.Option("--writable", help="Let clients write; it is thrown away.")] = False,
-    repo: Repo = None,
-) -> None:
-    """Serve a point's disk over NBD until Ctrl-C.  At once: nothing is copied."""
-    from backup.operations import serve as serving
-
-    where = serving.address(path_of(socket), port, bind)
-    machine, found = find.point(manifest, folder_of(repo))
-    name = serving.choose_disk(found, disk)
-    with serving.serving(machine, found.point, name, where, writable=writable) as served:
-        try:
-            _show_served(found, name, served, writable)
-            served.server.wait()
-        except Interrupted:
-            return  # that is how it is meant to end
-
-
-def _show_served(point: Manifest, disk: str, served: Served, writable: bool) -> None:
-    if not served.protected:
-        output.warning("the repository's file system has no locks: nothing keeps prune from what is served")
-    if options.json:
-        output.document(output.served_object(point, disk, served, writable))
-    elif not options.quiet:
-        for text in output.served_lines(point, disk, served, writable):
-            output.line(text)
-    output.flush()
+    from backup.guest.files import Entry, Fetched
 
 
 def files(
@@ -82,7 +45,7 @@ def files(
     if options.json:
         output.document([asdict(entry) for entry in entries])
     else:
-        output.files_table(entries)
+        files_table(entries)
     raise typer.Exit(WARNINGS_EXIT_CODE if guest.unmounted else 0)
 
 
@@ -108,10 +71,30 @@ def get(
     if options.json:
         output.document({"path": path, "target": str(target), "error": None, **asdict(fetched)})
     elif not options.quiet:
-        output.line(output.fetched_line(path, target, fetched))
+        output.line(fetched_line(path, target, fetched))
     raise typer.Exit(WARNINGS_EXIT_CODE if warnings else 0)
 
 
 def _warn(texts: Sequence[str]) -> None:
     for text in texts:
         output.warning(text)
+
+
+def files_table(entries: Sequence[Entry]) -> None:
+    """A guest's files, a line for each."""
+    letters = {"directory": "d", "link": "l", "file": "-"}
+    rows = [
+        (
+            f"{letters.get(entry.kind, '?')} {entry.mode:04o}",
+            str(entry.size),
+            entry.modified,
+            entry.name if entry.target is None else f"{entry.name} -> {entry.target}",
+        )
+        for entry in entries
+    ]
+    table(("MODE", "SIZE", "MODIFIED", "NAME"), rows, right=(1,))
+
+
+def fetched_line(path: str, target: Path, fetched: Fetched) -> str:
+    """One line for what was brought back from a guest."""
+    return f"{plain(path)}: {counted(fetched.files, 'file')}, {show_size(fetched.bytes)}, to {plain(target)}"

@@ -1,6 +1,4 @@
-"""
-The command that makes a repository: init.
-"""
+"""The command init."""
 
 from __future__ import annotations
 

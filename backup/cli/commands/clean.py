@@ -1,6 +1,4 @@
-"""
-What `clean` removes, as its options say it, and how that is shown.
-"""
+"""The command clean."""
 
 from __future__ import annotations
 
@@ -9,15 +7,59 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from backup.cli import find, output, requests
 from backup.cli.context import options
+from backup.cli.find import folder_of, path_of
+from backup.cli.parameters import (
+    AgentSocket,
+    Repo,
+)
 from backup.errors import WARNINGS_EXIT_CODE, UsageError
-from backup.operations import clean
-from backup.operations.clean import GoneOwner, ImagePlace, Outcome, Place
-from backup.sources.base import Freeze, Owner
-from backup.sources.running import Running
+
+if TYPE_CHECKING:
+    from backup.operations.clean import Outcome, Place
+    from backup.sources.base import Owner
+    from backup.sources.running import Running
+
+
+def clean(
+    qmp: Annotated[
+        str | None, typer.Option("--qmp", metavar="SOCKET", help="The QMP socket of a running machine's QEMU.")
+    ] = None,
+    image: Annotated[
+        list[str] | None, typer.Option("--image", metavar="FILE", help="An image that no machine has open; repeatable.")
+    ] = None,
+    bitmaps: Annotated[
+        bool, typer.Option("--bitmaps", help="Select all bitmaps of the repository, those of its points too.")
+    ] = False,
+    repository: Annotated[
+        list[str] | None,
+        typer.Option("--repository", metavar="ID", help="Select all bitmaps of the repository with this short id."),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove the selected bitmaps instead of listing them.")] = False,
+    agent: AgentSocket = None,
+    repo: Repo = None,
+) -> None:
+    """
+    Remove what backups left in a running QEMU or in images.
+
+    With --qmp alone: jobs, exports, nodes, bitmaps of no point, and a frozen guest, as a run that was cut off leaves
+    them. With --bitmaps, --repository or --image, list pybackup's bitmaps; --yes removes those that are selected.
+    """
+    wanted = Wanted(
+        qmp=path_of(qmp),
+        images=tuple(map(Path, image or ())),
+        agent=path_of(agent),
+        repo=folder_of(repo),
+        bitmaps=bitmaps,
+        gone=tuple(repository or ()),
+        yes=yes,
+    )
+    raise typer.Exit(run(wanted))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +120,9 @@ def run(wanted: Wanted) -> int:
 
 @contextmanager
 def _running(wanted: Wanted) -> Iterator[Running]:
+    from backup.sources.base import Freeze
+    from backup.sources.running import Running
+
     assert wanted.qmp is not None
     agent = wanted.agent or requests.agent_of(wanted.qmp, find.config_or_default())
     with Running(wanted.qmp, [], freeze=Freeze(agent)) as host:
@@ -85,17 +130,21 @@ def _running(wanted: Wanted) -> Iterator[Running]:
 
 
 def _bitmaps(wanted: Wanted) -> int:
+    from backup.operations import clean as cleaning
+
     owners = _owners(wanted)
     if wanted.images:
-        places = [ImagePlace(path) for path in wanted.images]
+        places: list[Place] = [cleaning.ImagePlace(path) for path in wanted.images]
         return _listed_or_removed(wanted, owners, places, [])
     with _running(wanted) as host:
         removed = [what for owner in owners for what in host.recover(owner)] if wanted.yes else []
-        return _listed_or_removed(wanted, owners, clean.places_of(host.monitor, host.blocks()), removed)
+        return _listed_or_removed(wanted, owners, cleaning.places_of(host.monitor, host.blocks()), removed)
 
 
 def _owners(wanted: Wanted) -> list[Owner]:
     """The repositories whose bitmaps are selected."""
+    from backup.operations.clean import GoneOwner
+
     owners: list[Owner] = [GoneOwner(short_id) for short_id in wanted.gone]
     if wanted.bitmaps and _names_repository(wanted):
         owners.insert(0, find.repository(wanted.repo).ownership(None))
@@ -107,11 +156,13 @@ def _names_repository(wanted: Wanted) -> bool:
 
 
 def _listed_or_removed(wanted: Wanted, owners: Sequence[Owner], places: Sequence[Place], removed: list[str]) -> int:
-    outcomes = clean.select(clean.find(places), {owner.short_id for owner in owners})
+    from backup.operations import clean as cleaning
+
+    outcomes = cleaning.select(cleaning.find(places), {owner.short_id for owner in owners})
     if wanted.yes and owners:
         for owner in owners:
             owner.require_alone()
-        outcomes = clean.remove(outcomes)
+        outcomes = cleaning.remove(outcomes)
     _show(wanted, outcomes, removed)
     if wanted.yes and not owners:
         raise UsageError(

@@ -1,0 +1,140 @@
+"""The configuration's values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from backup.errors import UsageError
+from backup.model.compression import Compression
+from backup.planning.retention import Batch, Policy
+from backup.units import KiB, MiB, parse_size, show_size
+
+OnUnusableBitmap = Literal["rescan", "full", "fail"]
+"""What an incremental becomes where there is a chain, and nothing to continue it from."""
+
+
+@dataclass(frozen=True, slots=True)
+class DiskConfig:
+    """
+    One disk of a machine: one of `image` (an offline image's absolute path), `nbd` (a URI) and `node` (a node, a device
+    or an image of the machine's running QEMU) is set; or `node` and `image` of a machine that is on or off.
+
+    `format` is the image's, None when the file says itself.  `bitmap` is the exact name of a bitmap on someone else's
+    NBD server, which no backup by a configuration continues from: none says which point it starts from; of an image,
+    the machine's family counts.  `allow_plaintext` lets a running QEMU decrypt the disk.
+    """
+
+    name: str
+    image: Path | None = None
+    nbd: str | None = None
+    node: str | None = None
+    format: Literal["qcow2", "raw"] | None = None
+    bitmap: str | None = None
+    allow_plaintext: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """Which points prune keeps, when it rewrites a full, and whether it runs after each successful backup."""
+
+    policy: Policy
+    batch: Batch
+    after_backup: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MachineConfig:
+    """
+    A machine and its disks; `bitmap` (a family), `compression`, `on_unusable_bitmap` and `retention` are its own or
+    else the global ones.
+
+    `qmp` is the socket of a running machine's QEMU, `agent` that of its guest agent; both paths are absolute.
+    `exclude` names disks of the running machine that no point needs to hold.
+    """
+
+    name: str
+    disks: tuple[DiskConfig, ...]
+    bitmap: str | None
+    compression: Compression
+    on_unusable_bitmap: OnUnusableBitmap = "rescan"
+    qmp: Path | None = None
+    agent: Path | None = None
+    freeze: Literal["no", "yes", "required"] = "no"
+    scratch: Path | None = None
+    exclude: tuple[str, ...] = ()
+    allow_plaintext: bool = False
+    retention: Retention | None = None
+
+    @property
+    def on_or_off(self) -> bool:
+        """Are its disks read through QMP while it runs, and from their images while it is off?"""
+        return self.qmp is not None and all(disk.image is not None for disk in self.disks)
+
+
+TIMEOUTS = 1.0, 86400.0
+"""Seconds that `timeout` may name."""
+LIMITS = 64 * KiB, 1024 * 1024 * MiB
+"""Bytes a second that `limit` may name."""
+
+
+def parse_limit(text: str) -> int:
+    """
+    Read the value of --limit, bytes a second.
+
+    Raises
+    ------
+    UsageError
+        No size, or none that makes sense.
+    """
+    limit, (low, high) = parse_size(text), LIMITS
+    if not low <= limit <= high:
+        raise UsageError(
+            f"--limit {text} is out of bounds", hint=f"name bytes a second from {show_size(low)} to {show_size(high)}"
+        )
+    return limit
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """
+    All settings.  Sizes in bytes.
+
+    `path` is the file they came from, None for the defaults.  At most `requests` are in flight on each of
+    `connections`, each of at most `request_size` bytes.  `workers` is the number of cores to keep busy; None means all.
+    A source is read at no more than `limit` bytes a second.  A wait without progress ends
+    after `timeout` seconds.  `max_chain` is the number of points after which an
+    incremental becomes a full.  An incremental reads `spot_check` clean clusters again.  `group_read` lets the group
+    read the repository (0640 and 0750 instead of 0600 and 0700).
+    """
+
+    path: Path | None = None
+    repository: Path | None = None
+    bitmap: str | None = None
+    compression: Compression = Compression(1)
+    cluster_size: int = 64 * KiB
+    max_chain: int = 100
+    check_zeroes: bool = True
+    spot_check: int = 64
+    on_unusable_bitmap: OnUnusableBitmap = "rescan"
+    connections: int = 4
+    requests: int = 16
+    request_size: int = 512 * KiB
+    workers: int | None = None
+    limit: int | None = None
+    timeout: float = 300.0
+    scratch: Path | None = None
+    scratch_reserve: int = 256 * MiB
+    group_read: bool = False
+    retention: Retention | None = None
+    machines: tuple[MachineConfig, ...] = ()
+
+    def retention_of(self, machine: str) -> Retention | None:
+        """What is kept of a machine, which need not be one of the configuration's; None: nothing is said."""
+        return next((each.retention for each in self.machines if each.name == machine), self.retention)
+
+
+def default() -> Config:
+    """Return the settings that hold where no file and no option says otherwise."""
+    return Config()

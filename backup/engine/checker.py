@@ -1,0 +1,193 @@
+"""The threads of a verify: read data files block by block and compare each block with its digest."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from backup.errors import BackupError, DamagedBlock
+from backup.model.digests import block_count
+from backup.model.manifest import DiskEntry
+from backup.repository import checked_file
+from backup.repository.checked_file import BlockCache, CheckedFile
+from backup.runtime.pace import Pace
+from backup.runtime.threads import in_threads
+
+_WHOLE_BLOCKS = 4
+"""
+A file of up to so many blocks is checked by one thread, which reads each block once; a chain may have a thousand such.
+"""
+
+
+@dataclass(slots=True, eq=False)
+class Check:
+    """
+    One data file: what is to be checked, and what was found.
+
+    Attributes
+    ----------
+    blocks : list of int or None
+        The blocks that are read; None: all, and the structure.
+    skipped, done : bool
+        It was not due; it was read to its end.
+    left : int
+        Units that are not done.
+    wrong : dict
+        The first thing wrong with each part of it, by the part's number: blocks in order, then the structure.
+    """
+
+    point: str
+    entry: DiskEntry
+    parent: DiskEntry | None
+    blocks: list[int] | None = None
+    skipped: bool = False
+    done: bool = False
+    left: int = 0
+    wrong: dict[int, BackupError] = field(default_factory=dict)
+
+    @property
+    def is_unread(self) -> bool:
+        """Is nothing of it read?  It was left out, or not what it should be at a glance, or no lot fell on it."""
+        return self.skipped or self.blocks == []
+
+    @property
+    def is_proven(self) -> bool:
+        """Was all of it read, and held against its parent, without fault?"""
+        whole = self.blocks is None and (self.parent is not None or self.entry.parent is None)
+        return whole and self.done and not self.wrong
+
+
+_Unit = tuple[Check, CheckedFile | None, int]
+"""A check; of a large file, the open file and the number of one block, or of blocks: the structure."""
+
+
+class _Stopped(BaseException):
+    """Ends a long check in a worker when the others have ended."""
+
+
+class _Cache(BlockCache):
+    """Blocks of one file; tells `read` how many bytes came from the disk, and gives none when the run was stopped."""
+
+    def __init__(self, stop: threading.Event, read: Callable[[int], None]) -> None:
+        super().__init__(_WHOLE_BLOCKS)
+        self._stop = stop
+        self._read = read
+
+    def get(self, key: tuple[int, int], load: Callable[[], bytes]) -> bytes:
+        def loaded() -> bytes:
+            block = load()
+            self._read(len(block))
+            return block
+
+        if self._stop.is_set():
+            raise _Stopped
+        return super().get(key, loaded)
+
+
+class Run:
+    """
+    Checks data files in several threads: small ones whole, of large ones each block by whichever thread is free.
+
+    Any number of files keeps all threads busy, and a large one's structure is checked while its blocks are read.
+    """
+
+    def __init__(
+        self, folder: Path, checks: Sequence[Check], *, deep: bool, progress: Callable[[int], None], pace: Pace
+    ) -> None:
+        self._folder = folder
+        self._deep = deep
+        self._progress = progress
+        self._pace = pace
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._open: set[CheckedFile] = set()
+        self._units = self._each_unit(checks)
+        self.done = 0
+
+    def run(self, workers: int) -> None:
+        """Check them all; the first error that is no file's fault is raised here."""
+        try:
+            in_threads(self._units, lambda unit: self._do(*unit), workers, self._show, self._stop)
+        finally:
+            for file in self._open:
+                file.close()
+        self._show()
+
+    def _show(self) -> None:
+        self._progress(self.done)
+
+    def _each_unit(self, checks: Sequence[Check]) -> Iterator[_Unit]:
+        for check in checks:
+            blocks = block_count(check.entry.data.size)
+            if check.blocks is None and blocks <= _WHOLE_BLOCKS:
+                check.left = 1
+                yield check, None, 0
+                continue
+            if check.is_unread:
+                continue
+            try:
+                file = self._opened(check.entry)
+            except BackupError as error:
+                check.wrong[0] = error
+                continue
+            self._open.add(file)
+            numbers = range(blocks) if check.blocks is None else check.blocks
+            check.left = len(numbers) + (check.blocks is None)
+            if check.blocks is None:
+                yield check, file, blocks  # first, as it takes longest
+            for number in numbers:
+                yield check, file, number
+
+    def _opened(self, entry: DiskEntry) -> CheckedFile:
+        data = entry.data
+        cache = _Cache(self._stop, self._keep_pace)
+        names = self._folder / data.file, data.size, self._folder / data.digests, data.digest
+        return checked_file.opened(*names, cache, once=True)
+
+    def _do(self, check: Check, file: CheckedFile | None, number: int) -> None:
+        read = 0
+        try:
+            if file is None:
+                read = self._whole(check)
+            elif number == file.blocks:
+                self._structure(check, file)
+            else:
+                read = len(file.check_block(number))
+                self._keep_pace(read)
+        except BackupError as error:
+            with self._lock:
+                check.wrong[number] = error
+        with self._lock:
+            self.done += read
+            check.left -= 1
+            check.done = not check.left
+            if file is not None and check.done:
+                self._open.discard(file)
+                file.close()
+
+    def _keep_pace(self, read: int) -> None:
+        """After so many bytes were read, wait for as long as the limit wants it."""
+        if not self._pace.keep(read, self._stop):
+            raise _Stopped
+
+    def _whole(self, check: Check) -> int:
+        """Check a small file; its bytes."""
+        with closing(self._opened(check.entry)) as file:
+            for number in range(file.blocks):
+                try:
+                    file.block(number)
+                except DamagedBlock as error:
+                    with self._lock:
+                        check.wrong[number] = error
+            if not check.wrong:
+                self._structure(check, file)
+            return file.size
+
+    def _structure(self, check: Check, file: CheckedFile) -> None:
+        """Check a file's head, tables and refcounts, and with `deep` its frames."""
+        from backup.repository.data_file import check_structure  # noqa: PLC0415 - see the module's docstring
+
+        check_structure(file, check.entry, check.parent, deep=self._deep)

@@ -1,0 +1,42 @@
+"""How clusters are compressed."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from backup.errors import UsageError
+
+MIN_LEVEL, MAX_LEVEL = -7, 19
+"""Of zstd: its fast levels as far as -7, and those that its program offers without --ultra."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compression:
+    """How clusters are compressed: zstd of a level, or not at all (`level` is None)."""
+
+    level: int | None
+
+    @classmethod
+    def parse(cls, text: str) -> Compression:
+        """
+        Read "none", "zstd" (level 1) or "zstd:LEVEL".
+
+        Raises
+        ------
+        UsageError
+            Another word, or a level outside -7..19.
+        """
+        if text == "none":
+            return cls(None)
+        match = re.fullmatch(r"zstd(?::(-?[0-9]{1,3}))?", text, re.ASCII)
+        level = int(match[1] or 1) if match else None
+        if level is None or not MIN_LEVEL <= level <= MAX_LEVEL:
+            raise UsageError(
+                f"{text!r} is not a compression",
+                hint=f"write none, zstd, or zstd:LEVEL with a level from {MIN_LEVEL} to {MAX_LEVEL}",
+            )
+        return cls(level)
+
+    def __str__(self) -> str:
+        return "none" if self.level is None else f"zstd:{self.level}"

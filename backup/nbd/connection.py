@@ -1,0 +1,224 @@
+"""Connect to an NBD server through libnbd, and hang up."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from backup.errors import BackupError, SourceError
+from backup.model.names import without_password
+from backup.runtime import signals
+
+if TYPE_CHECKING:
+    import nbd
+
+
+ALLOCATION = "base:allocation"
+DIRTY_BITMAP = "qemu:dirty-bitmap:"
+TICK = 100
+"""Milliseconds between looks at signals and deadlines."""
+_CONNECT_SECONDS = 30.0
+"""How long a server may take for the handshake.  One that serves another client says nothing at all until it leaves."""
+EXTRA_SECONDS = 5.0
+"""The same for one more connection to a server that has just answered."""
+_LEAVE_SECONDS = 5.0
+"""How long a server may take to hang up after a disconnect."""
+NO_PROTOCOL = "the server does not keep to the NBD protocol; nothing was assumed about the disk"
+_MOST_OFFERED, _A_NAME = 32 << 20, 64
+"""Bytes of memory for the names of a server's bitmaps (an image holds 65,535 of them), and of each beside its text."""
+_MOST_SHOWN, _LONGEST_SHOWN = 10, 128
+"""Names of bitmaps that a hint lists, and characters of each."""
+_KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 4}
+"""Seconds without traffic, seconds between probes, and probes without an answer that end a connection."""
+_INSTALL = (
+    "install the distribution's binding: apt-get install python3-libnbd (dnf install python3-libnbd), then make setup"
+)
+
+
+def load_binding() -> Any:
+    """
+    Import libnbd's Python binding.
+
+    Raises
+    ------
+    BackupError
+        It is missing, made for another Python, or is PyPI's unrelated package of the same name.
+    """
+    try:
+        module = importlib.import_module("nbd")
+    except ModuleNotFoundError as error:
+        what = (
+            f"python3-libnbd on this machine was built for another Python than {sys.executable}"
+            if error.name == "libnbdmod"
+            else f"libnbd's Python binding (package python3-libnbd) is missing for {sys.executable}"
+        )
+        raise BackupError(what, hint=_INSTALL) from None
+    except ImportError as error:
+        raise BackupError(
+            f"libnbd's Python binding (package python3-libnbd) does not load: {error}", hint=_INSTALL
+        ) from None
+    if not hasattr(module, "NBD"):
+        raise BackupError(
+            f"the module 'nbd' at {module.__file__} is another program's, not libnbd's (package python3-libnbd)",
+            hint="pip uninstall nbd, then " + _INSTALL,
+        )
+    return module
+
+
+@dataclass(frozen=True, slots=True)
+class Dialled:
+    """
+    Connections to an export that are made for us, and ended by the server: we say no goodbye and only let go.
+
+    `dial` returns a connected socket, which is ours then; `name` is the export's.  `modest`: never ask for more than
+    the server can send without anybody reading, in the buffer that a unix socket has (net.core.wmem_default, 208 KiB).
+    """
+
+    name: str
+    dial: Callable[[], int]
+    modest: bool = False
+
+
+def connect(
+    binding: Any,
+    uri: str,
+    contexts: Sequence[str] | None,
+    *,
+    offered: list[str] | None = None,
+    seconds: float = _CONNECT_SECONDS,
+    dialled: Dialled | None = None,
+) -> nbd.NBD:
+    """
+    Connect one handle and negotiate `contexts`; which of them the server has is the caller's to ask.
+
+    Parameters
+    ----------
+    contexts : sequence of str or None
+        None: nothing but reads will be asked, and each is to be answered in one piece (a simple reply).
+    offered : list of str, optional
+        Gets the names of all dirty bitmap contexts that the server lists.  Asked on the same connection: a server of
+        one client lets a second one wait.
+    seconds : float
+        How long the server may take.
+
+    Raises
+    ------
+    SourceError
+        The server cannot be reached, does not answer, has no such export, or the URI is not one.
+    """
+    handle: nbd.NBD = binding.NBD()
+    address, uri = uri, without_password(uri)
+    deadline = time.monotonic() + seconds
+    try:
+        # The user names the URI, so that its tls-psk-file and tls-certificates are the user's own files.
+        handle.set_uri_allow_local_file(True)
+        handle.set_opt_mode(offered is not None)
+        if contexts is None:
+            handle.set_request_structured_replies(False)
+        _ask_for(handle, contexts or () if offered is None else [DIRTY_BITMAP])
+        if dialled is None:
+            handle.aio_connect_uri(address)
+        else:
+            handle.set_export_name(dialled.name)
+            handle.aio_connect_socket(dialled.dial())
+        _await_handshake(handle, uri, deadline)
+        if offered is not None and handle.aio_is_negotiating():
+            _list_contexts(binding, handle, uri, deadline, offered)
+            _ask_for(handle, contexts or ())
+            handle.aio_opt_go()
+            _await_handshake(handle, uri, deadline)
+            if handle.aio_is_negotiating():
+                raise SourceError(f"{uri}: the server refuses the export", hint="see what it has: nbdinfo --list URI")
+        if handle.aio_is_ready():
+            _keep_alive(handle)
+    except binding.Error as error:
+        raise source_error(uri, error) from None
+    return handle
+
+
+def _ask_for(handle: nbd.NBD, contexts: Sequence[str]) -> None:
+    handle.clear_meta_contexts()
+    for context in contexts:
+        handle.add_meta_context(context)
+
+
+def _list_contexts(binding: Any, handle: nbd.NBD, uri: str, deadline: float, offered: list[str]) -> None:
+    fd = handle.aio_get_fd()
+    room = _MOST_OFFERED
+
+    def collect(name: str) -> int:
+        nonlocal room
+        room -= len(name) + _A_NAME
+        if room >= 0:
+            offered.append(name)
+            return 0
+        _hang_up(fd)  # libnbd goes on as long as replies come
+        return -1
+
+    with suppress(binding.Error):  # it cannot list them: only a hint is poorer without
+        handle.aio_opt_list_meta_context(collect)
+        _await_handshake(handle, uri, deadline)
+    if room < 0:
+        raise SourceError(f"{uri} lists more dirty bitmaps than a disk can have", hint=NO_PROTOCOL)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Join names for a hint: the first ones, each cut to a length that a terminal can show."""
+    more = f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
+    return ", ".join(name[:_LONGEST_SHOWN] for name in names[:_MOST_SHOWN]) + more or "none"
+
+
+def _hang_up(fd: int) -> None:
+    """End a connection under libnbd's hands; its descriptor stays libnbd's."""
+    with suppress(OSError), socket.socket(fileno=os.dup(fd)) as connection:
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+def _keep_alive(handle: nbd.NBD) -> None:
+    """Have the kernel notice a peer over TCP that is gone, also while it owes us nothing."""
+    with socket.socket(fileno=os.dup(handle.aio_get_fd())) as connection:
+        if connection.family in {socket.AF_INET, socket.AF_INET6}:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in _KEEPALIVE.items():
+                connection.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def _await_handshake(handle: nbd.NBD, uri: str, deadline: float) -> None:
+    while handle.aio_is_connecting():
+        if time.monotonic() > deadline:
+            raise SourceError(
+                f"{uri}: the server does not answer",
+                hint="does it serve another client? qemu-nbd serves one at a time without --shared=N",
+            )
+        tick(handle)
+
+
+def tick(handle: nbd.NBD) -> None:
+    """Let libnbd work for a moment; it prints and swallows what a callback of ours raises, so signals wait so long."""
+    with signals.held():
+        handle.poll(TICK)
+
+
+def source_error(uri: str, error: Any) -> SourceError:
+    """Put libnbd's message into an error of ours, with the URI it is about."""
+    return SourceError(
+        without_password(f"{uri}: {error.string}"), hint="is the server running, and the URI right? try: nbdinfo URI"
+    )
+
+
+def shutdown(binding: Any, handle: nbd.NBD) -> None:
+    """Say goodbye where nothing is under way; else, and where it is gone, dropping the handle closes it."""
+    with suppress(binding.Error):
+        if handle.aio_in_flight():
+            return
+        handle.aio_disconnect()
+        deadline = time.monotonic() + _LEAVE_SECONDS
+        while not (handle.aio_is_closed() or handle.aio_is_dead()) and time.monotonic() < deadline:
+            handle.poll(TICK)

@@ -1,0 +1,105 @@
+"""An image that no machine has open, served by a qemu-nbd of our own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from backup.errors import SourceError
+from backup.model.disk import Bitmap, Sight
+from backup.model.manifest import LowerFile
+from backup.nbd.export import Export
+from backup.qemu import images, locks, programs, servers
+from backup.sources.resting import STATUS_CONNECTIONS
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSource:
+    """An image that no machine has open.  `format` is "qcow2", "raw", or None to tell by its first bytes."""
+
+    path: Path
+    format: str | None = None
+
+    @property
+    def owns_bitmaps(self) -> bool:
+        """Yes."""
+        return True
+
+    def foreign_format(self) -> str | None:
+        """Another program's, unless the format was given."""
+        return None if self.format else images.foreign_format(self.path)
+
+    def guessed_format(self) -> str | None:
+        """Qcow2 or raw, unless the format was given."""
+        found = images.detect_format(self.path)
+        return None if self.format else found
+
+    def look(self) -> Sight:
+        """Ask qemu-img."""
+        image_format = self.guessed_format() or self.format or images.RAW
+        if image_format == images.QCOW2:
+            images.require_whole(self.path)
+        info = images.image_info(self.path, image_format)
+        if info.encrypted:
+            raise SourceError(
+                f"{self.path} is encrypted (LUKS), or a file below it is: nothing can be read without the key",
+                hint="back up the machine while it runs (--qmp, --allow-plaintext); or store the encrypted file as it "
+                "is, with --image-format raw (`format: raw`)",
+            )
+        if info.format == images.RAW:
+            self._require_raw(info.size)
+        return Sight(
+            kind="image",
+            path=programs.filename(self.path),
+            format=info.format,
+            size=info.size,
+            bitmaps=tuple(Bitmap(b.name, b.granularity, b.recording, b.inconsistent) for b in info.bitmaps),
+            no_bitmaps=info.no_bitmaps,
+            unseen_writes=info.unseen_writes,
+            lower=tuple(LowerFile(layer.path, layer.size, layer.mtime_ns, layer.inode) for layer in info.lower),
+            lower_bitmaps=info.lower_bitmaps,
+        )
+
+    def _require_raw(self, size: int) -> None:
+        if size == 0:
+            raise SourceError(f"{self.path} is empty", hint="is it the right file? a disk has at least one byte")
+        if self.format is None and self.path.suffix == ".qcow2":
+            raise SourceError(
+                f"{self.path} has no qcow2 header", hint="it is damaged, or raw: then say so with --image-format raw"
+            )
+
+    def why_no_bitmap(self, sight: Sight) -> str | None:
+        """A raw image, a version 2 qcow2 and an image with an external data file get none."""
+        return sight.unseen_writes or sight.no_bitmaps
+
+    def require_room(self, sight: Sight, name: str) -> None:
+        """A file needs free space on its file system."""
+        images.require_room(
+            self.path, sight.size, [bitmap.granularity for bitmap in sight.bitmaps if bitmap.granularity], name
+        )
+
+    def start_bitmap(self, name: str) -> None:
+        """Add a recording, persistent bitmap."""
+        images.add_bitmap(self.path, name)
+
+    def remove_bitmap(self, name: str) -> None:
+        """Remove a bitmap."""
+        images.remove_bitmap(self.path, name)
+
+    def qemu_version(self) -> str | None:
+        """Version of qemu-img."""
+        return images.qemu_version()
+
+    @contextmanager
+    def opened(self, sight: Sight, bitmaps: Sequence[str], lanes: int) -> Iterator[Export]:
+        """Serve it with qemu-nbd; QEMU's locks keep writers out of all its files until it is closed."""
+        with (
+            locks.no_writers([sight.path, *(layer.path for layer in sight.lower)]),
+            servers.served(
+                self.path, sight.format, bitmaps, lanes + STATUS_CONNECTIONS, meanwhile=images.qemu_version
+            ) as uri,
+            Export(uri, bitmaps, sight.size) as export,
+        ):
+            yield export
