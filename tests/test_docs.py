@@ -1,0 +1,151 @@
+"""The documents: links lead somewhere, paths and names exist, and what the code cites (traps, headings) is there."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import backup
+
+PACKAGE = Path(backup.__file__).parent
+ROOT = PACKAGE.parent.resolve()
+DOCUMENTS = {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for folder in ("", "docs", "backup", "bench")
+    for path in sorted((ROOT / folder).glob("*.md"))
+}
+CODE = {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for folder in ("backup", "tests", "bench", "tools")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+}
+TEXTS = DOCUMENTS | CODE
+TRAPS = DOCUMENTS["docs/traps.md"]
+ARCHITECTURE = DOCUMENTS["docs/architecture.md"]
+PACKAGES = re.findall(r"^\| \d+ \| `backup/(\w+)/` \|.*\| ([^|]*) \|$", ARCHITECTURE, re.MULTILINE)
+"""The packages in the order of the table, lowest first, each with the modules that its row names."""
+
+_FENCED = re.compile(r"^ *```.*?^ *```", re.DOTALL | re.MULTILINE)
+_HEADING = re.compile(r"^#+ +(.+?) *$", re.MULTILINE)
+_LINK = re.compile(r"\]\(([^)\s]+)\)")
+_PATH = re.compile(r"(?<![\w/.$-])(?:backup|tests|docs(?!/interop/)|bench|tools|stubs)/[\w./-]*")
+"""A path of this repository; docs/interop/ is QEMU's."""
+_NAME_IN_MODULE = re.compile(r"`([\w.]+)`\s+in\s+`(backup/[\w/]+\.py)`")
+_TRAPS = re.compile(r"\btraps?\s+(\d+(?:(?:,|,?\s+and|\s+to)\s+\d+)*)", re.IGNORECASE)
+_HEADING_OF = re.compile(r'([A-Za-z]+\.md), "([^"]+?)[.,]?"')
+_TEST = re.compile(r"`(test_\w+\.py)::(test_\w+)`")
+
+
+def headings(name):
+    return _HEADING.findall(_FENCED.sub("", DOCUMENTS[name]))
+
+
+def anchors(name):
+    """The anchors of a document's headings, as GitHub makes them."""
+    found = []
+    for heading in headings(name):
+        slug = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        times = sum(re.fullmatch(rf"{re.escape(slug)}(-\d+)?", other) is not None for other in found)
+        found.append(f"{slug}-{times}" if times else slug)
+    return found
+
+
+def entries():
+    """The traps' numbers and texts."""
+    return [(int(text.partition(".")[0]), text) for text in re.split(r"^### (?=\d)", TRAPS, flags=re.MULTILINE)[1:]]
+
+
+def numbers(text):
+    """The traps that "1, 2 and 28" or "7 to 10" name."""
+    found = {int(number) for number in re.findall(r"\d+", text)}
+    for low, high in re.findall(r"(\d+)\s+to\s+(\d+)", text):
+        found.update(range(int(low), int(high) + 1))
+    return found
+
+
+def joined(text):
+    """A text whose lines are joined, comments too: a citation may be broken into two lines."""
+    return re.sub(r"\s*\n\s*(?:# )?", " ", text)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_relative_links_lead_to_a_file_and_a_heading(name):
+    for target in _LINK.findall(_FENCED.sub("", DOCUMENTS[name])):
+        if re.match(r"[a-z]+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        path = ((ROOT / name).parent / file if file else ROOT / name).resolve()
+        assert path.exists(), target
+        if anchor:
+            assert anchor in anchors(path.relative_to(ROOT).as_posix()), target
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_paths_of_the_repository_exist(name):
+    missing = [path for path in _PATH.findall(DOCUMENTS[name]) if not (ROOT / path.rstrip("./")).exists()]
+    assert missing == []
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_names_that_are_said_to_be_in_a_module_are_defined_there(name):
+    for dotted, path in _NAME_IN_MODULE.findall(DOCUMENTS[name]):
+        for part in dotted.split("."):
+            assert re.search(rf"\b(?:def|class) {part}\b|\b{part}(?:: [^=\n]+)? = ", CODE[path]), f"{dotted} in {path}"
+
+
+def test_traps_are_numbered_without_gaps():
+    found = [number for number, _ in entries()]
+    assert found == list(range(1, len(found) + 1))
+
+
+def test_every_trap_names_a_test_that_exists_or_says_that_there_is_none():
+    functions = {}
+    for path, text in CODE.items():
+        if re.fullmatch(r"test_\w+\.py", Path(path).name):
+            names = {node.name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)}
+            functions.setdefault(Path(path).name, set()).update(names)
+    for number, text in entries():
+        cited = _TEST.findall(text)
+        assert cited or "There is no test." in text, number
+        assert [test for test in cited if test[1] not in functions.get(test[0], ())] == [], number
+
+
+def test_every_trap_that_is_cited_has_an_entry():
+    there = {number for number, _ in entries()}
+    missing = {
+        name: lacking
+        for name, text in TEXTS.items()
+        if (lacking := {number for cited in _TRAPS.findall(joined(text)) for number in numbers(cited)} - there)
+    }
+    assert missing == {}
+
+
+def test_every_heading_that_is_cited_is_there():
+    """As in: design.md, "The data file"."""
+    places = {Path(document).name: headings(document) for document in DOCUMENTS}
+    missing = [
+        (name, file, heading)
+        for name, text in TEXTS.items()
+        for file, heading in _HEADING_OF.findall(joined(text))
+        if heading not in places.get(file, ())
+    ]
+    assert missing == []
+
+
+def test_the_table_of_packages_has_each_package_and_modules_that_exist():
+    assert sorted(package for package, _ in PACKAGES) == sorted(
+        path.parent.name for path in PACKAGE.glob("*/__init__.py")
+    )
+    for package, modules in PACKAGES:
+        for module in re.findall(r"`([\w.]+/?)`", modules):
+            assert (PACKAGE / package / module).exists(), f"{package}/{module}"
+
+
+def test_a_package_imports_only_packages_above_it_in_the_table():
+    order = [package for package, _ in PACKAGES]
+    for path, text in CODE.items():
+        place = path.split("/")
+        if place[0] == "backup" and place[1] in order:
+            imported = set(re.findall(r"^\s*(?:from|import) backup\.(\w+)", text, re.MULTILINE)) & set(order)
+            assert imported <= set(order[: order.index(place[1]) + 1]), path
