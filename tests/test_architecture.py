@@ -1,4 +1,4 @@
-"""The layers, and who may import what: design.md, "The way of the data" and the suggested layout."""
+"""The layers, and who may import what: docs/architecture.md, "The packages"."""
 
 import ast
 import subprocess
@@ -118,7 +118,13 @@ REPOSITORY_MODULES = sorted(
     module
     for module in MODULES
     if module.split(".")[1:2] in (["model"], ["repository"], ["engine"], ["operations"])
-    and module not in {"backup.engine.targets", "backup.engine.replaced_file", "backup.engine.streamer"}
+    and module
+    not in {
+        "backup.engine.block_devices",
+        "backup.engine.replaced_file",
+        "backup.engine.streamer",
+        "backup.engine.targets",
+    }
 )
 """Modules that may open a repository's files; a restore's targets are not a repository's."""
 

@@ -1,7 +1,8 @@
 """
 The life of a bitmap in an offline image: whatever makes it untrustworthy is noticed, and every point restores.
 
-Each story ends in a restore that cmp finds identical with the image.  See shared traps 1 to 6, 19 to 30, 47, 48 and 50.
+Each story ends in a restore that cmp finds identical with the image.  See docs/traps.md, traps 1 to 6, 19 to
+30, 47, 48 and 50.
 """
 
 from __future__ import annotations
