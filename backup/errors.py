@@ -20,6 +20,7 @@ any other exception is a bug, of which --debug shows the traceback.
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterable, Sequence
 
 WARNINGS_EXIT_CODE = 3
 """Exit code of a run that made its points but warned on the way (a fallback to a rescan, for example)."""
@@ -113,3 +114,19 @@ class Interrupted(BaseException):
         self.hint = "no point was harmed by that; run the command again"
         self.exit_code = 128 + signal_number
         super().__init__(self.message)
+
+
+def merged_exit_code(codes: Iterable[int], *, worst: Sequence[int] = (), warned: bool = False) -> int:
+    """
+    Merge the exit codes of several machines, disks or files into the exit code of the command.
+
+    The first code of `worst` that occurs wins.  Otherwise failures that all have one code keep that code, and failures
+    of different codes become 1.  Without a failure, the code is 3 if there was a warning and 0 if there was none.
+    """
+    failures = set(codes) - {0}
+    for code in worst:
+        if code in failures:
+            return code
+    if failures:
+        return failures.pop() if len(failures) == 1 else Failed.exit_code
+    return WARNINGS_EXIT_CODE if warned else 0

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from backup.cli import hints, output
-from backup.errors import WARNINGS_EXIT_CODE, BackupError, Damaged, Failed, Interrupted, UsageError
+from backup.errors import BackupError, Damaged, Failed, Interrupted, UsageError, merged_exit_code
 from backup.runtime import shortage
 
 if TYPE_CHECKING:
@@ -142,9 +142,7 @@ def show_error(error: BackupError | Interrupted, of: str | None = None) -> None:
 
 
 def common_code(outcomes: Sequence[Warned | BackupError]) -> int:
-    """Of several machines: the code of all errors, 1 where they differ; else 3 if anything warned."""
-    codes = {outcome.exit_code for outcome in outcomes if isinstance(outcome, BackupError)}
-    if codes:
-        return codes.pop() if len(codes) == 1 else 1
+    """Merge what came of several machines into the exit code of the command."""
+    codes = [outcome.exit_code for outcome in outcomes if isinstance(outcome, BackupError)]
     warned = any(outcome.warnings for outcome in outcomes if not isinstance(outcome, BackupError))
-    return WARNINGS_EXIT_CODE if warned else 0
+    return merged_exit_code(codes, warned=warned)

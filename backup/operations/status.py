@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-from backup.errors import BackupError, Damaged, NotFound
+from backup.errors import BackupError, Damaged, NotFound, UsageError, merged_exit_code
 from backup.model import chain as chains
 from backup.model.chain import Chain
 from backup.model.documents import moment_of
@@ -88,11 +88,11 @@ class Evidence:
 
 
 def exit_code(found: Collection[DiskStatus]) -> int:
-    """The worst: damaged (12) before missing (10) before too old (1); 10 where there is nothing at all."""
-    codes = {status.code for status in found}
-    if not codes:
+    """Merge the codes of the disks: damaged (12), missing (10), unreadable (2), too old (1); 10 without any disk."""
+    if not found:
         return NotFound.exit_code
-    return next((code for code in (12, 10) if code in codes), max(codes))
+    worst = (Damaged.exit_code, NotFound.exit_code, UsageError.exit_code)
+    return merged_exit_code((status.code for status in found), worst=worst)
 
 
 def look(machine: Machine, expected: Collection[str] | None, limits: Limits, *, named: bool = True) -> list[DiskStatus]:

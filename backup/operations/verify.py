@@ -21,7 +21,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from backup.engine.checker import Check, Run
-from backup.errors import BackupError, Damaged, DamagedBlock, Failed, NotFound
+from backup.errors import BackupError, Damaged, DamagedBlock, Failed, NotFound, merged_exit_code
 from backup.model import chain as chains
 from backup.model.chain import Chain
 from backup.model.digests import block_count
@@ -99,9 +99,9 @@ def unverified(machine: Machine, error: BackupError) -> Verified:
 
 
 def exit_code(problems: Sequence[Problem]) -> int:
-    """The worst: damaged (12) before missing (10) before the rest."""
-    codes = {problem.error.exit_code for problem in problems}
-    return next((code for code in (12, 10) if code in codes), next(iter(codes), 0))
+    """Merge the codes of the problems: damaged (12) before missing (10) before all others."""
+    worst = (Damaged.exit_code, NotFound.exit_code)
+    return merged_exit_code((problem.error.exit_code for problem in problems), worst=worst)
 
 
 def stored_bytes(machine: Machine, points: Sequence[str] | None, choice: Choice = ALL, *, deep: bool = False) -> int:

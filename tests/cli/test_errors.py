@@ -45,6 +45,22 @@ def test_the_readme_documents_every_exit_code():
     assert {0, 1, 2, 3, 10, 11, 12, 13, 14, 129, 130, 143} <= documented
 
 
+@pytest.mark.parametrize(
+    ("codes", "worst", "warned", "merged"),
+    [
+        ([], (), False, 0),
+        ([0, 0], (), True, 3),
+        ([13, 0, 13], (), True, 13),
+        ([13, 11], (), False, 1),
+        ([13, 10, 12], (12, 10), False, 12),
+        ([13, 10, 1], (12, 10), True, 10),
+        ([13, 1], (12, 10), False, 1),
+    ],
+)
+def test_several_exit_codes_become_one(codes, worst, warned, merged):
+    assert errors.merged_exit_code(codes, worst=worst, warned=warned) == merged
+
+
 @pytest.mark.parametrize("hostile", ["\x1b[2J", "a\nb", "a\rb", "\x9b31m", "a\u2028b", "\x85", "\u202e", "\udc80"])
 def test_an_error_is_two_printable_lines_whatever_its_values(hostile, capsys):
     output.error(errors.Damaged(f"disk {hostile} is damaged", hint=f"look at {hostile}"))

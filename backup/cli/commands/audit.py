@@ -28,7 +28,7 @@ from backup.cli.parameters import (
     Scratch,
     Since,
 )
-from backup.errors import WARNINGS_EXIT_CODE, BackupError, BitmapUnusable, Damaged
+from backup.errors import BackupError, BitmapUnusable, Damaged, merged_exit_code
 from backup.units import show_duration, show_size
 
 if TYPE_CHECKING:
@@ -107,19 +107,14 @@ def _show_audit(request: Request, outcome: Audit | BackupError, *, several: bool
 
 
 def _audit_code(outcomes: Sequence[Audit | BackupError]) -> int:
-    """The worst: a lie, or a damaged chain; then errors as of backups; then what nobody can tell."""
+    """Merge the outcomes: a wrong bitmap or a damaged chain (12) first; an unknown verdict counts as a failure (14)."""
     from backup.operations.audit import LIES, UNKNOWN
 
-    failed = {outcome.exit_code for outcome in outcomes if isinstance(outcome, BackupError)}
+    codes = [outcome.exit_code for outcome in outcomes if isinstance(outcome, BackupError)]
     audits = [outcome for outcome in outcomes if not isinstance(outcome, BackupError)]
-    verdicts = {disk.verdict for found in audits for disk in found.disks}
-    if LIES in verdicts or Damaged.exit_code in failed:
-        return Damaged.exit_code
-    if UNKNOWN in verdicts:
-        failed.add(BitmapUnusable.exit_code)
-    if failed:
-        return failed.pop() if len(failed) == 1 else 1
-    return WARNINGS_EXIT_CODE if any(found.warnings for found in audits) else 0
+    verdict_codes = {LIES: Damaged.exit_code, UNKNOWN: BitmapUnusable.exit_code}
+    codes += [verdict_codes.get(disk.verdict, 0) for found in audits for disk in found.disks]
+    return merged_exit_code(codes, worst=(Damaged.exit_code,), warned=any(found.warnings for found in audits))
 
 
 def audit_object(found: Audit) -> dict[str, Any]:
