@@ -12,22 +12,23 @@ The tree of errors, with exit codes and hints.
 
     Interrupted        129   SIGHUP; 130 for SIGINT, 143 for SIGTERM
 
-Every error says what happened, with the values, and what to do about it: `pybackup: error: MESSAGE` and
-`pybackup: hint: HINT`.  They are raised where a fault is found and caught in one place, `backup.cli.app.main`;
-any other exception is a bug, of which --debug shows the traceback.
+The message says what happened, with the values; the hint says what to do about it.  The command line prints them as
+`pybackup: error: MESSAGE` and `pybackup: hint: HINT`.  The code that finds a fault raises the error, and one place
+catches all of them: `backup.cli.app.main`.  Any other exception is a bug; its traceback is shown with --debug.
 """
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 WARNINGS_EXIT_CODE = 3
-"""Exit code of a run that made its points but warned on the way (a fallback to a rescan, for example)."""
+"""Exit code of a run that made all its points, but with warnings (a fallback to a rescan, for example)."""
 
 
 class BackupError(Exception):
-    """Base of all errors that a user can meet."""
+    """Base class of all errors that a user can meet."""
 
     exit_code = 1
 
@@ -38,11 +39,15 @@ class BackupError(Exception):
 
 
 class Failed(BackupError):
-    """Failed for a reason that has no exit code of its own (a full disk, for example)."""
+    """The command failed for a reason that has no exit code of its own (a full disk, for example)."""
 
 
 class UsageError(BackupError):
-    """The command line or the configuration is wrong; `listed`: the message has a line for each of its problems."""
+    """
+    The command line or the configuration is wrong.
+
+    `listed` is true where the message lists several problems, one on each line.
+    """
 
     exit_code = 2
 
@@ -52,23 +57,23 @@ class UsageError(BackupError):
 
 
 class NotFound(BackupError):
-    """No such repository, machine, point or disk."""
+    """The repository, machine, point or disk does not exist."""
 
     exit_code = 10
 
 
 class Locked(BackupError):
-    """Another run holds the machine's lock."""
+    """Another run holds the lock of the machine."""
 
     exit_code = 11
 
 
 class Damaged(BackupError):
     """
-    A chain, a manifest, a digest file or a data file is not what it was when it was written.
+    The content of a chain, a manifest, a digest file or a data file is not what was written.
 
-    `ranges` are the parts of the disk, start and end in bytes, whose content the damage puts in doubt; empty where that
-    is not known.
+    `ranges` lists the parts of the disk (start and end in bytes) that the damage makes doubtful.  The list is empty
+    where these parts are not known.
     """
 
     exit_code = 12
@@ -95,25 +100,41 @@ class SourceError(BackupError):
 
 
 class BitmapUnusable(BackupError):
-    """The bitmap cannot be continued from, and the user forbade the fallback to a rescan or a full."""
+    """No bitmap can be continued, and the user did not allow a rescan or a full point instead."""
 
     exit_code = 14
 
 
 class Interrupted(BaseException):
     """
-    The run was stopped by a signal.
+    A signal stopped the run.
 
-    It comes between any two lines, so it is no BackupError and, like KeyboardInterrupt, not even an Exception: whoever
-    takes an error for a damaged manifest or a failed machine, and goes on, must not take this for one.  Its hint holds
-    for every command; those that change the repository say more.
+    This exception can occur between any two lines, so it derives from BaseException, like KeyboardInterrupt: code that
+    catches errors and continues (with the next manifest, or the next machine) must not catch a signal.  The hint is
+    true of every command; commands that change the repository replace it with a more exact one.
     """
 
     def __init__(self, signal_number: int) -> None:
         self.message = f"stopped by {signal.Signals(signal_number).name}"
-        self.hint = "no point was harmed by that; run the command again"
+        self.hint = "no point was damaged; run the command again"
         self.exit_code = 128 + signal_number
         super().__init__(self.message)
+
+
+@contextmanager
+def os_errors_as(what: str, *, hint: str, kind: type[BackupError] = Failed) -> Iterator[None]:
+    """
+    Turn an OSError in the block into an error for the user: "WHAT: the system's reason".
+
+    Raises
+    ------
+    BackupError
+        Of the class `kind`, instead of the OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{what}: {error.strerror or error}", hint=hint) from None
 
 
 def merged_exit_code(codes: Iterable[int], *, worst: Sequence[int] = (), warned: bool = False) -> int:

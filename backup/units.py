@@ -1,8 +1,7 @@
 """
-Sizes, rates, durations and shares, parsed and shown.
+Sizes, rates, durations and shares: reading what users write, and showing values to users.
 
-Binary units throughout, as in qemu-img: "64K", "64KiB" and "65536" are the same number of bytes.  Pure; imports only
-backup.errors.
+All units are binary, as in qemu-img: "64K", "64KiB" and "65536" are the same number of bytes.
 """
 
 from __future__ import annotations
@@ -13,8 +12,6 @@ from backup.errors import UsageError
 
 KiB = 1 << 10
 MiB = 1 << 20
-GiB = 1 << 30
-TiB = 1 << 40
 
 _PREFIXES = "KMGTPE"
 _SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
@@ -27,13 +24,13 @@ def parse_size(text: str) -> int:
     """
     Read a size in bytes: "4096", "64K", "64KiB", "64 kib", "1.5G".
 
-    K is 1024 as in qemu-img; "KB" means the same, because whoever writes it for a cluster or request size means it.
-    A fraction must come out at a whole number of bytes.
+    K is 1024, as in qemu-img.  "KB" means 1024 too: cluster and request sizes are always powers of two.  A fraction is
+    accepted where the result is a whole number of bytes.
 
     Raises
     ------
     UsageError
-        Not a size: a rate ("50M/s"), a sign, an unknown unit, a part of a byte.
+        The text is not a size: it is a rate ("50M/s"), has a sign or an unknown unit, or is a fraction of a byte.
     """
     match = _SIZE.fullmatch(text.strip())
     if match is None:
@@ -49,20 +46,21 @@ def parse_size(text: str) -> int:
 
 
 def counted(number: int, noun: str) -> str:
-    """Show "1 point", "2 points"; the plural is the noun and an s."""
+    """Show a number of things: "1 point", "2 points".  The plural is the noun with an s."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def show_size(size: int) -> str:
     """
-    Show bytes for a reader: "512 B", "64 KiB", "1.5 GiB".
+    Show a number of bytes for a reader: "512 B", "64 KiB", "1.5 GiB".
 
-    One decimal, none where it would be zero; rounded to the nearest tenth.  Where a size must be exact, show bytes.
+    The number is rounded to one decimal, which is left out where it is zero.  Do not use this where a size must be
+    exact.
     """
     if abs(size) < KiB:
         return f"{size} B"
     exponent = 1
-    # 1023.95 KiB would be shown as "1024 KiB": such a size belongs to the next unit.
+    # Rounding would show 1023.95 KiB as "1024 KiB"; such a size is shown in the next unit instead.
     while exponent < len(_PREFIXES) and _tenths(size, exponent) >= 10240:
         exponent += 1
     whole, tenth = divmod(_tenths(size, exponent), 10)
@@ -71,13 +69,13 @@ def show_size(size: int) -> str:
 
 
 def _tenths(size: int, exponent: int) -> int:
-    """Return |size| in tenths of 1024**exponent, rounded half up; integers, for a size beyond 2**53 is no float."""
+    """Return |size| in tenths of 1024**exponent, rounded half up.  Floats would be inexact beyond 2**53 bytes."""
     unit = 1 << 10 * exponent
     return (abs(size) * 20 + unit) // (2 * unit)
 
 
 def show_rate(size: int, seconds: float) -> str:
-    """Show how fast `size` bytes went in `seconds`: "1.2 GiB/s"; "-" when no time passed."""
+    """Show the rate of `size` bytes in `seconds`: "1.2 GiB/s", or "-" if no time passed."""
     return f"{show_size(round(size / seconds))}/s" if seconds > 0 else "-"
 
 
@@ -98,12 +96,12 @@ def parse_duration(text: str) -> float:
     """
     Read a duration in seconds: "90s", "45min", "26h", "30d", "2w".
 
-    A lone "m" is refused: it is months to some tools and minutes to others.
+    A lone "m" is refused: some tools read it as months and others as minutes.
 
     Raises
     ------
     UsageError
-        No number, or no unit.
+        The number or the unit is missing.
     """
     match = _DURATION.fullmatch(text.strip())
     if match is None:
@@ -114,12 +112,12 @@ def parse_duration(text: str) -> float:
 
 def parse_share(text: str) -> float:
     """
-    Read a share of a whole, more than nothing and at most all of it: "5%" is 0.05.
+    Read a share as a fraction of 1, above 0 and at most 1: "5%" is 0.05.
 
     Raises
     ------
     UsageError
-        No number with a percent sign, or out of bounds.
+        The text is not a number with a percent sign, or the share is not in the range.
     """
     match = _SHARE.fullmatch(text.strip())
     share = float(match[1]) / 100 if match else 0.0
@@ -129,7 +127,7 @@ def parse_share(text: str) -> float:
 
 
 def show_age(seconds: float) -> str:
-    """Show how old something is, in its largest unit: "0 min", "59 min", "31 h", "12 d"."""
+    """Show an age in its largest whole unit: "0 min", "59 min", "31 h", "12 d"."""
     if seconds < 3600:
         return f"{int(seconds // 60)} min"
     return f"{int(seconds // 3600)} h" if seconds < 48 * 3600 else f"{int(seconds // 86400)} d"

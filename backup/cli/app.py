@@ -207,7 +207,7 @@ def main() -> NoReturn:
 
 def _run(arguments: Sequence[str]) -> int:
     timeouts.set_limit(timeouts.LIMIT)
-    timeouts.told_by(lambda text: output.note(text, to_stderr=True))
+    timeouts.show_with(lambda text: output.note(text, to_stderr=True))
     options.reset(json="--json" in arguments)  # what fails before the options are parsed is a document, too
     try:
         command = typer.main.get_command(app)

@@ -28,6 +28,7 @@ from backup.model.extents import Offsets
 from backup.planning.plan import DATA, Plan, cluster_runs
 from backup.runtime.direct_io import pages
 from backup.runtime.pace import Pace
+from backup.runtime.threads import run_threads
 
 _TICK = 0.1
 """Seconds between looks at the stop flag: how long a stop may take to be noticed."""
@@ -152,22 +153,7 @@ def copy(
         Bytes of clusters that were read as data and turned out to be all zeroes.
     """
     run = _Run(plan, sink, settings, lanes, max_request=max_request, smallest=smallest_request)
-    threads = [threading.Thread(target=run.work) for _ in range(run.threads)]
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            # join() with a time limit lets this thread notice signals and draw progress.
-            while thread.is_alive() and not run.stop.is_set():
-                thread.join(_TICK)
-                progress(run.done)
-    finally:
-        run.halt()
-        for thread in threads:
-            if thread.ident is not None:
-                thread.join()
-    if run.error is not None:
-        raise run.error
+    run_threads(run.work, run.threads, lambda: progress(run.done), run.halt)
     if run.done != plan.totals.data:
         raise RuntimeError(f"{run.done} bytes were stored of {plan.totals.data}")
     progress(run.done)
@@ -254,7 +240,6 @@ class _Run:
         self.plan = plan
         self.sink = sink
         self.stop = threading.Event()
-        self.error: BaseException | None = None
         self.done = 0
         self.found_zero = 0
         self._request_size = min(max(settings.request_size - settings.request_size % smallest, smallest), max_request)
@@ -278,15 +263,10 @@ class _Run:
 
     def work(self) -> None:
         """Read batches and store them until there are no more; the first error stops the whole copy."""
-        try:
-            while (job := self._jobs.take()) is not None and not self.stop.is_set():
-                batch = self._read(job) if isinstance(job, _Channel) else job
-                if batch is not None:
-                    self._store(batch)
-        except BaseException as error:  # noqa: BLE001 - carried to the calling thread, which raises it
-            with self._lock:
-                self.error = self.error or error
-            self.halt()
+        while (job := self._jobs.take()) is not None and not self.stop.is_set():
+            batch = self._read(job) if isinstance(job, _Channel) else job
+            if batch is not None:
+                self._store(batch)
 
     def halt(self) -> None:
         """Have all threads end within moments."""

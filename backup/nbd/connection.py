@@ -202,7 +202,7 @@ def _await_handshake(handle: nbd.NBD, uri: str, deadline: float) -> None:
 
 def tick(handle: nbd.NBD) -> None:
     """Let libnbd work for a moment; it prints and swallows what a callback of ours raises, so signals wait so long."""
-    with signals.held():
+    with signals.deferred():
         handle.poll(TICK)
 
 

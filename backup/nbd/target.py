@@ -13,7 +13,7 @@ from backup.errors import Failed, SourceError
 from backup.model.names import without_password
 from backup.nbd.connection import EXTRA_SECONDS, TICK, connect, load_binding, shutdown
 from backup.nbd.replies import blocks_of
-from backup.runtime.timeouts import Silent, Wait
+from backup.runtime.timeouts import TimedOut, Wait
 
 if TYPE_CHECKING:
     import nbd
@@ -149,9 +149,9 @@ class NbdTarget:
                     wait.look()
         except self._nbd.Error as error:
             raise self._failed(error) from None
-        except Silent as silent:
+        except TimedOut as timed_out:
             self.abandon()
-            raise Failed(silent.message, hint=f"the target is incomplete; {silent.hint}") from None
+            raise Failed(timed_out.message, hint=f"the target is incomplete; {timed_out.hint}") from None
         except BaseException:
             # The main thread was interrupted, and no other thread should wait for this server any more.
             self.abandon()

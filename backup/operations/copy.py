@@ -26,6 +26,7 @@ from backup.repository.machine import Contents, Machine
 from backup.repository.manifests import as_stored, read_manifest_whole
 from backup.repository.repository import Repository, require_outside
 from backup.runtime.pace import Pace
+from backup.runtime.shortage import free_bytes
 from backup.runtime.threads import in_threads
 from backup.storage.folder import Modes, explained
 from backup.units import counted, show_size
@@ -218,8 +219,7 @@ def _require_room(folder: Path, points: Collection[Manifest]) -> None:
     """Refuse to begin what cannot end, before anything is written."""
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     with explained(there):
-        found = os.statvfs(there)
-    free = found.f_bavail * found.f_frsize
+        free = free_bytes(there)
     needed = _stored(points) + _MARGIN
     if points and needed > free:
         raise Failed(

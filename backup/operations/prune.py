@@ -10,7 +10,6 @@ After every step, and at every instant within one, each point that stays restore
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from backup.repository.machine import Contents, Machine
 from backup.repository.manifests import read_manifest
 from backup.repository.replacement import exchange, settle
 from backup.runtime.progress import Progress
+from backup.runtime.shortage import free_bytes
 from backup.storage.folder import explained
 from backup.storage.locks import UNTOLD
 from backup.units import counted, show_size
@@ -283,8 +283,7 @@ class Thinner:
     def lacking(self) -> _Lacking | None:
         """The first step for which there is less space than it needs, after what the steps before it free."""
         with explained(self.machine.path):
-            found = os.statvfs(self.machine.path)
-        free = found.f_bavail * found.f_frsize
+            free = free_bytes(self.machine.path)
         for number, step in enumerate(self.thinning.steps):
             if isinstance(step, Remove):
                 free += sum(disk.data.size for disk in self.all[step.point].disks)

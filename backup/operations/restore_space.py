@@ -15,6 +15,7 @@ from backup.model.manifest import Manifest
 from backup.operations.restore_targets import Place
 from backup.repository import data_file
 from backup.repository.machine import Machine
+from backup.runtime.shortage import free_bytes_for_us
 from backup.units import show_size
 
 _WINDOW = 1 << 20
@@ -61,11 +62,9 @@ def _existing(folder: Path) -> Path:
 def _free(folder: Path) -> int | None:
     """Bytes that this user may still write there; None where the file system does not tell."""
     try:
-        found = os.statvfs(folder)
+        return free_bytes_for_us(folder)
     except OSError:
         return None
-    blocks = found.f_bfree if os.geteuid() == 0 else found.f_bavail
-    return blocks * found.f_frsize if found.f_blocks else None
 
 
 def _compresses(folder: Path) -> bool:

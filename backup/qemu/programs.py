@@ -18,7 +18,7 @@ from typing import IO
 
 from backup.errors import Failed
 from backup.runtime.shortage import NO_PROCESS
-from backup.runtime.timeouts import Silent, Wait
+from backup.runtime.timeouts import TimedOut, Wait
 
 _log = logging.getLogger(__name__)
 
@@ -94,19 +94,21 @@ def finish(
     ------
     ProgramFailed
         It ended with another code than one of `codes`.
-    Silent
+    TimedOut
         It did not end in time.  It is killed if `may_kill`, and else goes on: a qemu-img that is ended while it writes
         an image's bitmaps damages them.
     """
     process = popen(command, subprocess.PIPE, pass_fds)
     try:
         stdout, stderr = _ended(process, Wait(f"{shlex.join(command)} to end"))
-    except Silent as silent:
+    except TimedOut as timed_out:
         if may_kill:
             kill(process)
         else:
             _left.append(process)
-            silent.hint = f"process {process.pid} goes on, as its end could harm the image; look at the image's storage"
+            timed_out.hint = (
+                f"process {process.pid} goes on, as its end could harm the image; look at the image's storage"
+            )
         raise
     except BaseException:
         # A signal stops us, not a qemu-img that is writing an image's bitmaps; it needs only moments.

@@ -36,7 +36,7 @@ from backup.qmp.blocks import OURS, Blocks
 from backup.qmp.clients import Clients
 from backup.qmp.leftovers import Place
 from backup.qmp.monitor import Monitor, MonitorLost, Refused
-from backup.runtime.signals import held, to_the_end
+from backup.runtime.signals import deferred, to_the_end
 
 _log = logging.getLogger(__name__)
 
@@ -212,7 +212,7 @@ class Instant:
         for number, target in enumerate(self._targets):
             self._add_overlay(number, target)
         # Python raises a signal where a function begins, also where `end` does: a guest must not stay frozen by that.
-        with held() if around.wanted else nullcontext():
+        with deferred() if around.wanted else nullcontext():
             try:
                 around.begin()
                 self._freeze()

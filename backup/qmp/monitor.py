@@ -29,7 +29,7 @@ from backup.errors import SourceError
 from backup.qemu import sockets
 from backup.qmp import answers
 from backup.runtime import timeouts
-from backup.runtime.timeouts import Silent, Wait
+from backup.runtime.timeouts import TimedOut, Wait
 from backup.units import show_duration
 
 _log = logging.getLogger(__name__)
@@ -240,7 +240,7 @@ class Monitor:
             self._run(self._client.connect(connection), _GREETING_SECONDS)
             assert self._client.greeting is not None
             answers.require_version(self._client.greeting.QMP.version)
-        except (NoAnswer, TimeoutError, Silent):
+        except (NoAnswer, TimeoutError, TimedOut):
             connection.close()
             raise SourceError(
                 f"QEMU does not greet on {self.path} within {_GREETING_SECONDS:.0f} s; is another program connected?",
@@ -261,14 +261,14 @@ class Monitor:
             ) from None
 
     def _answer(self, name: str, execution: Coroutine[Any, Any, object]) -> Any:
-        seconds = timeouts.limit(_HUNG_SECONDS if self._hung else _COMMAND_SECONDS)
+        seconds = timeouts.limit_within(_HUNG_SECONDS if self._hung else _COMMAND_SECONDS)
         try:
             answer = self._run(execution, seconds, name)
             answers.require_form(name, answer)
             return answer
         except ExecuteError as error:
             raise Refused(name, error.error.error.desc) from None
-        except (NoAnswer, Silent):
+        except (NoAnswer, TimedOut):
             self._hung = True
             raise MonitorLost(
                 f"QEMU did not answer {name} within {show_duration(seconds)}",

@@ -1,4 +1,4 @@
-"""Writes to a file at the least cost, from several threads: past the kernel's page cache where that is possible."""
+"""Reading and writing files without filling the kernel's page cache, from several threads."""
 
 from __future__ import annotations
 
@@ -10,27 +10,32 @@ from contextlib import nullcontext
 from pathlib import Path
 
 _ALIGNED = 4096
-"""What O_DIRECT writes begins at and ends with multiples of this (bytes), on every common file system and disk."""
+"""O_DIRECT needs offsets and lengths that are multiples of this (bytes), on every common file system and disk."""
 _DIRECT_LEAST = 1 << 20
-"""Bytes; smaller writes past the cache would each wait for the disk: 64 KiB at a time took four times as long."""
+"""
+Smallest write (bytes) that goes past the cache.  Each such write waits for the disk: writes of 64 KiB took four times
+as long as with the cache.
+"""
+_DONTCACHE = 0x80
+"""RWF_DONTCACHE of preadv2(2), Linux 6.14: the kernel drops pages after the read that were not cached before it."""
 
 
 class Output:
     """
-    A file that is written at any offsets; its descriptor stays the caller's.
+    Writes to a file at any offset, past the page cache where possible.  Safe to use from several threads.
 
-    O_DIRECT (open(2)) spares the copy into the page cache, a tenth of the processor time, and a host full of running
-    machines keeps its cache for them.  Memory that begins on a page goes this way (see `pages`).
+    O_DIRECT (open(2)) saves the copy into the page cache, which is a tenth of the processor time, and leaves the cache
+    to the running machines of the host.  Only memory that begins at a page boundary can be written that way (`pages`).
 
     Parameters
     ----------
     fd : int
-        The file, open for writing.
+        The file, open for writing.  The caller closes it.
     path : Path
-        The same file.
+        The path of the same file.
     grows : bool
-        Whether writes make the file longer.  The kernel lets one such writer in at a time and the others would spin for
-        it.
+        Whether writes make the file longer.  The kernel runs such writes one at a time, and other threads would spin
+        while they wait.
     """
 
     def __init__(self, fd: int, path: Path, *, grows: bool) -> None:
@@ -55,8 +60,8 @@ class Output:
                 write_all(self._fd, offset + done, view[done:])
 
     def _write_direct(self, offset: int, view: memoryview) -> int:
-        """Write as much as goes past the cache; how many bytes that was."""
-        direct = self._direct  # another thread may give it up meanwhile
+        """Write as much of `view` as can go past the cache; return how many bytes were written."""
+        direct = self._direct  # read once: another thread may set the attribute to None at any moment
         end = len(view) // _ALIGNED * _ALIGNED
         if direct is None or end < _DIRECT_LEAST or offset % _ALIGNED:
             return 0
@@ -68,18 +73,19 @@ class Output:
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            self._direct = None  # not here, not of this size, or not from this memory: never again
+            # Direct writes do not work here, or not for this length or memory: use the cache from now on.
+            self._direct = None
         return done
 
     def close(self) -> None:
-        """Nothing more is written, and nothing is under way."""
+        """Close the descriptor for direct writes.  Call this when no write is running and none will follow."""
         if self._opened is not None:
             os.close(self._opened)
             self._direct = self._opened = None
 
 
 def write_all(fd: int, offset: int, data: bytes | bytearray | memoryview) -> None:
-    """Write all of data (bytes) at offset, in as many calls as it takes."""
+    """Write all of data (bytes) at offset, with as many system calls as needed."""
     view = memoryview(data)
     while view:
         written = os.pwrite(fd, view, offset)
@@ -87,7 +93,7 @@ def write_all(fd: int, offset: int, data: bytes | bytearray | memoryview) -> Non
 
 
 def _open_direct(path: Path) -> int | None:
-    """Open a file once more, for writing past the page cache; None where the file system has no O_DIRECT."""
+    """Open a file a second time, for writing past the page cache; None where the file system has no O_DIRECT."""
     try:
         return os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
@@ -95,26 +101,23 @@ def _open_direct(path: Path) -> int | None:
 
 
 def pages(size: int) -> memoryview:
-    """`size` bytes of zeroes that begin on a page; given back to the system when nothing refers to them any more."""
+    """Return `size` bytes of zeroes that begin at a page boundary.  The memory is freed with its last reference."""
     return memoryview(mmap.mmap(-1, size))[:size]
-
-
-_DONTCACHE = 0x80
-"""
-RWF_DONTCACHE of preadv2(2), Linux 6.14: what was not in the page cache does not stay there; what was is read from it.
-"""
 
 
 class ReadOnce:
     """
-    Reads pieces of a file from several threads; on a host full of running machines their files stay in its page cache.
+    Reads pieces of a file without keeping them in the page cache.  Safe to use from several threads.
+
+    The cache of a host that runs machines stays theirs.  Kernels and file systems without RWF_DONTCACHE read through
+    the cache as usual.
 
     Parameters
     ----------
     fd : int
-        The file, open for reading; stays the caller's.
+        The file, open for reading.  The caller closes it.
     most : int
-        Bytes of the largest piece.
+        Length of the largest piece (bytes).
     """
 
     def __init__(self, fd: int, most: int) -> None:
@@ -125,7 +128,9 @@ class ReadOnce:
 
     def read(self, offset: int, length: int) -> memoryview:
         """
-        Bytes [offset, offset + length), fewer where the file ends; this thread's next call overwrites them.
+        Return the bytes [offset, offset + length), fewer at the end of the file.
+
+        The memory belongs to the calling thread: its next call overwrites it.
 
         Raises
         ------
@@ -142,5 +147,5 @@ class ReadOnce:
             try:
                 return os.preadv(self._fd, [view], offset, self._flags)
             except OSError:
-                self._flags = 0  # an older kernel, or this file system can't; what else is wrong shows again
+                self._flags = 0  # the kernel or the file system lacks the flag; a real error occurs again below
         return os.preadv(self._fd, [view], offset)

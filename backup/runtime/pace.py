@@ -1,4 +1,4 @@
-"""Keeps what several threads move below so many bytes a second, for production hours."""
+"""The limit of bytes a second that several threads keep together, for backups during working hours."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import time
 
 class Pace:
     """
-    Spreads reads or writes over time.  Safe to use from several threads.
+    Spreads reads or writes over time, so that they stay below a limit.  Safe to use from several threads.
 
     Parameters
     ----------
     limit : int or None
-        Bytes a second, of all threads together; None: no limit.
+        Bytes a second, for all threads together.  None: no limit.
     """
 
     def __init__(self, limit: int | None) -> None:
@@ -22,17 +22,17 @@ class Pace:
         self._lock = threading.Lock()
 
     def keep(self, length: int, stop: threading.Event) -> bool:
-        """Wait until `length` bytes may be moved; False where `stop` is set before."""
+        """Wait until `length` more bytes may be moved.  Return False if `stop` was set during the wait."""
         seconds = self.wait(length, time.monotonic())
         return seconds <= 0 or not stop.wait(seconds)
 
     def due(self, length: int) -> float:
-        """When (time.monotonic) `length` bytes may be moved; that time is taken now."""
+        """Reserve the time for `length` bytes; return when (time.monotonic) they may be moved."""
         now = time.monotonic()
         return now + self.wait(length, now)
 
     def wait(self, length: int, now: float) -> float:
-        """Seconds to wait at the time `now` (seconds) before `length` bytes are moved; their time is taken then."""
+        """Reserve the time for `length` bytes; return how many seconds after `now` (seconds) they may be moved."""
         if self._limit is None:
             return 0.0
         with self._lock:

@@ -1,6 +1,4 @@
-"""
-Who watches a long piece of work; the library never prints.
-"""
+"""The interface to whoever displays the progress of long work.  The library itself never prints."""
 
 from __future__ import annotations
 
@@ -8,10 +6,10 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Is told of one disk after the other, in the thread that asked for the work."""
+    """Receives the progress of one disk after another, in the thread that called the operation."""
 
     def begin(self, disk: str, total: int) -> None:
-        """Work on a disk begins; it ends at `total` bytes."""
+        """Start a disk whose work ends at `total` bytes."""
 
     def advance(self, done: int) -> None:
-        """So many bytes of it are done."""
+        """Report that `done` bytes of the disk are finished."""

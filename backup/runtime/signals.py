@@ -1,9 +1,9 @@
 """
-SIGINT, SIGTERM and SIGHUP as `Interrupted`, raised between two lines of the main thread.
+SIGINT, SIGTERM and SIGHUP, raised as `Interrupted` between two lines of the main thread.
 
-A library that calls back into Python may print and swallow what is raised there; around such a call `held` keeps the
-signal until the call is over.  Python itself swallows what is raised where an object ends (a weak reference's callback,
-a generator's close); then it is raised once more, a moment later.
+Two kinds of code would lose such an exception.  A C library that calls back into Python may print the exception and
+drop it: `deferred` delays the signal until such a call is over.  Python itself drops exceptions where an object ends
+(in the callback of a weak reference, in the close of a generator): a timer raises `Interrupted` again a moment later.
 """
 
 from __future__ import annotations
@@ -17,47 +17,53 @@ from contextlib import contextmanager
 from backup.errors import Interrupted
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_A_MOMENT = 0.01
-"""Seconds."""
+_RAISE_AGAIN_SECONDS = 0.01
+"""Delay before a dropped `Interrupted` is raised again."""
 
 
-class _State:
-    """The one handler's state, of a process that has one main thread."""
+class _Handler:
+    """State of the signal handler.  There is one, since a process has one main thread."""
 
-    held = False
+    deferring = False
     waiting: int | None = None
-    came = 0
-    """The number of the signal that came."""
+    """The signal that arrived while signals were deferred."""
+    arrived = 0
+    """The signal that arrived."""
 
 
 def catch() -> None:
-    """Install the handler, but for signals that our parent had ignored (a shell's background job, nohup)."""
+    """Install the handler, except for signals that the parent process ignores (a shell's background job, nohup)."""
     for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _handle)
-    sys.unraisablehook = _swallowed
+    sys.unraisablehook = _raise_again
 
 
 @contextmanager
-def held() -> Iterator[None]:
+def deferred() -> Iterator[None]:
     """
-    Keep a signal back until the block ends; only in the main thread, and only around what takes moments.
+    Delay signals until the end of the block.  Use this only in the main thread, and only for calls that are short.
 
-    A block within another one changes nothing.
+    Blocks may be nested; the outermost one ends the delay.
     """
-    outer, _State.held = _State.held, True
+    outer, _Handler.deferring = _Handler.deferring, True
     try:
         yield
     finally:
-        _State.held = outer
+        _Handler.deferring = outer
         if not outer:
-            waiting, _State.waiting = _State.waiting, None
+            waiting, _Handler.waiting = _Handler.waiting, None
             if waiting is not None:
                 raise Interrupted(waiting)
 
 
 def to_the_end(tidy_up: Callable[[], None]) -> None:
-    """Tidy up, and once more where a signal cut it off, which is raised then: no second signal comes (`_handle`)."""
+    """
+    Call `tidy_up`, which a signal must not leave half done.
+
+    If a signal interrupts the call, the call is repeated and the signal is raised afterwards.  Once is enough, because
+    the handler ignores all further signals (`_handle`).
+    """
     try:
         tidy_up()
     except Interrupted:
@@ -66,25 +72,26 @@ def to_the_end(tidy_up: Callable[[], None]) -> None:
 
 
 def _handle(number: int, _frame: object) -> None:
-    # One signal is enough: what follows is tidying up, which a second one must not cut off.
-    for each in _SIGNALS:
-        signal.signal(each, signal.SIG_IGN)
-    _State.came = number
-    # Python says so of a coroutine that was made and, now, is not run.
+    # Later signals are ignored: the program now tidies up, and a second signal must not interrupt that.
+    for other in _SIGNALS:
+        signal.signal(other, signal.SIG_IGN)
+    _Handler.arrived = number
+    # Python would warn about each coroutine that was created and now never runs.
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     _deliver()
 
 
 def _deliver() -> None:
-    if _State.held:
-        _State.waiting = _State.came
+    if _Handler.deferring:
+        _Handler.waiting = _Handler.arrived
     else:
-        raise Interrupted(_State.came)
+        raise Interrupted(_Handler.arrived)
 
 
-def _swallowed(found: sys.UnraisableHookArgs) -> None:
-    if not isinstance(found.exc_value, Interrupted):
-        sys.__unraisablehook__(found)
+def _raise_again(dropped: sys.UnraisableHookArgs) -> None:
+    """Raise an `Interrupted` that Python dropped once more, from a timer (a hook of sys.unraisablehook)."""
+    if not isinstance(dropped.exc_value, Interrupted):
+        sys.__unraisablehook__(dropped)
         return
     signal.signal(signal.SIGALRM, lambda *_: _deliver())
-    signal.setitimer(signal.ITIMER_REAL, _A_MOMENT)
+    signal.setitimer(signal.ITIMER_REAL, _RAISE_AGAIN_SECONDS)

@@ -1,6 +1,4 @@
-"""
-Threads that share a stream of jobs, while the calling thread shows how far they are.
-"""
+"""Worker threads: started together, stopped by the first error or signal, joined before the caller continues."""
 
 from __future__ import annotations
 
@@ -10,7 +8,50 @@ from typing import TypeVar
 
 _T = TypeVar("_T")
 _TICK = 0.1
-"""Seconds between looks at progress and signals."""
+"""Seconds between two calls that show progress, and between two chances to notice a signal."""
+
+
+def run_threads(work: Callable[[], None], threads: int, show: Callable[[], None], halt: Callable[[], None]) -> None:
+    """
+    Call `work` in several threads and wait until all of them have ended.
+
+    Parameters
+    ----------
+    show : callable
+        Shows progress.  Called in this thread, ten times a second.
+    halt : callable
+        Makes all threads return soon.  Called at the first error, when a signal interrupts this thread, and at the end.
+
+    Raises
+    ------
+    BaseException
+        The first error of any thread, or the signal.  By then all threads have ended.
+    """
+    errors: list[BaseException] = []
+
+    def guarded() -> None:
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001 - the calling thread raises it
+            errors.append(error)
+            halt()
+
+    pool = [threading.Thread(target=guarded) for _ in range(threads)]
+    try:
+        for thread in pool:
+            thread.start()
+        for thread in pool:
+            # With a time limit, since a thread that waits in join() does not notice signals.
+            while thread.is_alive():
+                thread.join(_TICK)
+                show()
+    finally:
+        halt()
+        for thread in pool:
+            if thread.ident is not None:
+                thread.join()
+    if errors:
+        raise errors[0]
 
 
 def in_threads(
@@ -21,43 +62,31 @@ def in_threads(
     stop: threading.Event | None = None,
 ) -> None:
     """
-    Do all jobs; the first error, or a signal in this thread, stops them, and is raised when all threads have ended.
+    Do all jobs of a stream in several threads, each job in the next free thread.
+
+    The first error, or a signal in this thread, stops the threads after their present jobs.
 
     Parameters
     ----------
     show : callable
-        Called in this thread, again and again.
+        Shows progress.  Called in this thread, ten times a second.
     stop : Event, optional
-        Set when the jobs are to stop, for a long one to look at.
+        Is set when the jobs must stop.  Long jobs should look at it.
+
+    Raises
+    ------
+    BaseException
+        The first error of any job, or the signal.  By then all threads have ended.
     """
-    stop = stop or threading.Event()
+    stopped = stop or threading.Event()
     lock = threading.Lock()
-    left = iter(jobs)
-    errors: list[BaseException] = []
+    stream = iter(jobs)
 
     def pull() -> None:
-        try:
-            while not stop.is_set():
-                with lock:
-                    if (job := next(left, None)) is None:
-                        return
-                work(job)
-        except BaseException as error:  # noqa: BLE001 - carried to the calling thread, which raises it
-            errors.append(error)
-            stop.set()
+        while not stopped.is_set():
+            with lock:
+                if (job := next(stream, None)) is None:
+                    return
+            work(job)
 
-    pool = [threading.Thread(target=pull) for _ in range(threads)]
-    try:
-        for thread in pool:
-            thread.start()
-        for thread in pool:
-            while thread.is_alive():
-                thread.join(_TICK)
-                show()
-    finally:
-        stop.set()
-        for thread in pool:
-            if thread.ident is not None:
-                thread.join()
-    if errors:
-        raise errors[0]
+    run_threads(pull, threads, show, stopped.set)

@@ -82,7 +82,7 @@ def test_a_list_of_configuration_problems_has_a_line_for_each(capsys):
 
 def test_the_hint_of_a_signal_says_nothing_of_points_that_nobody_wanted_to_make():
     """It shows for list and verify as well; a backup says that it made none."""
-    assert Interrupted(15).hint == "no point was harmed by that; run the command again"
+    assert Interrupted(15).hint == "no point was damaged; run the command again"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from peers import Asked, Peer, listening, pattern, silence
 from backup.config.reader import load
 from backup.errors import UsageError
 from backup.runtime import timeouts
-from backup.runtime.timeouts import Silent, Wait
+from backup.runtime.timeouts import TimedOut, Wait
 
 
 class Clock:
@@ -35,8 +35,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
-    monkeypatch.setattr(timeouts._State, "say", staticmethod(found.append))
-    monkeypatch.setattr(timeouts._State, "said", {})
+    monkeypatch.setattr(timeouts._Settings, "show", staticmethod(found.append))
+    monkeypatch.setattr(timeouts._Settings, "shown", {})
     return found
 
 
@@ -55,7 +55,7 @@ def test_the_user_is_told_after_half_a_minute_and_it_is_over_at_the_limit(clock,
     assert said == ["waiting for a server since 30 s"]
     waited(wait, clock, 268)
     assert [text.partition(" since ")[2] for text in said] == ["30 s", "1 min 00 s", "2 min 00 s", "4 min 00 s"]
-    with pytest.raises(Silent, match="no answer within 5 min 00 s: waiting for a server") as caught:
+    with pytest.raises(TimedOut, match="no answer within 5 min 00 s: waiting for a server") as caught:
         waited(wait, clock, 2)
     assert caught.value.exit_code == 13
     assert "timeout" in caught.value.hint
