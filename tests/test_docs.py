@@ -139,3 +139,10 @@ def test_the_table_of_packages_is_that_of_the_architecture_and_its_modules_exist
     for package, modules in PACKAGES:
         for module in re.findall(r"`([\w.]+/?)`", modules):
             assert (PACKAGE / package / module).exists(), f"{package}/{module}"
+
+
+def test_every_module_with_a_lock_or_a_thread_is_in_the_architecture():
+    section = ARCHITECTURE.partition("## Threads and locks")[2].partition("## Where to add")[0]
+    calls = re.compile(r"\b(?:Lock|flock|Thread|ThreadPoolExecutor)\(|\bF_OFD_SETLK\b")
+    modules = [path for path, text in CODE.items() if path.startswith("backup/") and calls.search(text)]
+    assert [module for module in modules if module not in section] == []
