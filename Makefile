@@ -4,7 +4,7 @@ export PATH := $(PATH):/usr/sbin:/sbin# mke2fs and debugfs, which Debian hides f
 PYTHON_FILES := backup stubs tests $(wildcard bench) tools
 JOBS ?= $(shell nproc)
 
-.PHONY: help setup demo test test-guest check bench clean
+.PHONY: help setup demo test test-guest check man bench clean
 
 help:
 	@echo "make setup   what the tests and the demo need: distribution packages (as root), .venv, pybackup in it"
@@ -12,6 +12,7 @@ help:
 	@echo "make test    all tests; make test ARGS='-k restore' for some, JOBS=4 for more at once"
 	@echo "make test-guest  back up a real guest: Linux, emulated, which goes on writing; and read files from points; some minutes"
 	@echo "make check   format, lint, types, and the rules of the architecture"
+	@echo "make man     write docs/pybackup.1 anew, after a change of --help or of docs/commands.md"
 	@echo "make bench   measure speed and memory against nbdcopy and qemu-img"
 	@echo "make clean   remove what make made"
 
@@ -33,6 +34,9 @@ check: setup
 	.venv/bin/ruff check $(PYTHON_FILES)
 	.venv/bin/mypy --strict backup tools
 	$(if $(wildcard tests/test_architecture.py),.venv/bin/python -m pytest tests/test_architecture.py)
+
+man: setup
+	.venv/bin/python tools/manpage.py
 
 bench: setup
 	@.venv/bin/python -c 'import matplotlib' 2>/dev/null || .venv/bin/python -m pip install -qq --disable-pip-version-check --editable '.[bench]'

@@ -167,11 +167,10 @@ def test_a_repository_of_an_older_program_gets_the_file_with_its_next_backup_and
     check_repository(night.repository)
 
 
-def test_readme_says_the_same():
-    """The commands of its recovery section are the file's."""
-    readme = Path(repository.__file__).parents[2] / "README.md"
-    section = readme.read_text().split("## Recovery without pybackup")[1].split("\n## ")[0]
+def test_the_page_about_recovery_says_the_same():
+    """The commands of docs/recovery.md are the file's."""
+    page = (Path(repository.__file__).parents[2] / "docs" / "recovery.md").read_text()
     ours = Path(repository.__file__).parent.with_name(RECOVERY).read_text()
     commands = re.findall(r"^    (.*)$", ours, re.MULTILINE)[2:6]
     for command in commands:
-        assert command in section, command
+        assert command in page, command

@@ -36,7 +36,7 @@ class Point:
 
 class Resizing:
     """
-    Resizes between two points, of any kind but those that nothing shows (README: after a shrink, take a full).
+    Resizes between two points, of any kind but those that nothing shows (docs/bitmaps.md: run a rescan then).
 
     A shrink drops the dirty bits beyond the cut.  When the disk grows again before the next point, it reads as zero
     there, clean, and the planner finds that, but for
