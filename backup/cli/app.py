@@ -166,7 +166,10 @@ def _as_found(parameter: Any, convert: Callable[[Any, Any], Any], context: Any, 
 app = typer.Typer(
     name="pybackup",
     cls=_Group,
-    help="Incremental backups of QEMU/KVM disks, by dirty bitmaps, into chains of plain qcow2 files.",
+    help="Incremental backups of QEMU/KVM disks.  Dirty bitmaps tell what changed; every backup is a plain qcow2 file.",
+    epilog="Exit codes: 0 done; 1 failed; 2 wrong usage or configuration; 3 done, with warnings; 10 not found; "
+    "11 locked by another run; 12 damaged; 13 source cannot be read; 14 bitmap cannot be used; "
+    "129, 130, 143 stopped by a signal.",
     **_STYLE,
 )
 
@@ -179,11 +182,20 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _common(
-    config: Annotated[str | None, typer.Option("--config", metavar="FILE", help="The configuration.")] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Say more.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but warnings and errors.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            "--config",
+            metavar="FILE",
+            help="Configuration file.  Default: $PYBACKUP_CONFIG, ./config.yaml, then /etc/pybackup/config.yaml.",
+        ),
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show what is done in more detail.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show warnings and errors only.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Write the result as one JSON document to standard output.")
+    ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,

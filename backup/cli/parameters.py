@@ -1,5 +1,8 @@
 """
-Parameters that several commands have.  Texts and flags only, also where a path is meant: see `app._unconverted`.
+Parameters that several commands have, with their texts in --help.
+
+Every parameter is a text, a list of texts or a flag, also where a path or a number is meant: `backup.cli.app` hands
+commands what the user wrote, and the commands convert it.
 """
 
 from __future__ import annotations
@@ -8,82 +11,189 @@ from typing import Annotated
 
 import typer
 
-MachineNames = Annotated[
-    list[str] | None, typer.Argument(metavar="MACHINE", help="All, where none is named.", show_default=False)
+# What a command works on.
+
+ConfiguredMachines = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="MACHINE", help="Machines of the configuration.  Default: all.", show_default=False),
 ]
-Repo = Annotated[str | None, typer.Option("--repo", metavar="DIR", help="The repository's folder.")]
-Image = Annotated[str | None, typer.Option("--image", metavar="FILE", help="An image that no machine has open.")]
+MachineNames = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="MACHINE", help="Machines of the repository.  Default: all.", show_default=False),
+]
+PointName = Annotated[
+    str,
+    typer.Argument(
+        metavar="MANIFEST",
+        help=(
+            "The point: MACHINE (its newest point), MACHINE/POINT, MACHINE/2026-11-28 (the newest point of that day or "
+            "before), the beginning or end of a point's id, or the path of a manifest."
+        ),
+    ),
+]
+Repo = Annotated[
+    str | None,
+    typer.Option(
+        "--repo", metavar="DIR", help="Folder of the repository.  Default: `repository` in the configuration."
+    ),
+]
+PointDisk = Annotated[
+    str | None,
+    typer.Option("--disk", metavar="NAME", help="Disk of the point.  Needed if the point holds several disks."),
+]
+Filesystem = Annotated[
+    str | None,
+    typer.Option(
+        "--filesystem",
+        metavar="DEVICE",
+        help="File system to look into, for example /dev/sda1 or /dev/vg/lv.  Default: that of the guest's only "
+        "operating system, with all that it mounts.",
+    ),
+]
+
+# A source: one image or several, an NBD export, or a running machine.
+
+Image = Annotated[str | None, typer.Option("--image", metavar="FILE", help="Image that no machine has open.")]
 ImageFormat = Annotated[
     str | None,
-    typer.Option("--image-format", metavar="qcow2|raw", help="The image's format; else its first bytes tell."),
+    typer.Option("--image-format", metavar="qcow2|raw", help="Format of the image.  Default: detected."),
 ]
 Images = Annotated[
     list[str] | None,
-    typer.Option("--image", metavar="FILE", help="An image that no machine has open; again for the machine's others."),
+    typer.Option(
+        "--image", metavar="FILE", help="Image that no machine has open.  Repeat it for each disk of the machine."
+    ),
 ]
 ImageFormats = Annotated[
     list[str] | None,
     typer.Option(
         "--image-format",
         metavar="qcow2|raw",
-        help="The images' format, or one for each --image, in order; else their first bytes tell.",
+        help="Format of all images; or repeat it for each --image, in the same order.  Default: detected.",
     ),
 ]
-Nbd = Annotated[str | None, typer.Option("--nbd", metavar="URI", help="An export of any NBD server.")]
+Nbd = Annotated[
+    str | None,
+    typer.Option("--nbd", metavar="URI", help="Export of an NBD server, for example nbd://host/disk."),
+]
 Since = Annotated[
     str | None,
-    typer.Option("--since", metavar="POINT", help="With --nbd: the point that the server's bitmap starts from."),
+    typer.Option(
+        "--since",
+        metavar="POINT",
+        help="With --nbd and --bitmap: the point at which the server's bitmap was started.  Without it, the "
+        "bitmap is not used.",
+    ),
 ]
-Qmp = Annotated[str | None, typer.Option("--qmp", metavar="SOCKET", help="The QMP socket of a running machine's QEMU.")]
+Qmp = Annotated[
+    str | None,
+    typer.Option("--qmp", metavar="SOCKET", help="QMP socket of the QEMU that runs the machine."),
+]
 Nodes = Annotated[
     list[str] | None,
     typer.Option(
         "--node",
         metavar="NODE",
-        help="With --qmp: a disk, by its node, device id or image; again for more.  Without it, all writable disks.",
+        help="With --qmp: a disk, named by its node, device id or image.  Repeat it for each disk.  Default: all "
+        "writable disks.",
     ),
 ]
 Exclude = Annotated[
     list[str] | None,
-    typer.Option("--exclude", metavar="DISK", help="With --qmp: a disk that no point needs to hold; again for more."),
+    typer.Option(
+        "--exclude",
+        metavar="DISK",
+        help="With --qmp: a writable disk to leave out, named as for --node.  Repeat it for more.  A disk that is left "
+        "out without this option causes a warning.",
+    ),
+]
+Scratch = Annotated[
+    str | None,
+    typer.Option(
+        "--scratch",
+        metavar="DIR",
+        help="With --qmp: folder in which QEMU saves, while the disks are read, the old content of data that the "
+        "guest overwrites.  Default: `scratch` in the configuration, else the folder of each image.",
+    ),
+]
+FreezeFlag = Annotated[
+    bool,
+    typer.Option(
+        "--freeze",
+        help="With --qmp and --agent: have the guest agent freeze the guest's file systems for the instant of the "
+        "backup.",
+    ),
+]
+AgentSocket = Annotated[
+    str | None,
+    typer.Option("--agent", metavar="SOCKET", help="With --qmp: socket of the QEMU guest agent."),
 ]
 AllowPlaintext = Annotated[
     bool,
-    typer.Option("--allow-plaintext", help="With --qmp: store encrypted disks as QEMU decrypts them."),
+    typer.Option(
+        "--allow-plaintext",
+        help="With --qmp: back up encrypted disks although the repository will hold their content unencrypted.",
+    ),
 ]
-Scratch = Annotated[
-    str | None, typer.Option("--scratch", metavar="DIR", help="With --qmp: where QEMU keeps what the guest overwrites.")
+MachineName = Annotated[
+    str | None,
+    typer.Option(
+        "--machine",
+        metavar="NAME",
+        help="Name under which the machine is stored.  Default: the name of the image (without its suffix), export or "
+        "node.  Needed for several disks.",
+    ),
 ]
-FreezeFlag = Annotated[
-    bool, typer.Option("--freeze", help="With --qmp: have the guest agent freeze the file systems for the instant.")
-]
-AgentSocket = Annotated[str | None, typer.Option("--agent", metavar="SOCKET", help="The guest agent's socket.")]
-MachineName = Annotated[str | None, typer.Option("--machine", metavar="NAME", help="The machine, for a source.")]
 DiskNames = Annotated[
     list[str] | None,
-    typer.Option("--disk", metavar="NAME", help="The disk, for a source; in the order of --image or --node."),
+    typer.Option(
+        "--disk",
+        metavar="NAME",
+        help="Name under which a disk is stored.  Repeat it in the order of --image or --node.  Default: the name of "
+        "the image, export, node or device.",
+    ),
 ]
+
+# How a source is read and stored.
+
 BitmapName = Annotated[
     str | None,
-    typer.Option("--bitmap", metavar="NAME", help="Family of the bitmaps to keep; with --nbd, the server's bitmap."),
+    typer.Option(
+        "--bitmap",
+        metavar="NAME",
+        help="Name of pybackup's dirty bitmaps, which are called NAME.REPOSITORY.POINT in QEMU.  With --nbd: the "
+        "exact name of the server's bitmap.  Default: `bitmap` in the configuration.",
+    ),
 ]
 CompressionText = Annotated[
-    str | None, typer.Option("--compression", metavar="none|zstd[:LEVEL]", help="How clusters are stored.")
+    str | None,
+    typer.Option(
+        "--compression",
+        metavar="none|zstd[:LEVEL]",
+        help="Compression of the stored data.  LEVEL is -7 (fastest) to 19 (smallest).  Default: `compression` in the "
+        "configuration, else zstd:1.",
+    ),
 ]
 Limit = Annotated[
-    str | None, typer.Option("--limit", metavar="SIZE", help="Read at most so many bytes a second, such as 50M.")
+    str | None,
+    typer.Option(
+        "--limit",
+        metavar="SIZE",
+        help="Read at most SIZE bytes a second, for example 50M.  Default: `limit` in the configuration, else no "
+        "limit.",
+    ),
 ]
 WriteLimit = Annotated[
-    str | None, typer.Option("--limit", metavar="SIZE", help="Write at most so many bytes a second, such as 50M.")
+    str | None,
+    typer.Option(
+        "--limit", metavar="SIZE", help="Write at most SIZE bytes a second, for example 50M.  Default: no limit."
+    ),
 ]
-Filesystem = Annotated[
-    str | None, typer.Option("--filesystem", metavar="DEVICE", help="Where there are several: /dev/sda1, /dev/vg/lv.")
-]
-PointDisk = Annotated[str | None, typer.Option("--disk", metavar="NAME", help="The disk, where there are several.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what a run would do; change nothing.")]
 NoFallback = Annotated[
-    bool, typer.Option("--no-fallback", help="Fail with 14 rather than read everything (a rescan or a full) instead.")
+    bool,
+    typer.Option(
+        "--no-fallback",
+        help="Fail with exit code 14 where no bitmap can be continued, instead of reading the whole disk.",
+    ),
 ]
-Manifest_ = Annotated[
-    str, typer.Argument(metavar="MANIFEST", help="MACHINE[/POINT or /2026-11-28], a part of a point's id, or a path.")
-]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and change nothing.")]

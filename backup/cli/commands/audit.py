@@ -14,13 +14,13 @@ from backup.cli.find import folder_of
 from backup.cli.output import err, error_object, plain
 from backup.cli.parameters import (
     BitmapName,
+    ConfiguredMachines,
     DiskNames,
     Exclude,
     ImageFormats,
     Images,
     Limit,
     MachineName,
-    MachineNames,
     Nbd,
     Nodes,
     Qmp,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 def audit(
-    machines: MachineNames = None,
+    machines: ConfiguredMachines = None,
     image: Images = None,
     image_format: ImageFormats = None,
     nbd: Nbd = None,
@@ -53,7 +53,12 @@ def audit(
     bitmap: BitmapName = None,
     limit: Limit = None,
 ) -> None:
-    """Hold disks, read whole, against their newest points.  12 where those, or the bitmaps since, lie."""
+    """
+    Compare whole disks with their newest points.
+
+    Nothing is stored.  Exit code 12: data differs although the bitmap reports it as unchanged, so that the bitmap or
+    the point is wrong.  Exit code 14: data differs, and no usable bitmap tells whether it changed since the point.
+    """
     _audit(**locals())
 
 

@@ -19,6 +19,7 @@ from backup.cli.parameters import (
     AllowPlaintext,
     BitmapName,
     CompressionText,
+    ConfiguredMachines,
     DiskNames,
     DryRun,
     Exclude,
@@ -27,7 +28,6 @@ from backup.cli.parameters import (
     Images,
     Limit,
     MachineName,
-    MachineNames,
     Nbd,
     Nodes,
     NoFallback,
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 
 def full(
-    machines: MachineNames = None,
+    machines: ConfiguredMachines = None,
     image: Images = None,
     image_format: ImageFormats = None,
     nbd: Nbd = None,
@@ -66,12 +66,17 @@ def full(
     limit: Limit = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Back up everything, and begin a chain."""
+    """
+    Back up whole disks, and start a new chain.
+
+    Without MACHINE and without a source (--image, --nbd or --qmp), every machine of the configuration is backed up; one
+    that fails does not stop the others.  Exit code 3: the points exist, and there were warnings.
+    """
     _back_up("full", **locals())
 
 
 def incremental(
-    machines: MachineNames = None,
+    machines: ConfiguredMachines = None,
     image: Images = None,
     image_format: ImageFormats = None,
     nbd: Nbd = None,
@@ -92,12 +97,20 @@ def incremental(
     no_fallback: NoFallback = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Back up what changed since the newest point.  Everything is read where that cannot be known."""
+    """
+    Back up the data that changed since the newest point.
+
+    A dirty bitmap of QEMU tells what changed.  Where no bitmap can be continued, the whole disk is read (a rescan or a
+    full), the reason is shown, and the exit code is 3.  A disk without a point gets a full.
+
+    Without MACHINE and without a source (--image, --nbd or --qmp), every machine of the configuration is backed up; one
+    that fails does not stop the others.
+    """
     _back_up("incremental", **locals())
 
 
 def rescan(
-    machines: MachineNames = None,
+    machines: ConfiguredMachines = None,
     image: Images = None,
     image_format: ImageFormats = None,
     nbd: Nbd = None,
@@ -116,7 +129,14 @@ def rescan(
     limit: Limit = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Back up what differs from the newest point.  Everything is read and compared."""
+    """
+    Read whole disks, and back up what differs.
+
+    No bitmap is trusted: all data is read, compared with the newest point, and stored where it differs.
+
+    Without MACHINE and without a source (--image, --nbd or --qmp), every machine of the configuration is backed up; one
+    that fails does not stop the others.
+    """
     _back_up("rescan", **locals())
 
 

@@ -13,10 +13,10 @@ from backup.errors import UsageError
 
 def check_config(
     example: Annotated[
-        bool, typer.Option("--example", help="Print an example with every key and a comment on each instead.")
+        bool, typer.Option("--example", help="Print an example configuration with a comment on every key.")
     ] = False,
 ) -> None:
-    """Check the configuration and say what it names."""
+    """Check the configuration, and show a summary of it."""
     if example:
         from backup.config.reader import EXAMPLE
 

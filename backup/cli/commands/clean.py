@@ -16,6 +16,7 @@ from backup.cli.context import options
 from backup.cli.find import folder_of, path_of
 from backup.cli.parameters import (
     AgentSocket,
+    Qmp,
     Repo,
 )
 from backup.errors import WARNINGS_EXIT_CODE, UsageError
@@ -27,28 +28,38 @@ if TYPE_CHECKING:
 
 
 def clean(
-    qmp: Annotated[
-        str | None, typer.Option("--qmp", metavar="SOCKET", help="The QMP socket of a running machine's QEMU.")
-    ] = None,
+    qmp: Qmp = None,
     image: Annotated[
-        list[str] | None, typer.Option("--image", metavar="FILE", help="An image that no machine has open; repeatable.")
+        list[str] | None,
+        typer.Option("--image", metavar="FILE", help="Image that no machine has open.  Repeat it for more."),
     ] = None,
     bitmaps: Annotated[
-        bool, typer.Option("--bitmaps", help="Select all bitmaps of the repository, those of its points too.")
+        bool,
+        typer.Option(
+            "--bitmaps", help="Select all bitmaps of the repository, also those that the next backup would continue."
+        ),
     ] = False,
     repository: Annotated[
         list[str] | None,
-        typer.Option("--repository", metavar="ID", help="Select all bitmaps of the repository with this short id."),
+        typer.Option(
+            "--repository",
+            metavar="ID",
+            help="Select all bitmaps of the repository with this short id (eight hex digits).  Repeat it for more.",
+        ),
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Remove the selected bitmaps instead of listing them.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Remove the selected bitmaps.  Without it, they are only listed.")
+    ] = False,
     agent: AgentSocket = None,
     repo: Repo = None,
 ) -> None:
     """
     Remove what backups left in a running QEMU or in images.
 
-    With --qmp alone: jobs, exports, nodes, bitmaps of no point, and a frozen guest, as a run that was cut off leaves
-    them. With --bitmaps, --repository or --image, list pybackup's bitmaps; --yes removes those that are selected.
+    With --qmp alone, clean up after a run that was interrupted: remove its jobs, exports, nodes and bitmaps, and thaw
+    the guest.
+
+    With --image, --bitmaps or --repository, list pybackup's dirty bitmaps; with --yes, remove the selected ones.
     """
     wanted = Wanted(
         qmp=path_of(qmp),

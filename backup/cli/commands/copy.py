@@ -28,13 +28,22 @@ if TYPE_CHECKING:
 
 
 def copy_(
-    what: Annotated[str, typer.Argument(metavar="MACHINE[/POINT]", help="A machine, or a point and its chain.")],
-    other: Annotated[str, typer.Argument(metavar="OTHER-REPOSITORY", help="A folder that `init --copy-of` made.")],
+    what: Annotated[
+        str,
+        typer.Argument(metavar="MACHINE[/POINT]", help="Machine to copy, or one point with the points it builds on."),
+    ],
+    other: Annotated[
+        str, typer.Argument(metavar="OTHER-REPOSITORY", help="Folder that `pybackup init --copy-of` created.")
+    ],
     repo: Repo = None,
     limit: Limit = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Copy points to a second place.  Only what is missing there, every digest checked on the way."""
+    """
+    Copy the points that a second place lacks.
+
+    Every block is checked against its digest.  Points that are there already are not copied again.
+    """
     from backup.cli import settings
     from backup.operations import copy
     from backup.operations.verify import exit_code

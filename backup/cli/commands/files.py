@@ -15,8 +15,8 @@ from backup.cli.find import folder_of
 from backup.cli.output import plain, table
 from backup.cli.parameters import (
     Filesystem,
-    Manifest_,
     PointDisk,
+    PointName,
     Repo,
 )
 from backup.errors import WARNINGS_EXIT_CODE
@@ -27,13 +27,20 @@ if TYPE_CHECKING:
 
 
 def files(
-    manifest: Manifest_,
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A folder of the guest.", show_default=False)] = "/",
+    manifest: PointName,
+    path: Annotated[
+        str,
+        typer.Argument(metavar="PATH", help="Absolute path of a folder in the guest.  Default: /.", show_default=False),
+    ] = "/",
     disk: PointDisk = None,
     filesystem: Filesystem = None,
     repo: Repo = None,
 ) -> None:
-    """List a folder of the guest's files at a point.  Needs libguestfs."""
+    """
+    List a folder of the guest as it was at a point.
+
+    Needs guestfish (libguestfs).
+    """
     from backup.guest import files as guestfiles
     from backup.operations.serve import choose_disk
 
@@ -50,14 +57,20 @@ def files(
 
 
 def get(
-    manifest: Manifest_,
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A file or a folder of the guest.")],
-    dest: Annotated[str, typer.Argument(metavar="DEST", help="A new name, or a folder to put it in.")],
+    manifest: PointName,
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Absolute path of a file or folder in the guest.")],
+    dest: Annotated[
+        str, typer.Argument(metavar="DEST", help="New file or folder to create, or an existing folder to put it in.")
+    ],
     disk: PointDisk = None,
     filesystem: Filesystem = None,
     repo: Repo = None,
 ) -> None:
-    """Bring a guest's file or folder back from a point.  Needs libguestfs."""
+    """
+    Copy a file or folder of the guest out of a point.
+
+    Needs guestfish (libguestfs).
+    """
     from backup.guest import files as guestfiles
     from backup.operations.serve import choose_disk
 

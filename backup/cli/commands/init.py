@@ -15,12 +15,22 @@ from backup.model.names import check_folder
 
 
 def init(
-    repo: Annotated[str, typer.Argument(metavar="REPO", help="A new or empty folder.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="New or empty folder.")],
     copy_of: Annotated[
-        str | None, typer.Option("--copy-of", metavar="REPO", help="Make a second place of that repository for `copy`.")
+        str | None,
+        typer.Option(
+            "--copy-of",
+            metavar="REPO",
+            help="Create a second place for copies of this repository; see `pybackup copy`.",
+        ),
     ] = None,
 ) -> None:
-    """Make an empty repository.  No other command does."""
+    """
+    Create an empty repository.
+
+    No other command creates one: a backup to a disk that is not mounted fails with exit code 10, and does not fill the
+    disk below the mount point.
+    """
     from backup.cli import settings
     from backup.operations import copy
     from backup.repository.repository import Repository

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def list_(machines: MachineNames = None, repo: Repo = None) -> None:
-    """List the points that there are."""
+    """List the points of the repository."""
     from backup.repository.machine import Contents
 
     found: list[tuple[Manifest, Path]] = []

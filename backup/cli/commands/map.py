@@ -30,12 +30,21 @@ def map_(
     image_format: ImageFormat = None,
     nbd: Nbd = None,
     qmp: Qmp = None,
-    node: Annotated[str | None, typer.Option("--node", metavar="NODE", help="With --qmp: the disk.")] = None,
+    node: Annotated[
+        str | None,
+        typer.Option("--node", metavar="NODE", help="With --qmp: the disk, named by its node, device id or image."),
+    ] = None,
     scratch: Scratch = None,
-    bitmap: Annotated[str | None, typer.Option("--bitmap", metavar="EXACT-NAME", help="The bitmap to show.")] = None,
-    totals: Annotated[bool, typer.Option("--totals", help="Sums only.")] = False,
+    bitmap: Annotated[
+        str | None, typer.Option("--bitmap", metavar="EXACT-NAME", help="Dirty bitmap to show, by its exact name.")
+    ] = None,
+    totals: Annotated[bool, typer.Option("--totals", help="Show the sums only.")] = False,
 ) -> None:
-    """Show a source as the planner sees it.  Dirty or clean, data, zero or hole, in bytes."""
+    """
+    Show which parts of a disk are dirty, data, zero or holes.
+
+    All numbers are bytes.  Nothing is backed up.
+    """
     from backup.cli import requests
     from backup.planning import extent_map
 

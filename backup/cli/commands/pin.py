@@ -7,18 +7,18 @@ from backup.cli import output as render
 from backup.cli.context import options
 from backup.cli.find import folder_of
 from backup.cli.parameters import (
-    Manifest_,
+    PointName,
     Repo,
 )
 
 
-def pin(manifest: Manifest_, repo: Repo = None) -> None:
-    """Protect a point: no prune removes it."""
+def pin(manifest: PointName, repo: Repo = None) -> None:
+    """Protect a point from prune and remove."""
     _set_pin(manifest, repo, pinned=True)
 
 
-def unpin(manifest: Manifest_, repo: Repo = None) -> None:
-    """Let prune remove a point again."""
+def unpin(manifest: PointName, repo: Repo = None) -> None:
+    """Let prune and remove take a point again."""
     _set_pin(manifest, repo, pinned=False)
 
 

@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
 _KEEPS = {
     "last": "Keep the newest N points.",
-    "hourly": "Keep the newest point of each of the last N hours that have one.",
-    "daily": "The same of days.",
-    "weekly": "The same of weeks.",
-    "monthly": "The same of months.",
-    "yearly": "The same of years.",
+    "hourly": "Keep the newest point of each of the last N hours that have a point.",
+    "daily": "The same for days.",
+    "weekly": "The same for weeks.",
+    "monthly": "The same for months.",
+    "yearly": "The same for years.",
 }
 
 
@@ -54,16 +54,31 @@ def prune(
     keep_within: Annotated[
         str | None,
         typer.Option(
-            "--keep-within", metavar="D", help="Keep what is no older than D, such as 30d, before the newest."
+            "--keep-within",
+            metavar="D",
+            help="Keep the points of the time D before the newest point, for example 30d.  Units: h, d, w, m "
+            "(months), y.",
         ),
     ] = None,
     batch: Annotated[
-        str | None, typer.Option("--batch", metavar="N", help="Rewrite a full when N points can go at once (7).")
+        str | None,
+        typer.Option(
+            "--batch",
+            metavar="N",
+            help="Rewrite a full when N points before it can be removed at once.  Default: `batch` in the "
+            "configuration, else 7.",
+        ),
     ] = None,
     repo: Repo = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Remove the points that no --keep option names.  Those that stay take over what they need of them."""
+    """
+    Remove the points that no --keep option keeps.
+
+    The points that stay keep all their data: what they share with a removed point is merged into them first.
+
+    The --keep options, all together, replace those of `retention` in the configuration.
+    """
     from backup.cli import settings
 
     counts = {

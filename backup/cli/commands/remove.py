@@ -26,12 +26,20 @@ if TYPE_CHECKING:
 
 
 def remove(
-    what: Annotated[str, typer.Argument(metavar="MACHINE[/POINT]", help="A machine, or a point by its whole id.")],
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask; needed where there is no terminal.")] = False,
+    what: Annotated[
+        str, typer.Argument(metavar="MACHINE[/POINT]", help="Machine, or one of its points by the whole id.")
+    ],
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Remove without asking.  Needed where there is no terminal.")
+    ] = False,
     repo: Repo = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Remove a point, or a machine with all its points.  The points that stay take over what they need."""
+    """
+    Remove a point, or a machine with all its points.
+
+    The points that stay keep all their data: what they share with the removed point is merged into them first.
+    """
     from backup.cli import settings
     from backup.operations import remove as removing
     from backup.repository.repository import Repository

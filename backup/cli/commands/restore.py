@@ -16,7 +16,7 @@ from backup.cli.context import options, show_error
 from backup.cli.find import folder_of
 from backup.cli.output import plain
 from backup.cli.parameters import (
-    Manifest_,
+    PointName,
     Repo,
     WriteLimit,
 )
@@ -31,22 +31,45 @@ if TYPE_CHECKING:
 
 
 def restore(
-    manifest: Manifest_,
+    manifest: PointName,
     target: Annotated[
-        str, typer.Argument(metavar="TARGET", help="A file, a folder, a block device, an NBD URI, or - .")
+        str,
+        typer.Argument(
+            metavar="TARGET",
+            help="File, folder, block device or NBD URI to write to, or - for standard output.  A folder gets "
+            "DISK.raw or DISK.qcow2 for each disk.",
+        ),
     ],
-    disk: Annotated[str | None, typer.Option("--disk", metavar="NAME", help="Only this disk of the point.")] = None,
-    format_: Annotated[
-        str | None, typer.Option("--format", metavar="raw|qcow2", help="Else the name's end decides: .qcow2, or raw.")
+    disk: Annotated[
+        str | None, typer.Option("--disk", metavar="NAME", help="Disk to restore.  Default: all disks of the point.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace what TARGET holds.")] = False,
+    format_: Annotated[
+        str | None,
+        typer.Option(
+            "--format", metavar="raw|qcow2", help="Format to write.  Default: qcow2 if TARGET ends in .qcow2, else raw."
+        ),
+    ] = None,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Overwrite an existing TARGET.  Always needed for devices and NBD exports."),
+    ] = False,
     salvage: Annotated[
-        bool, typer.Option("--salvage", help="Of a damaged chain: write zeroes for what is lost, and list that.  12.")
+        bool,
+        typer.Option(
+            "--salvage",
+            help="Restore what is intact of a damaged chain, write zeroes for the rest, list those ranges, and exit "
+            "with 12.",
+        ),
     ] = False,
     repo: Repo = None,
     limit: WriteLimit = None,
 ) -> None:
-    """Bring a point's disk back, checking every digest on the way."""
+    """
+    Restore the disks of a point.
+
+    Every block is checked against its digest before it is written.  A file appears under its name only when it is
+    complete.
+    """
     from backup.cli import settings
     from backup.operations import restore as restoring
     from backup.operations import restore_space, restore_targets

@@ -12,8 +12,8 @@ from backup.cli.context import options
 from backup.cli.find import folder_of, path_of
 from backup.cli.output import plain
 from backup.cli.parameters import (
-    Manifest_,
     PointDisk,
+    PointName,
     Repo,
 )
 from backup.errors import Interrupted
@@ -25,17 +25,30 @@ if TYPE_CHECKING:
 
 
 def serve(
-    manifest: Manifest_,
+    manifest: PointName,
     disk: PointDisk = None,
-    socket: Annotated[str | None, typer.Option("--socket", metavar="PATH", help="A Unix socket to listen on.")] = None,
-    port: Annotated[str | None, typer.Option("--port", metavar="N", help="A TCP port; anyone there can read.")] = None,
-    bind: Annotated[
-        str | None, typer.Option("--bind", metavar="ADDRESS", help="With --port: instead of 127.0.0.1.")
+    socket: Annotated[
+        str | None,
+        typer.Option("--socket", metavar="PATH", help="Unix socket to listen on.  Default: one in a temporary folder."),
     ] = None,
-    writable: Annotated[bool, typer.Option("--writable", help="Let clients write; it is thrown away.")] = False,
+    port: Annotated[
+        str | None,
+        typer.Option("--port", metavar="N", help="TCP port to listen on.  Everyone who can connect can read the disk."),
+    ] = None,
+    bind: Annotated[
+        str | None,
+        typer.Option("--bind", metavar="ADDRESS", help="With --port: address to listen on.  Default: 127.0.0.1."),
+    ] = None,
+    writable: Annotated[
+        bool, typer.Option("--writable", help="Let clients write.  What they write is discarded at the end.")
+    ] = False,
     repo: Repo = None,
 ) -> None:
-    """Serve a point's disk over NBD until Ctrl-C.  At once: nothing is copied."""
+    """
+    Serve a disk of a point over NBD until Ctrl-C.
+
+    Nothing is copied: clients can read at once.  The commands for guestfish, nbd-client and QEMU are shown.
+    """
     from backup.operations import serve as serving
 
     where = serving.address(path_of(socket), port, bind)

@@ -13,7 +13,7 @@ from backup.cli.context import explained, options
 from backup.cli.find import folder_of
 from backup.cli.output import line, plain
 from backup.cli.parameters import (
-    Manifest_,
+    PointName,
     Repo,
 )
 from backup.errors import BackupError
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 def show(
-    manifest: Manifest_,
+    manifest: PointName,
     repo: Repo = None,
 ) -> None:
-    """Show a point.  Its disks, where they came from, and their chains."""
+    """Show a point: its disks, their sources and their chains."""
     from backup.model import chain as chains
 
     machine, found = find.point(manifest, folder_of(repo))

@@ -28,11 +28,21 @@ if TYPE_CHECKING:
 def status(
     machines: MachineNames = None,
     max_age: Annotated[
-        str | None, typer.Option("--max-age", metavar="26h", help="Exit with 1 where a newest point is older.")
+        str | None,
+        typer.Option(
+            "--max-age",
+            metavar="26h",
+            help="Exit with 1 if the newest point of a disk is older.  Units: s, min, h, d, w.",
+        ),
     ] = None,
     repo: Repo = None,
 ) -> None:
-    """Tell how old each disk's newest point is, and what to do.  1 too old, 12 damaged, 10 nothing there."""
+    """
+    Show the age and state of each disk's newest point.
+
+    The exit code is 0 if all is well, 1 if a point is older than --max-age, 10 if something is missing, and 12 if
+    something is damaged.
+    """
     from backup.cli import settings
     from backup.operations import status as states
     from backup.units import parse_duration

@@ -26,19 +26,33 @@ if TYPE_CHECKING:
 def verify(
     what: Annotated[
         list[str] | None,
-        typer.Argument(metavar="MANIFEST|MACHINE", help="All machines, where none is named.", show_default=False),
+        typer.Argument(
+            metavar="MANIFEST|MACHINE",
+            help="Points (as for restore) or machines to verify.  Default: all machines.",
+            show_default=False,
+        ),
     ] = None,
     repo: Repo = None,
     deep: Annotated[bool, typer.Option("--deep", help="Decompress every cluster as well.")] = False,
     older_than: Annotated[
-        str | None, typer.Option("--older-than", metavar="30d", help="Not the files found sound since then.")
+        str | None,
+        typer.Option(
+            "--older-than",
+            metavar="30d",
+            help="Skip files that were verified without a fault in this time.  Units: s, min, h, d, w.",
+        ),
     ] = None,
     sample: Annotated[
-        str | None, typer.Option("--sample", metavar="5%", help="Only a random share of the 4 MiB blocks.")
+        str | None,
+        typer.Option("--sample", metavar="5%", help="Read only this share of the blocks of 4 MiB, chosen at random."),
     ] = None,
     limit: Limit = None,
 ) -> None:
-    """Re-read backups and find every changed byte.  12 for damage, 10 for something missing."""
+    """
+    Re-read the stored data, and report every changed byte.
+
+    Every block is checked against its digest.  Exit code 12: something is damaged.  Exit code 10: something is missing.
+    """
     from backup.cli import settings
     from backup.operations import verify as verifying
 
