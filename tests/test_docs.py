@@ -1,4 +1,4 @@
-"""The documents: links lead somewhere, paths and names exist, and what the code cites (traps, headings) is there."""
+"""Paths, names, traps and headings that documents and code cite exist; tests/docs/ has the tests of single pages."""
 
 import ast
 import re
@@ -29,7 +29,6 @@ PACKAGES = re.findall(r"^\| \d+ \| `backup/(\w+)/` \|.*\| ([^|]*) \|$", ARCHITEC
 
 _FENCED = re.compile(r"^ *```.*?^ *```", re.DOTALL | re.MULTILINE)
 _HEADING = re.compile(r"^#+ +(.+?) *$", re.MULTILINE)
-_LINK = re.compile(r"\]\(([^)\s]+)\)")
 _PATH = re.compile(r"(?<![\w/.$-])(?:backup|tests|docs(?!/interop/)|bench|tools|stubs)/[\w./-]*")
 """A path of this repository; docs/interop/ is QEMU's."""
 _NAME_IN_MODULE = re.compile(r"`([\w.]+)`\s+in\s+`(backup/[\w/]+\.py)`")
@@ -40,16 +39,6 @@ _TEST = re.compile(r"`(test_\w+\.py)::(test_\w+)`")
 
 def headings(name):
     return _HEADING.findall(_FENCED.sub("", DOCUMENTS[name]))
-
-
-def anchors(name):
-    """The anchors of a document's headings, as GitHub makes them."""
-    found = []
-    for heading in headings(name):
-        slug = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
-        times = sum(re.fullmatch(rf"{re.escape(slug)}(-\d+)?", other) is not None for other in found)
-        found.append(f"{slug}-{times}" if times else slug)
-    return found
 
 
 def entries():
@@ -68,18 +57,6 @@ def numbers(text):
 def joined(text):
     """A text whose lines are joined, comments too: a citation may be broken into two lines."""
     return re.sub(r"\s*\n\s*(?:# )?", " ", text)
-
-
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_relative_links_lead_to_a_file_and_a_heading(name):
-    for target in _LINK.findall(_FENCED.sub("", DOCUMENTS[name])):
-        if re.match(r"[a-z]+:", target):
-            continue
-        file, _, anchor = target.partition("#")
-        path = ((ROOT / name).parent / file if file else ROOT / name).resolve()
-        assert path.exists(), target
-        if anchor:
-            assert anchor in anchors(path.relative_to(ROOT).as_posix()), target
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
