@@ -166,7 +166,7 @@ def _as_found(parameter: Any, convert: Callable[[Any, Any], Any], context: Any, 
 app = typer.Typer(
     name="pybackup",
     cls=_Group,
-    help="Incremental backups of QEMU/KVM disks.  Dirty bitmaps tell what changed; every backup is a plain qcow2 file.",
+    help="Incremental backups of QEMU/KVM disks with dirty bitmaps, stored as plain qcow2 files.",
     epilog="Exit codes: 0 done; 1 failed; 2 wrong usage or configuration; 3 done, with warnings; 10 not found; "
     "11 locked by another run; 12 damaged; 13 source cannot be read; 14 bitmap cannot be used; "
     "129, 130, 143 stopped by a signal.",
