@@ -57,16 +57,7 @@ def main() -> None:
     with Export(sys.argv[1]) as export:
         planned = plan.plan_full(export, CLUSTER)
         sink = Sink(planned.size)
-        with export.lanes(settings.connections) as lanes:
-            copier.copy(
-                planned,
-                lanes,
-                sink,
-                settings,
-                max_request=export.max_request,
-                smallest_request=export.smallest_request,
-                progress=lambda _done: None,
-            )
+        copier.copy_disk(planned, export, sink, settings, progress=lambda _done: None)
         sink.writer.finish()
 
 

@@ -17,13 +17,12 @@ from backup.config.settings import Config, DiskConfig, MachineConfig, OnUnusable
 from backup.engine.copier import Settings
 from backup.errors import NotFound, SourceError, UsageError
 from backup.model.compression import Compression
-from backup.model.disk import Claim, Sight
+from backup.model.disk import Claim, DiskState
 from backup.model.names import check_name, name_problem, without_password
-from backup.nbd.export import Export
 from backup.operations.request import Names, Request
 from backup.planning.decision import FULL, INCREMENTAL, RESCAN
 from backup.qemu.programs import filename
-from backup.sources.base import NO_FREEZE, DiskRequest, Freeze, Host, Source, Wish
+from backup.sources.base import NO_FREEZE, Capture, DiskRequest, Freeze, Host, Opened, Source
 from backup.sources.image import ImageSource
 from backup.sources.nbd_server import NbdSource
 from backup.sources.resting import AtRest
@@ -146,7 +145,7 @@ def make_requests(options: Options, config: Config) -> list[Request]:
 
 
 @contextmanager
-def open_disk(place: Place, bitmap: str | None, config: Config, warn: Callable[[str], None]) -> Iterator[Export]:
+def open_disk(place: Place, bitmap: str | None, config: Config, warn: Callable[[str], None]) -> Iterator[Opened]:
     """
     Open one disk to be looked at; of a running machine one instant of it, of which nothing is left.
 
@@ -167,12 +166,14 @@ def open_disk(place: Place, bitmap: str | None, config: Config, warn: Callable[[
         resting = NbdSource(place.nbd, bitmap) if place.nbd is not None else _image(place)
         host, source = AtRest([resting]), resting
     with host:
-        sight = source.look()
+        state = source.inspect()
         if place.nbd is None and bitmap is not None:
-            _require_shown(sight, bitmap, warn)
-        wish = Wish(sight, bitmap, None)
-        with host.instant([wish], 1, point=f"map-{os.urandom(4).hex()}", repository=None, short_id="0" * 8) as moment:
-            yield moment.disks[0].export
+            _require_shown(state, bitmap, warn)
+        capture = Capture(state, bitmap, None)
+        with host.instant(
+            [capture], 1, point=f"map-{os.urandom(4).hex()}", repository=None, short_id="0" * 8
+        ) as moment:
+            yield moment.disks[0]
             moment.require_sound()
 
 
@@ -186,13 +187,13 @@ def _image(place: Place) -> ImageSource:
     return ImageSource(place.image, place.image_format)
 
 
-def _require_shown(sight: Sight, bitmap: str, warn: Callable[[str], None]) -> None:
-    found = sight.bitmap(bitmap)
+def _require_shown(state: DiskState, bitmap: str, warn: Callable[[str], None]) -> None:
+    found = state.bitmap(bitmap)
     if found is None:
-        below = bitmap in sight.lower_bitmaps
+        below = bitmap in state.lower_bitmaps
         where = " (a file below it has; writes to the image itself are not in that)" if below else ""
-        names = ", ".join(shown.name for shown in sight.bitmaps) or "none"
-        raise SourceError(f"{sight.path} has no dirty bitmap {bitmap!r}{where}", hint=f"it has: {names}")
+        names = ", ".join(shown.name for shown in state.bitmaps) or "none"
+        raise SourceError(f"{state.path} has no dirty bitmap {bitmap!r}{where}", hint=f"it has: {names}")
     if not found.recording:
         warn(f"bitmap {bitmap} is disabled: writes since then are not in it")
 
@@ -466,7 +467,7 @@ def _request(
         host=host,
         disks=disks,
         wanted=options.wanted,
-        family=family,
+        bitmap_family=family,
         level=(compression or config.compression).level,
         cluster_size=config.cluster_size,
         max_chain=config.max_chain,

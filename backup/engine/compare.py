@@ -10,7 +10,7 @@ import numpy as np
 from backup.engine import copier
 from backup.engine.copier import Sink
 from backup.model.extents import Mask, Offsets, distinct
-from backup.nbd.export import Export
+from backup.model.open_disk import OpenDisk
 from backup.planning.plan import Plan, cut_cluster
 from backup.qcow2 import PART, Codec
 from backup.repository.chain_reader import Content
@@ -23,10 +23,10 @@ MOST_RANGES = 100_000
 
 
 def compare(
-    export: Export, planned: Plan, held: Content, settings: copier.Settings, progress: Callable[[int], None]
+    disk: OpenDisk, planned: Plan, content: Content, settings: copier.Settings, progress: Callable[[int], None]
 ) -> Differences:
     """
-    Read what is planned of the disk and hold it against the chain.
+    Read what is planned of the disk and compare it with the chain's content.
 
     `progress` is called in this thread with the bytes done so far.
 
@@ -37,19 +37,9 @@ def compare(
     SourceError
         The disk cannot be read.
     """
-    found = Differences(held)
-    settings = settings.within(export.max_in_flight)
-    with export.lanes(settings.connections) as lanes:
-        copier.copy(
-            planned,
-            lanes,
-            found,
-            settings,
-            max_request=export.max_request,
-            smallest_request=export.smallest_request,
-            progress=progress,
-        )
-    return found
+    differences = Differences(content)
+    copier.copy_disk(planned, disk, differences, settings, progress)
+    return differences
 
 
 class _Comparison:

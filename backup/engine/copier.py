@@ -25,6 +25,7 @@ from typing import Protocol
 import numpy as np
 
 from backup.model.extents import Offsets
+from backup.model.open_disk import Lane, OpenDisk
 from backup.planning.plan import DATA, Plan, cluster_runs
 from backup.runtime.direct_io import pages
 from backup.runtime.pace import Pace
@@ -32,20 +33,6 @@ from backup.runtime.threads import run_threads
 
 _TICK = 0.1
 """Seconds between looks at the stop flag: how long a stop may take to be noticed."""
-
-
-class Lane(Protocol):
-    """One connection to the source; used by one thread at a time."""
-
-    @property
-    def in_flight(self) -> int:
-        """Reads that were not answered yet."""
-
-    def submit(self, offset: int, view: memoryview, token: object) -> None:
-        """Start to read len(view) bytes at offset."""
-
-    def wait(self, milliseconds: int, enough: int) -> list[object]:
-        """Tokens of the reads that finished, as soon as `enough` have, or after so long."""
 
 
 class Sink(Protocol):
@@ -129,6 +116,28 @@ class Batch:
     def first(self) -> int:
         """Lowest guest offset."""
         return self.pieces[0].offset
+
+
+def copy_disk(plan: Plan, disk: OpenDisk, sink: Sink, settings: Settings, progress: Callable[[int], None]) -> int:
+    """
+    Read the plan's data from `disk`, as far as the disk's limits allow `settings`; see `copy`.
+
+    Raises
+    ------
+    SourceError
+        The disk cannot be read.
+    """
+    settings = settings.within(disk.max_in_flight)
+    with disk.lanes(settings.connections) as lanes:
+        return copy(
+            plan,
+            lanes,
+            sink,
+            settings,
+            max_request=disk.max_request,
+            smallest_request=disk.smallest_request,
+            progress=progress,
+        )
 
 
 def copy(

@@ -1,4 +1,4 @@
-"""What a source shows of a disk before a byte of it is read: size, format, bitmaps, and the point each starts from."""
+"""The state of a disk before a byte of it is read: its size, its format, its bitmaps and their names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _OWN_NAME = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9_-]*\.([0-9a-f]{{8}})\.{POINT_PA
 
 @dataclass(frozen=True, slots=True)
 class Bitmap:
-    """A dirty bitmap that the source shows.  `granularity` in bytes, None where unknown."""
+    """A dirty bitmap of a disk.  `granularity` is in bytes; None: unknown."""
 
     name: str
     granularity: int | None = None
@@ -24,13 +24,15 @@ class Bitmap:
 
 
 @dataclass(frozen=True, slots=True)
-class Sight:
+class DiskState:
     """
-    What a source shows of a disk, taken at one moment.
+    The state of a disk as its source showed it at one moment.
 
-    `size` is exact, in bytes.  `no_bitmaps` says why it can hold no bitmap, `unseen_writes` why no bitmap would see all
-    writes, `volatile` why a bitmap lasts no longer than the running QEMU.  `lower` are the files of its backing chain,
-    `lower_bitmaps` the bitmaps in those.  `plaintext`: the image is encrypted, and QEMU decrypts what it shows.
+    `size` is exact, in bytes.  `no_bitmaps` says why the image can hold no bitmap, `unseen_writes` why a bitmap would
+    miss some writes, `volatile` why a bitmap lasts no longer than the running QEMU.  `lower` are the files of the
+    backing chain, `lower_bitmaps` the bitmaps in those.  `plaintext`: the image is encrypted, and QEMU decrypts it.
+    `owns_bitmaps`: pybackup adds and removes the disk's bitmaps; else they are a server's, and the user's word says
+    from which point one records.  `shows_encryption`: the source tells whether the image is encrypted.
     """
 
     kind: str
@@ -44,9 +46,11 @@ class Sight:
     lower: tuple[LowerFile, ...] = ()
     lower_bitmaps: tuple[str, ...] = ()
     plaintext: bool = False
+    owns_bitmaps: bool = True
+    shows_encryption: bool = True
 
     def bitmap(self, name: str) -> Bitmap | None:
-        """The bitmap of exactly that name in the source's own image."""
+        """The bitmap of exactly this name in the disk's own image, not in a file below it."""
         return next((bitmap for bitmap in self.bitmaps if bitmap.name == name), None)
 
 
@@ -58,13 +62,16 @@ class Claim:
     since: str | None
 
 
-def bitmap_name(family: str, short_id: str, point: str) -> str:
-    """The name of the bitmap that starts at a point."""
-    return f"{family}.{short_id}.{point}"
+NO_CLAIM = Claim(None, None)
+
+
+def bitmap_name(bitmap_family: str, short_id: str, point: str) -> str:
+    """The exact name of the bitmap that starts at a point."""
+    return f"{bitmap_family}.{short_id}.{point}"
 
 
 def own_bitmaps(names: Iterable[str], short_id: str, *, keep: str | None) -> list[str]:
-    """Names that are this repository's to remove: those of exactly our form, but `keep`."""
+    """The bitmaps that this repository may remove: names of pybackup's form with its short id, but not `keep`."""
     return [name for name in names if name != keep and repository_of(name) == short_id]
 
 

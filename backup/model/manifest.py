@@ -121,6 +121,10 @@ class LowerFile:
     inode: int
 
 
+NBD = "nbd"
+"""The kind of a source that is an export of someone else's NBD server."""
+
+
 @dataclass(frozen=True, slots=True)
 class SourceRecord:
     """
@@ -136,6 +140,11 @@ class SourceRecord:
     qemu: str | None
     lower: tuple[LowerFile, ...]
     plaintext: bool = False
+
+    @property
+    def of_server(self) -> bool:
+        """Whether a foreign NBD server showed the disk: then `path` is a URI, and `format` says nothing of an image."""
+        return self.kind == NBD
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,6 @@ from backup.engine.compare import Differences
 from backup.errors import Damaged, NotFound, SourceError
 from backup.model import chain as chains
 from backup.model.chain import Chain
-from backup.nbd.export import Export
 from backup.operations.preflight import consider, recognised
 from backup.operations.request import Names, Request
 from backup.planning import decision, plan
@@ -31,7 +30,7 @@ from backup.repository import chain_reader, salvage
 from backup.repository.machine import Contents, Machine
 from backup.repository.repository import Repository
 from backup.runtime.progress import Progress
-from backup.sources.base import DiskRequest, Moment, Moved, Wish
+from backup.sources.base import Capture, DiskRequest, Moment, Moved, Opened
 
 TRUE, LIES, UNKNOWN = "true", "lies", "unknown"
 """Verdicts: what must be equal is equal; it is not; what differs may have changed or not, nobody can tell."""
@@ -87,7 +86,7 @@ class _Disk:
     """A disk to be audited."""
 
     request: DiskRequest
-    wish: Wish
+    capture: Capture
     chain: Chain
     why: str | None
 
@@ -139,16 +138,14 @@ class _Run:
     def attempt(self) -> Audit:
         disks = [self._considered(disk) for disk in self.request.disks]
         with self._instant(disks) as moment:
-            found = [
-                self._audited(disk, opened.export, moment) for disk, opened in zip(disks, moment.disks, strict=True)
-            ]
+            audits = [self._audited(disk, opened, moment) for disk, opened in zip(disks, moment.disks, strict=True)]
             moment.require_sound()  # else differences would be of no instant
         left_out = [f"{name} is left out: {error.message}" for name, error in self.contents.damaged.items()]
-        return Audit(self.machine.name, tuple(found), (*left_out, *moment.warnings))
+        return Audit(self.machine.name, tuple(audits), (*left_out, *moment.warnings))
 
     def _instant(self, disks: Sequence[_Disk]) -> AbstractContextManager[Moment]:
         return self.request.host.instant(
-            [disk.wish for disk in disks],
+            [disk.capture for disk in disks],
             self.request.copying.connections,
             point=f"audit-{os.urandom(4).hex()}",
             short_id="0" * 8,  # nobody's: the next run of any repository may remove what a killed audit left
@@ -161,7 +158,7 @@ class _Run:
             wanted=decision.INCREMENTAL,
             unusable=decision.RESCAN,
             max_chain=_UNBOUNDED,
-            family=self.request.family or self._family(disk.name),
+            bitmap_family=self.request.bitmap_family or self._family(disk.name),
         )
         seen = consider(self.machine, self.contents, asked, disk, self.short_id)
         if seen.last is None:
@@ -173,7 +170,7 @@ class _Run:
             raise seen.last
         read = seen.decision.read
         why = None if read is not None else seen.decision.reason.removeprefix("rescan: ")
-        return _Disk(disk, Wish(seen.sight, read, None), seen.last, why)
+        return _Disk(disk, Capture(seen.state, read, None), seen.last, why)
 
     def _family(self, disk: str) -> str | None:
         """The family of the bitmap that the disk's newest point started: a name that nobody needs to give again."""
@@ -182,7 +179,7 @@ class _Run:
         started = None if entry is None else entry.bitmap.started
         return None if started is None else started.partition(".")[0]
 
-    def _audited(self, disk: _Disk, export: Export, moment: Moment) -> DiskAudit:
+    def _audited(self, disk: _Disk, opened: Opened, moment: Moment) -> DiskAudit:
         began = time.monotonic()
         chain = disk.chain
 
@@ -191,31 +188,33 @@ class _Run:
             self.progress.advance(done)
 
         try:
-            found, planned = self._compared(disk, export, advance)
+            differences, planned = self._compared(disk, opened, advance)
         except Damaged as error:
             raise salvage.located(error, self.machine, chain.newest.point, chain.disk) from None
-        return _told(disk, planned, found, time.monotonic() - began)
+        return _disk_audit(disk, planned, differences, time.monotonic() - began)
 
-    def _compared(self, disk: _Disk, export: Export, advance: Callable[[int], None]) -> tuple[Differences, Plan]:
-        chain, bitmap = disk.chain, disk.wish.read
-        with chain_reader.checked(self.machine.path, chain, export.size) as held:
-            planned = plan.plan_audit(export, chain.cluster_size, bitmap, parent_size=chain.size, chain=held.index)
+    def _compared(self, disk: _Disk, opened: Opened, advance: Callable[[int], None]) -> tuple[Differences, Plan]:
+        chain = disk.chain
+        with chain_reader.checked(self.machine.path, chain, opened.disk.size) as content:
+            planned = plan.plan_audit(
+                opened.disk, chain.cluster_size, opened.bitmap, parent_size=chain.size, chain=content.index
+            )
             self.progress.begin(disk.request.name, planned.totals.data)
-            return compare.compare(export, planned, held, self.request.copying, advance), planned
+            return compare.compare(opened.disk, planned, content, self.request.copying, advance), planned
 
 
-def _told(disk: _Disk, planned: Plan, found: Differences, seconds: float) -> DiskAudit:
+def _disk_audit(disk: _Disk, planned: Plan, differences: Differences, seconds: float) -> DiskAudit:
     return DiskAudit(
         name=disk.request.name,
         point=disk.chain.newest.point,
-        bitmap=disk.wish.read,
+        bitmap=disk.capture.read_bitmap,
         why=disk.why,
         size=planned.size,
         point_size=disk.chain.size,
         dirty_bytes=planned.totals.dirty,
         read_bytes=planned.totals.data,
-        differing_bytes=found.bytes,
-        differences=tuple(found.ranges()),
-        complete=found.complete,
+        differing_bytes=differences.bytes,
+        differences=tuple(differences.ranges()),
+        complete=differences.complete,
         seconds=round(seconds, 3),
     )

@@ -29,7 +29,7 @@ from backup.engine import copier
 from backup.engine.compare import Rescanned
 from backup.errors import BackupError, BitmapUnusable, Damaged, Interrupted, NotFound, SourceError
 from backup.model.chain import Chain
-from backup.model.disk import Sight, bitmap_name, own_bitmaps
+from backup.model.disk import DiskState, bitmap_name, own_bitmaps
 from backup.model.manifest import (
     BitmapRecord,
     ByteCounts,
@@ -41,7 +41,7 @@ from backup.model.manifest import (
     new_point_id,
     timestamp,
 )
-from backup.nbd.export import Export
+from backup.model.open_disk import OpenDisk
 from backup.operations import spot_check
 from backup.operations.preflight import consider, known_name, recognised
 from backup.operations.request import Request
@@ -56,7 +56,7 @@ from backup.repository.machine import Contents, Machine
 from backup.repository.replacement import settle
 from backup.repository.repository import Repository
 from backup.runtime.progress import Progress
-from backup.sources.base import DiskRequest, Moment, Moved, NotStarted, Opened, Source, Wish
+from backup.sources.base import Capture, DiskRequest, Moment, Moved, NotStarted, Opened, Source
 
 _log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class _Disk:
     """One disk of a run: the request, what its source showed, and what was decided."""
 
     request: DiskRequest
-    sight: Sight
+    state: DiskState
     decision: Decision
     started: str | None
     """The bitmap that records since the new point, where one is started."""
@@ -124,16 +124,16 @@ class _Disk:
         return self.request.source
 
     @property
-    def wish(self) -> Wish:
-        return Wish(self.sight, self.decision.read, self.started)
+    def capture(self) -> Capture:
+        return Capture(self.state, self.decision.read, self.started)
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A disk whose image is locked, and its plan; planning took so many seconds."""
+    """A disk that is open at the instant, and its plan; planning took so many seconds."""
 
     disk: _Disk
-    export: Export
+    opened: Opened
     planned: Plan
     seconds: float
 
@@ -309,7 +309,7 @@ class _Run:
     def _removed_inconsistent(self, disk: _Disk) -> bool:
         """Remove our bitmaps that can continue nothing any more; was there one?"""
         try:
-            found = [bitmap.name for bitmap in disk.source.look().bitmaps if bitmap.inconsistent]
+            found = [bitmap.name for bitmap in disk.source.inspect().bitmaps if bitmap.inconsistent]
             useless = own_bitmaps(found, self._short_id, keep=None)
             for name in useless:
                 disk.source.remove_bitmap(name)
@@ -320,7 +320,7 @@ class _Run:
 
     def _instant(self, disks: Sequence[_Disk]) -> AbstractContextManager[Moment]:
         return self.request.host.instant(
-            [disk.wish for disk in disks],
+            [disk.capture for disk in disks],
             self.request.copying.connections,
             point=self.point,
             # A dry run's names are nobody's: the next run of any repository may remove what a killed one left.
@@ -351,28 +351,28 @@ class _Run:
         """The disk with what its backup becomes where planning or copying showed that it cannot be what it was."""
         changed = replace(disk, decision=decision)
         self._require_allowed(changed)
-        self._require_writable(disk.sight, decision)
+        self._require_writable(disk.state, decision)
         return changed
 
     def _decide(self, disk: DiskRequest, *, start_bitmaps: bool) -> _Disk:
         refusal = self.refusals.get(disk.name)
         seen = consider(self.machine, self.contents, self.request, disk, self._short_id, refusal=refusal)
-        sight, decision = seen.sight, seen.decision
-        self._require_writable(sight, decision)
+        state, decision = seen.state, seen.decision
+        self._require_writable(state, decision)
         given_up = refusal if refusal is not None and refusal.final else None
-        never = disk.source.why_no_bitmap(sight)
+        never = disk.source.why_no_bitmap(state)
         why_none = never or (given_up.why if given_up else None)
-        starts = start_bitmaps and self.request.family and why_none is None
-        wanted = self.request.family and disk.source.owns_bitmaps
+        starts = start_bitmaps and self.request.bitmap_family and why_none is None
+        wanted = self.request.bitmap_family and state.owns_bitmaps
         return _Disk(
             disk,
-            sight,
+            state,
             decision,
-            started=bitmap_name(self.request.family or "", self._short_id, self.point) if starts else None,
+            started=bitmap_name(self.request.bitmap_family or "", self._short_id, self.point) if starts else None,
             why_none=why_none if wanted else None,
             warned=why_none is not None
             and (given_up is None or given_up.lasting)
-            and decide.warned(self._entries(disk.name, sight.kind), why_none, refused=given_up is not None),
+            and decide.warned(self._entries(disk.name, state.kind), why_none, refused=given_up is not None),
             refused=given_up is not None,
         )
 
@@ -385,11 +385,11 @@ class _Run:
         """The machine's points, from the oldest."""
         return sorted(self.contents.manifests.values(), key=lambda manifest: manifest.sequence)
 
-    def _require_writable(self, sight: Sight, decision: Decision) -> None:
+    def _require_writable(self, state: DiskState, decision: Decision) -> None:
         """Refuse a disk that no data file can hold; its clusters are the chain's, and only a full's the configured."""
         parent = decision.parent
         cluster_size = self.request.cluster_size if parent is None else parent.cluster_size
-        qcow2.require_writable(qcow2.Image(sight.size, cluster_size, None, zstd=self.request.level is not None))
+        qcow2.require_writable(qcow2.Image(state.size, cluster_size, None, zstd=self.request.level is not None))
 
     @property
     def _short_id(self) -> str:
@@ -420,7 +420,7 @@ class _Run:
         except (Damaged, NotFound) as error:  # of the chain, which is verified as it is read
             for path in tried:
                 path.unlink(missing_ok=True)
-            disk, planned = self._planned(self._instead(job.disk, decide.broken(error)), job.export, moment)
+            disk, planned = self._planned(self._instead(job.disk, decide.broken(error)), job.opened, moment)
             return self._copied(replace(job, disk=disk, planned=planned), written, moment)
         finally:
             written.extend(tried)
@@ -429,11 +429,11 @@ class _Run:
         """Store what differs from the parent, and nothing else."""
         parent = job.disk.decision.parent
         assert parent is not None
-        with chain_reader.checked(self.machine.path, parent, job.planned.size) as held:
-            return self._copied(job, written, moment, held)
+        with chain_reader.checked(self.machine.path, parent, job.planned.size) as content:
+            return self._copied(job, written, moment, content)
 
-    def _copied(self, job: _Job, written: list[Path], moment: Moment, held: Content | None = None) -> _Stored:
-        """Make the data file; of what is planned, with `held`, only what differs from that."""
+    def _copied(self, job: _Job, written: list[Path], moment: Moment, content: Content | None = None) -> _Stored:
+        """Make the data file of what is planned; with `content`, only of what differs from the chain."""
         began = time.monotonic()
         disk, planned = job.disk, job.planned
         self.progress.begin(disk.name, planned.totals.data)
@@ -447,24 +447,15 @@ class _Run:
             mode=self.machine.modes.file,
             written=written,
         )
-        sink = made if held is None else Rescanned(held, made)
+        sink = made if content is None else Rescanned(content, made)
         _log.info("%s/%s: %s (%s)", self.request.machine, disk.name, disk.decision.way, disk.decision.reason)
 
         def advance(done: int) -> None:
             moment.require_kept()
             self.progress.advance(done)
 
-        copying = self.request.copying.within(job.export.max_in_flight)
-        with made, job.export.lanes(copying.connections) as lanes:
-            found_zero = copier.copy(
-                planned,
-                lanes,
-                sink,
-                copying,
-                max_request=job.export.max_request,
-                smallest_request=job.export.smallest_request,
-                progress=advance,
-            )
+        with made:
+            found_zero = copier.copy_disk(planned, job.opened.disk, sink, self.request.copying, advance)
             data = made.finish(self.request.compression)
         if isinstance(sink, Rescanned):
             job = _found(job, sink.differing)
@@ -473,10 +464,10 @@ class _Run:
 
     def _plan(self, disk: _Disk, opened: Opened, moment: Moment) -> _Job:
         began = time.monotonic()
-        disk, planned = self._planned(replace(disk, granularity=opened.granularity), opened.export, moment)
-        return _Job(disk, opened.export, planned, time.monotonic() - began)
+        disk, planned = self._planned(replace(disk, granularity=opened.granularity), opened, moment)
+        return _Job(disk, opened, planned, time.monotonic() - began)
 
-    def _planned(self, disk: _Disk, export: Export, moment: Moment) -> tuple[_Disk, Plan]:
+    def _planned(self, disk: _Disk, opened: Opened, moment: Moment) -> tuple[_Disk, Plan]:
         """
         The disk's plan.
 
@@ -486,28 +477,29 @@ class _Run:
         decision = disk.decision
         try:
             if decision.parent is None:
-                return disk, plan.plan_full(export, self.request.cluster_size)
-            if decision.read is None:
-                return disk, self._plan_rescan(export, decision.parent)
-            planned, why_not = self._plan_incremental(disk, decision.read, export, decision.parent)
+                return disk, plan.plan_full(opened.disk, self.request.cluster_size)
+            if decision.rescan:
+                return disk, self._plan_rescan(opened.disk, decision.parent)
+            assert opened.bitmap is not None
+            planned, why_not = self._plan_incremental(disk, opened.disk, opened.bitmap, decision.parent)
         except (Damaged, NotFound) as error:  # of the chain: a source's errors are others
-            return self._planned(self._instead(disk, decide.broken(error)), export, moment)
+            return self._planned(self._instead(disk, decide.broken(error)), opened, moment)
         if why_not is None:
             return disk, planned
         moment.require_sound()  # else it may be the instant that is lost, and no lie
         instead = decide.instead(why_not, decision.parent, self.request.unusable)
-        return self._planned(self._instead(disk, instead), export, moment)
+        return self._planned(self._instead(disk, instead), opened, moment)
 
-    def _plan_rescan(self, export: Export, parent: Chain) -> Plan:
-        with chain_reader.checked(self.machine.path, parent, export.size) as held:
-            return plan.plan_rescan(export, parent.cluster_size, held.index)
+    def _plan_rescan(self, source: OpenDisk, parent: Chain) -> Plan:
+        with chain_reader.checked(self.machine.path, parent, source.size) as content:
+            return plan.plan_rescan(source, parent.cluster_size, content.index)
 
-    def _plan_incremental(self, disk: _Disk, bitmap: str, export: Export, parent: Chain) -> tuple[Plan, str | None]:
+    def _plan_incremental(self, disk: _Disk, source: OpenDisk, bitmap: str, parent: Chain) -> tuple[Plan, str | None]:
         """The plan; and why the bitmap is not to be trusted, where planning or a spot check shows that."""
         sampler = Reservoir(0 if self.request.dry_run else self.request.spot_check, _draw)
         with data_file.peeked(self.machine.path, parent) as index:
             planned = plan.plan_incremental(
-                export,
+                source,
                 parent.cluster_size,
                 bitmap,
                 parent_size=parent.size,
@@ -515,14 +507,14 @@ class _Run:
                 sampler=sampler,
             )
         if planned.totals.missed:
-            return planned, decide.why_missed(bitmap, planned.totals.missed)
-        return planned, self._spot_checked(disk, export, parent, sampler)
+            return planned, decide.why_missed(disk.decision.read or bitmap, planned.totals.missed)
+        return planned, self._spot_checked(disk, source, parent, sampler)
 
-    def _spot_checked(self, disk: _Disk, export: Export, parent: Chain, sampler: Reservoir) -> str | None:
+    def _spot_checked(self, disk: _Disk, source: OpenDisk, parent: Chain, sampler: Reservoir) -> str | None:
         """Why the bitmap is not to be trusted, where one of the sampled clusters shows that."""
         clusters = sampler.chosen()
         try:
-            lies = spot_check.differing(export, clusters, self.machine.path, parent, self.request.copying)
+            lies = spot_check.differing(source, clusters, self.machine.path, parent, self.request.copying)
         except SourceError as error:
             # A bad sector where nothing changed must not keep what did change from being backed up.
             self.warnings.append(f"disk {disk.name}: the spot check could not be made: {error.message}")
@@ -562,13 +554,13 @@ class _Run:
             data=data,
             bytes=ByteCounts(totals.dirty, totals.data, totals.zero, found_zero, data.size),
             source=SourceRecord(
-                kind=disk.sight.kind,
-                path=disk.sight.path,
-                format=disk.sight.format,
+                kind=disk.state.kind,
+                path=disk.state.path,
+                format=disk.state.format,
                 consistency=consistency,
                 qemu=disk.source.qemu_version(),
-                lower=disk.sight.lower,
-                plaintext=disk.sight.plaintext,
+                lower=disk.state.lower,
+                plaintext=disk.state.plaintext,
             ),
         )
 
@@ -580,8 +572,8 @@ class _Run:
         them where it has no room.  A later run removes ours.
         """
         for disk in disks:
-            if disk.source.owns_bitmaps and not disk.refused:
-                names = [bitmap.name for bitmap in disk.sight.bitmaps]
+            if disk.state.owns_bitmaps and not disk.refused:
+                names = [bitmap.name for bitmap in disk.state.bitmaps]
                 for name in own_bitmaps(names, self._short_id, keep=disk.started):
                     try:
                         disk.source.remove_bitmap(name)
@@ -594,7 +586,7 @@ class _Run:
         if disk.started is None:
             return []
         try:
-            found = disk.source.look().bitmap(disk.started)
+            found = disk.source.inspect().bitmap(disk.started)
         except BackupError as error:
             _log.info("%s/%s: %s", self.request.machine, disk.name, error.message)
             return []
@@ -605,10 +597,10 @@ class _Run:
     def _known_otherwise(self, disk: _Disk) -> list[str]:
         """What shows that a disk which has no point yet is one that the machine has by another name."""
         manifests = self.contents.manifests
-        known = known_name(manifests, disk.name, disk.sight.path, given=True)
+        known = known_name(manifests, disk.name, disk.state.path, given=True)
         if known != disk.name:  # which only a name of the configuration can be
-            return [f"disk {disk.name}: {disk.sight.path} was disk {known} until now, and a new chain begins"]
-        names = {bitmap.name for bitmap in disk.sight.bitmaps}
+            return [f"disk {disk.name}: {disk.state.path} was disk {known} until now, and a new chain begins"]
+        names = {bitmap.name for bitmap in disk.state.bitmaps}
         last = {entry.name: entry for found in self._by_age() for entry in found.disks}
         moved = [entry.name for entry in last.values() if entry.bitmap.started in names]
         if not moved:
@@ -631,9 +623,9 @@ class _Run:
             if disk.refused and not disk.warned:
                 then = f"the next backup is a {self.request.unusable}"
                 self.warnings.append(f"disk {disk.name}: no bitmap was started: {disk.why_none}; {then}")
-            if disk.started is not None and disk.decision.kind == decide.FULL and disk.sight.volatile:
+            if disk.started is not None and disk.decision.kind == decide.FULL and disk.state.volatile:
                 then = f"the first backup after a restart of the machine is a {self.request.unusable}"
-                self.warnings.append(f"disk {disk.name}: {disk.sight.volatile}, so that {then}")
+                self.warnings.append(f"disk {disk.name}: {disk.state.volatile}, so that {then}")
             self.notes.extend(_note(disk, self.request))
         return Report(
             machine=self.request.machine,
@@ -646,8 +638,8 @@ class _Run:
 
 
 def _note(disk: _Disk, request: Request) -> list[str]:
-    family = request.family
-    if not disk.source.owns_bitmaps:
+    family = request.bitmap_family
+    if not disk.state.owns_bitmaps:
         return []
     if family is None:
         why = f"no bitmap was named, so none is started: the next backup is a {request.unusable} (--bitmap NAME)"
@@ -662,7 +654,7 @@ def _forget(disks: Sequence[_Disk]) -> None:
     for disk in disks:
         if disk.started is not None:
             with suppress(BackupError):
-                if disk.source.look().bitmap(disk.started) is not None:
+                if disk.source.inspect().bitmap(disk.started) is not None:
                     disk.source.remove_bitmap(disk.started)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from backup.errors import BackupError, Damaged, NotFound, SourceError, UsageError
 from backup.model import chain as chains
 from backup.model.chain import Chain
-from backup.model.disk import Sight, own_bitmaps
+from backup.model.disk import DiskState, own_bitmaps
 from backup.model.manifest import DiskEntry, Manifest, SourceRecord
 from backup.operations.request import Names, Request
 from backup.planning import decision as decide
@@ -44,7 +44,7 @@ def recognised(request: Request, contents: Contents) -> tuple[Request, list[str]
             # Nodes can mean other images after a restart: the backup says so, where the user names the disk.
             disks.append(disk)
             continue
-        path = disk.path or disk.source.look().path
+        path = disk.path or disk.source.inspect().path
         name = known_name(contents.manifests, disk.name, path, given=given)
         if paths.setdefault(path, disk.name) != disk.name:
             raise UsageError(
@@ -77,10 +77,10 @@ def known_name(manifests: Mapping[str, Manifest], name: str, path: str, *, given
 
 
 def is_same_source(recorded: SourceRecord, path: str) -> bool:
-    """Is it what a point was read from?  A link is what it leads to now, and what it is called."""
+    """Whether a point was read from this path; a link counts by its own name and by the file that it leads to now."""
     if recorded.path == path:
         return True
-    return recorded.kind != "nbd" and os.path.realpath(recorded.path) == os.path.realpath(path)
+    return not recorded.of_server and os.path.realpath(recorded.path) == os.path.realpath(path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class Considered:
     `last` is the chain of its newest point, what is wrong with that, or None where it has no point.
     """
 
-    sight: Sight
+    state: DiskState
     last: Chain | BackupError | None
     decision: Decision
 
@@ -123,35 +123,35 @@ def consider(
         _check_first_format(disk)
     else:
         _check_format(disk, newest)
-    sight = disk.source.look()
-    if sight.plaintext and not (request.allow_plaintext or disk.allow_plaintext):
+    state = disk.source.inspect()
+    if state.plaintext and not (request.allow_plaintext or disk.allow_plaintext):
         raise UsageError(
             f"disk {disk.name} is encrypted (LUKS), and QEMU would decrypt it: the backup would hold plaintext",
             hint="allow this where the repository and the scratch folder are protected otherwise: --allow-plaintext "
             "(`allow_plaintext: true`)",
         )
     if request.named_by_path:
-        _check_path(disk, sight, contents)
+        _check_path(disk, state, contents)
     last = None if newest is None else _last_chain(machine, contents, newest.point, disk.name)
     decision = decide.decide(
         request.wanted,
-        sight,
+        state,
         last,
-        family=request.family,
+        bitmap_family=request.bitmap_family,
         short_id=short_id,
         max_chain=request.max_chain,
         claim=disk.claim,
         unusable=request.unusable,
-        was=None if newest is None else _other_disk(disk, newest, sight),
+        was=None if newest is None else _other_disk(disk, newest, state),
         refusal=refusal,
         origins=_origins(
             machine,
             contents,
             disk.name,
-            own_bitmaps((bitmap.name for bitmap in sight.bitmaps), short_id, keep=None),
+            own_bitmaps((bitmap.name for bitmap in state.bitmaps), short_id, keep=None),
         ),
     )
-    return Considered(sight, last, decision)
+    return Considered(state, last, decision)
 
 
 def _origins(machine: Machine, contents: Contents, disk: str, bitmaps: Iterable[str]) -> dict[str, str]:
@@ -193,15 +193,15 @@ def _last_chain(machine: Machine, contents: Contents, point: str, disk: str) -> 
         return error
 
 
-def _other_disk(disk: DiskRequest, newest: Manifest, sight: Sight) -> str | None:
+def _other_disk(disk: DiskRequest, newest: Manifest, state: DiskState) -> str | None:
     """
-    The other disk that the image in sight was at the newest point.
+    The other disk that the image in state was at the newest point.
 
     Names of nodes may mean other images after a restart of the machine, and disks of a configuration can be exchanged.
     """
     paths = {entry.name: os.path.realpath(entry.source.path) for entry in newest.disks}
-    now = os.path.realpath(sight.path)
-    if sight.kind == "nbd" or paths[disk.name] == now:
+    now = os.path.realpath(state.path)
+    if paths[disk.name] == now:
         return None
     return next((name for name, path in paths.items() if path == now), None)
 
@@ -246,7 +246,7 @@ def _check_format(disk: DiskRequest, newest: Manifest) -> None:
     entry = newest.disk(disk.name)
     assert entry is not None
     guessed = disk.source.guessed_format()
-    if entry.source.kind == "nbd" or guessed is None or guessed == entry.source.format:
+    if entry.source.of_server or guessed is None or guessed == entry.source.format:
         return
     if guessed == "raw":
         raise SourceError(
@@ -259,15 +259,15 @@ def _check_format(disk: DiskRequest, newest: Manifest) -> None:
     )
 
 
-def _check_path(disk: DiskRequest, sight: Sight, contents: Contents) -> None:
+def _check_path(disk: DiskRequest, state: DiskState, contents: Contents) -> None:
     """A machine's name that was taken from the image's must not bring two machines into one folder."""
     newest = chains.newest_manifest(contents.manifests.values(), disk.name)
     newest = newest or chains.newest_manifest(contents.manifests.values())
     if newest is None:
         return
     recorded = [entry.source for entry in newest.disks if entry.name == disk.name or not newest.disk(disk.name)]
-    if not any(is_same_source(source, sight.path) for source in recorded):
+    if not any(is_same_source(source, state.path) for source in recorded):
         raise UsageError(
-            f"machine {newest.machine} was backed up from {recorded[0].path}, and this is {sight.path}",
+            f"machine {newest.machine} was backed up from {recorded[0].path}, and this is {state.path}",
             hint=f"name the machine: --machine {newest.machine} if it is the same one, another name if it is not",
         )

@@ -30,16 +30,17 @@ class Request:
     `wanted` is decide.FULL, INCREMENTAL or RESCAN; `unusable` (FULL or RESCAN) what an incremental becomes where no
     bitmap continues a sound chain, unless `fallback` forbids it; `begin` allows a disk's first full in its place;
     `spot_check` the number of clean clusters that an incremental reads again.  `host` holds the disks' sources, in the
-    order of `disks`, to which `complete` adds those that the host finds.  `family` names the bitmaps to keep (None:
-    none); `level` is zstd's, None for no compression; `cluster_size` in bytes counts for fulls; `named_by_path` says
-    that the machine's name was taken from the image's, not given; `allow_plaintext` lets a running QEMU decrypt disks.
+    order of `disks`, to which `complete` adds those that the host discovers.  `bitmap_family` names the bitmaps to keep
+    (None: none); `level` is zstd's, None for no compression; `cluster_size` in bytes counts for fulls; `named_by_path`
+    says that the machine's name was taken from the image's, not given; `allow_plaintext` lets a running QEMU decrypt
+    disks.
     """
 
     machine: str
     host: Host
     disks: tuple[DiskRequest, ...]
     wanted: str
-    family: str | None
+    bitmap_family: str | None
     level: int | None = 1
     cluster_size: int = 64 << 10
     max_chain: int = 100
@@ -60,6 +61,6 @@ class Request:
         return "none" if self.level is None else f"zstd:{self.level}"
 
     def complete(self) -> Request:
-        """The request with the disks that its host, once connected, finds by itself."""
-        found = tuple(DiskRequest(name, source) for name, source in self.host.found())
-        return replace(self, disks=(*self.disks, *found)) if found else self
+        """Add the disks that the host, once connected, discovers by itself."""
+        discovered = tuple(DiskRequest(name, source) for name, source in self.host.discover())
+        return replace(self, disks=(*self.disks, *discovered)) if discovered else self

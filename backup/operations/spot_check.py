@@ -13,7 +13,7 @@ from pathlib import Path
 from backup.engine import compare, copier
 from backup.model.chain import Chain
 from backup.model.extents import Offsets
-from backup.nbd.export import Export
+from backup.model.open_disk import OpenDisk
 from backup.planning import plan
 from backup.repository import chain_reader
 
@@ -26,7 +26,7 @@ class Lies:
     first: int
 
 
-def differing(export: Export, clusters: Offsets, folder: Path, chain: Chain, settings: copier.Settings) -> Lies:
+def differing(disk: OpenDisk, clusters: Offsets, folder: Path, chain: Chain, settings: copier.Settings) -> Lies:
     """
     Which of these clusters (ascending) of the disk are not what the chain in `folder` says.
 
@@ -42,15 +42,15 @@ def differing(export: Export, clusters: Offsets, folder: Path, chain: Chain, set
     """
     if not len(clusters):
         return Lies(0, 0)
-    planned = plan.plan_of(clusters, export.size, chain.cluster_size)
-    with chain_reader.glanced(folder, chain, export.size, clusters) as held:
-        suspected = compare.compare(export, planned, held, settings, _unwatched).clusters()
+    planned = plan.plan_of(clusters, disk.size, chain.cluster_size)
+    with chain_reader.glanced(folder, chain, disk.size, clusters) as content:
+        suspected = compare.compare(disk, planned, content, settings, _unwatched).clusters()
     if not len(suspected):
         return Lies(0, 0)
-    planned = plan.plan_of(suspected, export.size, chain.cluster_size)
-    with chain_reader.checked(folder, chain, export.size) as held:
-        found = compare.compare(export, planned, held, settings, _unwatched)
-    return Lies(len(found.clusters()), found.ranges()[0][0]) if found.bytes else Lies(0, 0)
+    planned = plan.plan_of(suspected, disk.size, chain.cluster_size)
+    with chain_reader.checked(folder, chain, disk.size) as content:
+        differences = compare.compare(disk, planned, content, settings, _unwatched)
+    return Lies(len(differences.clusters()), differences.ranges()[0][0]) if differences.bytes else Lies(0, 0)
 
 
 def _unwatched(_done: int) -> None:

@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 from backup.errors import BackupError
 from backup.model.chain import Chain
-from backup.model.disk import Claim, Sight, bitmap_name, own_bitmaps
+from backup.model.disk import Claim, DiskState, bitmap_name, own_bitmaps
 from backup.model.manifest import DiskEntry, LowerFile
 
 FULL, INCREMENTAL, RESCAN = "full", "incremental", "rescan"
@@ -74,10 +74,10 @@ class Decision:
 
 def decide(
     wanted: str,
-    sight: Sight,
+    state: DiskState,
     last: Chain | BackupError | None,
     *,
-    family: str | None,
+    bitmap_family: str | None,
     short_id: str,
     max_chain: int,
     claim: Claim,
@@ -102,29 +102,29 @@ def decide(
     refusal : Refusal or None
         Why a new bitmap could not be started a moment ago.
     origins : mapping
-        Of points whose bitmaps are in sight, other than the newest: ITSELF where they are earlier ones of this disk,
+        Of points whose bitmaps the disk has, other than the newest: ITSELF where they are earlier ones of this disk,
         else whose they are ("machine db1").
     """
     if wanted == FULL:
         return Decision(FULL, "asked for")
     if last is None:
-        return Decision(FULL, _FIRST + _and_then(sight, unusable, refusal), first=True)
+        return Decision(FULL, _FIRST + _and_then(state, unusable, refusal), first=True)
     if isinstance(last, BackupError):
         return broken(last)
-    if sight.kind != "nbd" and sight.plaintext != last.newest.entry.source.plaintext:
-        return Decision(FULL, _why_not_mixed(sight, last), fallback=True)
+    if state.shows_encryption and state.plaintext != last.newest.entry.source.plaintext:
+        return Decision(FULL, _why_not_mixed(state, last), fallback=True)
     if len(last.links) >= max_chain:
         return Decision(FULL, f"the chain has {len(last.links)} points and max_chain is {max_chain}")
     if wanted == RESCAN:
         return Decision(INCREMENTAL, "rescan: asked for", parent=last, rescan=True)
-    if sight.kind == "nbd":
-        return _decide_claim(sight, last, claim, unusable)
-    name = bitmap_name(family or "", short_id, last.newest.point)
-    why_not = _why_not(sight, last.newest.entry, name, short_id, refusal=refusal, origins=origins)
+    if not state.owns_bitmaps:
+        return _decide_claim(state, last, claim, unusable)
+    name = bitmap_name(bitmap_family or "", short_id, last.newest.point)
+    why_not = _why_not(state, last.newest.entry, name, short_id, refusal=refusal, origins=origins)
     if why_not is None and was is not None:
-        why_not = f"bitmap {name} is of disk {was}, which {sight.path} was at the newest point"
+        why_not = f"bitmap {name} is of disk {was}, which {state.path} was at the newest point"
     if why_not is not None:
-        never = _never(why_not, sight, last.newest.entry, refusal)
+        never = _never(why_not, state, last.newest.entry, refusal)
         return replace(instead(why_not, last, unusable), unavoidable=never)
     return Decision(INCREMENTAL, f"changes since {last.newest.point}", parent=last, read=name)
 
@@ -181,42 +181,42 @@ def why_lied(bitmap: str, point: str, differing: int, checked: int, offset: int)
     )
 
 
-def _why_not_mixed(sight: Sight, last: Chain) -> str:
+def _why_not_mixed(state: DiskState, last: Chain) -> str:
     """Why a chain does not go on when the same disk is decrypted at one point and not at the next."""
     before, now = "the encrypted container", "the disk's plaintext"
-    if not sight.plaintext:
+    if not state.plaintext:
         before, now = now, before
     return f"point {last.newest.point} holds {before}, and this backup holds {now}: one chain holds only one of them"
 
 
-def _and_then(sight: Sight, unusable: str, refusal: Refusal | None) -> str:
-    why = sight.unseen_writes or sight.no_bitmaps or (refusal.why if refusal and refusal.lasting else None)
+def _and_then(state: DiskState, unusable: str, refusal: Refusal | None) -> str:
+    why = state.unseen_writes or state.no_bitmaps or (refusal.why if refusal and refusal.lasting else None)
     later = "a full as well" if unusable == FULL else f"a {unusable}"
     return f"; every later one is {later}: {why}" if why else ""
 
 
-def _decide_claim(sight: Sight, last: Chain, claim: Claim, unusable: str) -> Decision:
+def _decide_claim(state: DiskState, last: Chain, claim: Claim, unusable: str) -> Decision:
     if claim.bitmap is None:
         return instead("no bitmap of the NBD server was named", last, unusable)
     if claim.since is None:
         why = f"nothing says which point the server's bitmap {claim.bitmap} starts from (--since POINT)"
         return instead(why, last, unusable)
-    if sight.bitmap(claim.bitmap) is None:
+    if state.bitmap(claim.bitmap) is None:
         return instead(f"the NBD server has no bitmap {claim.bitmap}", last, unusable)
     why = f"changes since {claim.since}, by the user's word on bitmap {claim.bitmap}"
     return Decision(INCREMENTAL, why, parent=last, read=claim.bitmap, claimed=True)
 
 
-def _never(why_not: str, sight: Sight, parent: DiskEntry, refusal: Refusal | None) -> bool:
+def _never(why_not: str, state: DiskState, parent: DiskEntry, refusal: Refusal | None) -> bool:
     """Is the reason one that every night of this disk has, as far as the disk and its newest point tell?"""
-    if why_not in {sight.unseen_writes, sight.no_bitmaps}:
+    if why_not in {state.unseen_writes, state.no_bitmaps}:
         return True
     same = refusal is not None and refusal.lasting and parent.bitmap.why_none == refusal.why
     return same and why_not == _made_without(parent)
 
 
 def _why_not(
-    sight: Sight,
+    state: DiskState,
     parent: DiskEntry,
     name: str,
     short_id: str,
@@ -225,15 +225,15 @@ def _why_not(
     origins: Mapping[str, str],
 ) -> str | None:
     """Why the bitmap `name` cannot continue the parent point; None when it can."""
-    if sight.unseen_writes or sight.no_bitmaps:
-        return sight.unseen_writes or sight.no_bitmaps
-    if sight.lower != parent.source.lower:
-        return _lower_changed(parent.source.lower, sight.lower)
-    bitmap = sight.bitmap(name)
+    if state.unseen_writes or state.no_bitmaps:
+        return state.unseen_writes or state.no_bitmaps
+    if state.lower != parent.source.lower:
+        return _lower_changed(parent.source.lower, state.lower)
+    bitmap = state.bitmap(name)
     if refusal is not None and refusal.lost == name and (bitmap is None or bitmap.inconsistent):
         return f"bitmap {name} was lost when QEMU tried to add a new one: {refusal.why}"
     if bitmap is None:
-        return _why_missing(sight, parent, name, short_id, origins)
+        return _why_missing(state, parent, name, short_id, origins)
     if bitmap.inconsistent:
         return (
             f"bitmap {name} is inconsistent: QEMU was killed or crashed while it recorded, or had no room to store it"
@@ -242,7 +242,7 @@ def _why_not(
         return f"bitmap {name} is disabled: writes since then were not recorded"
     if bitmap.busy:
         return f"bitmap {name} is in use by another operation in QEMU"
-    if not bitmap.persistent and not sight.volatile:
+    if not bitmap.persistent and not state.volatile:
         return f"bitmap {name} is not persistent, as pybackup makes it: someone else made this one"
     recorded = parent.bitmap.granularity
     if None not in (bitmap.granularity, recorded) and bitmap.granularity != recorded:
@@ -253,16 +253,16 @@ def _why_not(
     return None
 
 
-def _why_missing(sight: Sight, parent: DiskEntry, name: str, short_id: str, origins: Mapping[str, str]) -> str:
+def _why_missing(state: DiskState, parent: DiskEntry, name: str, short_id: str, origins: Mapping[str, str]) -> str:
     if parent.bitmap.started is None:
         return _made_without(parent)
-    if name in sight.lower_bitmaps:
+    if name in state.lower_bitmaps:
         return f"bitmap {name} is only in a backing file: writes to the image above it were not recorded"
-    others = own_bitmaps((bitmap.name for bitmap in sight.bitmaps), short_id, keep=None)
+    others = own_bitmaps((bitmap.name for bitmap in state.bitmaps), short_id, keep=None)
     if others:
         return min((_why_another(name, other, origins) for other in others), key=lambda found: found[0])[1]
-    if sight.volatile:
-        return f"bitmap {name} is missing: {sight.volatile}, and it was restarted; or someone removed it"
+    if state.volatile:
+        return f"bitmap {name} is missing: {state.volatile}, and it was restarted; or someone removed it"
     return (
         f"bitmap {name} is missing: someone removed it, QEMU was killed or had no room to store it, or the image was "
         "replaced by a restore or a copy"

@@ -11,7 +11,8 @@ import numpy as np
 
 from backup.model import extents
 from backup.model.extents import HOLE, ZERO, Runs
-from backup.planning.plan import WINDOW, BlockStatus
+from backup.model.open_disk import BlockStatus
+from backup.planning.plan import WINDOW
 
 _DIRTY_SHIFT = 2
 _DIRTY = extents.DIRTY << _DIRTY_SHIFT

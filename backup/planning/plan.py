@@ -32,6 +32,7 @@ import numpy.typing as npt
 
 from backup.model import extents
 from backup.model.extents import DIRTY, Mask, Offsets, Runs
+from backup.model.open_disk import BlockStatus
 
 PARENT, DATA, ZERO = 0, 1, 2
 """Kinds of a cluster in a plan.  PARENT is what no region covers."""
@@ -57,26 +58,6 @@ of 64 KiB clusters covers 512 MiB), so that asking about the gap too costs less 
 
 _FEW = 256
 """So many ranges are marked one by one, which a window of an idle disk takes a thousandth of the time for."""
-
-
-class BlockStatus(Protocol):
-    """What the planner asks of a source."""
-
-    @property
-    def size(self) -> int:
-        """Exact size of the disk in bytes."""
-
-    def allocation(self, start: int, end: int) -> Runs:
-        """base:allocation of [start, end); all data where the server has no such context."""
-
-    def dirty(self, bitmap: str, start: int, end: int) -> Runs:
-        """The dirty bitmap's view of [start, end)."""
-
-    def expect_allocation(self, start: int, end: int) -> None:
-        """Say that `allocation` will be called with the same range soon: an answer may be got ready meanwhile."""
-
-    def expect_dirty(self, bitmap: str, start: int, end: int) -> None:
-        """Say that `dirty` will be called with the same range soon."""
 
 
 class Sampler(Protocol):

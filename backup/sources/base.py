@@ -1,5 +1,9 @@
 """
-What `create` asks of a source, whichever it is.
+What operations ask of a source, whichever kind it is.
+
+    Source    one disk: its state, its bitmaps
+    Host      what all disks of a machine are on; it captures one instant of them
+    Moment    the captured instant, for as long as its disks can be read
 """
 
 from __future__ import annotations
@@ -8,53 +12,76 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from backup.errors import SourceError
-from backup.model.disk import Claim, Sight
-from backup.nbd.export import Export
+from backup.model.disk import NO_CLAIM, Claim, DiskState
+
+if TYPE_CHECKING:
+    from backup.model.open_disk import OpenDisk
 
 
 class Source(Protocol):
-    """Where one disk is read from."""
-
-    @property
-    def owns_bitmaps(self) -> bool:
-        """Are its bitmaps ours to add and remove?"""
+    """What one disk is read from."""
 
     def foreign_format(self) -> str | None:
-        """The format of another program that the first bytes are of, where nobody named one; None: of none."""
+        """Another program's format (vmdk, for example) that the image begins with; None: raw, qcow2, or given."""
 
     def guessed_format(self) -> str | None:
-        """The format as its first bytes tell it, where nobody named one; nothing is opened by QEMU for it."""
+        """The format that the image's first bytes tell, without a program opening the image; None: it was given."""
 
-    def look(self) -> Sight:
-        """What it is at this moment."""
+    def inspect(self) -> DiskState:
+        """
+        Inspect the disk without changing it.
 
-    def why_no_bitmap(self, sight: Sight) -> str | None:
-        """Why no bitmap of ours can be started here; None when one can."""
+        Raises
+        ------
+        SourceError
+            The disk cannot be inspected.
+        """
+
+    def why_no_bitmap(self, state: DiskState) -> str | None:
+        """Explain why pybackup can start no bitmap on the disk; None: it can."""
 
     def remove_bitmap(self, name: str) -> None:
-        """Remove a bitmap."""
+        """
+        Remove the bitmap of this exact name.
+
+        Raises
+        ------
+        BackupError
+            The bitmap cannot be removed.
+        """
 
     def qemu_version(self) -> str | None:
-        """The version of the QEMU that reads it, where that is known."""
+        """The version of the QEMU that reads the disk; None: unknown."""
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
-    """What is wanted of a disk at the instant: bitmap `read` readable, bitmap `start` recording from then on."""
+class Capture:
+    """
+    What one disk must offer at the instant.
 
-    sight: Sight
-    read: str | None
-    start: str | None
+    `state` is what the disk was when it was inspected, and must be still.  `read_bitmap` is the exact name of the
+    bitmap that can be read then, `start_bitmap` that of the bitmap that records from then on; None: none.
+    """
+
+    state: DiskState
+    read_bitmap: str | None
+    start_bitmap: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A disk opened for reading at the instant; `granularity` (bytes) is of the bitmap that was started."""
+    """
+    A disk at the captured instant.
 
-    export: Export
+    `bitmap` is the name by which `disk` knows the bitmap that was to be read.  `granularity` (bytes) is that of the
+    bitmap that was started.
+    """
+
+    disk: OpenDisk
+    bitmap: str | None = None
     granularity: int | None = None
 
 
@@ -63,8 +90,8 @@ class Freeze:
     """
     Whether the guest's file systems are flushed and frozen for the instant.
 
-    `agent` is the guest agent's socket, None where there is none; `required` makes a failure an error; `rehearsed`
-    only asks the agent whether it is there.
+    `agent` is the socket of the guest agent; None: the machine has none.  `required` makes a failure an error;
+    `rehearsed` only asks whether the agent answers.
     """
 
     agent: Path | None = None
@@ -81,11 +108,11 @@ class Moment(Protocol):
 
     @property
     def disks(self) -> Sequence[Opened]:
-        """In the order of the wishes."""
+        """The disks, in the order of the captures."""
 
     @property
     def consistency(self) -> str:
-        """`filesystem` where the guest had its file systems flushed and frozen, else `crash`."""
+        """`filesystem` where the guest had flushed and frozen its file systems, else `crash`."""
 
     @property
     def warnings(self) -> Sequence[str]:
@@ -97,82 +124,98 @@ class Moment(Protocol):
 
     def require_kept(self) -> None:
         """
-        Make sure, at no cost, that nothing is known that ended the instant; asked all the time while it is read.
+        Make sure, at no cost, that nothing is known to have ended the instant; called often while disks are read.
 
         Raises
         ------
         SourceError
-            Something is.
+            The instant has ended.
         """
 
     def require_sound(self) -> None:
         """
-        Make sure that all that was read belongs to the instant; asked before a point is published.
+        Make sure that all bytes that were read belong to the instant; called before a point is published.
 
         Raises
         ------
         SourceError
-            It does not.
+            Some may not belong to the instant.
         """
 
 
 class Owner(Protocol):
-    """Whose bitmaps and jobs are ours: what a host asks of the repository before it removes any."""
+    """The repository whose bitmaps and jobs a host may remove."""
 
     @property
     def short_id(self) -> str:
-        """Eight hex digits of the repository's id."""
+        """The first eight hex digits of the repository's id."""
 
     def has_point(self, point: str) -> bool:
-        """Is it a point of any machine?"""
+        """Whether any machine of the repository has this point."""
 
     def require_alone(self) -> None:
         """
-        Make sure that no other machine's run is under way.
+        Make sure that no other machine of the repository is being backed up.
 
         Raises
         ------
         Locked
-            One is.
+            Another machine is being backed up.
         """
 
 
 class Host(Protocol):
-    """What a machine's disks are on."""
+    """What all disks of a machine are on."""
 
     def __enter__(self) -> object:
         """Connect."""
 
     def __exit__(self, *exc_info: object) -> None:
-        """Let go."""
+        """Disconnect."""
 
-    def found(self) -> Sequence[tuple[str, Source]]:
-        """Names and sources of disks that the connected host finds by itself; none where disks were named."""
+    def discover(self) -> Sequence[tuple[str, Source]]:
+        """
+        Names and sources of all disks of the machine, where the user named none; empty where disks were named.
+
+        Raises
+        ------
+        SourceError
+            The machine has no disk to back up, or two disks would have one name.
+        """
 
     def recover(self, owner: Owner) -> Sequence[str]:
-        """Remove what runs that were cut off left, and nothing else; says what."""
+        """
+        Remove what runs of this repository that were cut off have left, and nothing else; say what was removed.
+
+        Raises
+        ------
+        Locked
+            The remains may belong to another run that goes on.
+        SourceError
+            The remains cannot be removed.
+        """
 
     def instant(
-        self, wishes: Sequence[Wish], lanes: int, *, point: str, repository: Path | None, short_id: str
+        self, captures: Sequence[Capture], lanes: int, *, point: str, repository: Path | None, short_id: str
     ) -> AbstractContextManager[Moment]:
         """
-        Open one instant of all disks, in the order of the host's sources, for reading by `lanes` connections each.
+        Capture one instant of all disks, in the order of the host's sources, to be read through `lanes` lanes each.
 
         `point` and `short_id` (of the repository) go into names; `repository` is the folder that is written to, if any.
 
         Raises
         ------
         Moved
-            A disk changed since it was looked at: look again.
+            A disk has changed since it was inspected: inspect it again.
         NotStarted
-            A bitmap cannot be started: wish for none, or try again.
+            A bitmap cannot be started: capture without it, or try again.
         SourceError
-            It cannot be opened.
+            A disk cannot be opened.
         """
 
 
 class Moved(SourceError):
-    """A disk is not what it was when it was looked at."""
+    """A disk has changed since it was inspected."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, hint="is the machine being changed just now? run the command again")
@@ -180,9 +223,9 @@ class Moved(SourceError):
 
 class NotStarted(SourceError):
     """
-    The bitmap that was wished for the disk of this number does not record, and `why`.
+    The new bitmap of the disk with this number does not record; `why` says the reason.
 
-    `lasting`: the reason is a property of the disk, so that later nights will meet it as well.
+    `lasting`: the reason is a property of the disk, so that every later backup will meet it as well.
     """
 
     def __init__(self, number: int, refused: SourceError, why: str, *, lasting: bool) -> None:
@@ -192,21 +235,18 @@ class NotStarted(SourceError):
         self.lasting = lasting
 
 
-_NO_CLAIM = Claim(None, None)
-
-
 @dataclass(frozen=True, slots=True)
 class DiskRequest:
     """
     One disk to back up.
 
-    `claim` is the user's word about a bitmap of someone else's server.  `path` is the image's, where it is known before
-    the image is opened: a disk of the machine is recognised by it.  `allow_plaintext` lets a running QEMU decrypt the
-    disk.
+    `claim` is the user's word about a bitmap on someone else's server.  `path` is the image's, where it is known before
+    the image is opened: pybackup recognises a disk of the machine by its path.  `allow_plaintext` allows a running
+    QEMU to decrypt the disk.
     """
 
     name: str
     source: Source
-    claim: Claim = _NO_CLAIM
+    claim: Claim = NO_CLAIM
     path: str | None = None
     allow_plaintext: bool = False

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backup.errors import SourceError
-from backup.model.disk import Bitmap, Sight
+from backup.model.disk import Bitmap, DiskState
 from backup.model.manifest import LowerFile
 from backup.nbd.export import Export
 from backup.qemu import images, locks, programs, servers
@@ -22,22 +22,17 @@ class ImageSource:
     path: Path
     format: str | None = None
 
-    @property
-    def owns_bitmaps(self) -> bool:
-        """Yes."""
-        return True
-
     def foreign_format(self) -> str | None:
-        """Another program's, unless the format was given."""
+        """Tell another program's format by the image's first bytes, unless the format was given."""
         return None if self.format else images.foreign_format(self.path)
 
     def guessed_format(self) -> str | None:
-        """Qcow2 or raw, unless the format was given."""
-        found = images.detect_format(self.path)
-        return None if self.format else found
+        """Tell qcow2 and raw by the image's first bytes, unless the format was given."""
+        detected = images.detect_format(self.path)  # also where the format was given: the image must be readable
+        return None if self.format else detected
 
-    def look(self) -> Sight:
-        """Ask qemu-img."""
+    def inspect(self) -> DiskState:
+        """Have qemu-img inspect the image."""
         image_format = self.guessed_format() or self.format or images.RAW
         if image_format == images.QCOW2:
             images.require_whole(self.path)
@@ -50,7 +45,7 @@ class ImageSource:
             )
         if info.format == images.RAW:
             self._require_raw(info.size)
-        return Sight(
+        return DiskState(
             kind="image",
             path=programs.filename(self.path),
             format=info.format,
@@ -70,36 +65,36 @@ class ImageSource:
                 f"{self.path} has no qcow2 header", hint="it is damaged, or raw: then say so with --image-format raw"
             )
 
-    def why_no_bitmap(self, sight: Sight) -> str | None:
-        """A raw image, a version 2 qcow2 and an image with an external data file get none."""
-        return sight.unseen_writes or sight.no_bitmaps
+    def why_no_bitmap(self, state: DiskState) -> str | None:
+        """A raw image, a qcow2 of version 2 and an image with an external data file can hold no bitmap."""
+        return state.unseen_writes or state.no_bitmaps
 
-    def require_room(self, sight: Sight, name: str) -> None:
-        """A file needs free space on its file system."""
+    def require_room(self, state: DiskState, name: str) -> None:
+        """Make sure that the image's file system has room for one more bitmap."""
         images.require_room(
-            self.path, sight.size, [bitmap.granularity for bitmap in sight.bitmaps if bitmap.granularity], name
+            self.path, state.size, [bitmap.granularity for bitmap in state.bitmaps if bitmap.granularity], name
         )
 
     def start_bitmap(self, name: str) -> None:
-        """Add a recording, persistent bitmap."""
+        """Add a recording, persistent bitmap to the image."""
         images.add_bitmap(self.path, name)
 
     def remove_bitmap(self, name: str) -> None:
-        """Remove a bitmap."""
+        """Remove a bitmap from the image."""
         images.remove_bitmap(self.path, name)
 
     def qemu_version(self) -> str | None:
-        """Version of qemu-img."""
+        """The version of qemu-img."""
         return images.qemu_version()
 
     @contextmanager
-    def opened(self, sight: Sight, bitmaps: Sequence[str], lanes: int) -> Iterator[Export]:
-        """Serve it with qemu-nbd; QEMU's locks keep writers out of all its files until it is closed."""
+    def open_disk(self, state: DiskState, bitmaps: Sequence[str], lanes: int) -> Iterator[Export]:
+        """Serve the image with a qemu-nbd of pybackup's; QEMU's locks keep writers out of all its files meanwhile."""
         with (
-            locks.no_writers([sight.path, *(layer.path for layer in sight.lower)]),
+            locks.no_writers([state.path, *(layer.path for layer in state.lower)]),
             servers.served(
-                self.path, sight.format, bitmaps, lanes + STATUS_CONNECTIONS, meanwhile=images.qemu_version
+                self.path, state.format, bitmaps, lanes + STATUS_CONNECTIONS, meanwhile=images.qemu_version
             ) as uri,
-            Export(uri, bitmaps, sight.size) as export,
+            Export(uri, bitmaps, state.size) as export,
         ):
             yield export

@@ -1,4 +1,4 @@
-"""An export of somebody else's NBD server: only read."""
+"""An export of someone else's NBD server, which is only read."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from backup.errors import SourceError, UsageError
-from backup.model.disk import Bitmap, Sight
+from backup.model.disk import Bitmap, DiskState
+from backup.model.manifest import NBD
 from backup.model.names import without_password
 from backup.nbd.export import Export
 
 
 class NbdSource:
     """
-    An export of someone's NBD server.  `bitmap` is the exact name of one of its dirty bitmaps, or None.
+    An export of someone else's NBD server.  `bitmap` is the exact name of one of its dirty bitmaps, or None.
 
-    The connection stays open from the first look to the end: a qemu-nbd without -t ends with its last client.
+    The connection stays open from the first inspection to the end: a qemu-nbd without -t ends with its last client.
     """
 
     def __init__(self, uri: str, bitmap: str | None = None) -> None:
@@ -24,52 +25,55 @@ class NbdSource:
         self.bitmap = bitmap
         self._export: Export | None = None
 
-    @property
-    def owns_bitmaps(self) -> bool:
-        """No: they are their owner's."""
-        return False
-
     def foreign_format(self) -> str | None:
-        """None: a server shows bytes, whatever it has them from."""
+        """Return None: a server shows the disk's bytes, whatever image they come from."""
         return None
 
     def guessed_format(self) -> str | None:
-        """None, as of a foreign one."""
+        """Return None: a server shows the disk's bytes, whatever image they come from."""
         return None
 
-    def look(self) -> Sight:
-        """Ask the server."""
+    def inspect(self) -> DiskState:
+        """Ask the server for the disk's size and for the bitmap."""
         export = self._connected()
         if export.size == 0:
             raise SourceError(f"{self.uri} is empty", hint="is it the right export? a disk has at least one byte")
         shown = (Bitmap(self.bitmap),) if self.bitmap and export.has_bitmap(self.bitmap) else ()
-        return Sight(kind="nbd", path=self.uri, format="raw", size=export.size, bitmaps=shown)
+        return DiskState(
+            kind=NBD,
+            path=self.uri,
+            format="raw",
+            size=export.size,
+            bitmaps=shown,
+            owns_bitmaps=False,
+            shows_encryption=False,
+        )
 
-    def why_no_bitmap(self, sight: Sight) -> str | None:
-        """Its bitmaps are its owner's."""
-        return f"the bitmaps of {sight.path} are its owner's to add and remove"
+    def why_no_bitmap(self, state: DiskState) -> str | None:
+        """Refuse every bitmap: a server's bitmaps are its owner's."""
+        return f"the bitmaps of {state.path} are its owner's to add and remove"
 
-    def require_room(self, sight: Sight, name: str) -> None:
-        """Never asked: see owns_bitmaps."""
+    def require_room(self, state: DiskState, name: str) -> None:
+        """Pass: `start_bitmap` refuses every bitmap."""
 
     def start_bitmap(self, name: str) -> None:
-        """Never: see owns_bitmaps."""
+        """Refuse: a server's bitmaps are its owner's."""
         raise UsageError(f"bitmap {name} cannot be added through {self.uri}", hint="name the image itself with --image")
 
     def remove_bitmap(self, name: str) -> None:
-        """Never: see owns_bitmaps."""
+        """Refuse: a server's bitmaps are its owner's."""
         raise UsageError(
             f"bitmap {name} cannot be removed through {self.uri}", hint="name the image itself with --image"
         )
 
     def qemu_version(self) -> str | None:
-        """The server does not say what it is."""
+        """Return None: a server does not say which program it is."""
         return None
 
     @contextmanager
-    def opened(self, sight: Sight, bitmaps: Sequence[str], lanes: int) -> Iterator[Export]:
-        """The connection that there is; keeping writers out is the owner's duty."""
-        del sight, bitmaps, lanes
+    def open_disk(self, state: DiskState, bitmaps: Sequence[str], lanes: int) -> Iterator[Export]:
+        """Use the connection of `inspect`; keeping writers out is the server's owner's duty."""
+        del state, bitmaps, lanes
         try:
             yield self._connected()
         finally:

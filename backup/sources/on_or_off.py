@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
-from backup.model.disk import Sight
+from backup.model.disk import DiskState
 from backup.qemu.images import ImageLocked
 from backup.qmp.monitor import NotListening
-from backup.sources.base import Moment, Owner, Source, Wish
+from backup.sources.base import Capture, Moment, Owner, Source
 from backup.sources.image import ImageSource
 from backup.sources.resting import AtRest
 from backup.sources.running import NodeSource, Running
@@ -23,7 +23,7 @@ from backup.sources.running import NodeSource, Running
 
 class OnOrOff:
     """
-    The machine; which way it is read is decided anew whenever it is entered.
+    The machine as a host; each `with` decides anew which way the machine is read.
 
     Parameters
     ----------
@@ -53,7 +53,7 @@ class OnOrOff:
 
     @property
     def is_on(self) -> bool:
-        """Did the QMP socket answer?"""
+        """Whether the QMP socket answered."""
         return self._is_on
 
     @property
@@ -61,8 +61,8 @@ class OnOrOff:
         """The QMP socket."""
         return self._running.socket
 
-    def found(self) -> Sequence[tuple[str, Source]]:
-        """None: both the node and the image of each disk are named."""
+    def discover(self) -> Sequence[tuple[str, Source]]:
+        """Return nothing: the user names both the node and the image of each disk."""
         return ()
 
     def recover(self, owner: Owner) -> Sequence[str]:
@@ -71,26 +71,26 @@ class OnOrOff:
 
     @contextmanager
     def instant(
-        self, wishes: Sequence[Wish], lanes: int, *, point: str, repository: Path | None, short_id: str
+        self, captures: Sequence[Capture], lanes: int, *, point: str, repository: Path | None, short_id: str
     ) -> Iterator[Moment]:
         """
-        Open one instant of all disks, in the way that was decided.
+        Capture one instant of all disks, in the way that was decided.
 
         Raises
         ------
         Moved, SourceError
-            As the running machine, or the images.
+            As `Running.instant` or `AtRest.instant`.
         """
         host = self._running if self._is_on else self._resting
         with (
             self.hinting(),
-            host.instant(wishes, lanes, point=point, repository=repository, short_id=short_id) as moment,
+            host.instant(captures, lanes, point=point, repository=repository, short_id=short_id) as moment,
         ):
             yield moment
 
     @contextmanager
     def hinting(self) -> Iterator[None]:
-        """Say what a locked image means whose machine seems to be off."""
+        """Explain a locked image of a machine that seems to be off."""
         try:
             yield
         except ImageLocked as error:
@@ -113,39 +113,34 @@ class _Disk:
     def _now(self) -> NodeSource | ImageSource:
         return self._node if self._host.is_on else self._image
 
-    @property
-    def owns_bitmaps(self) -> bool:
-        """The bitmaps of both are ours to add and remove."""
-        return True
-
     def foreign_format(self) -> str | None:
-        """As the image's while the machine is off."""
+        """Tell it by the image, while the machine is off."""
         return self._now.foreign_format()
 
     def guessed_format(self) -> str | None:
-        """As the image's while the machine is off."""
+        """Tell it by the image, while the machine is off."""
         return self._now.guessed_format()
 
-    def look(self) -> Sight:
+    def inspect(self) -> DiskState:
         """
-        What the disk is now.
+        Inspect the node or the image.
 
         Raises
         ------
         SourceError
-            The disk cannot be looked at; or the QEMU that answers has another image.
+            The disk cannot be inspected, or the QEMU that answers has another image.
         """
         with self._host.hinting():
-            return self._now.look()
+            return self._now.inspect()
 
-    def why_no_bitmap(self, sight: Sight) -> str | None:
-        """As the node or the image says."""
-        return self._now.why_no_bitmap(sight)
+    def why_no_bitmap(self, state: DiskState) -> str | None:
+        """Ask the node or the image."""
+        return self._now.why_no_bitmap(state)
 
     def remove_bitmap(self, name: str) -> None:
-        """Remove a bitmap."""
+        """Remove a bitmap of the disk."""
         self._now.remove_bitmap(name)
 
     def qemu_version(self) -> str | None:
-        """The running QEMU's, or qemu-img's."""
+        """The version of the running QEMU, or of qemu-img."""
         return self._now.qemu_version()

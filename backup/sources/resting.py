@@ -1,6 +1,5 @@
 """
-Disks at rest: an offline image is served by a qemu-nbd of our own, read-only, and its bitmaps are ours to add and
-remove.  A server reached by an NBD URI is someone else's: it is only read.
+A machine whose disks nobody writes to: images of a machine that is off, and exports of someone else's NBD server.
 """
 
 from __future__ import annotations
@@ -12,27 +11,27 @@ from pathlib import Path
 from typing import Protocol, Self
 
 from backup.errors import SourceError
-from backup.model.disk import Sight
-from backup.nbd.export import Export
+from backup.model.disk import DiskState
+from backup.model.open_disk import OpenDisk
 from backup.planning import plan
 from backup.qemu import images
-from backup.sources.base import Moved, NotStarted, Opened, Owner, Source, Wish
+from backup.sources.base import Capture, Moved, NotStarted, Opened, Owner, Source
 
 STATUS_CONNECTIONS = 4
 """Connections beside the copier's: one to begin with, and one for each context (allocation, two bitmaps)."""
 
 
 class RestingSource(Source, Protocol):
-    """A disk that is opened by itself."""
+    """A disk that is opened independently of the machine's other disks."""
 
-    def require_room(self, sight: Sight, name: str) -> None:
+    def require_room(self, state: DiskState, name: str) -> None:
         """
         Make sure that the disk's storage has room for one more bitmap.
 
         Raises
         ------
         BitmapRefused
-            It has not; nothing was changed.
+            The storage has no room; nothing was changed.
         """
 
     def start_bitmap(self, name: str) -> None:
@@ -42,16 +41,23 @@ class RestingSource(Source, Protocol):
         Raises
         ------
         BitmapRefused
-            It does not record; QEMU may have lost those that were there.
+            The bitmap does not record, and QEMU may have lost the image's other bitmaps.
         """
 
-    def opened(self, sight: Sight, bitmaps: Sequence[str], lanes: int) -> AbstractContextManager[Export]:
-        """Open it for reading, writers kept out where that is ours to do; `bitmaps` can be asked about."""
+    def open_disk(self, state: DiskState, bitmaps: Sequence[str], lanes: int) -> AbstractContextManager[OpenDisk]:
+        """
+        Open the disk for reading, so that `bitmaps` can be asked about; keep writers out where that is pybackup's duty.
+
+        Raises
+        ------
+        SourceError
+            The disk cannot be opened.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class LockedMoment:
-    """Images whose locks are held, and exports whose owner keeps writers out."""
+    """Images whose locks pybackup holds, and exports from which their owner keeps writers away."""
 
     disks: tuple[Opened, ...]
     consistency: str = "crash"
@@ -59,15 +65,15 @@ class LockedMoment:
     notes: tuple[str, ...] = ()
 
     def require_kept(self) -> None:
-        """It is: locks are."""
+        """Always passes: the image locks are held until the end of the block."""
 
     def require_sound(self) -> None:
-        """It is: nobody could write meanwhile."""
+        """Always passes: the image locks keep every writer out until the end of the block."""
 
 
 class AtRest:
     """
-    A host of disks that nobody writes to: each is opened by itself, and the instant is when all are locked.
+    A host of disks that nobody writes to: each is opened independently, and the instant is when all are locked.
 
     Parameters
     ----------
@@ -76,7 +82,7 @@ class AtRest:
     """
 
     def __init__(self, sources: Sequence[RestingSource]) -> None:
-        self._sources = tuple(sources)
+        self.sources = tuple(sources)
 
     def __enter__(self) -> Self:
         return self
@@ -84,18 +90,18 @@ class AtRest:
     def __exit__(self, *exc_info: object) -> None:
         return None
 
-    def found(self) -> Sequence[tuple[str, Source]]:
-        """None: images and exports are always named."""
+    def discover(self) -> Sequence[tuple[str, Source]]:
+        """Return nothing: the user names every image and every export."""
         return ()
 
     def recover(self, owner: Owner) -> Sequence[str]:
-        """Nothing stays behind but bitmaps, which are retired when the next point is published."""
+        """Return nothing: a run that was cut off leaves only bitmaps, which go when the next point is published."""
         del owner
         return ()
 
     @contextmanager
     def instant(
-        self, wishes: Sequence[Wish], lanes: int, *, point: str, repository: Path | None, short_id: str
+        self, captures: Sequence[Capture], lanes: int, *, point: str, repository: Path | None, short_id: str
     ) -> Iterator[LockedMoment]:
         """
         Start the bitmaps, and only then lock the images.
@@ -103,55 +109,62 @@ class AtRest:
         Raises
         ------
         Moved
-            A machine started, wrote and stopped in between: a new bitmap is not clean, or an image looks another.
+            A machine started, wrote and stopped in between: a new bitmap is not clean, or an image has changed.
         NotStarted
             A bitmap cannot be started.
         """
         del point, repository, short_id
-        for number, (source, wish) in enumerate(zip(self._sources, wishes, strict=True)):
-            if wish.start is not None:
-                _start(number, source, wish.sight, wish.start)
-        with ExitStack() as held:
-            opened = []
-            for number, (source, wish) in enumerate(zip(self._sources, wishes, strict=True)):
-                asked = [name for name in (wish.read, wish.start) if name is not None]
+        for number, (source, capture) in enumerate(zip(self.sources, captures, strict=True)):
+            if capture.start_bitmap is not None:
+                _start(number, source, capture.state, capture.start_bitmap)
+        with ExitStack() as locks:
+            disks = []
+            for number, (source, capture) in enumerate(zip(self.sources, captures, strict=True)):
+                bitmaps = [name for name in (capture.read_bitmap, capture.start_bitmap) if name is not None]
                 try:
-                    opened.append(held.enter_context(source.opened(wish.sight, asked, lanes)))
+                    disks.append(locks.enter_context(source.open_disk(capture.state, bitmaps, lanes)))
                 except images.ImageLocked:
                     raise
                 except SourceError as error:
-                    if wish.start is not None:
-                        _require_recording(number, source, wish.start, error)
+                    if capture.start_bitmap is not None:
+                        _require_recording(number, source, capture.start_bitmap, error)
                     raise
-            yield LockedMoment(tuple(map(_settled, self._sources, wishes, opened)))
+            yield LockedMoment(tuple(map(_settled, self.sources, captures, disks)))
 
 
-def _start(number: int, source: RestingSource, sight: Sight, name: str) -> None:
+def _start(number: int, source: RestingSource, state: DiskState, name: str) -> None:
     try:
-        source.require_room(sight, name)
+        source.require_room(state, name)
         source.start_bitmap(name)
     except images.BitmapRefused as refused:
         raise NotStarted(number, refused, refused.why, lasting=refused.lasting) from None
 
 
 def _require_recording(number: int, source: RestingSource, name: str, error: SourceError) -> None:
-    """An image whose new bitmap QEMU lost without a word cannot be served with it: then that is the reason."""
-    found = source.look().bitmap(name)
-    if found is None or found.inconsistent or not found.recording:
+    """
+    Explain an image that cannot be served: where its new bitmap is gone, the reason is that QEMU lost the bitmap.
+
+    Raises
+    ------
+    NotStarted
+        QEMU did not keep the bitmap, without a word.
+    """
+    bitmap = source.inspect().bitmap(name)
+    if bitmap is None or bitmap.inconsistent or not bitmap.recording:
         raise NotStarted(number, error, "QEMU did not keep it in the image", lasting=False) from None
 
 
-def _settled(source: RestingSource, wish: Wish, export: Export) -> Opened:
-    """Under the lock: all must be as it was when it was looked at, and the new bitmap wholly clean."""
-    if not source.owns_bitmaps:
-        return Opened(export)
-    now = source.look()
-    before = replace(now, bitmaps=tuple(bitmap for bitmap in now.bitmaps if bitmap.name != wish.start))
-    started = None if wish.start is None else now.bitmap(wish.start)
-    if before != wish.sight or (wish.start is not None and started is None):
-        raise Moved(f"{wish.sight.path} changed before it was locked")
+def _settled(source: RestingSource, capture: Capture, disk: OpenDisk) -> Opened:
+    """Require, under the lock, that the disk is still as it was inspected and that its new bitmap is wholly clean."""
+    if not capture.state.owns_bitmaps:
+        return Opened(disk, capture.read_bitmap)
+    now = source.inspect()
+    before = replace(now, bitmaps=tuple(bitmap for bitmap in now.bitmaps if bitmap.name != capture.start_bitmap))
+    started = None if capture.start_bitmap is None else now.bitmap(capture.start_bitmap)
+    if before != capture.state or (capture.start_bitmap is not None and started is None):
+        raise Moved(f"{capture.state.path} changed before it was locked")
     if started is None:
-        return Opened(export)
-    if plan.any_dirty(export, started.name):
-        raise Moved(f"{wish.sight.path} was written to before it was locked")
-    return Opened(export, started.granularity)
+        return Opened(disk, capture.read_bitmap)
+    if plan.any_dirty(disk, started.name):
+        raise Moved(f"{capture.state.path} was written to before it was locked")
+    return Opened(disk, capture.read_bitmap, started.granularity)

@@ -16,7 +16,7 @@ from typing import Self
 
 from backup.errors import BackupError, Interrupted, Locked, SourceError, UsageError
 from backup.model import disk
-from backup.model.disk import Bitmap, Sight
+from backup.model.disk import Bitmap, DiskState
 from backup.model.manifest import LowerFile
 from backup.model.names import name_problem
 from backup.qemu import images
@@ -27,7 +27,7 @@ from backup.qmp.blocks import OURS, Blocks, Device, Node
 from backup.qmp.instant import Instant, Room, Target
 from backup.qmp.monitor import Monitor, Refused
 from backup.runtime.signals import to_the_end
-from backup.sources.base import NO_FREEZE, Freeze, Moved, NotStarted, Opened, Owner, Source, Wish
+from backup.sources.base import NO_FREEZE, Capture, Freeze, Moved, NotStarted, Opened, Owner, Source
 
 _THAW_TRIES = 3
 _STORAGE_SECONDS = 60.0
@@ -166,7 +166,7 @@ class Running:
         """Do a file name of the user's and one of QEMU's mean the same file?"""
         return ours == qemus or os.path.realpath(ours) == os.path.realpath(self.local(qemus))
 
-    def found(self) -> Sequence[tuple[str, Source]]:
+    def discover(self) -> Sequence[tuple[str, Source]]:
         """
         All disks that the guest can write to but the excluded ones, where no disks were named.
 
@@ -253,7 +253,7 @@ class Running:
 
     @contextmanager
     def instant(
-        self, wishes: Sequence[Wish], lanes: int, *, point: str, repository: Path | None, short_id: str
+        self, captures: Sequence[Capture], lanes: int, *, point: str, repository: Path | None, short_id: str
     ) -> Iterator[RunningMoment]:
         """
         Freeze one instant of all disks.
@@ -272,7 +272,7 @@ class Running:
         for source in self.sources:
             source.require_untouched_by_reading(blocks)
         doubts = [*self._unnamed(blocks), *(doubt for source in self.sources for doubt in source.doubts(blocks))]
-        targets = [self._target(source, wish) for source, wish in zip(self.sources, wishes, strict=True)]
+        targets = [self._target(source, capture) for source, capture in zip(self.sources, captures, strict=True)]
         freezing = _Freezing(self._freeze, self._no_agent)
         own = fleece.prefix(short_id, point)
         moment = RunningMoment(freezing, doubts)
@@ -283,11 +283,11 @@ class Running:
             ):
                 moment.instant = instant
                 self.require_here()  # from now on no migration ends: our jobs are in its way
-                granularities = [_settled(*pair) for pair in zip(self.sources, wishes, strict=True)]
+                granularities = [_settled(*pair) for pair in zip(self.sources, captures, strict=True)]
                 for number, granularity in enumerate(granularities):
                     export = instant.open(number)
                     opened.callback(export.close)
-                    moment.disks.append(Opened(export, granularity))
+                    moment.disks.append(Opened(export, captures[number].read_bitmap, granularity))
                 yield moment
         except fleece.SizeChanged as error:
             raise Moved(error.message) from None
@@ -327,16 +327,16 @@ class Running:
                 )
         return warnings
 
-    def _target(self, source: NodeSource, wish: Wish) -> Target:
+    def _target(self, source: NodeSource, capture: Capture) -> Target:
         node = source.node
-        bitmap = next((found for found in node.bitmaps if found.name == wish.read), None)
+        bitmap = next((found for found in node.bitmaps if found.name == capture.read_bitmap), None)
         return Target(
             node=node.name,
             size=node.size,
-            read=wish.read,
-            start=wish.start,
-            persistent=wish.sight.volatile is None,
-            scratch=self._scratch or self._folder_of(wish.sight.path),
+            read=capture.read_bitmap,
+            start=capture.start_bitmap,
+            persistent=capture.state.volatile is None,
+            scratch=self._scratch or self._folder_of(capture.state.path),
             writes=node.stored if bitmap is None else bitmap.dirty,
         )
 
@@ -372,11 +372,6 @@ class NodeSource:
         assert self._node is not None
         return self._node
 
-    @property
-    def owns_bitmaps(self) -> bool:
-        """Yes."""
-        return True
-
     def foreign_format(self) -> str | None:
         """None: QEMU shows the disk, whatever the image is."""
         return None
@@ -385,7 +380,7 @@ class NodeSource:
         """None: QEMU has the image open already, in the format that it was told."""
         return None
 
-    def look(self) -> Sight:
+    def inspect(self) -> DiskState:
         """Ask QEMU."""
         blocks = self._host.blocks()
         self._node = node = blocks.resolve(self.text, self._host.same_file)
@@ -393,7 +388,7 @@ class NodeSource:
         files = [self._host.local(blocks.storage(link.name).file) for link in chain]
         lower = [images.look_at(file) for file in files[1:]]
         self._require_image(files)
-        return Sight(
+        return DiskState(
             kind="qmp",
             path=files[0],
             format=node.driver if node.driver == images.QCOW2 else images.RAW,
@@ -423,9 +418,9 @@ class NodeSource:
             hint="does the socket belong to another machine? correct `qmp:`, `node:` or `image:`",
         )
 
-    def why_no_bitmap(self, sight: Sight) -> str | None:
+    def why_no_bitmap(self, state: DiskState) -> str | None:
         """An image with an external data file, or with writers whom no bitmap sees, gets none."""
-        return sight.unseen_writes
+        return state.unseen_writes
 
     def require_untouched_by_reading(self, blocks: Blocks) -> None:
         """
@@ -651,12 +646,12 @@ def _unpublished(blocks: Blocks, owner: Owner) -> Iterator[tuple[str, str]]:
                 yield node.name, name
 
 
-def _settled(source: NodeSource, wish: Wish) -> int | None:
+def _settled(source: NodeSource, capture: Capture) -> int | None:
     """After the transaction all must be as it was when it was looked at; the granularity of the bitmap that began."""
     looked_at = source.node.name
-    now = source.look()
-    before = replace(now, bitmaps=tuple(bitmap for bitmap in now.bitmaps if bitmap.name != wish.start))
-    if source.node.name != looked_at or before != wish.sight:
+    now = source.inspect()
+    before = replace(now, bitmaps=tuple(bitmap for bitmap in now.bitmaps if bitmap.name != capture.start_bitmap))
+    if source.node.name != looked_at or before != capture.state:
         raise Moved(f"disk {source.text} changed before its instant was frozen")
-    started = None if wish.start is None else now.bitmap(wish.start)
+    started = None if capture.start_bitmap is None else now.bitmap(capture.start_bitmap)
     return None if started is None else started.granularity

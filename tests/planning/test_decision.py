@@ -8,7 +8,7 @@ import pytest
 
 from backup.errors import Damaged
 from backup.model.chain import Chain, Link
-from backup.model.disk import Bitmap, Claim, Sight, bitmap_name, own_bitmaps
+from backup.model.disk import Bitmap, Claim, DiskState, bitmap_name, own_bitmaps
 from backup.model.manifest import BitmapRecord, ByteCounts, DataFile, DiskEntry, LowerFile, Parent, SourceRecord
 from backup.planning.decision import FULL, INCREMENTAL, ITSELF, RESCAN, Decision, Refusal, decide, warned
 
@@ -18,7 +18,7 @@ REPO8 = "abcdef01"
 NAME = f"b1.{REPO8}.{P}"
 BASE = LowerFile("/base.qcow2", 1000, 5, 7)
 NO_CLAIM = Claim(None, None)
-SOUND = Sight(kind="image", path="/disk.qcow2", format="qcow2", size=4096, bitmaps=(Bitmap(NAME, 65536),))
+SOUND = DiskState(kind="image", path="/disk.qcow2", format="qcow2", size=4096, bitmaps=(Bitmap(NAME, 65536),))
 
 
 def entry(*, started: str | None = NAME, lower: tuple[LowerFile, ...] = (), parent: Parent | None = None) -> DiskEntry:
@@ -42,12 +42,12 @@ def chain(newest: DiskEntry | None = None, length: int = 1) -> Chain:
     return Chain("disk", (Link(P, length, newest), *older))
 
 
-def decided(sight: Sight = SOUND, last: Chain | Damaged | None = None, **changed: object) -> Decision:
-    settings = {"family": "b1", "short_id": REPO8, "max_chain": 100, "claim": NO_CLAIM, "wanted": INCREMENTAL}
+def decided(state: DiskState = SOUND, last: Chain | Damaged | None = None, **changed: object) -> Decision:
+    settings = {"bitmap_family": "b1", "short_id": REPO8, "max_chain": 100, "claim": NO_CLAIM, "wanted": INCREMENTAL}
     settings |= changed
     wanted = settings.pop("wanted")
-    found = decide(wanted, sight, last, unusable=FULL, **settings)
-    require_a_rescan_in_place_of_a_full(found, decide(wanted, sight, last, unusable=RESCAN, **settings), last)
+    found = decide(wanted, state, last, unusable=FULL, **settings)
+    require_a_rescan_in_place_of_a_full(found, decide(wanted, state, last, unusable=RESCAN, **settings), last)
     return found
 
 
@@ -179,7 +179,7 @@ def test_a_chain_holds_plaintext_or_the_container_and_never_both(was, wanted):
     """A full, whatever else is wanted where no bitmap continues a chain."""
     newest = entry()
     last = chain(replace(newest, source=replace(newest.source, plaintext=was)))
-    settings = {"family": "b1", "short_id": REPO8, "max_chain": 100, "claim": NO_CLAIM}
+    settings = {"bitmap_family": "b1", "short_id": REPO8, "max_chain": 100, "claim": NO_CLAIM}
     for unusable in (FULL, RESCAN):
         found = decide(wanted, replace(SOUND, plaintext=not was), last, unusable=unusable, **settings)
         require_fallback(found, P, "plaintext", "container")
@@ -246,24 +246,24 @@ def test_a_bitmap_that_is_missing_without_a_trace_is_no_rollback():
 
 
 def test_an_inconsistent_bitmap_is_a_fallback_even_while_it_looks_enabled():
-    sight = replace(SOUND, bitmaps=(Bitmap(NAME, 65536, recording=True, inconsistent=True),))
-    require_fallback(decided(sight, chain()), NAME, "inconsistent")
+    state = replace(SOUND, bitmaps=(Bitmap(NAME, 65536, recording=True, inconsistent=True),))
+    require_fallback(decided(state, chain()), NAME, "inconsistent")
 
 
 def test_a_disabled_bitmap_is_a_fallback():
-    sight = replace(SOUND, bitmaps=(Bitmap(NAME, 65536, recording=False),))
-    require_fallback(decided(sight, chain()), NAME, "disabled")
+    state = replace(SOUND, bitmaps=(Bitmap(NAME, 65536, recording=False),))
+    require_fallback(decided(state, chain()), NAME, "disabled")
 
 
 def test_a_bitmap_that_another_operation_holds_is_a_fallback():
-    sight = replace(SOUND, bitmaps=(Bitmap(NAME, 65536, busy=True),))
-    require_fallback(decided(sight, chain()), NAME, "in use by another operation")
+    state = replace(SOUND, bitmaps=(Bitmap(NAME, 65536, busy=True),))
+    require_fallback(decided(state, chain()), NAME, "in use by another operation")
 
 
 def test_a_bitmap_in_a_backing_file_only_is_a_fallback():
     lower = (BASE,)
-    sight = replace(SOUND, bitmaps=(), lower=lower, lower_bitmaps=(NAME,))
-    require_fallback(decided(sight, chain(entry(lower=lower))), NAME, "backing file")
+    state = replace(SOUND, bitmaps=(), lower=lower, lower_bitmaps=(NAME,))
+    require_fallback(decided(state, chain(entry(lower=lower))), NAME, "backing file")
 
 
 @pytest.mark.parametrize(
@@ -293,10 +293,18 @@ def test_a_point_that_started_no_bitmap_says_so():
 
 
 def test_without_a_family_nothing_is_continued():
-    require_fallback(decided(SOUND, chain(), family=None))
+    require_fallback(decided(SOUND, chain(), bitmap_family=None))
 
 
-NBD = Sight(kind="nbd", path="nbd://host", format="raw", size=4096, bitmaps=(Bitmap("theirs"),))
+NBD = DiskState(
+    kind="nbd",
+    path="nbd://host",
+    format="raw",
+    size=4096,
+    bitmaps=(Bitmap("theirs"),),
+    owns_bitmaps=False,
+    shows_encryption=False,
+)
 
 
 def test_a_servers_bitmap_is_read_on_the_users_word():
@@ -306,7 +314,7 @@ def test_a_servers_bitmap_is_read_on_the_users_word():
 
 
 @pytest.mark.parametrize(
-    ("sight", "claim", "word"),
+    ("state", "claim", "word"),
     [
         (NBD, Claim(None, None), "no bitmap"),
         (NBD, Claim("theirs", None), "--since"),
@@ -314,8 +322,8 @@ def test_a_servers_bitmap_is_read_on_the_users_word():
         (replace(NBD, bitmaps=()), Claim("theirs", P), "has no bitmap theirs"),
     ],
 )
-def test_a_servers_bitmap_without_the_users_word_or_absent_is_a_fallback(sight, claim, word):
-    require_fallback(decided(sight, chain(), claim=claim), word)
+def test_a_servers_bitmap_without_the_users_word_or_absent_is_a_fallback(state, claim, word):
+    require_fallback(decided(state, chain(), claim=claim), word)
 
 
 def test_our_bitmaps_are_those_of_exactly_our_form_and_repository():
@@ -344,14 +352,14 @@ def test_an_id_with_signs_of_a_pattern_matches_only_itself():
 # Rescans
 
 
-@pytest.mark.parametrize("sight", [SOUND, NBD, replace(SOUND, bitmaps=(), no_bitmaps="it is raw", lower=(BASE,))])
-def test_a_rescan_that_was_asked_for_needs_a_sound_chain_and_nothing_else(sight):
+@pytest.mark.parametrize("state", [SOUND, NBD, replace(SOUND, bitmaps=(), no_bitmaps="it is raw", lower=(BASE,))])
+def test_a_rescan_that_was_asked_for_needs_a_sound_chain_and_nothing_else(state):
     last = chain()
-    found = decided(sight, last, wanted=RESCAN, family=None)
+    found = decided(state, last, wanted=RESCAN, bitmap_family=None)
     assert found == Decision(INCREMENTAL, "rescan: asked for", parent=last, rescan=True)
-    require_fallback(decided(sight, Damaged("file x is missing", hint=""), wanted=RESCAN), "file x is missing")
-    assert decided(sight, chain(length=3), wanted=RESCAN, max_chain=3).kind == FULL
-    assert decided(sight, None, wanted=RESCAN).reason.startswith("first point")
+    require_fallback(decided(state, Damaged("file x is missing", hint=""), wanted=RESCAN), "file x is missing")
+    assert decided(state, chain(length=3), wanted=RESCAN, max_chain=3).kind == FULL
+    assert decided(state, None, wanted=RESCAN).reason.startswith("first point")
 
 
 def test_a_rescan_says_what_it_found():

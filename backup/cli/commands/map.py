@@ -50,14 +50,14 @@ def map_(
 
     find.require_format(image_format)
     place = requests.Place(path_of(image), image_format, nbd, path_of(qmp), node, path_of(scratch))
-    with requests.open_disk(place, bitmap, find.config_or_default(), output.warning) as export:
+    with requests.open_disk(place, bitmap, find.config_or_default(), output.warning) as opened:
         if totals:
-            sums = extent_map.map_totals(export, bitmap)
+            sums = extent_map.map_totals(opened.disk, opened.bitmap)
             output.document(asdict(sums)) if options.json else map_sums(sums)
         elif options.json:
-            map_objects(extent_map.read_map(export, bitmap))
+            map_objects(extent_map.read_map(opened.disk, opened.bitmap))
         else:
-            map_table(extent_map.read_map(export, bitmap), bitmap)
+            map_table(extent_map.read_map(opened.disk, opened.bitmap), bitmap)
 
 
 def map_table(extents: Iterable[Extent], bitmap: str | None) -> None:
