@@ -35,7 +35,6 @@ from servers import nbdinfo_map, nbdkit, nbdkit_tcp, qemu_nbd
 from backup.errors import BackupError, SourceError
 from backup.model.extents import joined, windows
 from backup.nbd import connection
-from backup.nbd import export as nbd
 from backup.nbd.export import Export
 from backup.planning import extent_map
 from backup.planning.plan import WINDOW
@@ -420,7 +419,7 @@ def test_a_server_of_one_client_that_ends_with_it_is_enough(tmp_path):
 
 def test_a_server_that_takes_fewer_connections_than_it_allows_is_used_with_those(tmp_path, monkeypatch):
     """qemu-nbd --shared=2 says multi-conn and lets the third client wait until one leaves."""
-    monkeypatch.setattr(connection, "EXTRA_SECONDS", 0.3)
+    monkeypatch.setattr("backup.nbd.export.EXTRA_SECONDS", 0.3)
     night = Night.of(tmp_path)
     run("qemu-img", "bitmap", "--add", night.image, "b1")
     with qemu_nbd(night.image, "-t", "--shared=2", "-B", "b1") as uri:
@@ -434,11 +433,11 @@ def test_a_server_that_takes_fewer_connections_than_it_allows_is_used_with_those
 
 
 def test_contexts_share_a_connection_where_the_server_takes_no_more(monkeypatch):
-    monkeypatch.setattr(connection, "EXTRA_SECONDS", 0.01)
+    monkeypatch.setattr("backup.nbd.export.EXTRA_SECONDS", 0.01)
     disk = Disk(np.repeat([0, 3, 0], 1000), {"b": np.repeat([1, 0, 1], 1000)})
     for most, connections in ((1, 2), (2, 3), (3, 3)):
         server = FakeBinding(disk, MANNERS[-1], multi_conn=True, most_connections=most)
-        monkeypatch.setattr(connection, "load_binding", lambda server=server: server)
+        monkeypatch.setattr("backup.nbd.export.load_binding", lambda server=server: server)
         with Export("nbd://fake", ["b"]) as export:
             assert own_map(export) == [(0, 1000, 0), (1000, 1000, 3), (2000, 1000, 0)]
             assert own_map(export, "b") == [(0, 1000, 1), (1000, 1000, 0), (2000, 1000, 1)]
@@ -450,7 +449,7 @@ def test_a_connection_of_its_own_lets_a_bitmap_be_asked_alone(monkeypatch):
     """A server computes every negotiated context for every request; the bitmap must not cost the image's tables."""
     disk = Disk(np.repeat([0, 3, 0], 1000), {"b": np.repeat([1, 0, 1], 1000)})
     server = FakeBinding(disk, MANNERS[0], multi_conn=True)
-    monkeypatch.setattr(connection, "load_binding", lambda: server)
+    monkeypatch.setattr("backup.nbd.export.load_binding", lambda: server)
     with Export("nbd://fake", ["b"]) as export:
         export.dirty("b", 0, disk.size)
     assert [contexts for contexts, _, _ in server.requests] == [(DIRTY + "b",)]
@@ -459,7 +458,7 @@ def test_a_connection_of_its_own_lets_a_bitmap_be_asked_alone(monkeypatch):
 def test_what_is_expected_is_asked_once_and_answered_as_ever(monkeypatch):
     disk = Disk(np.repeat([0, 3, 0], 1000), {"b": np.repeat([1, 0, 1], 1000)})
     server = FakeBinding(disk, MANNERS[1], multi_conn=True)
-    monkeypatch.setattr(connection, "load_binding", lambda: server)
+    monkeypatch.setattr("backup.nbd.export.load_binding", lambda: server)
     with Export("nbd://fake", ["b"]) as export:
         plainly = [as_list(export.dirty("b", 0, 2500)), as_list(export.allocation(500, 3000))]
         asked = list(server.requests)
@@ -552,14 +551,16 @@ def test_a_missing_binding_says_what_to_install(monkeypatch, error, said):
     def fail(name: str) -> None:
         raise error
 
-    monkeypatch.setattr(nbd.importlib, "import_module", fail)
+    monkeypatch.setattr(connection.importlib, "import_module", fail)
     with pytest.raises(BackupError, match=said) as caught:
         connection.load_binding()
     assert "apt-get install python3-libnbd" in caught.value.hint
 
 
 def test_pypis_other_nbd_is_told_from_libnbd(monkeypatch):
-    monkeypatch.setattr(nbd.importlib, "import_module", lambda name: SimpleNamespace(__file__="/x/nbd/__init__.py"))
+    monkeypatch.setattr(
+        connection.importlib, "import_module", lambda name: SimpleNamespace(__file__="/x/nbd/__init__.py")
+    )
     with pytest.raises(BackupError, match="another program's") as caught:
         connection.load_binding()
     assert "pip uninstall nbd" in caught.value.hint

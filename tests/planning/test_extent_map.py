@@ -9,7 +9,7 @@ import pytest
 from fakes import MANNERS, Disk, FakeBinding, naive_runs
 
 from backup.errors import SourceError
-from backup.nbd import connection
+from backup.nbd import export
 from backup.nbd.export import Export
 from backup.planning import extent_map
 from backup.planning.extent_map import Extent, MapTotals
@@ -31,7 +31,7 @@ def disk() -> Disk:
 
 
 def _export(monkeypatch, disk: Disk, manner, bitmap: str | None) -> Export:
-    monkeypatch.setattr(connection, "load_binding", lambda: FakeBinding(disk, manner))
+    monkeypatch.setattr(export, "load_binding", lambda: FakeBinding(disk, manner))
     return Export("nbd://fake", [bitmap] if bitmap else [])
 
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backup.errors import SourceError
-from backup.nbd import connection
+from backup.nbd import export
 from backup.nbd.export import Export
 from backup.planning import plan
 from backup.planning.plan import DATA, PARENT, ZERO, Plan, plan_audit, plan_full, plan_incremental, plan_of, plan_rescan
@@ -50,7 +50,7 @@ def disk_of(*runs: tuple[int, str]) -> Disk:
 
 def exported(monkeypatch: pytest.MonkeyPatch, disk: Disk, manner: Manner, **server: object) -> Export:
     """The disk as the program sees it through its NBD client, from a fake server of that manner."""
-    monkeypatch.setattr(connection, "load_binding", lambda: FakeBinding(disk, manner, **server))
+    monkeypatch.setattr(export, "load_binding", lambda: FakeBinding(disk, manner, **server))
     return Export("nbd://fake", ["b"])
 
 
