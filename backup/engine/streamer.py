@@ -24,10 +24,10 @@ from backup.engine.restorer import Restored
 from backup.errors import Damaged, Failed
 from backup.model.extents import windows
 from backup.qcow2 import PART, Codec
-from backup.repository import chain_reader, salvage
+from backup.repository import chain_reader, data_file, salvage
 from backup.repository.chain_reader import Content
 from backup.repository.machine import Machine
-from backup.repository.opened_chain import opened_point
+from backup.repository.opened_chain import open_chain
 from backup.runtime.direct_io import pages
 from backup.runtime.pace import Pace
 from backup.runtime.progress import Progress
@@ -54,7 +54,12 @@ def stream(
         The reader is gone, or the descriptor cannot be written.
     """
     try:
-        with opened_point(machine, point, disk, cached=chain_reader.kept_blocks) as (chain, files):
+        with open_chain(
+            machine,
+            point,
+            disk,
+            lambda chain: data_file.opened(machine.path, chain, chain_reader.kept_blocks(chain)),
+        ) as (chain, files):
             progress.begin(disk, chain.size)
             held = Content(chain, files, chain.size)
             _write_all(held, fd, workers, progress, Pace(limit))

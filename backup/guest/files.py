@@ -13,7 +13,7 @@ import shutil
 import stat
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -22,10 +22,10 @@ from typing import IO, Protocol, cast
 from backup.errors import BackupError, Damaged, Failed, NotFound, UsageError
 from backup.guest import guestfish
 from backup.guest.guestfish import Guestfish, GuestfishError
-from backup.model.chain import Chain, build
 from backup.model.manifest import timestamp
 from backup.repository import data_file
 from backup.repository.machine import Machine
+from backup.repository.opened_chain import open_chain
 
 _NOT_MOUNTED = {"swap", "unknown", "crypto_LUKS"}
 _CHUNK = 1 << 16
@@ -153,23 +153,12 @@ def opened(machine: Machine, point: str, disk: str, filesystem: str | None) -> I
     BackupError
         The chain is broken; libguestfs is not installed or does not work.
     """
-    chain = _chain(machine, point, disk)
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(data_file.held(machine.path, chain))
-        except BackupError:
-            if _chain(machine, point, disk) == chain:
-                raise
-        if _chain(machine, point, disk) != chain:
-            raise Failed(f"the chain of point {point} changed while it was opened", hint="run the command again")
-        fish = stack.enter_context(guestfish.started(machine.path / chain.newest.entry.data.file))
+    with (
+        open_chain(machine, point, disk, lambda chain: data_file.held(machine.path, chain)) as (chain, _),
+        guestfish.started(machine.path / chain.newest.entry.data.file) as fish,
+    ):
         fish.ask("run")
         yield GuestFiles(fish, mount(fish, mounts(fish, filesystem)))
-
-
-def _chain(machine: Machine, point: str, disk: str) -> Chain:
-    contents = machine.contents()
-    return build(contents.manifests, point, disk, contents.damaged)
 
 
 def mounts(fish: Guestfish, wanted: str | None) -> list[tuple[str, str]]:

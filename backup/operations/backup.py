@@ -53,6 +53,7 @@ from backup.planning.sampling import Reservoir
 from backup.repository import chain_reader, data_file, data_file_writer
 from backup.repository.chain_reader import Content
 from backup.repository.machine import Contents, Machine
+from backup.repository.opened_chain import examine
 from backup.repository.replacement import settle
 from backup.repository.repository import Repository
 from backup.runtime.progress import Progress
@@ -168,7 +169,8 @@ def create(open_repository: Callable[[], Repository], request: Request, progress
     if request.dry_run:
         with request.host:
             # A broken chain is a warning of a rehearsal, too.
-            return machine.seen(
+            return examine(
+                machine,
                 lambda contents: _Run(machine, contents, repository.identity, request.complete(), progress).rehearse(),
                 doubtful=lambda report: bool(report.warnings),
             )

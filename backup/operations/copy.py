@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from backup.repository.checked_file import BlockCache, CheckedFile
 from backup.repository.data_file_writer import PartFile, part_name, write_digests
 from backup.repository.machine import Contents, Machine
 from backup.repository.manifests import as_stored, read_manifest_whole
+from backup.repository.opened_chain import KeptChanging, open_unchanged
 from backup.repository.repository import Repository, require_outside
 from backup.runtime.pace import Pace
 from backup.runtime.shortage import free_bytes
@@ -31,7 +32,6 @@ from backup.runtime.threads import in_threads
 from backup.storage.folder import Modes, explained
 from backup.units import counted, show_size
 
-_TRIES = 3
 _MARGIN = 4 << 20
 """Bytes that the points need besides their data files: digest files, manifests, what the file system keeps itself."""
 
@@ -286,20 +286,19 @@ class _Run:
     def _open(self, stack: ExitStack, point: str) -> tuple[Manifest, bytes, list[tuple[DataFile, CheckedFile]]]:
         """Open all files of a point; a consolidation may swap them between reading the manifest and opening them."""
         path = self._source.path / f"{point}.json"
-        for attempt in range(_TRIES):
-            with ExitStack() as opened:
-                try:
-                    manifest, content = _read(path)
-                    files = [(disk.data, opened.enter_context(self._opened(disk.data))) for disk in manifest.disks]
-                    if _read(path)[1] == content:
-                        stack.enter_context(opened.pop_all())
-                        return manifest, content, files
-                except (Damaged, NotFound) as error:
-                    if attempt == _TRIES - 1:
-                        raise _Unreadable(error) from None
-        raise _Unreadable(Failed(f"point {point} changed while it was read", hint="run the command again"))
+        opened = open_unchanged(f"point {point}", lambda: _read(path), lambda read: self._opened(read[0]))
+        try:
+            (manifest, content), files = stack.enter_context(opened)
+        except (Damaged, NotFound, KeptChanging) as error:
+            raise _Unreadable(error) from None
+        return manifest, content, files
 
-    def _opened(self, data: DataFile) -> closing[CheckedFile]:
+    @contextmanager
+    def _opened(self, manifest: Manifest) -> Iterator[list[tuple[DataFile, CheckedFile]]]:
+        with ExitStack() as stack:
+            yield [(disk.data, stack.enter_context(self._opened_file(disk.data))) for disk in manifest.disks]
+
+    def _opened_file(self, data: DataFile) -> closing[CheckedFile]:
         folder = self._source.path
         names = folder / data.file, data.size, folder / data.digests, data.digest
         return closing(checked_file.opened(*names, BlockCache(1), once=True))

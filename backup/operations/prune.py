@@ -25,6 +25,7 @@ from backup.planning.prune_steps import Remove, Rewrite, Thinning, moment, thin
 from backup.planning.retention import DISORDER, FUTURE, UNCONFIRMED, Batch, Policy
 from backup.repository.machine import Contents, Machine
 from backup.repository.manifests import read_manifest
+from backup.repository.opened_chain import examine
 from backup.repository.replacement import exchange, settle
 from backup.runtime.progress import Progress
 from backup.runtime.shortage import free_bytes
@@ -138,7 +139,7 @@ def settled(machine: Machine) -> Iterator[Contents]:
 
 
 def _rehearse(machine: Machine, request: Request) -> Report:
-    return machine.seen(lambda contents: Thinner(machine, request, contents, _wanted(request, contents))).rehearse()
+    return examine(machine, lambda contents: Thinner(machine, request, contents, _wanted(request, contents))).rehearse()
 
 
 def _wanted(request: Request, contents: Contents) -> Mapping[str, tuple[str, ...]]:

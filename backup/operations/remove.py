@@ -22,6 +22,7 @@ from backup.operations.prune import Request, RewriteReport, Thinner, settled
 from backup.planning.retention import Batch, Policy
 from backup.repository import verified
 from backup.repository.machine import SEQUENCE, Contents, Machine
+from backup.repository.opened_chain import examine
 from backup.runtime.progress import Progress
 from backup.storage.folder import explained, sync_folder
 from backup.storage.locks import UNTOLD
@@ -67,7 +68,7 @@ def plan(machine: Machine, point: str | None, *, workers: int) -> Removal:
         report = thinner.report()
         return _point_removal(machine, contents, point, report.rewrites, report.freed_bytes)
 
-    return machine.seen(look)
+    return examine(machine, look)
 
 
 def remove(machine: Machine, planned: Removal, *, workers: int, progress: Progress) -> Removal:

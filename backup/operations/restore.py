@@ -16,9 +16,9 @@ from backup.engine.restorer import Restored, Run, SalvageRun, write_out
 from backup.engine.targets import Target, opened
 from backup.errors import Damaged
 from backup.model.chain import Chain
-from backup.repository import salvage
+from backup.repository import data_file, salvage
 from backup.repository.machine import Machine
-from backup.repository.opened_chain import opened_point
+from backup.repository.opened_chain import open_chain
 from backup.runtime.pace import Pace
 from backup.runtime.progress import Progress
 
@@ -57,7 +57,7 @@ def restore_disk(
         with salvage.opened(machine, point, disk) as (chain, salvaged):
             return write(chain, lambda sink, pace: SalvageRun(chain, salvaged, sink, progress, pace))
     try:
-        with opened_point(machine, point, disk) as (chain, files):
+        with open_chain(machine, point, disk, lambda chain: data_file.opened(machine.path, chain)) as (chain, files):
             return write(chain, lambda sink, pace: Run(chain, files, sink, progress, pace))
     except Damaged as error:
         raise salvage.located(error, machine, point, disk) from None

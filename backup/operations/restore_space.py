@@ -9,12 +9,12 @@ from pathlib import Path
 
 from backup.engine.targets import is_device, is_uri
 from backup.errors import Damaged, Failed, NotFound
-from backup.model import chain as chains
 from backup.model.extents import windows
 from backup.model.manifest import Manifest
 from backup.operations.restore_targets import Place
 from backup.repository import data_file
 from backup.repository.machine import Machine
+from backup.repository.opened_chain import open_chain
 from backup.runtime.shortage import free_bytes_for_us
 from backup.units import show_size
 
@@ -78,10 +78,8 @@ def _compresses(folder: Path) -> bool:
 
 def _data_bytes(machine: Machine, point: Manifest, disk: str) -> int:
     """Bytes in clusters that hold data, by the chain's tables alone."""
-    contents = machine.contents()
-    chain = chains.build(contents.manifests, point.point, disk, contents.damaged)
-    size = chain.cluster_size
-    with data_file.peeked(machine.path, chain) as index:
+    with open_chain(machine, point.point, disk, lambda chain: data_file.peeked(machine.path, chain)) as (chain, index):
+        size = chain.cluster_size
         held = (
             int(index.holds_data(start // size, -(-(end - start) // size)).sum())
             for start, end in windows(0, chain.size, _WINDOW * size)

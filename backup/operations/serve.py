@@ -13,8 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from backup.errors import BackupError, Failed, NotFound, UsageError
-from backup.model import chain as chains
+from backup.errors import NotFound, UsageError
 from backup.model.chain import Chain
 from backup.model.manifest import Manifest
 from backup.qemu import folders, images, servers
@@ -22,8 +21,7 @@ from backup.qemu.programs import filename
 from backup.qemu.servers import Address, Lent
 from backup.repository import data_file
 from backup.repository.machine import Machine
-
-_TRIES = 3
+from backup.repository.opened_chain import open_chain
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,33 +90,21 @@ def serving(machine: Machine, point: str, disk: str, where: Address | None, *, w
     """
     with ExitStack() as outer:
         address = where or Address(outer.enter_context(folders.private_folder()) / "nbd")
-        for attempt in range(_TRIES):
-            chain = _chain(machine, point, disk)
-            with ExitStack() as stack:
-                try:
-                    protected = stack.enter_context(data_file.held(machine.path, chain))
-                    server = _start(stack, machine.path, chain, address, writable=writable)
-                except BackupError:
-                    # A prune that looked before we held the files may have changed them meanwhile.
-                    if attempt == _TRIES - 1 or _chain(machine, point, disk) == chain:
-                        raise
-                    continue
-                if _chain(machine, point, disk) == chain:
-                    export_size = -(-chain.size // 512) * 512
-                    yield Served(address.uri, chain.size, export_size, protected, server, address)
-                    return
-    raise Failed(f"the chain of point {point} changed {_TRIES} times while it was opened", hint="run the command again")
+
+        @contextmanager
+        def started(chain: Chain) -> Iterator[tuple[bool, Lent]]:
+            with data_file.held(machine.path, chain) as protected, ExitStack() as stack:
+                yield protected, _start(stack, machine.path, chain, address, writable=writable)
+
+        with open_chain(machine, point, disk, started) as (chain, (protected, server)):
+            export_size = -(-chain.size // 512) * 512
+            yield Served(address.uri, chain.size, export_size, protected, server, address)
 
 
 def _start(stack: ExitStack, folder: Path, chain: Chain, address: Address, *, writable: bool) -> Lent:
     image = folder / chain.newest.entry.data.file
     overlay = stack.enter_context(images.throw_away(image)) if writable else None
     return stack.enter_context(servers.lent(image, address, overlay))
-
-
-def _chain(machine: Machine, point: str, disk: str) -> Chain:
-    contents = machine.contents()
-    return chains.build(contents.manifests, point, disk, contents.damaged)
 
 
 def commands(uri: str, where: Address, *, writable: bool) -> dict[str, str]:

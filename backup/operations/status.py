@@ -21,6 +21,7 @@ from backup.operations.verify import glance
 from backup.planning.prune_steps import moment
 from backup.planning.retention import DISORDER, FUTURE, Moment, doubts
 from backup.repository.machine import Contents, Machine
+from backup.repository.opened_chain import examine
 from backup.repository.verified import Memory, recall, record_of
 from backup.units import counted, show_age
 
@@ -113,7 +114,7 @@ def look(machine: Machine, expected: Collection[str] | None, limits: Limits, *, 
         return assess(machine.name, evidence, expected, limits, named=named)
 
     try:
-        return machine.seen(look_at, doubtful=lambda found: any(each.code not in {0, OLD} for each in found))
+        return examine(machine, look_at, doubtful=lambda found: any(each.code not in {0, OLD} for each in found))
     except BackupError as error:  # of the machine's folder; the other machines are shown all the same
         return [_without_point(machine.name, None, error.exit_code, _fault(error))]
 

@@ -28,11 +28,9 @@ from backup.model.digests import block_count
 from backup.model.manifest import DataFile, DiskEntry, Manifest, timestamp
 from backup.repository import verified as memories
 from backup.repository.machine import Contents, Machine
+from backup.repository.opened_chain import examine
 from backup.repository.verified import Memory, Record
 from backup.runtime.pace import Pace
-
-_TRIES = 20
-"""How often points are looked at again that a prune changes meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,17 +178,21 @@ def verify_machine(
 
     `progress` is called with the bytes read so far, in this thread.  No more than `limit` bytes a second are read.
     """
-    contents = machine.contents()
     run = functools.partial(_verify, machine, deep=deep, workers=workers, progress=progress, pace=Pace(limit))
-    found = again = run(contents, points=points, choice=choice)
-    for _ in range(_TRIES):
-        # What a prune changed meanwhile is looked at again: damage counts only where it repeats.
-        before, contents = contents, machine.contents()
-        if not again.problems or contents.manifests == before.manifests:
-            break
-        doubtful = [point for point in contents.manifests if any(point == each.point for each in again.problems)]
-        again = run(contents, points=doubtful, choice=replace(choice, share=1.0))  # a sample may miss what it met
-    return replace(found, problems=(*_unreadable(machine, contents, points), *again.problems))
+    runs: list[Verified] = []
+
+    def check(contents: Contents) -> tuple[Problem, ...]:
+        """Verify all points; after a prune changed something, only those with a problem, without a sample."""
+        if not runs:
+            runs.append(run(contents, points=points, choice=choice))
+        else:
+            doubtful = {problem.point for problem in runs[-1].problems}
+            again = [point for point in contents.manifests if point in doubtful]
+            runs.append(run(contents, points=again, choice=replace(choice, share=1.0)))
+        return (*_unreadable(machine, contents, points), *runs[-1].problems)
+
+    problems = examine(machine, check, doubtful=bool)
+    return replace(runs[0], problems=problems)
 
 
 def _unreadable(machine: Machine, contents: Contents, points: Sequence[str] | None) -> Iterator[Problem]:

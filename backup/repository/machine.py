@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 from backup.errors import BackupError, Damaged, NotFound, UsageError
 from backup.model import documents
@@ -28,9 +27,10 @@ from backup.storage.folder import (
 from backup.storage.locks import alone, flock, has_name
 from backup.storage.plain_file import allow, open_file
 
-_T = TypeVar("_T")
-_TRIES = 20
-"""How often a folder is read that a prune changes meanwhile."""
+ATTEMPTS = 50
+"""How often a reader starts again while a prune changes what it reads; each step of a prune takes some fsyncs."""
+_LOCK_ATTEMPTS = 20
+"""How often the lock is taken again because its file lost its name meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +38,13 @@ class Contents:
     """
     A machine's readable manifests by point id, and what is wrong with the others, by file name.
 
-    `exchanged` has the names of all files of exchanges that are not over; none of them is a leftover.
+    `exchanged` has the names of all files of exchanges that are not over; none of them is a leftover.  Two contents are
+    equal where their readable manifests are: an error equals no other.
     """
 
     manifests: Mapping[str, Manifest]
-    damaged: Mapping[str, BackupError]
-    exchanged: frozenset[str] = frozenset()
+    damaged: Mapping[str, BackupError] = field(compare=False)
+    exchanged: frozenset[str] = field(default=frozenset(), compare=False)
 
 
 class Machine:
@@ -108,37 +109,12 @@ class Machine:
             The folder cannot be read.
         """
         contents = self._read_manifests(raw=raw)
-        for _ in range(_TRIES):
+        for _ in range(ATTEMPTS):
             # One that vanished was pruned after the folder was listed; what was read before may still build on it.
             if not any(isinstance(error, NotFound) for error in contents.damaged.values()):
                 break
             contents = self._read_manifests(raw=raw)
         return contents
-
-    def seen(self, look: Callable[[Contents], _T], *, doubtful: Callable[[_T], bool] = lambda _: False) -> _T:
-        """
-        What a look at the machine shows, without its lock.
-
-        Where the look fails, or what it shows is `doubtful`, and a prune changed the manifests meanwhile, it is taken
-        again: damage counts only where it repeats.
-        """
-        contents = self.contents()
-        while True:
-            try:
-                found = look(contents)
-            except BackupError:
-                later = self._changed(contents)
-                if later is None:
-                    raise
-            else:
-                later = self._changed(contents) if doubtful(found) else None
-                if later is None:
-                    return found
-            contents = later
-
-    def _changed(self, before: Contents) -> Contents | None:
-        contents = self.contents()
-        return None if contents.manifests == before.manifests else contents
 
     def _read_manifests(self, *, raw: bool) -> Contents:
         found: dict[str, Manifest] = {}
@@ -173,7 +149,7 @@ class Machine:
             Another run holds it.
         """
         fd = self._take_lock()
-        for _ in range(_TRIES):  # a file system may number one file differently each time
+        for _ in range(_LOCK_ATTEMPTS):  # a file system may number one file differently each time
             if has_name(fd, self.path / "lock"):
                 break
             os.close(fd)  # its holder removed the machine, and the lock with it

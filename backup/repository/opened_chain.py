@@ -1,49 +1,130 @@
-"""Open a chain's data files, and look again where a prune changed the chain meanwhile."""
+"""
+Readers and prune: open what a reader needs, and start again where a prune changed it meanwhile.
+
+A reader takes no lock of a machine.  It reads the manifests, opens the files that they name, and reads the manifests a
+second time.  Where they are as before, what it opened belongs together, and a failure is real.  Where they changed, a
+prune has replaced or removed files in between, and the reader starts again.
+
+Every command that reads a chain goes through this module, with one number of attempts and one error.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import TypeVar
 
-from backup.errors import Damaged, Failed, NotFound
+from backup.errors import BackupError, Failed
 from backup.model import chain as chains
 from backup.model.chain import Chain
-from backup.repository import data_file
-from backup.repository.checked_file import CACHED
-from backup.repository.data_file import OpenDataFile
-from backup.repository.machine import Machine
+from backup.repository.machine import ATTEMPTS, Contents, Machine
 
-_TRIES = 50
-"""How often a chain is opened that a prune changes meanwhile; a step of one takes some fsyncs."""
+_Facts = TypeVar("_Facts")
+_Opened = TypeVar("_Opened")
+_Result = TypeVar("_Result")
 
 
 @contextmanager
-def opened_point(
-    machine: Machine, point: str, disk: str, cached: Callable[[Chain], int] = lambda _: CACHED
-) -> Iterator[tuple[Chain, list[OpenDataFile]]]:
+def open_unchanged(
+    what: str, read: Callable[[], _Facts], open_files: Callable[[_Facts], AbstractContextManager[_Opened]]
+) -> Iterator[tuple[_Facts, _Opened]]:
     """
-    Build a disk's chain and open all its files; `cached` says how many checked blocks are kept.
+    Open files for what `read` returns, so that `read` returns the same afterwards.
 
-    All files are open before the manifests are read again: what changed meanwhile is tried again, so that damage counts
-    only when it repeats.
+    Parameters
+    ----------
+    what : str
+        The thing that is opened, for the error message.
+    read : callable
+        Reads the manifests; two results are equal where no prune changed anything in between.
+    open_files : callable
+        Opens the files; they stay open until the block ends.
+
+    Raises
+    ------
+    BackupError
+        `read` or `open_files` failed, and no prune was the cause.
+    KeptChanging
+        Each attempt met another change.
     """
-    failed: Chain | None = None
-    for _ in range(_TRIES):
-        chain = _chain(machine, point, disk)
+    facts = read()
+    for _ in range(ATTEMPTS):
         with ExitStack() as stack:
             try:
-                files = stack.enter_context(data_file.opened(machine.path, chain, cached(chain)))
-            except (Damaged, NotFound):
-                if chain == failed:
+                opened = stack.enter_context(open_files(facts))
+            except BackupError:
+                later = read()
+                if later == facts:
                     raise
-                failed = chain
-                continue
-            if _chain(machine, point, disk) == chain:
-                yield chain, files
-                return
-    raise Failed(f"the chain of point {point} changed {_TRIES} times while it was opened", hint="run the command again")
+            else:
+                later = read()
+                if later == facts:
+                    yield facts, opened
+                    return
+            facts = later
+    raise KeptChanging(what)
 
 
-def _chain(machine: Machine, point: str, disk: str) -> Chain:
+@contextmanager
+def open_chain(
+    machine: Machine, point: str, disk: str, open_files: Callable[[Chain], AbstractContextManager[_Opened]]
+) -> Iterator[tuple[Chain, _Opened]]:
+    """
+    Build the chain of a point's disk and open its files with `open_files`, as `open_unchanged`.
+
+    Raises
+    ------
+    BackupError
+        The chain is broken, or `open_files` failed.
+    """
+
+    def read() -> Chain:
+        contents = machine.contents()
+        return chains.build(contents.manifests, point, disk, contents.damaged)
+
+    with open_unchanged(f"the chain of point {point}", read, open_files) as opened:
+        yield opened
+
+
+def examine(
+    machine: Machine, look: Callable[[Contents], _Result], *, doubtful: Callable[[_Result], bool] = lambda _: False
+) -> _Result:
+    """
+    Return what `look` finds in a machine's contents, without the machine's lock.
+
+    Where `look` fails, or its result is `doubtful`, and a prune changed the manifests meanwhile, `look` is called again
+    with the new contents: damage counts only where nothing changed.
+
+    Raises
+    ------
+    BackupError
+        `look` failed, and no prune was the cause.
+    KeptChanging
+        Each attempt met another change.
+    """
     contents = machine.contents()
-    return chains.build(contents.manifests, point, disk, contents.damaged)
+    for _ in range(ATTEMPTS):
+        try:
+            result = look(contents)
+        except BackupError:
+            later = machine.contents()
+            if later == contents:
+                raise
+        else:
+            if not doubtful(result):
+                return result
+            later = machine.contents()
+            if later == contents:
+                return result
+        contents = later
+    raise KeptChanging(f"machine {machine.name}")
+
+
+class KeptChanging(Failed):
+    """A prune changed what a reader opens at each attempt."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what} changed {ATTEMPTS} times while it was read",
+            hint="run the command again when no prune of this machine is running",
+        )

@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from backup.repository.checked_file import BlockCache, CheckedFile
 from backup.repository.cluster_index import NOBODY, Index
 from backup.repository.data_file import check_head
 from backup.repository.machine import Contents, Machine
+from backup.repository.opened_chain import open_unchanged
 from backup.storage.folder import open_plain
 
 U64 = npt.NDArray[np.uint64]
@@ -52,8 +53,6 @@ _MOST_MIXES = 1 << 10
 """Ways of putting a digest file together, of its stored and its recomputed digests, that are tried."""
 _SHOWN = 4
 """Ranges that a message has room for."""
-_TRIES = 20
-"""How often a chain is looked at that a prune changes meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,18 +323,14 @@ def opened(
     BackupError
         The point's own manifest cannot be read: nothing is known then.
     """
-    for _ in range(_TRIES):
-        contents = machine.contents()
-        with ExitStack() as stack:
-            builder = _Builder(machine.path, contents, disk, BlockCache(cached))
-            stack.callback(builder.close)
-            chain, files = builder.build(point)
-            if machine.contents().manifests == contents.manifests:
-                yield chain, files
-                return
-    raise Damaged(
-        f"the chain of point {point} changed {_TRIES} times while it was opened", hint="run the command again"
-    )
+
+    @contextmanager
+    def built(contents: Contents) -> Iterator[tuple[Chain, list[SalvagedFile]]]:
+        with closing(_Builder(machine.path, contents, disk, BlockCache(cached))) as builder:
+            yield builder.build(point)
+
+    with open_unchanged(f"the chain of point {point}", machine.contents, built) as (_, opened_files):
+        yield opened_files
 
 
 class _Builder:

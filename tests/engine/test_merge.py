@@ -272,7 +272,9 @@ def test_a_reader_of_a_chain_reads_on_while_the_chain_is_merged_and_its_parents_
     """What was opened stays what it was: the files that lose their names live on for who has them open."""
     built.take(4 * CLUSTER, {0: 1, 1: "noise", 2: 5}, full=True)
     newest = built.take(4 * CLUSTER, {2: 1})
-    with opened_chain.opened_point(built.machine, newest, "vda") as (chain, files):
+    with opened_chain.open_chain(
+        built.machine, newest, "vda", lambda chain: data_file.opened(built.machine.path, chain)
+    ) as (chain, files):
         built.merge(newest, 2)
         first, *_ = built.manifests()
         built.machine.remove_point(built.manifests()[first])

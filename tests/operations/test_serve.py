@@ -359,19 +359,20 @@ def test_a_server_that_dies_is_an_error(night):
 
 def test_a_chain_that_changed_meanwhile_is_opened_again(night, monkeypatch):
     """Consolidation may swap files between the look at the manifests and the lock; what is served then is the new."""
+    from backup.model import chain
     from backup.operations import serve
 
     asked = []
-    original = serve._chain
+    original = chain.build
 
-    def changing(machine, point, disk):
+    def changing(manifests, point, *more):
         asked.append(point)
-        return original(machine, points(night)[0] if len(asked) == 1 else point, disk)
+        return original(manifests, points(night)[0] if len(asked) == 1 else point, *more)
 
-    monkeypatch.setattr(serve, "_chain", changing)
+    monkeypatch.setattr(chain, "build", changing)
     machine = Machine(night.repository / "disk")
     with serve.serving(machine, points(night)[2], "disk", None, writable=False) as served:
-        assert len(asked) == 4
+        assert len(asked) == 3
         assert machine.points_in_use().keys() == set(points(night))
         assert "failed" not in run("qemu-io", "-r", "-f", "raw", "-c", "read -P 0x21 2M 200k", served.uri)
 

@@ -20,7 +20,7 @@ from lab import call_pybackup, make_image
 
 from backup.cli.output import Quiet
 from backup.errors import Failed, NotFound
-from backup.guest import files
+from backup.guest import files, guestfish
 from backup.model import chain
 from backup.operations import prune, serve
 from backup.operations.prune import Request
@@ -249,13 +249,17 @@ def test_files_of_a_chain_that_a_prune_changes_just_then_are_not_called_missing(
         prune.prune(history.machine, NEWEST, Quiet())
         return real(*args)
 
+    def started(path):
+        raise Failed(f"started on {path.name}", hint="")
+
     monkeypatch.setattr(data_file, "held", held)
+    monkeypatch.setattr(guestfish, "started", started)
     with (
         pytest.raises(Failed if number else NotFound) as stopped,
         files.opened(history.machine, point, "vda", None),
     ):
         pass
-    assert "changed while it was opened" in stopped.value.message or point in stopped.value.message
+    assert stopped.value.message == f"started on vda.{point}.qcow2" if number else point in stopped.value.message
     assert ".b3" not in stopped.value.message
 
 
