@@ -45,7 +45,7 @@ from backup.qmp import scratch as scratch_files
 from backup.qmp.instant import Instant
 from backup.qmp.monitor import Monitor
 
-COPYING = Step("PartFile.put", "after", module="backup.repository.data_file")
+COPYING = Step("PartFile.put", "after", module="backup.repository.data_file_writer")
 EXPORTED = Step("block-export-add", "after", 2)
 MOMENTS = [
     Step("add-fd", "after", 2),

@@ -149,7 +149,7 @@ def test_a_qemu_that_runs_as_another_user_may_open_neither_the_scratch_file_nor_
             nights.require_incremental("--no-fallback")
             private = tmp_path / "scratch"
             private.mkdir(mode=0o700)
-            step, held = Step("PartFile.put", "before", module="backup.repository.data_file"), machine.held()
+            step, held = Step("PartFile.put", "before", module="backup.repository.data_file_writer"), machine.held()
             with stopped_at(step, nights.arguments("full", "--scratch", private)) as run_:
                 machine.write("a", 0, MIB, 0x23)
                 run_.send_signal(signal.SIGCONT)

@@ -17,7 +17,7 @@ from live import Machine, Nights, Step, Writer, disks_of, private_tmp, stopped_a
 MOMENTS = [
     Step("transaction", "after"),
     Step("block-export-add", "after", 1),
-    Step("PartFile.put", "after", module="backup.repository.data_file"),
+    Step("PartFile.put", "after", module="backup.repository.data_file_writer"),
 ]
 
 

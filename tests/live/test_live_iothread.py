@@ -11,7 +11,7 @@ import pytest
 from lab import MIB, call_pybackup, run, write
 from live import Machine, Nights, Step, lost_in_the_handshake, private_tmp, remove_empty_folders, stopped_at
 
-COPYING = Step("PartFile.put", "after", module="backup.repository.data_file")
+COPYING = Step("PartFile.put", "after", module="backup.repository.data_file_writer")
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import pytest
 from lab import MIB, call_pybackup
 from live import Machine, Nights, Step, private_tmp, stopped_at
 
-COPYING = Step("PartFile.put", "after", module="backup.repository.data_file")
+COPYING = Step("PartFile.put", "after", module="backup.repository.data_file_writer")
 
 
 @pytest.fixture

@@ -132,7 +132,7 @@ def test_wrong_usage_is_said_before_anything_is_looked_at(options):
 def test_an_image_that_is_not_there_and_one_that_a_run_reads(image, tmp_path):
     done = clean("--image", tmp_path / "none.qcow2")
     assert (done.rc, len(done.stderr.splitlines())) == (13, 2), done
-    step = Step("PartFile.put", "after", module="backup.repository.data_file")
+    step = Step("PartFile.put", "after", module="backup.repository.data_file_writer")
     given = ["incremental", "--image", image, "--machine", "m", "--bitmap", "b1", "--repo", tmp_path / "repo"]
     run("qemu-io", "-f", "qcow2", "-c", "write -P 1 0 64k", image)
     before = bitmaps(image)
