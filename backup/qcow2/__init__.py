@@ -1,4 +1,4 @@
-"""The data file: a plain qcow2 that pybackup writes, reads and checks itself (FORMAT.md, "The data file")."""
+"""The data file: a plain qcow2 file that pybackup writes, reads and checks itself (FORMAT.md, "The data file")."""
 
 from backup.qcow2.check import check
 from backup.qcow2.codec import Codec, frame_length, frame_lengths

@@ -1,7 +1,7 @@
 """
-Checks a data file's structure: every host cluster is referred to exactly as often as its refcount says.
+The check of a data file's structure: each host cluster has as many references as its refcount says.
 
-What `qemu-img check` finds, and stricter: nothing but packed frames may share a host cluster.
+The check finds what `qemu-img check` finds, and is stricter: only packed frames may share a host cluster.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from backup.qcow2.layout import COMPRESSED, RAW, READS_AS_ZERO, U16, U64
 from backup.qcow2.reader import Reader, Table
 
 WINDOW = 1 << 24
-"""Host clusters counted in one walk over the tables (5 bytes of memory each): 1 TiB of a file with 64 KiB clusters."""
+"""Host clusters counted in one pass over the tables, 5 bytes of memory each: 1 TiB of a file with 64 KiB clusters."""
 
 _READ_BYTES = 1 << 20
 
 
 def check(reader: Reader, codec: Codec | None = None, *, window: int = WINDOW) -> None:
     """
-    Check a whole file.
+    Check the structure of a whole file.
 
     Parameters
     ----------
     reader : Reader
         The file.
     codec : Codec, optional
-        Decode every frame as well.
+        If given, every frame is decoded as well.
     window : int
-        Host clusters counted in one walk; memory is 5 bytes for each, time one walk over all L2 tables for each window.
+        Host clusters counted in one pass.  Memory is 5 bytes for each; each window takes one pass over all L2 tables.
 
     Raises
     ------
     Damaged
-        The first thing that is wrong, and where.
+        The first fault; the message tells where it is.
     """
     clusters = reader.file_size // reader.image.cluster_size
     per = reader.image.block_entries
@@ -52,7 +52,7 @@ def check(reader: Reader, codec: Codec | None = None, *, window: int = WINDOW) -
 
 
 class _Uses:
-    """References to the host clusters [start, start + count): whole ones, which exclude all others, and frames."""
+    """The references to host clusters [start, start + count): by frames, which share clusters, and by all others."""
 
     def __init__(self, reader: Reader, start: int, count: int) -> None:
         self._reader = reader
@@ -62,7 +62,7 @@ class _Uses:
         self._frames = np.zeros(count, np.uint32)
 
     def add_whole(self, clusters: U64, what: str) -> None:
-        """Note one reference to each of these host clusters, the only one they may have."""
+        """Count references that must each be the only one to their host cluster."""
         inside = self._inside(clusters)
         values, counts = np.unique(inside, return_counts=True)
         taken = values[(counts > 1) | self._whole[values]]
@@ -71,12 +71,12 @@ class _Uses:
         self._whole[inside] = True
 
     def add_frames(self, clusters: U64) -> None:
-        """Note references of packed frames."""
+        """Count references of packed frames."""
         values, counts = np.unique(self._inside(clusters), return_counts=True)
         self._frames[values] += counts.astype(np.uint32)
 
     def require(self, at: int, stored: U16) -> None:
-        """Hold stored refcounts, those from cluster start + at on, against the references."""
+        """Compare stored refcounts, from host cluster start + at, with the counted references."""
         whole, frames = self._whole[at : at + len(stored)], self._frames[at : at + len(stored)]
         both = whole & (frames > 0)
         if both.any():
@@ -113,7 +113,7 @@ def _check_window(reader: Reader, blocks: U64, uses: _Uses) -> None:
         uses.add_whole(offsets[codes == RAW] // size, f"a guest cluster of L2 table {table.index}")
         packed = codes == COMPRESSED
         first = offsets[packed] // size
-        # A well-formed frame is too short to touch a third cluster between its first and its last.
+        # A well-formed frame touches no third cluster between its first and its last.
         last = (offsets + lengths - np.uint64(1))[packed] // size
         uses.add_frames(first)
         uses.add_frames(last[last > first])
@@ -126,7 +126,7 @@ def _clusters(first: int, count: int) -> U64:
 
 
 def _stored(reader: Reader, blocks: U64, start: int, count: int) -> U16:
-    """Read the refcount block that begins with cluster `start`; beyond the next `count` it must hold none."""
+    """Return `count` refcounts, or one block of them, from cluster `start`; the rest of the block must be zero."""
     index = start // reader.image.block_entries
     offset = int(blocks[index]) if index < len(blocks) else 0
     if not offset:
@@ -138,7 +138,7 @@ def _stored(reader: Reader, blocks: U64, start: int, count: int) -> U16:
 
 
 def _decode_table(reader: Reader, codec: Codec, table: Table) -> None:
-    """Decode every frame of an L2 table, reading neighbours at once."""
+    """Decode every frame of an L2 table; neighbouring frames are read together."""
     is_packed = reader.kinds(table.entries) == COMPRESSED
     guests = table.index * reader.image.table_entries + table.places[is_packed]
     offsets, lengths = reader.spans(table.entries[is_packed])

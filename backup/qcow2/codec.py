@@ -1,8 +1,8 @@
 """
-One cluster as one zstd frame, and back.
+Compression: one cluster is one zstd frame.
 
-The only module that imports zstandard.  A frame carries its content's size and checksum: QEMU refuses a cluster whose
-checksum fails, and without one hands out wrong bytes (design.md, "The data file").
+This is the only module that imports zstandard.  Each frame carries the size and the checksum of its content.  With a
+checksum QEMU refuses a damaged cluster; without one QEMU would return wrong bytes (docs/design.md, "The data file").
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _CHECKSUM_BYTES = 4
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What a frame's headers tell.  Bytes; `content` is None where the header doesn't say it."""
+    """What the headers of a frame tell.  Sizes in bytes; `content` is None if the header does not contain it."""
 
     length: int
     content: int | None
@@ -37,14 +37,14 @@ class Frame:
 
 class Codec:
     """
-    Compresses and decompresses clusters.  One per thread: zstandard's contexts must not be shared.
+    Compresses and decompresses clusters.  Each thread needs its own, since zstandard's contexts must not be shared.
 
     Parameters
     ----------
     cluster_size : int
         Bytes of every cluster.
     level : int or None
-        zstd's level; None never compresses (but still decompresses).
+        zstd's level.  None: never compress (decompression works).
     """
 
     def __init__(self, cluster_size: int, level: int | None) -> None:
@@ -56,7 +56,7 @@ class Codec:
         self._usual_head = _usual_head(cluster_size)
 
     def encode(self, cluster: memoryview) -> bytes | None:
-        """Return the cluster's frame, or None where that is not smaller than the cluster, which is then stored raw."""
+        """Return the cluster's frame, or None if the frame would not be smaller: then the cluster is stored raw."""
         if self._compressor is None:
             return None
         frame = self._compressor.compress(cluster)
@@ -64,18 +64,18 @@ class Codec:
 
     def decode_into(self, frame: memoryview, cluster: memoryview) -> None:
         """
-        Fill `cluster` from the frame at the start of `frame`; what follows that is not looked at.
+        Decompress the frame at the start of `frame` into `cluster`; bytes behind the frame are ignored.
 
         Raises
         ------
         Damaged
-            No frame of ours (with checksum, of as many bytes as `cluster` has), cut, or its content fails the checksum.
-            `cluster` holds anything then.
+            The frame is incomplete or has another form than pybackup's, its content has another length than `cluster`,
+            or the checksum does not match.  The content of `cluster` is undefined then.
         """
         end = self._end(frame, len(cluster))
         try:
-            # As the frame is whole and there is room for its content, zstd decodes right into `cluster` and ends with
-            # the checksum.  Of a cut frame it would hand out the bytes before it has seen a checksum.
+            # zstd decompresses straight into `cluster` and verifies the checksum at the end, because the frame is whole
+            # and its content fits.  Of an incomplete frame zstd would return bytes without having seen a checksum.
             count = self._decompressor.stream_reader(frame[:end]).readinto(cluster)
         except zstandard.ZstdError as error:
             raise _damaged(str(error)) from error
@@ -83,25 +83,25 @@ class Codec:
             raise _damaged(f"gave {count} of {len(cluster)} bytes")
 
     def _end(self, frame: memoryview, content: int) -> int:
-        """Where a frame ends that holds `content` bytes with a checksum; any other is refused."""
+        """Return where a frame ends that has `content` bytes and a checksum; refuse any other frame."""
         head = self._usual_head
         if content == self._cluster_size and frame[: len(head)] == head:
             end = _end_of_blocks(frame, len(head)) + _CHECKSUM_BYTES
             if end > len(frame):
                 raise _cut(frame)
             return end
-        found = parse_frame(frame)
-        # Checked before zstandard sees it: it allocates as much as the frame claims.
-        if found.content != content or not found.checksum:
+        headers = parse_frame(frame)
+        # Checked before decompression, because zstandard allocates as much memory as the frame claims to need.
+        if headers.content != content or not headers.checksum:
             raise _damaged(
-                f"holds {found.content} bytes, checksum {'yes' if found.checksum else 'no'}; "
+                f"holds {headers.content} bytes, checksum {'yes' if headers.checksum else 'no'}; "
                 f"a cluster is {content} bytes with checksum"
             )
-        return found.length
+        return headers.length
 
 
 def _usual_head(cluster_size: int) -> bytes:
-    """The header of nearly all our frames (a single segment, its size, a checksum), known without being parsed."""
+    """Return the header of nearly all our frames (single segment, with size and checksum), to compare with."""
     code = 1 if cluster_size < 65536 + 256 else 2  # two bytes hold 256 to 65,791, four the rest
     descriptor = code << 6 | _SINGLE_SEGMENT | _HAS_CHECKSUM
     content = cluster_size - 256 if code == 1 else cluster_size
@@ -110,27 +110,28 @@ def _usual_head(cluster_size: int) -> bytes:
 
 def frame_length(data: Buffer) -> int:
     """
-    Length in bytes of the zstd frame at the start of `data`, from its headers alone: a descriptor in an L2 table only
-    says in which sector the frame ends.
+    Return the length in bytes of the zstd frame at the start of `data`, from its headers.
+
+    The L2 entry of a frame does not contain the length: it only tells the sector in which the frame ends.
 
     Raises
     ------
     Damaged
-        Not a frame, or one that does not end inside `data`.
+        `data` does not start with a frame, or the frame does not end inside `data`.
     """
     return parse_frame(data).length
 
 
 def frame_lengths(data: U8, offsets: U64, cluster_size: int) -> U64:
     """
-    Lengths in bytes of the zstd frames at these offsets in `data`, each wholly inside it, from their headers alone.
+    Return the lengths in bytes of the zstd frames at these offsets in `data`, from their headers.
 
-    Nearly all are of the kind that `_usual_head` knows, with a single block, and are measured together.
+    Nearly all frames have the header of `_usual_head` and a single block; numpy measures those together.
 
     Raises
     ------
     Damaged
-        One of them is no frame, or does not end inside `data`.
+        At one of the offsets there is no frame, or the frame does not end inside `data`.
     """
     head = np.frombuffer(_usual_head(cluster_size), np.uint8)
     room = len(head) + 3
@@ -162,7 +163,7 @@ def parse_frame(data: Buffer) -> Frame:
     Raises
     ------
     Damaged
-        Not a frame, or one that does not end inside `data`.
+        `data` does not start with a frame, or the frame does not end inside `data`.
     """
     if len(data) < 5 or int.from_bytes(data[:4], "little") != _MAGIC:
         raise _damaged(f"starts with {bytes(data[:5]).hex()}, not with a frame header")
@@ -172,7 +173,7 @@ def parse_frame(data: Buffer) -> Frame:
     single = bool(descriptor & _SINGLE_SEGMENT)
     checksum = bool(descriptor & _HAS_CHECKSUM)
     at = 5 + (not single) + _DICTIONARY_BYTES[descriptor & 3]
-    # A single segment always tells its size, in one byte where the field's code is 0.
+    # A single segment always contains its size; if the code of the size field is 0, the size takes one byte.
     width = _CONTENT_SIZE_BYTES[descriptor >> 6] or int(single)
     content = int.from_bytes(data[at : at + width], "little") + (256 if width == 2 else 0)
     end = _end_of_blocks(data, at + width) + (_CHECKSUM_BYTES if checksum else 0)
@@ -182,7 +183,7 @@ def parse_frame(data: Buffer) -> Frame:
 
 
 def _end_of_blocks(data: Buffer, at: int) -> int:
-    """Offset behind the last of the blocks that start at `at`; each is 3 bytes of header and its content."""
+    """Return the offset behind the last of the blocks that start at `at`; a block has a header of 3 bytes."""
     last = False
     while not last:
         if at + 3 > len(data):

@@ -1,4 +1,4 @@
-"""Puts a file together in memory, part by part, and hands each whole part to its sink."""
+"""A file under construction: it is assembled in memory, part by part, and each whole part goes to a sink."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import numpy as np
 from backup.qcow2.layout import PART, U8
 from backup.runtime.direct_io import pages
 
-_KEPT_BUFFERS = 4  # a few, for the threads that fill parts at one time; more would only hold memory
+_KEPT_BUFFERS = 4  # enough for the threads that fill parts at the same time; more would only occupy memory
 
 
 class PartSink(Protocol):
-    """Takes a file's parts."""
+    """Receives the parts of a file."""
 
     def put(self, number: int, data: bytes | bytearray | memoryview) -> None:
         """
         Store the bytes [number * PART, number * PART + len(data)) of the file.
 
-        Called in any order and from several threads at once; part 0 comes last.  All but the highest-numbered are
-        PART bytes long.  `data` must not be kept: its buffer is used again.
+        Called from several threads at once, in any order, except that part 0 comes last.  All parts except the one
+        with the highest number have PART bytes.  The sink must not keep `data`, whose buffer is used again.
         """
 
 
@@ -30,15 +30,15 @@ class PartSink(Protocol):
 class _Part:
     buffer: U8
     missing: int
-    """Bytes that nobody filled yet."""
+    """Bytes that were not filled yet."""
 
 
 class Parts:
     """
-    The parts of a file that are not whole yet.  Thread safe.
+    The parts of a file that are not whole yet.  Safe to use from several threads.
 
-    Every byte of the file is filled exactly once, holes with zeroes; that is what makes a part's end known without
-    looking at the others, and lets buffers be used again without clearing them.
+    Every byte of the file is filled exactly once; unused ranges are filled with zeroes.  So a count of bytes shows when
+    a part is whole, and buffers can be used again without clearing them.
     """
 
     def __init__(self, sink: PartSink) -> None:
@@ -51,9 +51,10 @@ class Parts:
 
     def fill(self, offset: int, data: U8) -> None:
         """
-        Store `data` as the file's bytes at `offset`; copying and storing whole parts happen in this thread.
+        Store `data` as the bytes of the file at `offset`.
 
-        What is a whole part goes to the sink without being copied.
+        Copies `data` and passes whole parts to the sink in the calling thread.  A range of `data` that is a whole part
+        goes to the sink without a copy.
         """
         done = 0
         while done < len(data):
@@ -63,7 +64,7 @@ class Parts:
                 self._store(number, data[done : done + take])
                 done += take
                 continue
-            # numpy copies without holding the interpreter's lock; a memoryview would hold it.
+            # A copy with numpy releases the interpreter's lock; a copy between memoryviews would not.
             self._part(number).buffer[at : at + take] = data[done : done + take]
             self._filled(number, take)
             done += take
@@ -79,7 +80,7 @@ class Parts:
             done += take
 
     def end(self, size: int) -> None:
-        """Say that the file has `size` bytes; the last part need not be filled beyond."""
+        """Set the size of the file (bytes), so that the last part is whole when it is filled up to there."""
         number, at = divmod(size, PART)
         self._size = size
         if at:
@@ -87,7 +88,7 @@ class Parts:
             self._filled(number, PART - at)
 
     def require_all_stored(self) -> None:
-        """Raise RuntimeError if a part is not whole: some fill() failed, so the file must not be used."""
+        """Raise RuntimeError if any part was not stored; the file must not be used then."""
         missing = -(-(self._size or 0) // PART) - self._stored
         if self._size is None or missing:
             raise RuntimeError(f"{missing} parts of the file were not stored")
@@ -115,5 +116,5 @@ class Parts:
 
     def _store(self, number: int, data: U8) -> None:
         self._sink.put(number, data.data)
-        with self._lock:  # only now: one whose put() failed does not count, for require_all_stored
+        with self._lock:  # after put(): a part whose put() failed must not count as stored
             self._stored += 1

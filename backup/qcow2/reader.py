@@ -1,7 +1,7 @@
 """
-Reads one data file: which guest clusters it holds, and where their bytes are.
+The reader of a data file: which guest clusters the file stores, and where their bytes are.
 
-Everything in the file is taken for hostile: each field is checked against the file's size before it is used, and no
+The content of the file is not trusted.  Each field is compared with the size of the file before it is used, and no
 allocation is larger than the 32 MiB that QEMU allows for an L1 table.
 """
 
@@ -20,23 +20,23 @@ from backup.model.extents import Offsets
 from backup.qcow2 import layout
 from backup.qcow2.layout import COPIED, DAMAGED_HINT, HEADER_BYTES, U8, U16, U64, Header, Image
 
-_TOGETHER = 512 << 10
+_READ_TOGETHER = 512 << 10
 """
-Bytes of L2 tables read and checked at a time: most on a large disk hold little, so that numpy's calls cost more than
-their work.
+Bytes of L2 tables that are read and checked together.  Most tables of a large disk have few entries, so that numpy's
+overhead for each call would exceed the work.
 """
 
 
 def read_header(file: RawIOBase, name: str) -> Header:
     """
-    Read the header of an open file that is called `name`, unchecked by any digest.
+    Read the header of an open file, which messages call `name`.  No digest is verified.
 
     Raises
     ------
     Damaged
-        Not a file of the kind that pybackup writes.
+        pybackup does not write such a file.
     OSError
-        It cannot be read.
+        The file cannot be read.
     """
     return layout.parse_header(file.read(HEADER_BYTES) or b"", os.fstat(file.fileno()).st_size, name)
 
@@ -44,9 +44,10 @@ def read_header(file: RawIOBase, name: str) -> Header:
 @dataclass(frozen=True, slots=True, eq=False)
 class Table:
     """
-    An L2 table: its number, its host offset in bytes, and its entries other than 0.
+    The used entries of an L2 table, those other than 0.
 
-    `places` says which of the table's entries those are, ascending; `entries` are native-endian and well-formed.
+    `index` is the number of the table and `offset` its host offset in bytes.  `places` are the numbers of the used
+    entries in the table, ascending.  `entries` are their values: native-endian and well-formed.
     """
 
     index: int
@@ -57,22 +58,22 @@ class Table:
 
 class Reader:
     """
-    A data file's header and tables.  Never follows the backing name.  Thread safe if `read_at` is.
+    The header and the tables of a data file.  Never opens the backing file.  Thread safe if `read_at` is.
 
     Parameters
     ----------
     read_at : callable
-        read_at(offset, length) returns exactly `length` bytes of the file or raises; whether it verifies digests is
-        its own matter.
+        read_at(offset, length) returns exactly `length` bytes of the file, or raises.  The function decides whether
+        digests are verified.
     file_size : int
-        Bytes of the file.
+        Size of the file in bytes.
     name : str
-        What messages call the file.
+        The name of the file in messages.
 
     Raises
     ------
     Damaged
-        Not a well-formed file of the kind that pybackup writes.
+        pybackup does not write such a file, or the file is not well-formed.
     """
 
     def __init__(self, read_at: Callable[[int, int], bytes], file_size: int, name: str) -> None:
@@ -82,43 +83,43 @@ class Reader:
         head = read_at(0, min(HEADER_BYTES, max(0, file_size)))
         self.header: Header = layout.parse_header(head, file_size, name)
         self._l1 = self._read_l1()
-        # Callers pass over the tables in order, so one is enough; every file of a chain of any length keeps its own.
+        # One table is enough, since callers read the tables in order, and each of a chain's many readers keeps one.
         self._latest: Table | None = None
 
     @property
     def image(self) -> Image:
-        """What the file is of; its size is the header's, a multiple of 512."""
+        """The properties of the disk.  The size is the one in the header, a multiple of 512."""
         return self.header.image
 
     @staticmethod
     def kinds(entries: U64) -> U8:
-        """Codes (UNALLOCATED, ZERO, RAW, COMPRESSED) of entries that `allocated` returned."""
+        """Return the kinds (UNALLOCATED, ZERO, RAW, COMPRESSED) of entries that `allocated` returned."""
         return layout.kinds(entries)
 
     def spans(self, entries: U64) -> tuple[U64, U64]:
         """
-        Host offset and length in bytes to read for each of the entries that `allocated` returned.
+        Return the host offset and the length to read (bytes) for each of the entries that `allocated` returned.
 
-        A frame's range ends with its last sector, behind the frame itself; (0, 0) where nothing is stored.
+        The range of a frame ends with its last sector, behind the frame itself.  (0, 0) where nothing is stored.
         """
         return layout.spans(entries, self.image.cluster_size)
 
     def allocated_tables(self) -> npt.NDArray[np.bool_]:
-        """One flag for each L2 table, of `image.table_entries` guest clusters: False where all are unallocated."""
+        """Return a flag for each L2 table: False if no cluster of the table is allocated."""
         return np.not_equal(self._l1, 0)
 
     def allocated(self, first: int, count: int) -> tuple[Offsets, U64]:
         """
-        Return which of the guest clusters [first, first + count) have L2 entries other than 0, and these entries.
+        Return the numbers of allocated guest clusters in [first, first + count), and their L2 entries.
 
-        The clusters are counted from `first`, ascending; the entries are native-endian.
+        The numbers count from `first` and ascend.  The entries are native-endian; none is 0.
 
         Raises
         ------
         Damaged
-            An entry that pybackup does not write.
+            pybackup does not write such an entry.
         ValueError
-            Clusters that the disk does not have.
+            The disk has fewer clusters.
         """
         if first < 0 or count < 0 or first + count > self.image.clusters:
             raise ValueError(f"clusters {first} to {first + count} of a disk that has {self.image.clusters}")
@@ -133,18 +134,18 @@ class Reader:
         return places[inside], entries[inside]
 
     def tables(self) -> Iterator[Table]:
-        """Yield every L2 table, ascending; nothing is kept."""
-        for some in self._together(np.flatnonzero(self._l1).tolist()):
-            yield from self._read_tables(some)
+        """Yield every L2 table, in ascending order, without keeping any in memory."""
+        for indices in self._groups(np.flatnonzero(self._l1).tolist()):
+            yield from self._read_tables(indices)
 
     def refcount_table(self) -> U64:
         """
-        Host offsets in bytes of the refcount blocks; 0 for one that does not exist.
+        Return the host offsets in bytes of the refcount blocks; 0 for a block that does not exist.
 
         Raises
         ------
         Damaged
-            An offset that is not aligned or not inside the file.
+            An offset is not aligned or not inside the file.
         """
         size = self.image.cluster_size
         offset = self.header.refcount_table_offset
@@ -153,15 +154,15 @@ class Reader:
         return table
 
     def refcount_block(self, offset: int) -> U16:
-        """Return the refcounts in the block at a host offset in bytes."""
+        """Return the refcounts in the block at a host offset (bytes)."""
         return np.frombuffer(self._read(offset, self.image.cluster_size), ">u2").astype(np.uint16)
 
     def read(self, offset: int, length: int) -> bytes:
-        """Return `length` bytes of the file."""
+        """Return `length` bytes of the file at `offset`."""
         return self._read(offset, length)
 
     def damaged(self, what: str) -> Damaged:
-        """Make the error for something wrong in this file."""
+        """Return the error for a fault in this file."""
         return Damaged(f"data file {self.name}: {what}", hint=DAMAGED_HINT)
 
     def _read(self, offset: int, length: int) -> bytes:
@@ -175,31 +176,31 @@ class Reader:
         l1 = np.frombuffer(self._read(self.header.l1_offset, self.image.tables * 8), ">u8").astype(np.uint64)
         used = l1[l1 != 0]
         if (used < COPIED).any():
-            raise self.damaged("L1 table: an L2 table that is not this disk's alone")
+            raise self.damaged("L1 table: an L2 table has no COPIED flag, so it may have other references")
         self._require_clusters(used ^ np.uint64(COPIED), "L1 table")
         return l1
 
     def _require_clusters(self, offsets: U64, where: str) -> None:
-        """Refuse offsets of clusters that are not aligned, in cluster 0, or not wholly inside the file."""
+        """Refuse offsets that are not aligned, refer to cluster 0, or are not inside the file."""
         size = self.image.cluster_size
         bad = (offsets % np.uint64(size) != 0) | (offsets < size) | (offsets >= self.file_size)
         if bad.any():
             raise self.damaged(f"{where}: no cluster inside the file at {int(offsets[bad][0]):#x}")
 
     def _cached_tables(self, indices: Sequence[int]) -> Iterator[Table]:
-        """Yield the L2 tables with these numbers, ascending; the latest of all is kept."""
-        latest = self._latest  # another thread may replace it
+        """Yield the L2 tables with these numbers, ascending.  The last table is kept for the next call."""
+        latest = self._latest  # read once: another thread may replace the attribute
         if latest is not None and latest.index in indices[:1]:
             yield latest
             indices = indices[1:]
-        for some in self._together(indices):
-            tables = self._read_tables(some)
+        for group in self._groups(indices):
+            tables = self._read_tables(group)
             yield from tables
             self._latest = tables[-1]
 
-    def _together(self, indices: Sequence[int]) -> Iterator[Sequence[int]]:
-        """Cut the numbers of L2 tables into those that are read at a time."""
-        count = max(1, _TOGETHER // self.image.cluster_size)
+    def _groups(self, indices: Sequence[int]) -> Iterator[Sequence[int]]:
+        """Divide the numbers of L2 tables into groups that are read together."""
+        count = max(1, _READ_TOGETHER // self.image.cluster_size)
         for low in range(0, len(indices), count):
             yield indices[low : low + count]
 
@@ -218,7 +219,7 @@ class Reader:
         return tables
 
     def _read_table(self, index: int, offset: int) -> Table:
-        # Few entries of most tables are not 0, which is 0 in any order of bytes: only those are looked at any further.
+        # Only entries other than 0 are converted: they are few in most tables, and 0 is 0 in any byte order.
         stored = np.frombuffer(self._read(offset, self.image.cluster_size), np.uint64)
-        places = np.flatnonzero(stored != 0)  # numpy finds True five times as fast
+        places = np.flatnonzero(stored != 0)  # on booleans, numpy's search is five times as fast
         return Table(index, offset, places, stored[places].astype(">u8").view(np.uint64))

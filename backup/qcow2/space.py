@@ -1,7 +1,7 @@
 """
-Where things go in a file under construction, and how often each host cluster is referred to.
+The layout of a file under construction: where the next bytes go, and how many references each host cluster has.
 
-Values and arithmetic only: no bytes, no threads, no sink.  The Writer calls all of it under its lock.
+Pure arithmetic: no bytes, no threads, no sink.  The Writer calls everything here under its lock.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from backup.errors import Failed
 from backup.qcow2.layout import PART, U16, U64, Image
 
 RUN_GROWTH = 16
-"""A new run of packed frames gets up to 1/16 of all that was packed before: small files stay small."""
+"""A new run of packed frames gets up to 1/16 of all bytes packed before, so that small files stay small."""
 
 RUN_CLUSTERS = 64
-"""... and no more than this many clusters (a part where that is more): the end of each run is lost, half a frame."""
+"""A run grows to at most this many clusters (or a part, if larger); each run wastes half a frame at its end."""
 
 STALE_BYTES = 256 * PART
-"""A run or gap this far behind the cursor is closed; its refcount block and its part could not leave memory."""
+"""A run or gap this far behind the cursor is closed, because it keeps its refcount block and its part in memory."""
 
 ALIGN_FROM = 16 * PART
-"""From this file size on, whole parts of raw clusters begin on a part; before, the gap would make small files large."""
+"""In files of this size and more, whole parts of raw clusters are aligned; the gaps would make small files larger."""
 
 
 @dataclass(frozen=True, slots=True)
 class Packing:
     """
-    Where a batch of frames goes: the first `split` of them into the run that was open, the others into a new one.
+    Where a batch of frames goes: the first `split` frames into the open run, all others into a new run.
 
-    `offsets` are host bytes, ascending within each of the two.  `hole` is (offset, length) in bytes of what the
-    closed run leaves unused; length 0 for none.
+    `offsets` are host offsets in bytes, ascending within each run.  `hole` is the unused end of the first run, as
+    (offset, length) in bytes; the length is 0 if there is none.
     """
 
     offsets: U64
@@ -43,15 +43,16 @@ class Packing:
 
 class Space:
     """
-    Hands out host clusters in order, and bytes for frames within runs of clusters.
+    Allocates host clusters in ascending order, and bytes for frames inside runs of clusters.
 
         |header|frames......|raw raw|L2|frames..............(open)|raw raw raw|
                                         ^packed_at           ^run_end          ^cursor
 
-    The open run grows in place while nothing was handed out after it; else it is used up and a new one begins.
+    The open run grows in place as long as it is the last thing in the file.  Otherwise the run is filled, and then a
+    new run begins.
 
-    A whole part of raw clusters begins on a part, so that it needs no copying; the gap that this leaves before it takes
-    what is smaller, tables above all.
+    A part that consists of raw clusters begins at the boundary of a part, so that it needs no copy.  The gap before
+    the part is used for smaller things, above all for tables.
     """
 
     def __init__(self, image: Image) -> None:
@@ -59,14 +60,14 @@ class Space:
         self._limit = image.max_host_clusters
         self._max_run = max(PART // self._size, RUN_CLUSTERS)
         self.cursor = 1  # cluster 0 is the header
-        self._packed_at = self._run_end = 0  # bytes; equal: no room
+        self._packed_at = self._run_end = 0  # bytes; no room is left if they are equal
         self._packed = 0  # bytes of all frames so far
-        self._spare_from = self._spare_end = 0  # clusters of the last run that tables may use, once it is closed
-        self._gap_from = self._gap_end = 0  # clusters left out before a part
+        self._spare_from = self._spare_end = 0  # free clusters of the last run, for tables, after the run is closed
+        self._gap_from = self._gap_end = 0  # free clusters before an aligned part
 
     @property
     def settled(self) -> int:
-        """Host clusters below this one get no further references."""
+        """Host clusters below this number get no further references."""
         open_ends = [self.cursor]
         if self._packed_at < self._run_end:
             open_ends.append(self._packed_at // self._size)
@@ -83,7 +84,7 @@ class Space:
         Raises
         ------
         Failed
-            The file would outgrow what qcow2 can address with this cluster size.
+            The file would become larger than qcow2 can address with this cluster size.
         """
         if count <= self._gap_end - self._gap_from:
             first, self._gap_from = self._gap_from, self._gap_from + count
@@ -92,9 +93,9 @@ class Space:
 
     def part(self) -> tuple[int, tuple[int, int]]:
         """
-        Reserve as many consecutive clusters as a part has, on a part where the file is large enough for that.
+        Reserve the clusters of a whole part, aligned if the file is large enough.
 
-        Returns the first, and the hole, (offset, length) in bytes, of a gap that is given up for a new one.
+        Returns the first cluster, and the hole, (offset, length) in bytes, of a gap that a new gap replaces.
         """
         per = PART // self._size
         missing = -self.cursor % per
@@ -106,7 +107,7 @@ class Space:
         return self._at_end(per), hole
 
     def close_gap(self) -> tuple[int, int]:
-        """Hand out no more of the gap.  Returns the hole, (offset, length) in bytes; length 0: none."""
+        """Stop using the gap.  Returns the hole that remains, (offset, length) in bytes; length 0 if there is none."""
         hole = (self._gap_from * self._size, (self._gap_end - self._gap_from) * self._size)
         self._gap_from = self._gap_end
         return hole
@@ -116,12 +117,12 @@ class Space:
         if self.cursor > self._limit:
             raise Failed(
                 f"a data file with clusters of {self._size} bytes ends at {self._limit * self._size} bytes",
-                hint="set a larger cluster_size and take a full",
+                hint="set a larger cluster_size and make a full backup (--full)",
             )
         return first
 
     def tables(self, most: int) -> tuple[int, int]:
-        """Reserve 1 to `most` consecutive clusters for tables: (first, count).  What the last run left goes first."""
+        """Reserve 1 to `most` consecutive clusters for tables, of the closed run first; return (first, count)."""
         if self._spare_from < self._spare_end:
             first, count = self._spare_from, min(most, self._spare_end - self._spare_from)
             self._spare_from += count
@@ -131,11 +132,11 @@ class Space:
 
     def frames(self, lengths: U64) -> Packing:
         """Reserve bytes for frames of these lengths (bytes each, at least one frame)."""
-        ends = np.cumsum(lengths, dtype=np.uint64)  # named for numpy 2.5, whose stubs take it for signed
+        ends = np.cumsum(lengths, dtype=np.uint64)  # explicit: the stubs of numpy 2.5 expect a signed result
         starts = ends - lengths
         total = int(ends[-1])
         self._packed += total
-        if self._run_end == self.cursor * self._size:  # nothing lies behind: grow in place
+        if self._run_end == self.cursor * self._size:  # the run is the last thing in the file
             self._grow(total)
         room = self._run_end - self._packed_at
         split = int(np.searchsorted(ends, np.uint64(room), side="right"))
@@ -164,7 +165,7 @@ class Space:
         self._run_end = self._packed_at + clusters * self._size
 
     def close_stale(self) -> list[tuple[int, int]]:
-        """Close a run and a gap that the cursor left far behind.  Returns the holes, (offset, length) in bytes."""
+        """Close a run and a gap that are far behind the cursor.  Returns the holes, (offset, length) in bytes."""
         holes = []
         end = self.cursor * self._size
         if self._packed_at < self._run_end and end - self._run_end >= STALE_BYTES:
@@ -176,9 +177,9 @@ class Space:
 
     def close(self) -> tuple[int, int]:
         """
-        Close the last run; its whole free clusters are handed out by `tables`, or given back at the file's end.
+        Close the last run.  Its free whole clusters go to `tables`, or are dropped if they are the end of the file.
 
-        Returns the hole (offset, length) in bytes up to the next cluster's boundary.
+        Returns the hole, (offset, length) in bytes, up to the next cluster boundary.
         """
         first_free = -(-self._packed_at // self._size)
         hole = (self._packed_at, first_free * self._size - self._packed_at)
@@ -190,16 +191,16 @@ class Space:
         return hole
 
     def spare(self) -> tuple[int, int]:
-        """Clusters (first, count) that `tables` can still hand out from the closed run."""
+        """Return the clusters of the closed run that `tables` can still allocate: (first, count)."""
         return self._spare_from, self._spare_end - self._spare_from
 
 
 class Refcounts:
     """
-    Refcounts of the host clusters, in blocks of `block_entries` that leave as soon as they are settled.
+    The refcounts of all host clusters, in blocks of `block_entries`.  A block leaves memory as soon as it is settled.
 
-    A cluster's count cannot pass 65,535, the largest that 16 bits hold: the smallest frame of a 2 MiB cluster, one
-    repeated byte, takes 77 bytes (16 RLE blocks), so at most 27,237 of them touch one host cluster.
+    16 bits are enough for a refcount: the smallest frame of a 2 MiB cluster, one repeated byte, takes 77 bytes (16 RLE
+    blocks), so that at most 27,237 frames touch one host cluster.
     """
 
     def __init__(self, image: Image) -> None:
@@ -207,7 +208,7 @@ class Refcounts:
         self._entries = image.block_entries
         self._blocks: dict[int, U16] = {}
         self.done = 0
-        """Blocks taken so far."""
+        """Number of blocks taken out so far."""
 
     def _add(self, first: int, counts: npt.NDArray[np.int64]) -> None:
         """Add counts[i] to the refcount of host cluster first + i."""
@@ -227,10 +228,10 @@ class Refcounts:
 
     def frames(self, offsets: U64, lengths: U64) -> None:
         """
-        Count references of frames that lie close together (host bytes).
+        Count the references of frames at host offsets (bytes) that lie close together.
 
-        A frame refers to the clusters that its 512-byte sectors touch: the one of its first byte and the one of its
-        last, as it is smaller than a cluster.
+        A frame refers to the clusters that its 512-byte sectors touch.  These are one or two clusters, since a frame is
+        smaller than a cluster.
         """
         if len(offsets):
             size = np.uint64(self._size)
@@ -240,7 +241,7 @@ class Refcounts:
             self._add(lowest, np.bincount((touched - np.uint64(lowest)).astype(np.int64)))
 
     def take_settled(self, settled: int) -> U16 | None:
-        """Take out the next block if all its clusters lie below `settled`, else None."""
+        """Take out the next block if all its clusters lie below `settled`; otherwise return None."""
         if (self.done + 1) * self._entries > settled:
             return None
         return self.take()

@@ -1,14 +1,15 @@
 """
-Writes a data file: guest clusters in, numbered parts of a qcow2 file out.
+The writer of a data file: guest clusters in, numbered parts of a qcow2 file out.
 
-    threads    write(): find zeroes, compress          outside the lock
-                 place: host offsets, L2 entries, refcounts      under it, a few numpy calls per batch
-               copy into parts, hand whole parts to the sink     outside again
-    any time   completed_below(): L2 tables leave memory; refcount blocks leave as they settle
-    finish()   L2 tables left, L1 table, refcounts, header; part 0 last
+    threads    write(): find zeroes, compress                           without the lock
+                 place: host offsets, L2 entries, refcounts             with the lock, a few numpy calls per batch
+               copy into parts, pass whole parts to the sink            without the lock
+    any time   completed_below(): L2 tables leave memory; refcount blocks leave as soon as they are settled
+    finish()   the remaining L2 tables, L1 table, refcounts, header; part 0 last
 
-In memory at any time: the parts that are not whole (about one per thread and two for the runs), part 0, the L1 table
-(8 bytes per L2 table), L2 tables not yet completed, refcount blocks not yet settled.  Nothing else grows with the disk.
+Memory holds the parts that are not whole (about one per thread, and two for the runs), part 0, the L1 table (8 bytes
+per L2 table), the L2 tables that are not completed, and the refcount blocks that are not settled.  Nothing else grows
+with the disk.
 """
 
 from __future__ import annotations
@@ -39,18 +40,18 @@ from backup.qcow2.parts import Parts, PartSink
 from backup.qcow2.space import Refcounts, Space
 
 _PENDING = 1
-"""In the L1 table in memory: this L2 table is not written yet.  It is in `_live`, or else it is all zero clusters."""
+"""In the L1 table in memory: the L2 table is not written yet.  If it is not in `_live`, all its clusters are zero."""
 
 _PROBES = 8
-"""Words looked at first in the search for a cluster's zeroes."""
+"""Words of a cluster that are examined first in the search for zeroes."""
 
-_TABLES_LOOKED_AT = 1 << 16
-"""L1 entries searched at a time: an L1 table of 32 MiB would be walked thousands of times."""
+_TABLES_SEARCHED = 1 << 16
+"""L1 entries searched at a time; a search of a whole L1 table of 32 MiB would be repeated thousands of times."""
 
 
 @dataclass(slots=True)
 class _Encoded:
-    """A batch after compression: which of its clusters are raw, which are frames; the others are all zeroes."""
+    """A batch after compression: the indices of raw clusters, and of packed ones with their frames; others are zero."""
 
     raw: list[int]
     packed: list[int]
@@ -58,8 +59,8 @@ class _Encoded:
 
 
 @dataclass(slots=True)
-class _Jobs:
-    """What to copy into the file, and what to clear, once the lock is released.  Host offsets in bytes."""
+class _Copies:
+    """What to copy into the file and what to clear after the lock is released.  Host offsets in bytes."""
 
     fills: list[tuple[int, U8]] = field(default_factory=list)
     packs: list[tuple[int, list[bytes]]] = field(default_factory=list)
@@ -70,22 +71,22 @@ class Writer:
     """
     Makes one data file.
 
-    A guest cluster is written or zeroed at most once; one that is neither is the backing file's, or reads as zeroes
-    without one.  After an exception the file is lost: `finish` refuses.
+    A guest cluster may be written or zeroed at most once.  A cluster that is neither is read from the backing file, or
+    as zeroes if there is none.  After an exception the file is useless, and `finish` refuses it.
 
     Parameters
     ----------
     image : Image
-        The header's content.
+        The properties of the disk.
     sink : PartSink
-        Gets the parts.
+        Receives the parts.
     level : int or None
-        None stores every cluster as it is, whatever the codec could do; so does an image without zstd.
+        None: store every cluster uncompressed, whatever level the codec has.  An image without zstd does that as well.
 
     Raises
     ------
     UsageError
-        No qcow2 file can hold such an image.
+        A qcow2 file cannot hold such an image.
     """
 
     def __init__(self, image: Image, sink: PartSink, *, level: int | None = 1) -> None:
@@ -99,42 +100,44 @@ class Writer:
         self._refcounts.clusters(0, 1)
         self._blocks: list[int] = []  # host offsets of the refcount blocks written so far
         self._l1 = np.zeros(image.tables, np.uint64)
-        self._live: dict[int, U64] = {}
-        self._completed = 0  # L2 tables below this one are written
-        self._tables_per_job = max(1, PART // image.cluster_size)
+        self._live: dict[int, U64] = {}  # L2 tables in memory
+        self._completed = 0  # L2 tables with lower numbers are written
+        self._tables_per_copy = max(1, PART // image.cluster_size)
 
     def write(self, first_cluster: int, data: bytearray | memoryview, codec: Codec) -> int:
         """
         Store whole consecutive guest clusters.
 
-        Thread safe; compression and sink.put happen in the calling thread, outside the lock.
+        Thread safe.  Compression and calls of sink.put run in the calling thread, without the lock.
 
         Parameters
         ----------
         first_cluster : int
             Number of the first guest cluster.
         data : bytearray or memoryview
-            Clusters, the disk's last one padded with zeroes.  A whole part of them (PART bytes) that is stored raw is
-            handed to the sink as it is; everything else is copied.
+            The clusters; the last one of the disk is padded with zeroes.  A whole part (PART bytes) that is stored raw
+            goes to the sink without a copy; everything else is copied.
         codec : Codec
+            A codec that no other thread uses.
             The calling thread's own.
 
         Returns
         -------
         int
-            How many of the clusters are all zeroes.  They are stored as zero clusters over a backing file, and
-            without one not at all.
+            Number of clusters that are all zeroes.  They are stored as zero clusters if there is a backing file, and
+            not stored at all otherwise.
 
         Raises
         ------
         ValueError
-            Not whole clusters of the disk, or clusters that were written before or promised not to come.
+            The data is not a number of whole clusters of the disk, or a cluster was written before or lies below the
+            value of `completed_below`.
         """
         count = len(data) // self.image.cluster_size
         return self.write_scattered(np.arange(first_cluster, first_cluster + count), data, codec)
 
     def write_scattered(self, clusters: Offsets, data: bytearray | memoryview, codec: Codec) -> int:
-        """Store guest clusters with these numbers, ascending; otherwise as `write`."""
+        """Store the guest clusters with these numbers, in ascending order; see `write`."""
         if len(data) != len(clusters) * self.image.cluster_size:
             raise ValueError(f"{len(data)} bytes are not whole clusters, or not {len(clusters)}")
         if len(clusters) == 0:
@@ -146,7 +149,7 @@ class Writer:
 
     def copy_frames(self, clusters: Offsets, lengths: U64, runs: Sequence[U8]) -> None:
         """
-        Store frames as they are.  Thread safe; copying happens in the calling thread, outside the lock.
+        Store frames unchanged.  Thread safe; the copy runs in the calling thread, without the lock.
 
         Parameters
         ----------
@@ -155,12 +158,13 @@ class Writer:
         lengths : array
             Bytes of each frame.
         runs : list of arrays
-            The frames back to back, in pieces of any size.
+            The frames, one directly after another, in pieces of any size.
 
         Raises
         ------
         ValueError
-            Clusters that were written before, twice, or promised not to come; or an image without zstd.
+            A cluster occurs twice, was written before, or lies below the value of `completed_below`; or the image
+            has no zstd.
         """
         if len(clusters) and not self.image.zstd:
             raise ValueError("frames for an image without compression")
@@ -169,18 +173,18 @@ class Writer:
 
     def copy_raw(self, clusters: Offsets, indices: list[int], data: U8) -> None:
         """
-        Store clusters of `data`, those with these ascending indices, without a look at what they hold.
+        Store the clusters of `data` with these ascending indices as raw clusters, without examining them.
 
-        Otherwise as `copy_frames`; `clusters` in the order of `indices`.
+        `clusters` are their guest cluster numbers, in the order of `indices`.  See `copy_frames`.
         """
         if len(clusters):
             self._store(lambda: self._place_raw_copies(clusters, indices, data))
 
     def zero(self, first_cluster: int, count: int) -> None:
         """
-        Record that guest clusters read as zeroes.  Thread safe; costs nothing per cluster in whole L2 tables.
+        Record that guest clusters read as zeroes.  Thread safe; whole L2 tables cost nothing per cluster.
 
-        Over a backing file they get the ZERO flag; without one an unallocated cluster reads as zeroes already.
+        Clusters over a backing file get the ZERO flag; without one, an unallocated cluster already reads as zeroes.
         """
         with self._lock:
             self._require_new(first_cluster, count)
@@ -200,9 +204,9 @@ class Writer:
 
     def completed_below(self, cluster: int) -> None:
         """
-        Promise that no write() or zero() below this guest cluster will come, and none is under way.
+        Promise that no call will write or zero a cluster below this one, and that no such call is running.
 
-        L2 tables wholly below it are written out and leave memory.  Thread safe.
+        Whole L2 tables below the cluster are written and leave memory.  Thread safe.
         """
         end = min(cluster, self.image.clusters) // self.image.table_entries
         if cluster >= self.image.clusters:
@@ -212,12 +216,12 @@ class Writer:
 
     def finish(self) -> int:
         """
-        Write what is left and the header; part 0 goes to the sink last.  No other call may be under way.
+        Write the remaining tables and the header; part 0 goes to the sink last.  No other call may be running.
 
         Returns
         -------
         int
-            Bytes of the file, a multiple of the cluster size.
+            Size of the file in bytes, a multiple of the cluster size.
         """
         self._parts.clear(*self._space.close())
         self.completed_below(self.image.clusters)
@@ -232,7 +236,7 @@ class Writer:
         return size
 
     def _encode(self, data: U8, count: int, codec: Codec) -> _Encoded:
-        """Sort a batch into zero, raw and compressed clusters."""
+        """Divide a batch into zero, raw and compressed clusters."""
         size = self.image.cluster_size
         used = _used(data.reshape(count, size))
         if not self._compress:
@@ -248,61 +252,61 @@ class Writer:
                 frames.append(frame)
         return _Encoded(raw, packed, frames)
 
-    def _store(self, place: Callable[[], _Jobs]) -> None:
-        """Place something under the lock, then copy it into the file's parts outside of it."""
+    def _store(self, place: Callable[[], _Copies]) -> None:
+        """Place data under the lock, then copy it into the parts of the file without the lock."""
         with self._lock:
-            jobs = place()
-            self._settle(jobs)
-        for offset, data in jobs.fills:
+            copies = place()
+            self._settle(copies)
+        for offset, data in copies.fills:
             self._parts.fill(offset, data)
-        for offset, frames in jobs.packs:
-            # Joining copies once more, and is ten times quicker than a call for each frame.
+        for offset, frames in copies.packs:
+            # join() copies the frames once more, but is ten times faster than a call for each frame.
             self._parts.fill(offset, np.frombuffer(b"".join(frames), np.uint8))
-        for offset, length in jobs.holes:
+        for offset, length in copies.holes:
             self._parts.clear(offset, length)
 
-    def _settle(self, jobs: _Jobs) -> None:
-        """Write out the refcount blocks that nothing can change any more."""
-        jobs.holes.extend(self._space.close_stale())
+    def _settle(self, copies: _Copies) -> None:
+        """Write the refcount blocks that cannot change any more."""
+        copies.holes.extend(self._space.close_stale())
         while (block := self._refcounts.take_settled(self._space.settled)) is not None:
             first, _ = self._space.tables(1)
             self._refcounts.clusters(first, 1)
             self._blocks.append(first * self.image.cluster_size)
-            jobs.fills.append((self._blocks[-1], _big_endian(block)))
+            copies.fills.append((self._blocks[-1], _big_endian(block)))
 
-    def _place(self, clusters: Offsets, batch: _Encoded, data: U8) -> _Jobs:
-        """Give a batch its host clusters, L2 entries and refcounts."""
+    def _place(self, clusters: Offsets, batch: _Encoded, data: U8) -> _Copies:
+        """Assign host clusters, L2 entries and refcounts to a batch."""
         self._require_new(int(clusters[0]), int(clusters[-1]) + 1 - int(clusters[0]))
-        jobs = _Jobs()
+        copies = _Copies()
         unstored = READS_AS_ZERO if self.image.backing is not None else 0
         entries = np.full(len(clusters), unstored, np.uint64)
         if batch.packed:
-            entries[batch.packed] = self._place_frames(batch.frames, jobs)
+            entries[batch.packed] = self._place_frames(batch.frames, copies)
         if batch.raw:
-            entries[batch.raw] = self._place_raw(batch.raw, data, jobs)
+            entries[batch.raw] = self._place_raw(batch.raw, data, copies)
         if entries.any():
             self._set_entries(clusters, entries)
-        return jobs
+        return copies
 
-    def _place_copies(self, clusters: Offsets, lengths: U64, runs: Sequence[U8]) -> _Jobs:
-        """Give frames that are stored as they are their host bytes, L2 entries and refcounts."""
-        jobs = _Jobs()
+    def _place_copies(self, clusters: Offsets, lengths: U64, runs: Sequence[U8]) -> _Copies:
+        """Assign host offsets, L2 entries and refcounts to frames that are stored unchanged."""
+        copies = _Copies()
         packing = self._space.frames(lengths)
-        jobs.holes.append(packing.hole)
-        parts = []
-        for some in (slice(0, packing.split), slice(packing.split, len(lengths))):
-            offsets = packing.offsets[some]
+        copies.holes.append(packing.hole)
+        places = []
+        for frames in (slice(0, packing.split), slice(packing.split, len(lengths))):
+            offsets = packing.offsets[frames]
             if len(offsets):
-                self._refcounts.frames(offsets, lengths[some])
-                parts.append((int(offsets[0]), int(lengths[some].sum())))
-        jobs.fills.extend(_poured(parts, runs))
+                self._refcounts.frames(offsets, lengths[frames])
+                places.append((int(offsets[0]), int(lengths[frames].sum())))
+        copies.fills.extend(_distribute(runs, places))
         self._set_any_order(clusters, frame_entries(packing.offsets, lengths, self.image.cluster_size))
-        return jobs
+        return copies
 
-    def _place_raw_copies(self, clusters: Offsets, indices: list[int], data: U8) -> _Jobs:
-        jobs = _Jobs()
-        self._set_any_order(clusters, self._place_raw(indices, data, jobs))
-        return jobs
+    def _place_raw_copies(self, clusters: Offsets, indices: list[int], data: U8) -> _Copies:
+        copies = _Copies()
+        self._set_any_order(clusters, self._place_raw(indices, data, copies))
+        return copies
 
     def _set_any_order(self, clusters: Offsets, entries: U64) -> None:
         order = np.argsort(clusters)
@@ -312,28 +316,28 @@ class Writer:
         self._require_new(int(clusters[0]), int(clusters[-1]) + 1 - int(clusters[0]))
         self._set_entries(clusters, entries[order])
 
-    def _place_frames(self, frames: list[bytes], jobs: _Jobs) -> U64:
+    def _place_frames(self, frames: list[bytes], copies: _Copies) -> U64:
         lengths = np.fromiter(map(len, frames), np.uint64, len(frames))
         packing = self._space.frames(lengths)
-        jobs.holes.append(packing.hole)
-        for some in (slice(0, packing.split), slice(packing.split, len(frames))):
-            offsets = packing.offsets[some]
+        copies.holes.append(packing.hole)
+        for part in (slice(0, packing.split), slice(packing.split, len(frames))):
+            offsets = packing.offsets[part]
             if len(offsets):
-                self._refcounts.frames(offsets, lengths[some])
-                jobs.packs.append((int(offsets[0]), frames[some]))
+                self._refcounts.frames(offsets, lengths[part])
+                copies.packs.append((int(offsets[0]), frames[part]))
         return frame_entries(packing.offsets, lengths, self.image.cluster_size)
 
-    def _place_raw(self, raw: list[int], data: U8, jobs: _Jobs) -> U64:
+    def _place_raw(self, raw: list[int], data: U8, copies: _Copies) -> U64:
         size = self.image.cluster_size
         if len(raw) * size == PART:
             first, hole = self._space.part()
-            jobs.holes.append(hole)
+            copies.holes.append(hole)
         else:
             first = self._space.clusters(len(raw))
         self._refcounts.clusters(first, len(raw))
         host = first * size
         for index, count in _runs(raw):
-            jobs.fills.append((host, data[index * size : (index + count) * size]))
+            copies.fills.append((host, data[index * size : (index + count) * size]))
             host += count * size
         return raw_entries(np.arange(first, first + len(raw), dtype=np.uint64) * np.uint64(size))
 
@@ -341,10 +345,10 @@ class Writer:
         if first < 0 or first + count > self.image.clusters:
             raise ValueError(f"clusters {first} to {first + count} of a disk that has {self.image.clusters}")
         if count and first // self.image.table_entries < self._completed:
-            raise ValueError(f"cluster {first} comes after the promise that none below it would")
+            raise ValueError(f"cluster {first} is below the value of completed_below")
 
     def _set_entries(self, clusters: Offsets, entries: U64) -> None:
-        """Set L2 entries of guest clusters, ascending.  A second write would leak the first one's clusters."""
+        """Set L2 entries of guest clusters, ascending.  A second write would leak the clusters of the first."""
         tables, within = np.divmod(clusters, self.image.table_entries)
         edges = np.flatnonzero(np.diff(tables, prepend=-1, append=-1)).tolist()
         for low, high in pairwise(edges):
@@ -360,14 +364,14 @@ class Writer:
     def _set_zero(self, first: int, count: int) -> None:
         self._set_entries(np.arange(first, first + count), np.full(count, READS_AS_ZERO, np.uint64))
 
-    def _place_tables(self, end: int) -> _Jobs:
-        """Take some of the L2 tables below number `end` out of memory, as many as one run of clusters holds."""
+    def _place_tables(self, end: int) -> _Copies:
+        """Write L2 tables with numbers below `end`, as many as one run of clusters holds, and drop them from memory."""
         start = self._completed
-        end = min(end, start + _TABLES_LOOKED_AT)
-        pending = np.flatnonzero(self._l1[start:end] == _PENDING)[: self._tables_per_job] + start
+        end = min(end, start + _TABLES_SEARCHED)
+        pending = np.flatnonzero(self._l1[start:end] == _PENDING)[: self._tables_per_copy] + start
         if not len(pending):
             self._completed = max(start, end)
-            return _Jobs()
+            return _Copies()
         first, count = self._space.tables(len(pending))
         pending = pending[:count]
         self._refcounts.clusters(first, count)
@@ -380,14 +384,14 @@ class Writer:
             if table is not None:
                 content[row] = table
         self._completed = int(pending[-1]) + 1
-        return _Jobs(fills=[(first * size, content.reshape(-1).view(np.uint8))])
+        return _Copies(fills=[(first * size, content.reshape(-1).view(np.uint8))])
 
     def _write_l1(self) -> int:
         """Write the L1 table; return its offset in bytes."""
         return self._write_table(self._l1)[0]
 
     def _write_table(self, entries: U64) -> tuple[int, int]:
-        """Write a table that takes whole consecutive clusters: (offset in bytes, clusters)."""
+        """Write a table of whole consecutive clusters; return (offset in bytes, clusters)."""
         size = self.image.cluster_size
         clusters = max(1, -(-len(entries) * 8 // size))
         first = self._space.clusters(clusters)
@@ -398,7 +402,7 @@ class Writer:
         return first * size, clusters
 
     def _write_refcounts(self) -> tuple[int, int]:
-        """Write the refcount blocks left and the refcount table, which count themselves: (offset, clusters)."""
+        """Write the last refcount blocks and the refcount table, which count themselves; return (offset, clusters)."""
         size = self.image.cluster_size
         blocks = count_blocks(self.image, self._space.cursor, self._refcounts.done, self._space.spare()[1])
         while len(self._blocks) < blocks:
@@ -415,10 +419,10 @@ class Writer:
 
 def count_blocks(image: Image, clusters: int, written: int, spare: int) -> int:
     """
-    Refcount blocks of a file of `clusters` host clusters to which only blocks and the refcount table will be added.
+    Return how many refcount blocks a file needs that has `clusters` host clusters before its last tables are added.
 
-    The blocks not `written` yet and the table are clusters that must be counted as well; `spare` of the blocks find
-    room inside the file.
+    Only refcount blocks and the refcount table are added to these clusters, and they must be counted as well.
+    `written` blocks exist already; `spare` of the others find room inside the file.
     """
     blocks = written
     while True:
@@ -432,9 +436,9 @@ def count_blocks(image: Image, clusters: int, written: int, spare: int) -> int:
 
 def _used(clusters: U8) -> list[int]:
     """
-    Indices of the rows that are not all zeroes.
+    Return the indices of rows that are not all zeroes.
 
-    A few words of each row settle nearly all of them; what these leave open is read whole.
+    A few words of each row decide nearly all of them; only the remaining rows are read completely.
     """
     words = clusters.view(np.uint64)
     used: Mask = np.any(words[:, :: max(1, words.shape[1] // _PROBES)], axis=1, keepdims=True)[:, 0]
@@ -443,23 +447,23 @@ def _used(clusters: U8) -> list[int]:
     return np.flatnonzero(used).tolist()
 
 
-def _poured(places: Sequence[tuple[int, int]], runs: Sequence[U8]) -> Iterator[tuple[int, U8]]:
-    """Pour the bytes of `runs` into places (offset and length, as many bytes in all): what to fill where."""
-    left = list(places)
+def _distribute(runs: Sequence[U8], places: Sequence[tuple[int, int]]) -> Iterator[tuple[int, U8]]:
+    """Yield which bytes of `runs` go to which offset; `places` (offset, length) take all bytes of `runs` in order."""
+    places_left = list(places)
     for run in runs:
         done = 0
         while done < len(run):
-            offset, room = left[0]
+            offset, room = places_left[0]
             take = min(room, len(run) - done)
             yield offset, run[done : done + take]
             done += take
-            left[0] = offset + take, room - take
+            places_left[0] = offset + take, room - take
             if take == room:
-                del left[0]
+                del places_left[0]
 
 
 def _runs(indices: list[int]) -> Iterator[tuple[int, int]]:
-    """Join ascending numbers into runs: (first, count)."""
+    """Join ascending numbers into runs; yield (first, count)."""
     first = count = 0
     for index in indices:
         if count and index == first + count:
@@ -473,5 +477,5 @@ def _runs(indices: list[int]) -> Iterator[tuple[int, int]]:
 
 
 def _big_endian(entries: U64 | U16) -> U8:
-    """Bytes of a table as they are on disk."""
+    """Return the bytes of a table as stored on disk."""
     return entries.astype(entries.dtype.newbyteorder(">")).view(np.uint8)
