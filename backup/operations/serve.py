@@ -18,7 +18,7 @@ from backup.model.chain import Chain
 from backup.model.manifest import Manifest
 from backup.qemu import folders, images, servers
 from backup.qemu.programs import filename
-from backup.qemu.servers import Address, Lent
+from backup.qemu.servers import Address, PointServer
 from backup.repository import data_file
 from backup.repository.machine import Machine
 from backup.repository.opened_chain import open_chain
@@ -37,7 +37,7 @@ class Served:
     size: int
     export_size: int
     protected: bool
-    server: Lent
+    server: PointServer
     address: Address
 
 
@@ -101,10 +101,10 @@ def serving(machine: Machine, point: str, disk: str, where: Address | None, *, w
             yield Served(address.uri, chain.size, export_size, protected, server, address)
 
 
-def _start(stack: ExitStack, folder: Path, chain: Chain, address: Address, *, writable: bool) -> Lent:
+def _start(stack: ExitStack, folder: Path, chain: Chain, address: Address, *, writable: bool) -> PointServer:
     image = folder / chain.newest.entry.data.file
-    overlay = stack.enter_context(images.throw_away(image)) if writable else None
-    return stack.enter_context(servers.lent(image, address, overlay))
+    overlay = stack.enter_context(images.temporary_overlay(image)) if writable else None
+    return stack.enter_context(servers.serve_point(image, address, overlay))
 
 
 def commands(uri: str, where: Address, *, writable: bool) -> dict[str, str]:

@@ -1,16 +1,18 @@
 """
-QEMU's own lock on an image's file, taken by us: against writers where QEMU would let them in, and before a file is
-replaced or overwritten, against every QEMU.
+QEMU's own locks on image files, taken by pybackup.
 
-With read locks on single bytes of a file (of its open file description, fcntl(2)) each QEMU tells the others what it
-does there and what it lets nobody else do (block/file-posix.c, raw_apply_lock_bytes):
+Two uses: while an image is read, no QEMU may write to it, also where QEMU itself would allow that; before a file is
+replaced or overwritten, no QEMU may have it open.
 
-    byte 100 + N   permission N is used here
-    byte 200 + N   permission N is granted to nobody else
+A QEMU places read locks on single bytes of a file (locks of the open file description, fcntl(2)).  They tell other
+QEMUs what it does with the file, and what they must not do (block/file-posix.c, raw_apply_lock_bytes):
 
-and then looks whether anybody has a lock on the opposite byte.  A qemu-nbd that serves a qcow2 does so for that file.
-To a raw image, and to a raw file below another image, it lets in whom its clients would, and these let in everybody: a
-machine may run on it and write.
+    byte 100 + N   permission N is in use
+    byte 200 + N   permission N is denied to all others
+
+Then QEMU looks for locks of others on the opposite bytes.  For a qcow2 image, qemu-nbd does this too.  For a raw image,
+and for a raw file below another image, qemu-nbd denies only what its clients deny, which is nothing: a machine could
+run on the image and write to it.
 """
 
 from __future__ import annotations
@@ -23,41 +25,59 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
-from backup.qemu.images import ImageLocked, patiently
+from backup.qemu.images import ImageLocked, retry_while_locked
 
-_USED, _GRANTED_TO_NOBODY = 100, 200
+_USED, _DENIED = 100, 200
+"""First bytes of the two ranges."""
 _WRITE, _RESIZE = 1, 3
-"""Numbers of the permissions (BLK_PERM_...)."""
+"""Numbers of permissions (BLK_PERM_...)."""
 _PERMISSIONS = 5
-"""All of them: QEMU uses one at least of every file that a guest, a job or a server has open."""
+"""Number of all permissions.  A guest, a job or a server uses at least one of them on each file it has open."""
 _FLOCK = struct.Struct("hhqqi4x")
-"""struct flock: type, whence, start, length, process (0 for an open file description's lock)."""
+"""struct flock: type, whence, start, length, process (0 for a lock of an open file description)."""
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
+"""Errors of file systems without such locks."""
 
 
 @contextmanager
 def no_writers(files: Iterable[str]) -> Iterator[None]:
     """
-    Keep every QEMU from writing to local files, or block devices; what else is named is passed over.
+    Keep every QEMU from writing to local files and block devices during the block.  Other names are skipped.
 
-    Where the file system knows no such locks, QEMU has none either, and nobody is kept out.
+    On a file system without such locks nothing is locked; QEMU has no locks there either.
 
     Raises
     ------
     ImageLocked
-        One of them is being written to.
+        A QEMU writes to one of the files.
     """
     with ExitStack() as locks:
         for file in files:
-            fd = _opened(file)
+            fd = _open(file)
             if fd is not None:
-                locks.callback(os.close, fd)  # which ends the lock
-                patiently(lambda fd=fd, file=file: _lock(fd, file))  # type: ignore[misc]
+                locks.callback(os.close, fd)  # closing the descriptor releases the lock
+                retry_while_locked(lambda fd=fd, file=file: _deny_writing(fd, file))  # type: ignore[misc]
         yield
 
 
-def _opened(file: str) -> int | None:
-    """A descriptor of a plain file or block device; None of anything else: QEMU says best what is wrong."""
+def claim(fd: int, file: str) -> None:
+    """
+    Refuse a file that any QEMU has open, for reading or writing, and keep every QEMU from opening the file.
+
+    The claim ends when the caller closes `fd`, which is open for reading.  Another call with the same descriptor only
+    checks again.  Another pybackup that reads the file as its source, or claims the file, counts as a QEMU.
+
+    Raises
+    ------
+    ImageLocked
+        A QEMU has the file open.
+    """
+    denied = [(_DENIED, _PERMISSIONS)]
+    retry_while_locked(lambda: _lock_and_look(fd, file, denied, [(_USED, _PERMISSIONS), *denied], "a QEMU has it open"))
+
+
+def _open(file: str) -> int | None:
+    """Open a plain file or block device; None for anything else, since QEMU's own message will be more exact."""
     try:
         fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
@@ -69,35 +89,19 @@ def _opened(file: str) -> int | None:
     return None
 
 
-def claim(fd: int, file: str) -> None:
-    """
-    Refuse a file that any QEMU has open, for reading or writing, and keep every QEMU from opening it.
-
-    The claim ends when the caller closes `fd` (open for reading); to claim again through the same descriptor only looks
-    again.  Another pybackup that reads the file as its source, or claims it, counts as a QEMU does.
-
-    Raises
-    ------
-    ImageLocked
-        A QEMU has it open.
-    """
-    every = [(_GRANTED_TO_NOBODY, _PERMISSIONS)]
-    patiently(lambda: _tell_and_look(fd, file, every, [(_USED, _PERMISSIONS), *every], "a QEMU has it open"))
-
-
-def _lock(fd: int, file: str) -> None:
-    own = [(_GRANTED_TO_NOBODY + permission, 1) for permission in (_WRITE, _RESIZE)]
+def _deny_writing(fd: int, file: str) -> None:
+    own = [(_DENIED + permission, 1) for permission in (_WRITE, _RESIZE)]
     others = [(_USED + permission, 1) for permission in (_WRITE, _RESIZE)]
-    _tell_and_look(fd, file, own, others, "a QEMU has it open for writing")
+    _lock_and_look(fd, file, own, others, "a QEMU has it open for writing")
 
 
-def _tell_and_look(
+def _lock_and_look(
     fd: int, file: str, own: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]], why: str
 ) -> None:
     """
-    Lock the bytes `own` (start, length) and refuse the file where another program has a lock on the bytes `others`.
+    Lock the bytes `own` (start, length), and refuse the file if another program has a lock on the bytes `others`.
 
-    First tell, then look, as QEMU does: of two that come at once, one at least sees the other.
+    The order is QEMU's: if two programs come at the same time, at least one of them sees the other.
     """
     try:
         for start, length in own:
@@ -112,7 +116,7 @@ def _tell_and_look(
 
 
 def _is_locked(fd: int, start: int, length: int) -> bool:
-    """Does another open file description have a lock on any of these bytes?"""
-    asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
-    found: tuple[int, ...] = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))
-    return found[0] != fcntl.F_UNLCK
+    """Tell whether another open file description has a lock on any of these bytes."""
+    question = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+    answer: tuple[int, ...] = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, question))
+    return answer[0] != fcntl.F_UNLCK

@@ -1,5 +1,7 @@
 """
-How QEMU's programs, and guestfish, are run: no shell, no way to die of a Ctrl-C.  The only user of `subprocess`.
+Running QEMU's programs and guestfish: without a shell, and out of reach of a Ctrl-C in the terminal.
+
+This is the only module that uses `subprocess`.
 """
 
 from __future__ import annotations
@@ -11,12 +13,12 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from backup.errors import Failed
+from backup.runtime.ignoring import ignoring
 from backup.runtime.shortage import NO_PROCESS
 from backup.runtime.timeouts import TimedOut, Wait
 
@@ -28,39 +30,22 @@ Conversation = subprocess.Popen[bytes]
 
 _PACKAGE = "install QEMU's tools: apt-get install qemu-utils (dnf install qemu-img)"
 _TICK = 0.25
-"""Seconds between looks at a program that runs."""
+"""Seconds between two looks at a running program."""
 _DEATH_SECONDS = 2.0
-"""How long a program may take to die."""
-_MOMENTS = 30.0
-"""How long a program that writes may take to end when we were told to stop."""
+"""Time for a killed program to end."""
+_WRITER_SECONDS = 30.0
+"""Time for a program that writes to end by itself after a signal stopped us."""
 _left: list[Process] = []
-"""Programs that go on without us; kept, so that their output is not closed as long as this process lives."""
+"""Programs that keep running without us.  The references keep their output open for the life of this process."""
 _KEEP_BUFFERS = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(128 << 20)}
 """
-For glibc's malloc (mallopt(3)): else qemu-nbd gives the buffer of each large read back to the kernel and gets another,
-page by page, for the next; that doubles its processor time.
+Settings of glibc's malloc (mallopt(3)).  With the defaults, qemu-nbd returns the buffer of each large read to the
+kernel and gets a new one, page by page, for the next read, which doubles its processor time.
 """
-
-
-def filename(path: Path) -> str:
-    """A path as QEMU's programs take it: absolute, so that no colon or dash at its start means anything else."""
-    return os.path.abspath(path)
-
-
-def dies_with_us() -> list[str]:
-    """
-    What to put before a command so that it dies when this process does (PR_SET_PDEATHSIG).
-
-    A parent that was killed before the setting sends no signal any more, so that the shell looks whether it still is
-    the parent.  setpriv is util-linux's and essential on Debian; without it a killed run leaves a read-only server.
-    """
-    found = shutil.which("setpriv")
-    still_there = ["sh", "-c", 'test "$PPID" = "$0" && exec "$@"', str(os.getpid())]
-    return [found, "--pdeathsig", "KILL", "--", *still_there] if found else []
 
 
 class ProgramFailed(Failed):
-    """A program ended with an error."""
+    """A program ended with an error; `stderr` is what the program printed."""
 
     def __init__(self, command: Sequence[str], stderr: str) -> None:
         super().__init__(f"{command[0]} failed: {one_line(stderr)}", hint=_PACKAGE)
@@ -69,51 +54,66 @@ class ProgramFailed(Failed):
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """What a program that ended well printed."""
+    """The output of a program that ended without an error."""
 
     stdout: str
     stderr: str
 
 
-def run(command: Sequence[str], codes: Sequence[int] = (0,), pass_fds: Sequence[int] = ()) -> str:
+def filename(path: Path) -> str:
+    """Return a path for a command line of QEMU: absolute, so that a colon or a dash has no special meaning."""
+    return os.path.abspath(path)
+
+
+def dies_with_us() -> list[str]:
     """
-    Run a program that leaves nothing half-written, as `finish` does; its standard output.
+    Return the words to put before a command, so that the program dies with this process (PR_SET_PDEATHSIG).
 
-    A program that hangs is killed.
+    The shell compares its parent with this process, because a parent that died before PR_SET_PDEATHSIG took effect
+    sends no signal.  setpriv belongs to util-linux, which is essential on Debian.  Without setpriv the list is empty,
+    and a killed run leaves a read-only server behind.
     """
-    return finish(command, codes, pass_fds, may_kill=True).stdout
+    setpriv = shutil.which("setpriv")
+    check_parent = ["sh", "-c", 'test "$PPID" = "$0" && exec "$@"', str(os.getpid())]
+    return [setpriv, "--pdeathsig", "KILL", "--", *check_parent] if setpriv else []
 
 
-def finish(
+def stdout_of(command: Sequence[str], codes: Sequence[int] = (0,), pass_fds: Sequence[int] = ()) -> str:
+    """Run a program that writes nothing and return its standard output.  A program that hangs is killed."""
+    return run_to_end(command, codes, pass_fds, may_kill=True).stdout
+
+
+def run_to_end(
     command: Sequence[str], codes: Sequence[int] = (0,), pass_fds: Sequence[int] = (), *, may_kill: bool = False
 ) -> Finished:
     """
-    Run a program to its end; its standard output and standard error.
+    Run a program and return its standard output and standard error.
 
     Raises
     ------
     ProgramFailed
-        It ended with another code than one of `codes`.
+        The exit code is not one of `codes`.
     TimedOut
-        It did not end in time.  It is killed if `may_kill`, and else goes on: a qemu-img that is ended while it writes
-        an image's bitmaps damages them.
+        The program did not end in time.  With `may_kill` the program is killed.  Otherwise it keeps running: a qemu-img
+        that is killed while it writes the bitmaps of an image damages them.
     """
     process = popen(command, subprocess.PIPE, pass_fds)
     try:
-        stdout, stderr = _ended(process, Wait(f"{shlex.join(command)} to end"))
+        stdout, stderr = _wait_for(process, Wait(f"{shlex.join(command)} to end"))
     except TimedOut as timed_out:
         if may_kill:
             kill(process)
         else:
             _left.append(process)
             timed_out.hint = (
-                f"process {process.pid} goes on, as its end could harm the image; look at the image's storage"
+                f"process {process.pid} keeps running, since killing it could damage the image; "
+                "check the storage of the image"
             )
         raise
     except BaseException:
-        # A signal stops us, not a qemu-img that is writing an image's bitmaps; it needs only moments.
-        with suppress(subprocess.TimeoutExpired):
-            process.communicate(timeout=_MOMENTS)
+        # The signal is for us.  A qemu-img that writes the bitmaps of an image gets time to finish.
+        with ignoring(_log, f"{command[0]} still runs", subprocess.TimeoutExpired):
+            process.communicate(timeout=_WRITER_SECONDS)
         raise
     if process.returncode not in codes:
         raise ProgramFailed(command, stderr)
@@ -121,7 +121,7 @@ def finish(
 
 
 def has_ended(process: Process, seconds: float) -> bool:
-    """Wait for a program's end; if it has not come in so many seconds, SIGKILL it, which may have no effect yet."""
+    """Wait for the end of a program; after `seconds` send SIGKILL, which may have no effect yet, and return False."""
     try:
         process.wait(max(seconds, 0))
     except subprocess.TimeoutExpired:
@@ -130,8 +130,8 @@ def has_ended(process: Process, seconds: float) -> bool:
     return True
 
 
-def _ended(process: Process, wait: Wait) -> tuple[str, str]:
-    """Await a program's end, and what it printed.  Its output is read all the time: a full pipe would stop it."""
+def _wait_for(process: Process, wait: Wait) -> tuple[str, str]:
+    """Wait for the end of a program, and read its output meanwhile: a full pipe would stop the program."""
     while True:
         try:
             return process.communicate(timeout=_TICK)
@@ -140,9 +140,9 @@ def _ended(process: Process, wait: Wait) -> tuple[str, str]:
 
 
 def kill(process: Process) -> None:
-    """End a program now.  One whose storage hangs ends when it goes on: not even SIGKILL ends it before."""
+    """Kill a program.  If its storage hangs, even SIGKILL has no effect until the storage answers again."""
     process.kill()
-    with suppress(subprocess.TimeoutExpired):
+    with ignoring(_log, f"process {process.pid} is killed but has not ended", subprocess.TimeoutExpired):
         process.wait(_DEATH_SECONDS)
     for pipe in (process.stdout, process.stderr):
         if pipe is not None:
@@ -152,7 +152,7 @@ def kill(process: Process) -> None:
 def converse(
     command: Sequence[str], stderr: IO[str], environment: Mapping[str, str], pass_fds: Sequence[int]
 ) -> Conversation:
-    """Start a program that is told what to do, and answers, through pipes; it leads a process group of its own."""
+    """Start a program that reads commands and answers through pipes, as the leader of a process group of its own."""
     _log.info("run: %s", shlex.join(command))
     return subprocess.Popen(
         command,
@@ -167,12 +167,12 @@ def converse(
 
 def popen(command: Sequence[str], stderr: int | IO[str], pass_fds: Sequence[int] = ()) -> Process:
     """
-    Start a program that reads nothing; what it prints is kept where `stderr` is PIPE.
+    Start a program that reads no input.  Its output is kept if `stderr` is PIPE.
 
     Raises
     ------
     Failed
-        It cannot be run.
+        The program cannot be run.
     """
     _log.info("run: %s", shlex.join(command))
     try:
@@ -184,9 +184,9 @@ def popen(command: Sequence[str], stderr: int | IO[str], pass_fds: Sequence[int]
             text=True,
             errors="replace",
             pass_fds=pass_fds,
-            # A Ctrl-C in the terminal is for us; a qemu-img must not die of it half-way through a write.
+            # A Ctrl-C in the terminal is for us: a qemu-img must not die of it in the middle of a write.
             start_new_session=True,
-            umask=0o077,  # of a server's socket: who may connect may read everything
+            umask=0o077,  # for the socket of a server: a client that can connect can read the whole disk
             env={**os.environ, **_KEEP_BUFFERS, "LC_ALL": "C"},
         )
     except OSError as error:
@@ -197,6 +197,6 @@ def popen(command: Sequence[str], stderr: int | IO[str], pass_fds: Sequence[int]
 
 
 def one_line(text: str) -> str:
-    """The first lines of what a program said, as one."""
+    """Return the first three lines of a program's output as one line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return "; ".join(lines[:3]) or "no message"

@@ -1,6 +1,4 @@
-"""
-qemu-nbd: an image that we read ourselves, and a point of a chain that is lent to whoever comes.
-"""
+"""qemu-nbd servers: one for an image that pybackup reads, and one that gives other programs a point of a chain."""
 
 from __future__ import annotations
 
@@ -18,17 +16,17 @@ from urllib.parse import quote
 from backup.errors import BackupError, Failed, SourceError, UsageError
 from backup.qemu import programs, sockets
 from backup.qemu.folders import private_folder
-from backup.qemu.images import QCOW2, image_error, patiently
+from backup.qemu.images import QCOW2, image_error, retry_while_locked
 from backup.qemu.programs import Process, dies_with_us, filename
 
 _START_SECONDS = 30.0
-"""How long a server may take to listen: it opens a whole backing chain first."""
-_Where = str | tuple[str, int]
-"""A Unix socket's path, or a TCP address and port."""
+"""Time for a server to begin to answer; before that it opens the whole backing chain."""
+_SocketAddress = str | tuple[str, int]
+"""The path of a Unix socket, or a TCP address and port."""
 
 
 @contextmanager
-def served(
+def serve_image(
     path: Path,
     image_format: str,
     bitmaps: Sequence[str],
@@ -36,35 +34,37 @@ def served(
     meanwhile: Callable[[], object] = lambda: None,
 ) -> Iterator[str]:
     """
-    Serve an image read-only with qemu-nbd and yield the NBD URI; QEMU's lock keeps writers out meanwhile.
+    Serve an image read-only with qemu-nbd and yield the NBD URI.  QEMU's lock keeps writers out during the block.
 
     `meanwhile` is called while the server starts.
 
-    The socket lies in a folder of mode 0700.  The server dies with this process, even when it is killed; a read-only
-    server may be killed at any time.
+    The socket lies in a folder of mode 0700.  The server dies with this process, even if the process is killed.  A
+    read-only server may be killed at any time.
 
     Raises
     ------
-    ImageLocked, SourceError
-        The image is in use, cannot be served, or cannot be read (then with what qemu-nbd said of it).
+    ImageLocked
+        Another program uses the image.
+    SourceError
+        The image cannot be served, or cannot be read; in that case the message contains qemu-nbd's reason.
     """
     with private_folder() as folder:
         address = str(folder / "nbd")
         command = [*dies_with_us(), *_serve_command(path, image_format, bitmaps, connections, address)]
-        # A file and no pipe: a server that complains a lot must not block on a pipe that nobody empties.
+        # Complaints go to a file, since a server that prints a lot would block on a pipe that is not read.
         with open(folder / "log", "w+", errors="replace") as complaints:
-            server = patiently(lambda: _start(command, address, path, complaints, meanwhile=meanwhile))
+            server = retry_while_locked(lambda: _start(command, address, path, complaints, meanwhile=meanwhile))
             try:
                 yield f"nbd+unix:///?socket={quote(os.fsencode(address))}"
             except SourceError as error:
-                raise _as_told(path, error, complaints) from None
+                raise _with_reason(path, error, complaints) from None
             finally:
-                _end(server)
+                programs.kill(server)
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a server of our own listens: a Unix socket (mode 0600), or a TCP port of the host's address `bind`."""
+    """Where a server for other programs listens: on a Unix socket of mode 0600, or on a TCP port of address `bind`."""
 
     socket: Path | None
     bind: str = "127.0.0.1"
@@ -72,7 +72,7 @@ class Address:
 
     @property
     def uri(self) -> str:
-        """The NBD URI of what is served there."""
+        """The NBD URI of the server."""
         if self.socket is not None:
             return f"nbd+unix:///?socket={quote(os.fsencode(filename(self.socket)))}"
         host = socket.gethostname() if self.bind in {"0.0.0.0", "::"} else self.bind  # noqa: S104 - compared, not bound
@@ -80,29 +80,32 @@ class Address:
 
     @property
     def options(self) -> list[str]:
-        """As qemu-nbd takes it."""
+        """The address as options of qemu-nbd."""
         if self.socket is not None:
             return [f"--socket={filename(self.socket)}"]
         return [f"--bind={self.bind}", f"--port={self.port}"]
 
     @property
-    def where(self) -> _Where:
-        """As sockets take it."""
+    def for_socket(self) -> _SocketAddress:
+        """The address for Python's socket functions."""
         return (self.bind, self.port) if self.socket is None else filename(self.socket)
 
     def require_free(self) -> None:
         """
-        Make sure that a server can listen there, and takes no other program's socket away, as qemu-nbd would.
+        Make sure that a server can listen at this address.
+
+        qemu-nbd itself would take over the socket of another program.
 
         Raises
         ------
         UsageError, Failed
-            It is taken, or cannot be one.
+            The address is in use or cannot be used.
         """
         if self.socket is not None:
             if os.path.lexists(self.socket):
                 raise UsageError(
-                    f"{self.socket} exists already", hint="name another, or remove it if a killed run left it"
+                    f"{self.socket} exists already",
+                    hint="name another socket, or remove this one if a killed run left it",
                 )
             if len(os.fsencode(filename(self.socket))) > sockets.LONGEST:
                 raise UsageError(
@@ -110,48 +113,49 @@ class Address:
                     hint=f"the kernel allows {sockets.LONGEST} bytes; name a shorter path",
                 )
         try:
-            with socket.socket(_family(self.where)) as probe:
+            with socket.socket(_family(self.for_socket)) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(self.where)
+                probe.bind(self.for_socket)
             if self.socket is not None:
                 self.socket.unlink()
-        except (OSError, TypeError) as error:  # the latter of a host's name that none can have
+        except (OSError, TypeError) as error:  # TypeError: the name of the host contains impossible characters
             place = f"port {self.port} of {self.bind}" if self.socket is None else f"the socket {self.socket}"
             other = "another port, or an address of this host" if self.socket is None else "a folder that takes files"
             why = getattr(error, "strerror", None) or error
             raise Failed(f"{place} cannot be used: {why}", hint=f"choose {other}") from None
 
 
-class Lent:
-    """A running server of `lent`."""
+class PointServer:
+    """A running server of `serve_point`."""
 
     def __init__(self, server: Process, path: Path, complaints: IO[str]) -> None:
         self._server, self._path, self._complaints = server, path, complaints
 
     def wait(self) -> None:
         """
-        Wait until the server ends; only a signal to this process ends the wait well.
+        Wait until a signal interrupts the wait.
 
         Raises
         ------
         SourceError
-            It ended.
+            The server ended.
         """
         self._server.wait()
         raise _why_it_ended(self._server, self._path, self._complaints)
 
 
 @contextmanager
-def lent(path: Path, address: Address, overlay: int | None = None) -> Iterator[Lent]:
+def serve_point(path: Path, address: Address, overlay: int | None = None) -> Iterator[PointServer]:
     """
-    Serve a qcow2 image to whoever comes, read-only, or for writing over the nameless image `overlay` (a descriptor).
+    Serve a qcow2 image to other programs: read-only, or writable with an `overlay` that takes the writes.
 
-    The server ends with the block, and dies with this process.
+    `overlay` is the descriptor of an unnamed image on top of `path`.  The server ends with the block, and dies with
+    this process.
 
     Raises
     ------
     BackupError
-        The address is taken, or the image cannot be served.
+        The address is in use, or the image cannot be served.
     """
     address.require_free()
     serve = [*dies_with_us(), "qemu-nbd", "--persistent", "--shared=0", "-f", QCOW2, *address.options]
@@ -159,13 +163,13 @@ def lent(path: Path, address: Address, overlay: int | None = None) -> Iterator[L
         serve += ["--read-only", "--", filename(path)]
     else:
         serve += ["--", f"/proc/self/fd/{overlay}"]
-    kept = () if overlay is None else (overlay,)
+    inherited = () if overlay is None else (overlay,)
     with tempfile.TemporaryFile("w+", errors="replace") as complaints:
-        server = _start(serve, address.where, path, complaints, pass_fds=kept)
+        server = _start(serve, address.for_socket, path, complaints, pass_fds=inherited)
         try:
-            yield Lent(server, path, complaints)
+            yield PointServer(server, path, complaints)
         finally:
-            _end(server)
+            programs.kill(server)
             if address.socket is not None:
                 address.socket.unlink(missing_ok=True)
 
@@ -182,26 +186,26 @@ def _serve_command(path: Path, image_format: str, bitmaps: Sequence[str], connec
 
 def _table_bytes(path: Path) -> int | None:
     """
-    Bytes of an L2 table of a qcow2 image: one cluster; None where the header makes no sense.
+    Return the size (bytes) of an L2 table of a qcow2 image, which is one cluster; None if the header is invalid.
 
-    QEMU reads tables in slices of 4 KiB unless told otherwise (qcow2-cache.txt), which suits a machine's random reads.
-    Who asks about a whole disk waits 16 times for each table: 1.4 s instead of 0.1 s on a disk of 1 TiB with data
-    everywhere.
+    By default QEMU reads tables in slices of 4 KiB (qcow2-cache.txt), which suits the random reads of a machine.  A
+    client that asks about a whole disk would wait 16 times for each table: 1.4 s instead of 0.1 s on a disk of 1 TiB
+    with data everywhere.
     """
     try:
         with open(path, "rb") as file:
             head = file.read(24)
     except OSError:
-        return None  # QEMU says best what is wrong
+        return None  # QEMU's own message will be more exact
     bits = int.from_bytes(head[20:24], "big")
     return 1 << bits if len(head) == 24 and 9 <= bits <= 21 else None
 
 
-def _as_told(path: Path, error: SourceError, complaints: IO[str]) -> SourceError:
+def _with_reason(path: Path, error: SourceError, complaints: IO[str]) -> SourceError:
     """
-    The reason why reading failed, where qemu-nbd told it.
+    Return the reason why reading failed, if qemu-nbd printed one; otherwise `error`.
 
-    When the image cannot be read in the middle of a reply, it hangs up, so that the client knows only that much.
+    If the image cannot be read in the middle of a reply, qemu-nbd closes the connection, and the client learns no more.
     """
     complaints.seek(0)
     for line in complaints.read(64 << 10).splitlines():
@@ -209,14 +213,14 @@ def _as_told(path: Path, error: SourceError, complaints: IO[str]) -> SourceError
         if marker and "Unable to write to socket" not in reason:
             return SourceError(
                 f"{path}: reading failed: {reason}",
-                hint=f"no point was made; look at the storage below it, and at: qemu-img check {path}",
+                hint=f"no point was made; check the storage below the image, and run: qemu-img check {path}",
             )
     return error
 
 
 def _start(
     command: Sequence[str],
-    address: _Where,
+    address: _SocketAddress,
     path: Path,
     complaints: IO[str],
     *,
@@ -226,21 +230,22 @@ def _start(
     server = programs.popen(command, complaints, pass_fds)
     try:
         meanwhile()
-        _await(server, address, path, complaints)
+        _wait_until_ready(server, address, path, complaints)
     except BaseException:
-        _end(server)
+        programs.kill(server)
         raise
     return server
 
 
-def _await(server: Process, address: _Where, path: Path, complaints: IO[str]) -> None:
+def _wait_until_ready(server: Process, address: _SocketAddress, path: Path, complaints: IO[str]) -> None:
     deadline = time.monotonic() + _START_SECONDS
     while not _greets(address, deadline):
         if server.poll() is not None:
             raise _why_it_ended(server, path, complaints)
         if time.monotonic() > deadline:
             raise SourceError(
-                f"qemu-nbd did not serve {path} within {_START_SECONDS:.0f} s", hint="is the storage hanging?"
+                f"qemu-nbd did not serve {path} within {_START_SECONDS:.0f} s",
+                hint="check whether the storage of the image hangs",
             )
         time.sleep(0.001)
 
@@ -250,17 +255,17 @@ def _why_it_ended(server: Process, path: Path, complaints: IO[str]) -> BackupErr
     return image_error(path, complaints.read(4000) or f"qemu-nbd ended with status {server.returncode}")
 
 
-def _family(address: _Where) -> socket.AddressFamily:
+def _family(address: _SocketAddress) -> socket.AddressFamily:
     if isinstance(address, str):
         return socket.AF_UNIX
     return socket.AF_INET6 if ":" in address[0] else socket.AF_INET
 
 
-def _greets(address: _Where, deadline: float) -> bool:
+def _greets(address: _SocketAddress, deadline: float) -> bool:
     """
-    Does the server send its greeting?
+    Tell whether the server sends its greeting.
 
-    qemu-nbd listens before it opens the image: connecting alone would succeed and then hide why it ended.
+    A connection alone proves nothing: qemu-nbd listens before it opens the image, which may still fail.
     """
     with socket.socket(_family(address)) as probe:
         probe.settimeout(max(deadline - time.monotonic(), 0.001))
@@ -269,8 +274,3 @@ def _greets(address: _Where, deadline: float) -> bool:
             return bool(probe.recv(1))
         except OSError:
             return False
-
-
-def _end(server: Process) -> None:
-    # A read-only server has nothing to tidy up, and one that is asked to end takes its time to.
-    programs.kill(server)

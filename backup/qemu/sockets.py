@@ -1,8 +1,8 @@
 """
-Unix sockets by paths of any length.
+Connecting to Unix sockets whose paths are longer than the kernel allows.
 
-The kernel's address of a unix socket has room for 107 bytes (unix(7)).  A longer path is replaced by one through a
-descriptor of its folder, /proc/self/fd/N/NAME.
+An address of a Unix socket has 107 bytes (unix(7)).  Instead of a longer path, the address contains a short path that
+leads through a descriptor of the folder: /proc/self/fd/N/NAME.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import socket
 from pathlib import Path
 
 LONGEST = 107
-"""Bytes of a unix socket's address."""
+"""Bytes of the longest address of a Unix socket."""
 
 
-def connect(connection: socket.socket, path: Path) -> None:
+def connect_unix(connection: socket.socket, path: Path) -> None:
     """
     Connect to the socket at a path.
 
@@ -33,7 +33,7 @@ def connect(connection: socket.socket, path: Path) -> None:
     try:
         address = b"/proc/self/fd/%d/%s" % (folder, os.fsencode(path.name))
         if len(address) > LONGEST:
-            raise OSError(errno.ENAMETOOLONG, f"the socket's own name is too long: an address has {LONGEST} bytes")
+            raise OSError(errno.ENAMETOOLONG, f"the name of the socket is too long: an address has {LONGEST} bytes")
         connection.connect(address)
     finally:
         os.close(folder)

@@ -1,9 +1,9 @@
 """
-Is a qcow2 image cut off?  QEMU reads what lies beyond the end of its file as zeroes, without an error.
+A quick test for truncated qcow2 files.  QEMU reads clusters beyond the end of the file as zeroes, without an error.
 
-Only a suspicion, from a few small reads: the highest host cluster that has a refcount begins at or beyond the end of
-the file.  A machine that was killed can leave such an image too (clusters counted and not yet written, referred to by
-nobody), so that `qemu-img check` has the last word.
+The test needs only a few small reads: a file is suspicious if the highest host cluster with a refcount begins at or
+beyond the end of the file.  A machine that was killed can leave such a file as well (with clusters that are counted,
+but not written and not referred to), so `qemu-img check` makes the decision.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ _MAX_TABLE = 8 << 20
 """Bytes; QEMU refuses a larger refcount table (QCOW_MAX_REFTABLE_SIZE)."""
 
 
-def may_be_cut_off(file: BinaryIO, size: int) -> bool:
+def may_be_truncated(file: BinaryIO, size: int) -> bool:
     """
-    Look whether clusters are counted beyond the `size` bytes of an image's file.
+    Tell whether clusters are counted beyond the `size` bytes of an image's file.
 
-    A header that makes no sense is left to QEMU to refuse.
+    Returns False for an invalid header, which QEMU itself refuses.
     """
     header = _read(file, 0, _HEADER.size)
     if len(header) < _HEADER.size:
@@ -44,7 +44,7 @@ def may_be_cut_off(file: BinaryIO, size: int) -> bool:
     if not counted:
         return False
     bits = 1 << order
-    within = (block[counted - 1].bit_length() - 1) // bits  # lower entries lie in lower bits of a byte
+    within = (block[counted - 1].bit_length() - 1) // bits  # the low bits of a byte belong to lower entries
     highest = last * ((8 << cluster_bits) // bits) + (counted - 1) * 8 // bits + (within if bits < 8 else 0)
     return bool(highest << cluster_bits >= size)
 

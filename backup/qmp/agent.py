@@ -138,7 +138,7 @@ class Agent:
     def _connect(self) -> None:
         self._socket.settimeout(self._timeout)
         try:
-            sockets.connect(self._socket, self._path)
+            sockets.connect_unix(self._socket, self._path)
         except BlockingIOError:  # the queue of a unix socket is full: others are waiting already
             raise AgentError(f"the guest agent's socket {self._path} is busy", hint=_NO_AGENT) from None
         except OSError as error:

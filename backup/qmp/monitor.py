@@ -234,7 +234,7 @@ class Monitor:
         connection = socket.socket(socket.AF_UNIX)
         try:
             connection.settimeout(_GREETING_SECONDS)
-            sockets.connect(connection, self.path)
+            sockets.connect_unix(connection, self.path)
             self._peer, _, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
             connection.settimeout(0)
             self._run(self._client.connect(connection), _GREETING_SECONDS)

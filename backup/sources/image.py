@@ -35,7 +35,7 @@ class ImageSource:
         """Have qemu-img inspect the image."""
         image_format = self.guessed_format() or self.format or images.RAW
         if image_format == images.QCOW2:
-            images.require_whole(self.path)
+            images.require_not_truncated(self.path)
         info = images.image_info(self.path, image_format)
         if info.encrypted:
             raise SourceError(
@@ -92,7 +92,7 @@ class ImageSource:
         """Serve the image with a qemu-nbd of pybackup's; QEMU's locks keep writers out of all its files meanwhile."""
         with (
             locks.no_writers([state.path, *(layer.path for layer in state.lower)]),
-            servers.served(
+            servers.serve_image(
                 self.path, state.format, bitmaps, lanes + STATUS_CONNECTIONS, meanwhile=images.qemu_version
             ) as uri,
             Export(uri, bitmaps, state.size) as export,

@@ -386,7 +386,7 @@ class NodeSource:
         self._node = node = blocks.resolve(self.text, self._host.same_file)
         chain = blocks.chain(node.name)
         files = [self._host.local(blocks.storage(link.name).file) for link in chain]
-        lower = [images.look_at(file) for file in files[1:]]
+        lower = [images.stat_layer(file) for file in files[1:]]
         self._require_image(files)
         return DiskState(
             kind="qmp",

@@ -11,7 +11,7 @@ from forge import rewrite
 from lab import KIB, MIB, PYBACKUP, Night, call_pybackup, make_image, restore_and_cmp, run, run_pybackup, write
 
 from backup.operations import verify
-from backup.qemu.truncation import may_be_cut_off
+from backup.qemu.truncation import may_be_truncated
 from backup.repository.machine import Machine
 
 ESCAPE = "\x1b[2J\x1b]0;owned\x07"
@@ -520,5 +520,5 @@ def test_whole_images_of_every_kind_are_not_suspected_to_be_cut_off(tmp_path, pr
     for command in ("write 5M 512", "write -z 1M 3M", "discard 5M 1M"):
         write(image, command)
         with open(image, "rb") as file:
-            assert not may_be_cut_off(file, image.stat().st_size), command
-            assert may_be_cut_off(file, cluster)
+            assert not may_be_truncated(file, image.stat().st_size), command
+            assert may_be_truncated(file, cluster)

@@ -93,7 +93,7 @@ def test_what_keeps_a_program_from_being_started_is_named_by_the_hint(number, wo
 
     monkeypatch.setattr(programs.subprocess, "Popen", refused)
     with pytest.raises(errors.Failed) as caught:
-        programs.run(["qemu-img", "info"])
+        programs.stdout_of(["qemu-img", "info"])
     assert os.strerror(number) in caught.value.message
     assert words in explained(caught.value).hint
     with pytest.raises(OSError, match="qemu-img") as bare:  # guestfish, of whose start nobody else speaks

@@ -1043,13 +1043,13 @@ def test_why_a_server_cannot_serve_is_told_when_it_is_started(night):
 
     with (
         pytest.raises(SourceError, match="Bitmap 'absent' is not found"),
-        servers.served(night.image, "qcow2", ["absent"], 1),
+        servers.serve_image(night.image, "qcow2", ["absent"], 1),
     ):
         pass
     with (
         held_for_writing(night.image),
         pytest.raises(images.ImageLocked),
-        servers.served(night.image, "qcow2", [], 1),
+        servers.serve_image(night.image, "qcow2", [], 1),
     ):
         pass
 
@@ -1389,7 +1389,7 @@ def test_clusters_that_are_too_small_for_the_disk_are_refused_with_the_next_full
 
 def test_the_socket_of_a_served_image_lies_in_a_private_folder_that_goes_with_it(tmp_path):
     image = make_image(tmp_path / "disk.qcow2", "1M")
-    with servers.served(image, "qcow2", [], 2) as uri:
+    with servers.serve_image(image, "qcow2", [], 2) as uri:
         folder = Path(uri.partition("socket=")[2]).parent
         assert folder.stat().st_mode & 0o777 == 0o700
     assert not folder.exists()
@@ -1403,6 +1403,6 @@ def test_what_fails_while_a_server_starts_ends_the_server(tmp_path):
     def fail():
         raise SourceError("no", hint="no")
 
-    with pytest.raises(SourceError, match="no"), servers.served(image, "qcow2", [], 2, meanwhile=fail):
+    with pytest.raises(SourceError, match="no"), servers.serve_image(image, "qcow2", [], 2, meanwhile=fail):
         pass
     images.add_bitmap(image, "b")  # nobody holds it

@@ -447,7 +447,7 @@ def test_a_second_write_would_leak_and_is_a_mistake():
         with pytest.raises(ValueError, match="written before"):
             again()
     writer.completed_below(512)
-    with pytest.raises(ValueError, match="after the promise"):
+    with pytest.raises(ValueError, match="below the value of completed_below"):
         writer.write(7, bytearray(b"x" * cluster), codec)
 
 
