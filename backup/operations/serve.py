@@ -92,7 +92,7 @@ def serving(machine: Machine, point: str, disk: str, where: Address | None, *, w
         address = where or Address(outer.enter_context(folders.private_folder()) / "nbd")
 
         @contextmanager
-        def started(chain: Chain) -> Iterator[tuple[bool, Lent]]:
+        def started(chain: Chain) -> Iterator[tuple[bool, PointServer]]:
             with data_file.held(machine.path, chain) as protected, ExitStack() as stack:
                 yield protected, _start(stack, machine.path, chain, address, writable=writable)
 
