@@ -86,6 +86,8 @@ def page() -> str:
     lines = [
         f'.TH PYBACKUP 1 "" "{PROGRAM} {backup.__version__}" "User Commands"',
         f'.\\" Made by tools/{Path(__file__).name} ("make man"): change the texts of --help and docs/commands.md.',
+        ".nh",  # a word that is broken into two is not found by a search
+        ".ad l",
         ".SH NAME",
         f"{PROGRAM} \\- {_prose(whole.text[0].lower() + whole.text[1:].rstrip('.'))}",
         ".SH SYNOPSIS",
