@@ -58,7 +58,7 @@ ALL_READ = Step("Instant.require_sound", "before", module="backup.qmp.instant")
 """All is read, and not yet known to be sound."""
 LOOKED = Step("blockdev-add", "before")
 """The run knows the disks and has changed nothing."""
-READ = Step("Machine.publish", "before", module="backup.repository.repository")
+READ = Step("Machine.publish", "before", module="backup.repository.machine")
 """All is read, and known to be sound."""
 
 

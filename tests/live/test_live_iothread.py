@@ -63,7 +63,7 @@ def test_a_machine_survives_its_backups_and_looks_at_it(nights):
         Step("Clients.dial", "after", 3, module="backup.qmp.clients"),  # a client in its handshake
         Step("Export._split_contexts", "after", module="backup.nbd.export"),
         COPYING,
-        Step("Machine.publish", "after", published=True, module="backup.repository.repository"),
+        Step("Machine.publish", "after", published=True, module="backup.repository.machine"),
         Step("block-export-del", "after", published=True),
         Step("closefd", "before", published=True),
     ],

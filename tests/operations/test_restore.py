@@ -448,10 +448,10 @@ def test_a_killed_restore_leaves_nothing_under_the_name(tmp_path):
         target = tmp_path / f"r{int(number)}.raw"
         # Slowed at its first block, so that the signal is sure to come half-way.
         code = (
-            "import os, time; from backup.operations import restore; from backup.cli import app\n"
-            "real = restore._Run._do\n"
+            "import os, time; from backup.engine import restorer; from backup.cli import app\n"
+            "real = restorer.Run._do\n"
             "def slow(self, job, codec): real(self, job, codec); os.write(1, b'wrote\\n'); time.sleep(0.5)\n"
-            "restore._Run._do = slow; app.main()"
+            "restorer.Run._do = slow; app.main()"
         )
         command = ["restore", "disk/latest", target, "--repo", night.repository]
         with subprocess.Popen(

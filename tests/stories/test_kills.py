@@ -63,7 +63,7 @@ STEPS = [
 ]
 
 ASKED = [step for step in STEPS if step.name not in {"Machine.remove_leftovers", "write_digests"}]
-ASKED += [Step(DATA, "peeked", "entered"), Step("backup.model.chain", "build", "after")]
+ASKED += [Step("backup.repository.data_file", "peeked", "entered"), Step("backup.model.chain", "build", "after")]
 
 
 @pytest.fixture(scope="module")
