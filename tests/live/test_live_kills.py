@@ -17,7 +17,7 @@ import pytest
 from lab import MIB, call_pybackup, make_image
 from live import Machine, Nights, Step, commands_of, own_folders, private_tmp, remove_empty_folders, stopped_at
 
-DATA, REPOSITORY = "backup.repository.data_file_writer", "backup.repository.repository"
+DATA, REPOSITORY = "backup.repository.data_file_writer", "backup.repository.machine"
 
 BEFORE_PUBLISHING = [
     ("add-fd", 2),

@@ -37,6 +37,7 @@ from lab import (
 
 from backup.operations import backup as creating
 from backup.qemu import images, servers
+from backup.repository import machine as machines
 from backup.sources.image import ImageSource
 from backup.storage import folder
 from backup.storage.folder import sync_folder
@@ -1145,7 +1146,8 @@ def test_an_fsync_that_fails_while_publishing_leaves_a_whole_point_or_none(night
 
     before = night.state()
     with monkeypatch.context() as patch:
-        patch.setattr(folder, "sync_folder", fails)
+        for module in (folder, machines):
+            patch.setattr(module, "sync_folder", fails)
         assert night.incremental().rc == 1
     assert len(calls) >= failing
     assert night.state() == before

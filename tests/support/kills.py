@@ -67,4 +67,4 @@ class Step:
 PROGRAMS, IMAGES, SERVERS = "backup.qemu.programs", "backup.qemu.images", "backup.qemu.servers"
 
 
-DATA, REPOSITORY = "backup.repository.data_file_writer", "backup.repository.repository"
+DATA, REPOSITORY = "backup.repository.data_file_writer", "backup.repository.machine"
