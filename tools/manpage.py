@@ -103,6 +103,7 @@ def page() -> str:
         lines += [f".SS {command.name}", *_usage(f"{command.name} {command.usage}")]
         lines += [".PP", *_paragraphs(command.text), *_parameters((*command.arguments, *command.own))]
     lines += [".SH COMMON OPTIONS", "Every command has these options as well.", *_parameters(each[0].common)]
+    lines += [".SH EXAMPLES", *_examples()]
     for title, heading in (("EXIT STATUS", "Exit codes"), ("FILES", "Files"), ("ENVIRONMENT", "Environment")):
         lines += [f".SH {title}", *_table(heading)]
     lines += [".SH SEE ALSO", ".BR qemu\\-img (1),", ".BR qemu\\-nbd (8),", ".BR guestfish (1)"]
@@ -131,6 +132,15 @@ def _table(heading: str) -> Iterator[str]:
     section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
     for term, meaning in re.findall(r"^\| (.+?) \| (.+) \|$", section, re.MULTILINE)[1:]:
         yield from (".TP", f"\\fB{_escaped(term.replace('`', ''))}\\fR", _prose(meaning))
+
+
+def _examples() -> Iterator[str]:
+    """Yield the examples of docs/commands.md: what a command does, and the command."""
+    text = (DOCS / "commands.md").read_text(encoding="utf-8")
+    section = text.split("\n## Examples\n")[1].split("\n## ")[0]
+    for command, meaning in re.findall(r"^(pybackup .+?) +# (.+)$", section, re.MULTILINE):
+        yield from (".PP", f"{_prose(meaning[0].upper() + meaning[1:])}:", ".PP", ".RS 4", ".EX")
+        yield from (_escaped(command), ".EE", ".RE")
 
 
 def _prose(text: str) -> str:

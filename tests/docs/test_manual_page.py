@@ -34,5 +34,5 @@ def test_the_page_shows_what_help_says(tmp_path):
         for option in (*command.own, *command.common):
             assert " ".join(option.usage.split()) in shown, option
             assert " ".join(option.text.replace("`", "").split()) in shown, option
-    for section in ("EXIT STATUS", "FILES", "ENVIRONMENT"):
+    for section in ("EXAMPLES", "EXIT STATUS", "FILES", "ENVIRONMENT"):
         assert section in text
