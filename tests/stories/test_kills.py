@@ -40,7 +40,7 @@ STEPS = [
     Step(PROGRAMS, "popen", "after", 2),  # qemu-img bitmap --add has just begun
     Step(IMAGES, "add_bitmap", "after"),
     Step(PROGRAMS, "popen", "after", 3),  # qemu-nbd has just begun
-    Step(SERVERS, "served", "entered"),
+    Step(SERVERS, "serve_image", "entered"),
     Step("backup.sources.resting", "_settled", "before"),
     Step("backup.sources.resting", "_settled", "after"),
     Step("backup.planning.plan", "plan_incremental", "after"),
