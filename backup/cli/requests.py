@@ -1,38 +1,28 @@
 """
-From the configuration and the command line to requests: which machines, which disks, how.
+From the options of the command line and the configuration to requests: which machines, which disks, how.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from backup.cli import settings
-from backup.config.settings import Config, DiskConfig, MachineConfig, OnUnusableBitmap
+from backup.config.settings import Config, MachineConfig
 from backup.engine.copier import Settings
-from backup.errors import NotFound, SourceError, UsageError
+from backup.errors import NotFound, UsageError
 from backup.model.compression import Compression
-from backup.model.disk import Claim, DiskState
 from backup.model.names import check_name, name_problem, without_password
 from backup.operations.request import Names, Request
 from backup.planning.decision import FULL, INCREMENTAL, RESCAN
-from backup.qemu.programs import filename
-from backup.sources.base import NO_FREEZE, Capture, DiskRequest, Freeze, Host, Opened, Source
-from backup.sources.image import ImageSource
-from backup.sources.nbd_server import NbdSource
-from backup.sources.resting import AtRest
-
-if TYPE_CHECKING:
-    from backup.sources.on_or_off import OnOrOff
-    from backup.sources.running import Running
+from backup.sources.base import NO_FREEZE, Freeze
+from backup.sources.choose import DiskSpecification, Specification, choose
 
 AUDIT = "audit"
-"""What is wanted of a machine's disks beside FULL, INCREMENTAL and RESCAN, which `decide` has."""
+"""What is wanted of a machine's disks beside FULL, INCREMENTAL and RESCAN, which `planning.decision` has."""
 
 _UNNAMED = "disk"
 """The disk of an NBD export without a name."""
@@ -40,24 +30,29 @@ _UNNAMED = "disk"
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The options of `full`, `incremental`, `rescan` and `audit`, as given; None or empty where they were not."""
+    """
+    The options of `full`, `incremental`, `rescan` and `audit`, as given; None or empty where they were not.
+
+    --bitmap is `bitmap`, an exact name, where an NBD server is the source, and `bitmap_family` elsewhere.
+    """
 
     wanted: str
     machines: tuple[str, ...]
     images: tuple[Path, ...]
     image_formats: tuple[str, ...]
     nbd: str | None
+    bitmap: str | None
+    since: str | None
     qmp: Path | None
     nodes: tuple[str, ...]
     exclude: tuple[str, ...]
-    allow_plaintext: bool
     scratch: Path | None
     freeze: bool
     agent: Path | None
-    since: str | None
+    allow_plaintext: bool
     machine: str | None
     disks: tuple[str, ...]
-    bitmap: str | None
+    bitmap_family: str | None
     compression: str | None
     limit: str | None
     fallback: bool
@@ -68,42 +63,49 @@ class Options:
         cls,
         wanted: str,
         *,
-        machines: Sequence[str] | None,
-        image: Sequence[str] | None,
-        image_format: Sequence[str] | None,
+        machines: Iterable[str] | None,
+        image: Iterable[str] | None,
+        image_format: Iterable[str] | None,
+        nbd: str | None,
         qmp: str | None,
-        node: Sequence[str] | None,
+        node: Iterable[str] | None,
+        exclude: Iterable[str] | None,
         scratch: str | None,
-        disk: Sequence[str] | None,
-        exclude: Sequence[str] | None = None,
-        allow_plaintext: bool = False,
+        machine: str | None,
+        disk: Iterable[str] | None,
+        bitmap: str | None,
+        limit: str | None,
         since: str | None = None,
         freeze: bool = False,
         agent: str | None = None,
+        allow_plaintext: bool = False,
         compression: str | None = None,
         no_fallback: bool = False,
         dry_run: bool = False,
-        **others: Any,
     ) -> Options:
-        """From the command line's parameters, of which each command lacks some."""
+        """Take the parameters of a command, of which each command lacks some."""
         return cls(
             wanted=wanted,
             machines=tuple(machines or ()),
             images=tuple(map(Path, image or ())),
             image_formats=tuple(image_format or ()),
-            qmp=None if qmp is None else Path(qmp),
+            nbd=nbd,
+            bitmap=None if nbd is None else bitmap,
+            since=since,
+            qmp=_path(qmp),
             nodes=tuple(node or ()),
             exclude=tuple(exclude or ()),
-            allow_plaintext=allow_plaintext,
-            scratch=None if scratch is None else Path(scratch),
-            agent=None if agent is None else Path(agent),
-            disks=tuple(disk or ()),
-            since=since,
+            scratch=_path(scratch),
             freeze=freeze,
+            agent=_path(agent),
+            allow_plaintext=allow_plaintext,
+            machine=machine,
+            disks=tuple(disk or ()),
+            bitmap_family=bitmap if nbd is None else None,
             compression=compression,
+            limit=limit,
             fallback=not no_fallback,
             dry_run=dry_run,
-            **others,
         )
 
     @property
@@ -113,21 +115,9 @@ class Options:
         return [name for name, value in given.items() if value]
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where one disk is, as the options of `map` say it."""
-
-    image: Path | None
-    image_format: str | None
-    nbd: str | None
-    qmp: Path | None
-    node: str | None
-    scratch: Path | None
-
-
 def make_requests(options: Options, config: Config) -> list[Request]:
     """
-    All machines to back up.
+    Make a request for each machine that the options name; without a name, for each machine of the configuration.
 
     Raises
     ------
@@ -144,58 +134,43 @@ def make_requests(options: Options, config: Config) -> list[Request]:
     return [_from_config(machine, options, config) for machine in _chosen(options.machines, config)]
 
 
-@contextmanager
-def open_disk(place: Place, bitmap: str | None, config: Config, warn: Callable[[str], None]) -> Iterator[Opened]:
+def one_disk(
+    config: Config,
+    *,
+    image: str | None,
+    image_format: str | None,
+    nbd: str | None,
+    qmp: str | None,
+    node: str | None,
+    scratch: str | None,
+    bitmap: str | None,
+) -> Specification:
     """
-    Open one disk to be looked at; of a running machine one instant of it, of which nothing is left.
+    Specify the one disk that the options of `map` name.
 
     Raises
     ------
     UsageError
         Not exactly one source is named.
-    SourceError
-        It cannot be opened, or has no such bitmap.
     """
-    if [place.image, place.nbd, place.qmp].count(None) != 2 or (place.qmp is None) != (place.node is None):
+    if [image, nbd, qmp].count(None) != 2 or (qmp is None) != (node is None):
         raise UsageError("map needs one source", hint="give --image FILE, --nbd URI, or --qmp SOCKET --node NODE")
-    host: AtRest | Running
-    if place.qmp is not None and place.node is not None:
-        host = _running(place.qmp, [place.node], config, scratch=place.scratch or config.scratch)
-        source: Source = host.sources[0]
-    else:
-        resting = NbdSource(place.nbd, bitmap) if place.nbd is not None else _image(place)
-        host, source = AtRest([resting]), resting
-    with host:
-        state = source.inspect()
-        if place.nbd is None and bitmap is not None:
-            _require_shown(state, bitmap, warn)
-        capture = Capture(state, bitmap, None)
-        with host.instant(
-            [capture], 1, point=f"map-{os.urandom(4).hex()}", repository=None, short_id="0" * 8
-        ) as moment:
-            yield moment.disks[0]
-            moment.require_sound()
+    disk = DiskSpecification(_UNNAMED, _path(image), image_format, nbd, bitmap if nbd is not None else None, node=node)
+    return Specification(
+        disks=(disk,),
+        qmp=_path(qmp),
+        scratch=_path(scratch) or config.scratch,
+        scratch_reserve=config.scratch_reserve,
+    )
 
 
 def agent_of(qmp: Path, config: Config) -> Path | None:
-    """The guest agent's socket of the machine with this QMP socket, where the configuration knows it."""
+    """The guest agent's socket of the machine with this QMP socket; None: the configuration does not know it."""
     return next((machine.agent for machine in config.machines if machine.qmp == qmp.absolute()), None)
 
 
-def _image(place: Place) -> ImageSource:
-    assert place.image is not None
-    return ImageSource(place.image, place.image_format)
-
-
-def _require_shown(state: DiskState, bitmap: str, warn: Callable[[str], None]) -> None:
-    found = state.bitmap(bitmap)
-    if found is None:
-        below = bitmap in state.lower_bitmaps
-        where = " (a file below it has; writes to the image itself are not in that)" if below else ""
-        names = ", ".join(shown.name for shown in state.bitmaps) or "none"
-        raise SourceError(f"{state.path} has no dirty bitmap {bitmap!r}{where}", hint=f"it has: {names}")
-    if not found.recording:
-        warn(f"bitmap {bitmap} is disabled: writes since then are not in it")
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)
 
 
 def _check(options: Options) -> None:
@@ -284,44 +259,24 @@ def _chosen(names: Sequence[str], config: Config) -> Sequence[MachineConfig]:
 
 
 def _from_images(options: Options, config: Config) -> Request:
-    family = _family(options, config.bitmap)
-    _require_bitmap(options, family)
+    bitmap_family = _bitmap_family(options, config.bitmap_family)
+    _require_bitmap(options, bitmap_family)
     formats = options.image_formats or (None,)
-    sources = [
-        ImageSource(image, image_format)
-        for image, image_format in zip(options.images, formats * (len(options.images) // len(formats)), strict=True)
-    ]
     stems = [image.stem for image in options.images]
     machine = check_name("machine", options.machine or _derived(stems[0], "machine"))
-    disks = _disk_names(options, stems, "--image")
-    return _request(
-        machine,
-        AtRest(sources),
-        tuple(
-            DiskRequest(name, source, path=filename(source.path)) for name, source in zip(disks, sources, strict=True)
-        ),
-        family,
-        options,
-        config,
-        named_by_path=options.machine is None,
-    )
+    names = _disk_names(options, stems, "--image")
+    pairs = zip(names, options.images, formats * (len(names) // len(formats)), strict=True)
+    disks = tuple(DiskSpecification(name, image, image_format) for name, image, image_format in pairs)
+    return _request(machine, Specification(disks), bitmap_family, options, config)
 
 
 def _from_nbd(uri: str, options: Options, config: Config) -> Request:
-    name = _export_name(uri)
-    machine = check_name("machine", options.machine or _derived(name, "machine"))
-    source = NbdSource(uri, options.bitmap)
+    export = _export_name(uri)
+    machine = check_name("machine", options.machine or _derived(export, "machine"))
     _require_bitmap(options, options.bitmap)
-    [disk] = _disk_names(options, [name or _UNNAMED], "--nbd")
-    return _request(
-        machine,
-        AtRest([source]),
-        (DiskRequest(disk, source, Claim(options.bitmap, options.since)),),
-        None,
-        options,
-        config,
-        named_by_path=options.machine is None,
-    )
+    [name] = _disk_names(options, [export or _UNNAMED], "--nbd")
+    disk = DiskSpecification(name, nbd=uri, bitmap=options.bitmap, since=options.since)
+    return _request(machine, Specification((disk,)), None, options, config)
 
 
 def _disk_names(options: Options, derived: Sequence[str], pairs_with: str) -> list[str]:
@@ -334,76 +289,39 @@ def _disk_names(options: Options, derived: Sequence[str], pairs_with: str) -> li
 
 
 def _from_qmp(socket: Path, options: Options, config: Config) -> Request:
-    names = [Path(node).stem for node in options.nodes]
-    if options.machine is None and len(names) > 1:
+    stems = [Path(node).stem for node in options.nodes]
+    if options.machine is None and len(stems) > 1:
         raise UsageError("several disks and no machine's name", hint="name it: --machine NAME")
-    family = _family(options, config.bitmap)
-    _require_bitmap(options, family)
-    host = _running(
-        socket,
-        options.nodes or None,
-        config,
+    bitmap_family = _bitmap_family(options, config.bitmap_family)
+    _require_bitmap(options, bitmap_family)
+    names = _disk_names(options, stems, "--node")
+    machine = check_name("machine", options.machine or _derived(stems[0], "machine"))
+    specification = Specification(
+        disks=tuple(DiskSpecification(name, node=node) for name, node in zip(names, options.nodes, strict=True)),
+        qmp=socket,
         exclude=options.exclude,
-        complain=options.wanted != AUDIT,
+        warn_of_others=options.wanted != AUDIT,
         scratch=options.scratch or config.scratch,
+        scratch_reserve=config.scratch_reserve,
         freeze=Freeze(options.agent, wanted=options.freeze, rehearsed=options.dry_run),
     )
-    disks = _disk_names(options, names, "--node")
-    return _request(
-        check_name("machine", options.machine or _derived(names[0], "machine")),
-        host,
-        tuple(DiskRequest(name, source) for name, source in zip(disks, host.sources, strict=True)),
-        family,
-        options,
-        config,
-        named_by_path=options.machine is None,
-    )
-
-
-def _running(
-    socket: Path,
-    nodes: Sequence[str] | None,
-    config: Config,
-    *,
-    images: Sequence[Path] = (),
-    exclude: Sequence[str] = (),
-    complain: bool = False,
-    scratch: Path | None,
-    freeze: Freeze = NO_FREEZE,
-) -> Running:
-    from backup.sources.running import Running  # QMP's library costs 0.05 s, which backups of images need not spend
-
-    return Running(
-        socket,
-        nodes,
-        images=images,
-        exclude=exclude,
-        complain=complain,
-        scratch=scratch,
-        reserve=config.scratch_reserve,
-        freeze=freeze,
-    )
+    return _request(machine, specification, bitmap_family, options, config)
 
 
 def _from_config(machine: MachineConfig, options: Options, config: Config) -> Request:
-    family = _family(options, machine.bitmap)
+    bitmap_family = _bitmap_family(options, machine.bitmap_family)
     if any(disk.nbd is None for disk in machine.disks):
-        _require_bitmap(options, family)
-    compression = None if options.compression else machine.compression
-    freeze = NO_FREEZE if options.wanted == AUDIT else _freeze(machine, rehearsed=options.dry_run)
-    host, disks = _configured(machine, options, config, freeze)
-    unusable = machine.on_unusable_bitmap
-    return _request(
-        machine.name,
-        host,
-        disks,
-        family,
-        options,
-        config,
-        names=Names.CONFIGURED,
-        compression=compression,
-        unusable=unusable,
+        _require_bitmap(options, bitmap_family)
+    specification = Specification(
+        disks=tuple(DiskSpecification.of_config(disk, machine) for disk in machine.disks),
+        qmp=machine.qmp,
+        exclude=machine.exclude,
+        warn_of_others=options.wanted != AUDIT,
+        scratch=machine.scratch or config.scratch,
+        scratch_reserve=config.scratch_reserve,
+        freeze=NO_FREEZE if options.wanted == AUDIT else _freeze(machine, rehearsed=options.dry_run),
     )
+    return _request(machine.name, specification, bitmap_family, options, config, machine)
 
 
 def _freeze(machine: MachineConfig, *, rehearsed: bool) -> Freeze:
@@ -411,64 +329,24 @@ def _freeze(machine: MachineConfig, *, rehearsed: bool) -> Freeze:
     return Freeze(machine.agent, wanted=wanted, required=required, rehearsed=rehearsed)
 
 
-def _configured(
-    machine: MachineConfig, options: Options, config: Config, freeze: Freeze
-) -> tuple[Host, tuple[DiskRequest, ...]]:
-    if machine.qmp is None:
-        resting = [_resting(disk) for disk in machine.disks]
-        claims = [Claim(disk.bitmap, None) for disk in machine.disks]
-        named = zip(machine.disks, resting, claims, strict=True)
-        return AtRest(resting), tuple(DiskRequest(disk.name, source, claim) for disk, source, claim in named)
-    running = _running(
-        machine.qmp,
-        [disk.node or "" for disk in machine.disks],
-        config,
-        images=[disk.image for disk in machine.disks if disk.image is not None],
-        exclude=machine.exclude,
-        complain=options.wanted != AUDIT,
-        scratch=machine.scratch or config.scratch,
-        freeze=freeze,
-    )
-    host: Running | OnOrOff = running
-    if machine.on_or_off:
-        from backup.sources.on_or_off import OnOrOff
-
-        images = [ImageSource(disk.image, disk.format) for disk in machine.disks if disk.image is not None]
-        host = OnOrOff(running, images)
-    sources: Sequence[Source] = host.sources
-    return host, tuple(
-        DiskRequest(disk.name, source, allow_plaintext=disk.allow_plaintext or machine.allow_plaintext)
-        for disk, source in zip(machine.disks, sources, strict=True)
-    )
-
-
-def _resting(disk: DiskConfig) -> ImageSource | NbdSource:
-    return ImageSource(disk.image, disk.format) if disk.image is not None else NbdSource(disk.nbd or "", disk.bitmap)
-
-
 def _request(
-    machine: str,
-    host: Host,
-    disks: tuple[DiskRequest, ...],
-    family: str | None,
+    name: str,
+    specification: Specification,
+    bitmap_family: str | None,
     options: Options,
     config: Config,
-    *,
-    named_by_path: bool = False,
-    names: Names = Names.SUGGESTED,
-    compression: Compression | None = None,
-    unusable: OnUnusableBitmap | None = None,
+    machine: MachineConfig | None = None,
 ) -> Request:
-    unusable = unusable or config.on_unusable_bitmap
-    if options.compression is not None:
-        compression = Compression.parse(options.compression)
+    """Request the backup of a machine called `name`, where `machine` is set by the configuration's rules for it."""
+    host, disks = choose(specification)
+    unusable = machine.on_unusable_bitmap if machine is not None else config.on_unusable_bitmap
     return Request(
-        machine=machine,
+        machine=name,
         host=host,
         disks=disks,
         wanted=options.wanted,
-        bitmap_family=family,
-        level=(compression or config.compression).level,
+        bitmap_family=bitmap_family,
+        level=_compression(options, config, machine).level,
         cluster_size=config.cluster_size,
         max_chain=config.max_chain,
         check_zeroes=config.check_zeroes,
@@ -477,8 +355,8 @@ def _request(
         fallback=options.fallback and unusable != "fail",
         begin=options.fallback,
         dry_run=options.dry_run,
-        named_by_path=named_by_path,
-        names=Names.GIVEN if options.disks else names,
+        named_by_path=machine is None and options.machine is None,
+        names=_names(options, machine),
         allow_plaintext=options.allow_plaintext or options.wanted == AUDIT,  # which stores nothing
         copying=Settings(
             config.connections,
@@ -490,13 +368,26 @@ def _request(
     )
 
 
-def _family(options: Options, configured: str | None) -> str | None:
-    family = options.bitmap or configured
-    return check_name("bitmap", family) if family else None
+def _compression(options: Options, config: Config, machine: MachineConfig | None) -> Compression:
+    if options.compression is not None:
+        return Compression.parse(options.compression)
+    return config.compression if machine is None else machine.compression
 
 
-def _require_bitmap(options: Options, bitmap: str | None) -> None:
-    if options.wanted == INCREMENTAL and not bitmap:
+def _names(options: Options, machine: MachineConfig | None) -> Names:
+    if machine is not None:
+        return Names.CONFIGURED
+    return Names.GIVEN if options.disks else Names.SUGGESTED
+
+
+def _bitmap_family(options: Options, configured: str | None) -> str | None:
+    bitmap_family = options.bitmap_family or configured
+    return check_name("bitmap", bitmap_family) if bitmap_family else None
+
+
+def _require_bitmap(options: Options, name: str | None) -> None:
+    """Refuse an incremental without the name of a bitmap or of a family of bitmaps."""
+    if options.wanted == INCREMENTAL and not name:
         raise UsageError(
             "an incremental needs a bitmap's name",
             hint="give --bitmap NAME (any name, b1 for example), or `bitmap:` in the configuration",

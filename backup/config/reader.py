@@ -81,7 +81,7 @@ def _config(section: Section, path: Path) -> Config:
         "scratch_reserve", "group_read", "retention", "machines",
     )  # fmt: skip
     known = Config()
-    bitmap = section.name("bitmap", "bitmap")
+    bitmap_family = section.name("bitmap", "bitmap")
     compression = section.compression(known.compression)
     unusable = section.unusable(known.on_unusable_bitmap)
     spot_check = section.integer("spot_check", 0, 1_000_000)
@@ -90,7 +90,7 @@ def _config(section: Section, path: Path) -> Config:
     config = Config(
         path=path,
         repository=section.repository(),
-        bitmap=bitmap,
+        bitmap_family=bitmap_family,
         compression=compression,
         cluster_size=cluster_size,
         max_chain=section.integer("max_chain", 1, 10_000) or known.max_chain,
@@ -108,7 +108,7 @@ def _config(section: Section, path: Path) -> Config:
         group_read=section.boolean("group_read", otherwise=known.group_read),
         retention=retention,
         machines=tuple(
-            _machine(child, bitmap, compression, unusable, retention)
+            _machine(child, bitmap_family, compression, unusable, retention)
             for child in section.children("machine", "machines")
         ),
     )
@@ -122,7 +122,7 @@ def _config(section: Section, path: Path) -> Config:
 
 def _machine(
     section: Section,
-    bitmap: str | None,
+    bitmap_family: str | None,
     compression: Compression,
     unusable: OnUnusableBitmap,
     retention: Retention | None,
@@ -148,7 +148,7 @@ def _machine(
     return MachineConfig(
         name=section.last,
         disks=disks,
-        bitmap=section.name("bitmap", "bitmap") or bitmap,
+        bitmap_family=section.name("bitmap", "bitmap") or bitmap_family,
         compression=section.compression(compression),
         on_unusable_bitmap=section.unusable(unusable),
         qmp=section.path("qmp"),

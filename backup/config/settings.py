@@ -47,7 +47,7 @@ class Retention:
 @dataclass(frozen=True, slots=True)
 class MachineConfig:
     """
-    A machine and its disks; `bitmap` (a family), `compression`, `on_unusable_bitmap` and `retention` are its own or
+    A machine and its disks; `bitmap_family`, `compression`, `on_unusable_bitmap` and `retention` are its own or
     else the global ones.
 
     `qmp` is the socket of a running machine's QEMU, `agent` that of its guest agent; both paths are absolute.
@@ -56,7 +56,7 @@ class MachineConfig:
 
     name: str
     disks: tuple[DiskConfig, ...]
-    bitmap: str | None
+    bitmap_family: str | None
     compression: Compression
     on_unusable_bitmap: OnUnusableBitmap = "rescan"
     qmp: Path | None = None
@@ -111,7 +111,7 @@ class Config:
 
     path: Path | None = None
     repository: Path | None = None
-    bitmap: str | None = None
+    bitmap_family: str | None = None
     compression: Compression = Compression(1)
     cluster_size: int = 64 * KiB
     max_chain: int = 100

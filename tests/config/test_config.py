@@ -132,8 +132,9 @@ def test_the_example_names_every_key_and_shows_the_defaults():
     config, text = load(EXAMPLE), EXAMPLE.read_text()
     for field in fields(Config):
         if field.name != "path":
-            assert re.search(rf"^(# )?{field.name}:", text, re.MULTILINE), field.name
-        if field.name not in {"path", "repository", "bitmap", "retention", "machines"}:
+            key = "bitmap" if field.name == "bitmap_family" else field.name
+            assert re.search(rf"^(# )?{key}:", text, re.MULTILINE), key
+        if field.name not in {"path", "repository", "bitmap_family", "retention", "machines"}:
             assert getattr(config, field.name) == getattr(default(), field.name), field.name
 
 
@@ -348,7 +349,7 @@ def test_a_machine_s_own_bitmap_and_compression_win(read):
         "bitmap: b1\ncompression: none\nmachines:\n"
         "  a: {disks: {d: {image: x}}}\n  b: {disks: {d: {image: y}}, bitmap: b2, compression: zstd}\n"
     )
-    assert [(m.bitmap, str(m.compression)) for m in config.machines] == [("b1", "none"), ("b2", "zstd:1")]
+    assert [(m.bitmap_family, str(m.compression)) for m in config.machines] == [("b1", "none"), ("b2", "zstd:1")]
 
 
 def test_a_missing_file_is_a_usage_error_that_names_it(tmp_path):

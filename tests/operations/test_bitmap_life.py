@@ -1071,7 +1071,7 @@ class Restless(ImageSource):
 @pytest.fixture
 def restless(monkeypatch) -> type[Restless]:
     monkeypatch.setattr(Restless, "written", 0)
-    monkeypatch.setattr("backup.cli.requests.ImageSource", Restless)
+    monkeypatch.setattr("backup.sources.choose.ImageSource", Restless)
     return Restless
 
 

@@ -32,6 +32,7 @@ from backup.errors import BackupError, BitmapUnusable, Damaged, merged_exit_code
 from backup.units import show_duration, show_size
 
 if TYPE_CHECKING:
+    from backup.cli.requests import Options
     from backup.operations.audit import Audit, DiskAudit
     from backup.operations.request import Request
     from backup.repository.repository import Repository
@@ -59,14 +60,33 @@ def audit(
     Nothing is stored.  Exit code 12: data differs although the bitmap reports it as unchanged, so that the bitmap or
     the point is wrong.  Exit code 14: data differs, and no usable bitmap tells whether it changed since the point.
     """
-    _audit(**locals())
+    from backup.cli.requests import Options
+
+    _audit(
+        Options.of(
+            "audit",
+            machines=machines,
+            image=image,
+            image_format=image_format,
+            nbd=nbd,
+            qmp=qmp,
+            node=node,
+            exclude=exclude,
+            scratch=scratch,
+            machine=machine,
+            disk=disk,
+            bitmap=bitmap,
+            limit=limit,
+            since=since,
+        ),
+        repo,
+    )
 
 
-def _audit(*, repo: str | None, **parameters: Any) -> None:
+def _audit(given: Options, repo: str | None) -> None:
     from backup.cli import requests
 
     config = find.config()
-    given = requests.Options.of("audit", **parameters)
     find.require_format(*given.image_formats)
     made = requests.make_requests(given, config)
     repository = find.repository(folder_of(repo))

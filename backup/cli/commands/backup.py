@@ -40,6 +40,7 @@ from backup.errors import BackupError, Failed
 from backup.units import show_duration, show_size
 
 if TYPE_CHECKING:
+    from backup.cli.requests import Options
     from backup.config.settings import Config
     from backup.operations.backup import DiskReport, Report
     from backup.operations.request import Request
@@ -72,7 +73,31 @@ def full(
     Without MACHINE and without a source (--image, --nbd or --qmp), every machine of the configuration is backed up; one
     that fails does not stop the others.  Exit code 3: the points exist, and there were warnings.
     """
-    _back_up("full", **locals())
+    from backup.cli.requests import Options
+
+    _back_up(
+        Options.of(
+            "full",
+            machines=machines,
+            image=image,
+            image_format=image_format,
+            nbd=nbd,
+            qmp=qmp,
+            node=node,
+            exclude=exclude,
+            scratch=scratch,
+            machine=machine,
+            disk=disk,
+            bitmap=bitmap,
+            limit=limit,
+            freeze=freeze,
+            agent=agent,
+            allow_plaintext=allow_plaintext,
+            compression=compression,
+            dry_run=dry_run,
+        ),
+        repo,
+    )
 
 
 def incremental(
@@ -106,7 +131,33 @@ def incremental(
     Without MACHINE and without a source (--image, --nbd or --qmp), every machine of the configuration is backed up; one
     that fails does not stop the others.
     """
-    _back_up("incremental", **locals())
+    from backup.cli.requests import Options
+
+    _back_up(
+        Options.of(
+            "incremental",
+            machines=machines,
+            image=image,
+            image_format=image_format,
+            nbd=nbd,
+            qmp=qmp,
+            node=node,
+            exclude=exclude,
+            scratch=scratch,
+            machine=machine,
+            disk=disk,
+            bitmap=bitmap,
+            limit=limit,
+            freeze=freeze,
+            agent=agent,
+            allow_plaintext=allow_plaintext,
+            compression=compression,
+            dry_run=dry_run,
+            since=since,
+            no_fallback=no_fallback,
+        ),
+        repo,
+    )
 
 
 def rescan(
@@ -137,15 +188,38 @@ def rescan(
     Without MACHINE and without a source (--image, --nbd or --qmp), every machine of the configuration is backed up; one
     that fails does not stop the others.
     """
-    _back_up("rescan", **locals())
+    from backup.cli.requests import Options
+
+    _back_up(
+        Options.of(
+            "rescan",
+            machines=machines,
+            image=image,
+            image_format=image_format,
+            nbd=nbd,
+            qmp=qmp,
+            node=node,
+            exclude=exclude,
+            scratch=scratch,
+            machine=machine,
+            disk=disk,
+            bitmap=bitmap,
+            limit=limit,
+            freeze=freeze,
+            agent=agent,
+            allow_plaintext=allow_plaintext,
+            compression=compression,
+            dry_run=dry_run,
+        ),
+        repo,
+    )
 
 
-def _back_up(wanted: str, *, repo: str | None, **parameters: Any) -> None:
+def _back_up(given: Options, repo: str | None) -> None:
     from backup.cli import requests, settings
     from backup.repository.repository import Repository
 
     config = find.config()
-    given = requests.Options.of(wanted, **parameters)
     find.require_format(*given.image_formats)
     path = settings.repository_path(folder_of(repo), config)
     modes = settings.modes(config)

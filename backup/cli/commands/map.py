@@ -10,7 +10,6 @@ import typer
 
 from backup.cli import find, output
 from backup.cli.context import options
-from backup.cli.find import path_of
 from backup.cli.output import SPOOL, line, out, plain
 from backup.cli.parameters import (
     Image,
@@ -46,11 +45,23 @@ def map_(
     All numbers are bytes.  Nothing is backed up.
     """
     from backup.cli import requests
+    from backup.operations.map import open_disk
     from backup.planning import extent_map
+    from backup.sources.choose import choose
 
     find.require_format(image_format)
-    place = requests.Place(path_of(image), image_format, nbd, path_of(qmp), node, path_of(scratch))
-    with requests.open_disk(place, bitmap, find.config_or_default(), output.warning) as opened:
+    specification = requests.one_disk(
+        find.config_or_default(),
+        image=image,
+        image_format=image_format,
+        nbd=nbd,
+        qmp=qmp,
+        node=node,
+        scratch=scratch,
+        bitmap=bitmap,
+    )
+    host, [disk] = choose(specification)
+    with open_disk(host, disk, bitmap, output.warning) as opened:
         if totals:
             sums = extent_map.map_totals(opened.disk, opened.bitmap)
             output.document(asdict(sums)) if options.json else map_sums(sums)

@@ -1,0 +1,43 @@
+"""Open one disk of a source to show its extents; nothing is stored, and nothing of the instant stays."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from backup.errors import SourceError
+from backup.model.disk import DiskState
+from backup.sources.base import Capture, DiskRequest, Host, Opened
+
+
+@contextmanager
+def open_disk(host: Host, disk: DiskRequest, bitmap: str | None, warn: Callable[[str], None]) -> Iterator[Opened]:
+    """
+    Open one instant of a host's only disk, with the bitmap of this exact name if any.
+
+    Raises
+    ------
+    SourceError
+        The disk cannot be opened, or has no such bitmap.
+    """
+    with host:
+        state = disk.source.inspect()
+        if state.owns_bitmaps and bitmap is not None:  # a server's open disk names the bitmaps that it offers
+            _require_bitmap(state, bitmap, warn)
+        captures = [Capture(state, bitmap, None)]
+        point = f"map-{os.urandom(4).hex()}"
+        with host.instant(captures, 1, point=point, repository=None, short_id="0" * 8) as moment:
+            yield moment.disks[0]
+            moment.require_sound()
+
+
+def _require_bitmap(state: DiskState, name: str, warn: Callable[[str], None]) -> None:
+    bitmap = state.bitmap(name)
+    if bitmap is None:
+        below = name in state.lower_bitmaps
+        where = " (a file below it has; writes to the image itself are not in that)" if below else ""
+        names = ", ".join(shown.name for shown in state.bitmaps) or "none"
+        raise SourceError(f"{state.path} has no dirty bitmap {name!r}{where}", hint=f"it has: {names}")
+    if not bitmap.recording:
+        warn(f"bitmap {name} is disabled: writes since then are not in it")
