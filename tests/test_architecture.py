@@ -35,6 +35,7 @@ LAYERS = {
     "engine": "threads that move bytes",
     "guest": "files inside a disk",
     "operations": "one module for each thing that can be asked for",
+    "night": "all machines of a night, and what follows each backup",
     "cli": "the command line",
     "__main__": "python -m backup",
 }

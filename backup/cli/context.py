@@ -4,16 +4,14 @@ The options that every command has, and how an error is shown.
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from backup.cli import hints, output
-from backup.errors import BackupError, Damaged, Failed, Interrupted, UsageError, merged_exit_code
-from backup.runtime import shortage
+from backup.errors import BackupError, Interrupted, UsageError, merged_exit_code
+from backup.runtime.failures import as_backup_error
 
 if TYPE_CHECKING:
     from backup.config.settings import Config
@@ -90,9 +88,7 @@ class Warned(Protocol):
 
 def explained(error: Exception) -> BackupError:
     """What ends a command or a machine's backup, as an error of two lines, whose hint has the user's options."""
-    found = _as_backup_error(error)
-    if found is not error:
-        found.__cause__ = error
+    found = as_backup_error(error)
     found.hint = completed(found.hint)
     return found
 
@@ -100,30 +96,6 @@ def explained(error: Exception) -> BackupError:
 def completed(hint: str) -> str:
     """A hint, or another text with commands to run, with the options that the user gave."""
     return hints.complete(hint, options.repo, None if options.config is None else str(options.config))
-
-
-def _as_backup_error(error: Exception) -> BackupError:
-    if isinstance(error, BackupError):
-        hint = shortage.hint_for(error.message)
-        if hint is None:
-            return error
-        if isinstance(error, Damaged):  # nobody knows: it could not be looked at
-            return Failed(error.message, hint=hint)
-        error.hint = hint
-        return error
-    if isinstance(error, MemoryError):
-        return Failed("there is not enough memory", hint=shortage.NO_MEMORY)
-    if isinstance(error, OSError) and error.strerror:
-        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
-        hint = shortage.NO_PROCESS if error.errno == errno.EAGAIN else shortage.hint_for(error.strerror)
-        otherwise = (
-            "the system refuses; see what is there, and whether the current folder still exists. "
-            "Run again with --debug to see where"
-        )
-        return Failed(f"{where}{error.strerror}", hint=hint or otherwise)
-    if isinstance(error, RuntimeError) and "start new thread" in str(error):
-        return Failed("the system gives no more threads", hint=shortage.NO_PROCESS)
-    return Failed(f"a bug in pybackup: {type(error).__name__}: {error}", hint="run again with --debug, and report it")
 
 
 def fail(error: BackupError | Interrupted) -> int:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from backup.cli.streams import mute
 from backup.errors import BackupError, Damaged, Interrupted, UsageError
 from backup.model.names import without_password
+from backup.runtime.progress import Progress, Quiet
 from backup.units import show_rate, show_size
 
 if TYPE_CHECKING:
@@ -121,16 +122,6 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence
         line("  ".join(aligned).rstrip())
 
 
-class Quiet:
-    """Progress that nobody watches (a `progress.Progress`)."""
-
-    def begin(self, disk: str, total: int) -> None:
-        """Nothing."""
-
-    def advance(self, done: int) -> None:
-        """Nothing."""
-
-
 class OnBar:
     """Progress on a terminal's bar (a `progress.Progress`)."""
 
@@ -155,7 +146,7 @@ class OnBar:
 
 
 @contextmanager
-def progress(*, wanted: bool) -> Iterator[Quiet | OnBar]:
+def progress(*, wanted: bool) -> Iterator[Progress]:
     """A bar with bytes, rate and time left where standard error is a terminal; nothing elsewhere."""
     if not wanted or not sys.stderr.isatty():
         yield Quiet()

@@ -13,3 +13,13 @@ class Progress(Protocol):
 
     def advance(self, done: int) -> None:
         """Report that `done` bytes of the disk are finished."""
+
+
+class Quiet:
+    """Progress that nothing displays."""
+
+    def begin(self, disk: str, total: int) -> None:
+        """Ignore the disk."""
+
+    def advance(self, done: int) -> None:
+        """Ignore the bytes."""

@@ -108,14 +108,16 @@ def _audit(given: Options, repo: str | None) -> None:
 
 
 def _audit_one(repository: Repository, request: Request) -> Audit | BackupError:
-    """Audit one machine.  Whatever happens to it must not keep the others from their audits."""
+    """Audit one machine."""
+    from backup.night.night import attempt
     from backup.operations.audit import audit as take
 
-    try:
+    def work() -> Audit:
         with output.progress(wanted=not options.quiet) as progress:
             return take(repository, request, progress)
-    except Exception as error:  # noqa: BLE001 - shown, and in the exit code
-        return explained(error)
+
+    outcome = attempt(work)
+    return explained(outcome) if isinstance(outcome, BackupError) else outcome
 
 
 def _show_audit(request: Request, outcome: Audit | BackupError, *, several: bool) -> None:

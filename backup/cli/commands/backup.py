@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from backup.cli import find, output
 from backup.cli.commands import prune
-from backup.cli.context import common_code, explained, options, show_error
+from backup.cli.context import explained, options, show_error
 from backup.cli.find import folder_of
 from backup.cli.output import error_object, plain
 from backup.cli.parameters import (
@@ -41,10 +41,8 @@ from backup.units import show_duration, show_size
 
 if TYPE_CHECKING:
     from backup.cli.requests import Options
-    from backup.config.settings import Config
+    from backup.night.night import Outcome
     from backup.operations.backup import DiskReport, Report
-    from backup.operations.request import Request
-    from backup.repository.repository import Repository
 
 
 def full(
@@ -217,16 +215,13 @@ def rescan(
 
 def _back_up(given: Options, repo: str | None) -> None:
     from backup.cli import requests, settings
+    from backup.night import night
     from backup.repository.repository import Repository
 
     config = find.config()
     find.require_format(*given.image_formats)
     path = settings.repository_path(folder_of(repo), config)
-    modes = settings.modes(config)
-
-    def open_repository() -> Repository:
-        return Repository.open(path, modes)
-
+    open_repository = partial(Repository.open, path, settings.modes(config))
     missing: BackupError | None = None
     try:
         repository = open_repository()
@@ -234,83 +229,75 @@ def _back_up(given: Options, repo: str | None) -> None:
             repository.tidy()
     except BackupError as error:
         missing = error
-    made = requests.make_requests(given, config)
-    if missing is not None:  # said after what is wrong with the command, and once for all machines
+    wanted = requests.make_requests(given, config)
+    if missing is not None:  # reported after what is wrong with the command, and once for all machines
         raise missing
-    outcomes = []
-    unshown: Exception | None = None
-    for request in made:
-        outcome = _back_up_one(open_repository, request)
-        if not isinstance(outcome, BackupError) and not given.dry_run:
-            outcome = _prune_after(outcome, path, config)
-        outcomes.append((request, outcome))
+    watch = partial(output.progress, wanted=not options.quiet)
+    machines = night.Night(open_repository, config, settings.workers(config), watch)
+    outcomes = list(_shown(machines.run(wanted), several=len(wanted) > 1, dry_run=given.dry_run))
+    if options.json:
+        output.document([outcome_object(outcome) for outcome in outcomes])
+    raise typer.Exit(night.exit_code(outcomes))
+
+
+def _shown(outcomes: Iterable[Outcome], *, several: bool, dry_run: bool) -> Iterator[Outcome]:
+    """
+    Show each outcome as soon as the machine is done.
+
+    Raises
+    ------
+    Failed
+        An outcome could not be shown; raised after the last machine, since all machines are backed up all the same.
+    """
+    unshown: Failed | None = None
+    for outcome in outcomes:
         try:
-            _show_outcome(request, outcome, several=len(made) > 1)
+            _show(outcome, several=several, dry_run=dry_run)
         except Failed as error:
-            unshown = error  # the other machines are backed up all the same
+            unshown = error
+        yield outcome
     if unshown is not None:
         raise unshown
-    if options.json:
-        output.document(
-            [
-                failure_object(request.machine, outcome) if isinstance(outcome, BackupError) else report_object(outcome)
-                for request, outcome in outcomes
-            ]
-        )
-    raise typer.Exit(common_code([outcome for _, outcome in outcomes]))
 
 
-def _back_up_one(open_repository: Callable[[], Repository], request: Request) -> Report | BackupError:
-    """Back up one machine.  Whatever happens to it, a bug included, must not keep the others from their backups."""
-    from backup.operations.backup import create
-
-    try:
-        with output.progress(wanted=not options.quiet) as progress:
-            return create(open_repository, request, progress)
-    except Exception as error:  # noqa: BLE001 - shown, and in the exit code
-        return explained(error)
-
-
-def _prune_after(report: Report, repository: Path, config: Config) -> Report:
-    """Prune a machine that was just backed up, where the configuration wants it; what fails is the backup's warning."""
-    from dataclasses import replace
-
-    wanted = config.retention_of(report.machine)
-    if wanted is None or not wanted.after_backup:
-        return report
-    try:
-        pruned = prune.prune_one(repository, report.machine, wanted, config, output.Quiet())
-    except Exception as error:  # noqa: BLE001 - the point is made, and whatever keeps it from being thinned is shown
-        return replace(report, warnings=(*report.warnings, f"not pruned: {explained(error).message}"))
-    report = replace(report, warnings=(*report.warnings, *pruned.warnings))
-    if not pruned.removed:
-        return report
-    return replace(report, notes=(*report.notes, prune.prune_line(pruned, dry_run=False)))
-
-
-def _show_outcome(request: Request, outcome: Report | BackupError, *, several: bool) -> None:
-    if isinstance(outcome, BackupError):
-        show_error(outcome, of=request.machine if several else None)
+def _show(outcome: Outcome, *, several: bool, dry_run: bool) -> None:
+    report = outcome.report
+    if isinstance(report, BackupError):
+        show_error(explained(report), of=outcome.machine if several else None)
         return
     for warning in outcome.warnings:
-        output.warning(f"{outcome.machine}: {warning}")
+        output.warning(f"{report.machine}: {warning}")
     if options.quiet:
         return
     if not options.json:
-        for text in report_lines(outcome, dry_run=request.dry_run):
+        for text in report_lines(report, dry_run=dry_run):
             output.line(text)
-    for note in outcome.notes:
+    for note in _notes(outcome, report):
         output.note(note, to_stderr=options.json)
     output.flush()
 
 
-def report_object(report: Report) -> dict[str, Any]:
+def _notes(outcome: Outcome, report: Report) -> Iterator[str]:
+    yield from report.notes
+    if outcome.pruned is not None and not isinstance(outcome.pruned, BackupError) and outcome.pruned.removed:
+        yield prune.prune_line(outcome.pruned, dry_run=False)
+
+
+def outcome_object(outcome: Outcome) -> dict[str, Any]:
+    """What came of a machine, as scripts see it."""
+    report = outcome.report
+    if isinstance(report, BackupError):
+        return failure_object(outcome.machine, report)
+    return report_object(report, outcome.warnings)
+
+
+def report_object(report: Report, warnings: Sequence[str]) -> dict[str, Any]:
     """A machine's backup as scripts see it."""
     return {
         "machine": report.machine,
         "point": report.point,
         "manifest": None if report.manifest is None else str(report.manifest),
-        "warnings": list(report.warnings),
+        "warnings": list(warnings),
         "error": None,
         "disks": [asdict(disk) for disk in report.disks],
     }
