@@ -113,16 +113,14 @@ def test_a_warning_gives_3_and_a_failure_counts_before_it(config, tmp_path):
 
 
 def test_a_bug_in_one_machines_backup_does_not_keep_the_others_from_theirs(config, monkeypatch):
-    from backup.operations import backup as create
-
-    real = create.create
+    from backup.operations.backup import create as real
 
     def buggy(open_repository, request, progress):
         if request.machine == "a":
             raise ZeroDivisionError("division by zero")
         return real(open_repository, request, progress)
 
-    monkeypatch.setattr(create, "create", buggy)
+    monkeypatch.setattr("backup.night.night.create", buggy)
     for options in ([], ["--debug"]):
         done = call_pybackup(["--config", config, *options, "full", "--json"])
         assert done.rc == 1
