@@ -16,7 +16,7 @@ from typing import Protocol
 from backup.errors import SourceError
 from backup.model import disk
 from backup.qemu import images
-from backup.qmp.blocks import OURS, Blocks
+from backup.qmp.blocks import OURS, BlockGraph
 from backup.qmp.monitor import Monitor
 
 
@@ -123,7 +123,7 @@ class GoneOwner:
         """Pass: nobody can tell whether a run of a repository that is gone is under way."""
 
 
-def places_of(monitor: Monitor, blocks: Blocks) -> list[Place]:
+def places_of(monitor: Monitor, blocks: BlockGraph) -> list[Place]:
     """Nodes with bitmaps, but those that a backup made for itself, which go with it."""
     return [
         NodePlace(monitor, node.name, tuple(bitmap.name for bitmap in node.bitmaps))

@@ -1,11 +1,11 @@
 """
-QEMU's guest agent: ask a guest to write out its file systems and hold them still (fsfreeze), and let them go on.
+QEMU's guest agent: freezing and thawing the file systems of a guest (fsfreeze).
 
-The agent answers JSON lines on a unix socket, in the order of the questions.  Nothing in an answer says which question
-it is for, and the socket may still hold what an earlier client, or a question that took too long, was answered; so each
-question begins with a guest-sync-delimited, and all that comes before its answer is dropped.
+The agent answers with JSON lines on a Unix socket, in the order of the requests.  No answer tells which request it
+belongs to, and the socket may still contain the answer to an earlier client or to a request that timed out.  So each
+request is preceded by a guest-sync-delimited, and everything before the answer to that is dropped.
 
-What comes from the agent is the guest's word: its length is bounded and each question has a deadline.
+The agent's answers come from the guest and are not trusted: their length is limited, and each request has a deadline.
 """
 
 from __future__ import annotations
@@ -23,31 +23,33 @@ from backup.errors import Failed
 from backup.qemu import sockets
 
 _DELIMITER = b"\xff"
-"""Never part of JSON in UTF-8: resets the agent's parser, and stands before its answer to a sync."""
+"""
+A byte that JSON in UTF-8 never contains.  It resets the agent's parser, and precedes the agent's answer to a sync.
+"""
 _MAX_LINE = 64 << 10
-"""Bytes of one answer; those asked for here have about thirty."""
+"""Bytes of the longest answer; the answers to our requests have about thirty."""
 _MAX_SHOWN = 300
-"""Characters of the agent's own words in an error."""
+"""Characters of the agent's text that a message shows."""
 _STATUS, _FREEZE, _THAW = (f"guest-fsfreeze-{word}" for word in ("status", "freeze", "thaw"))
 _STATES = {"frozen": True, "thawed": False}
 _NO_AGENT = (
-    "see that qemu-guest-agent runs in the guest and that no other program (libvirt) is connected to its socket: "
-    "one at a time is served"
+    "check that qemu-guest-agent runs in the guest, and that no other program (libvirt) is connected to its socket, "
+    "which serves one client at a time"
 )
-_ASK_AGAIN = "run the command again; if it stays so, restart qemu-guest-agent in the guest"
+_ASK_AGAIN = "run the command again; if the error persists, restart qemu-guest-agent in the guest"
 _FROZEN_MAYBE = "the guest may be frozen; the next run thaws it, and so does: systemctl restart qemu-guest-agent"
 
 
 class AgentError(Failed):
-    """The guest agent cannot be reached, does not answer in time, refuses, or makes no sense."""
+    """The guest agent cannot be reached, does not answer in time, refuses a request, or gives an invalid answer."""
 
 
 class Agent:
     """
-    A connection to a guest agent, made when entered, that waits at most `timeout` seconds for each answer.
+    A connection to a guest agent; a context manager.  Each request waits at most `timeout` seconds for its answer.
 
-    After an AgentError of `freeze` that is no refusal the guest may be frozen or become so: `thaw` can still be asked,
-    here or by a new connection.
+    After an AgentError of `freeze`, unless the agent refused, the guest may be frozen or may still become frozen.
+    `thaw` works then, through this connection or a new one.
     """
 
     def __init__(self, path: Path, timeout: float = 10.0) -> None:
@@ -71,26 +73,26 @@ class Agent:
         self.close()
 
     def close(self) -> None:
-        """End the connection: the agent's socket serves one at a time."""
+        """End the connection.  The socket of the agent serves one client at a time."""
         self._socket.close()
 
     def frozen(self) -> bool:
-        """Whether the guest's file systems are frozen, by whomever."""
+        """Tell whether any program has frozen the guest's file systems."""
         return self._one_of(_STATES, self._ask(_STATUS), _STATUS)
 
     def freeze(self) -> int:
-        """Freeze all file systems of the guest; how many."""
+        """Freeze all file systems of the guest; return how many."""
         return self._count(self._ask(_FREEZE), _FREEZE)
 
     def thaw(self) -> int:
-        """Thaw all file systems of the guest; how many, 0 when none was frozen."""
+        """Thaw all file systems of the guest; return how many, 0 if none was frozen."""
         try:
             return self._count(self._ask(_THAW), _THAW)
         except AgentError as error:
             error.hint = _FROZEN_MAYBE
             raise
 
-    # One question, one answer
+    # Requests and answers
 
     def _ask(self, command: str) -> object:
         deadline = self._deadline()
@@ -104,21 +106,21 @@ class Agent:
         raise self._senseless(command, answer)
 
     def _sync(self, deadline: float) -> None:
-        """Send a number and drop all that comes until it comes back."""
-        wanted = random.getrandbits(48)
+        """Send a random number and drop everything that arrives before the number comes back."""
+        number = random.getrandbits(48)
         question = "guest-sync-delimited"
-        self._send({"execute": question, "arguments": {"id": wanted}}, deadline, before=_DELIMITER)
+        self._send({"execute": question, "arguments": {"id": number}}, deadline, before=_DELIMITER)
         while True:
             _, delimiter, answer = self._line(question, deadline).rpartition(_DELIMITER)
-            if delimiter and self._parsed(answer, question) == {"return": wanted}:
+            if delimiter and self._parsed(answer, question) == {"return": number}:
                 return
 
     def _parsed(self, line: bytes, question: str) -> object:
         try:
-            found: object = json.loads(line)
+            value: object = json.loads(line)
         except (ValueError, RecursionError):
             raise self._senseless(question, line.decode(errors="replace")) from None
-        return found
+        return value
 
     def _count(self, value: object, question: str) -> int:
         if type(value) is not int or value < 0:
@@ -130,7 +132,7 @@ class Agent:
             raise self._senseless(question, value)
         return states[value]
 
-    # Bytes
+    # Bytes and deadlines
 
     def _deadline(self) -> float:
         return time.monotonic() + self._timeout
@@ -139,12 +141,12 @@ class Agent:
         self._socket.settimeout(self._timeout)
         try:
             sockets.connect_unix(self._socket, self._path)
-        except BlockingIOError:  # the queue of a unix socket is full: others are waiting already
+        except BlockingIOError:  # the queue of a Unix socket is full: other clients are waiting already
             raise AgentError(f"the guest agent's socket {self._path} is busy", hint=_NO_AGENT) from None
         except OSError as error:
             raise AgentError(
                 f"cannot connect to the guest agent's socket {self._path}: {error.strerror or error}",
-                hint="give the socket of the agent's -chardev, and see that its QEMU runs",
+                hint="name the socket of the agent's -chardev, and check that its QEMU runs",
             ) from error
 
     def _send(self, question: Mapping[str, Any], deadline: float, *, before: bytes = b"") -> None:
@@ -158,7 +160,7 @@ class Agent:
             raise self._lost(command, error.strerror or str(error)) from error
 
     def _line(self, question: str, deadline: float) -> bytes:
-        """The next line of the agent, without its end."""
+        """Return the next line from the agent, without the line end."""
         searched = 0
         while (end := self._received.find(b"\n", searched)) < 0:
             if len(self._received) > _MAX_LINE:
@@ -172,18 +174,18 @@ class Agent:
     def _more(self, question: str, deadline: float) -> bytes:
         try:
             self._socket.settimeout(self._left(deadline))
-            found = self._socket.recv(4096)
+            chunk = self._socket.recv(4096)
         except TimeoutError:
             raise self._late(question) from None
         except OSError as error:
             raise self._lost(question, error.strerror or str(error)) from error
-        if not found:
+        if not chunk:
             raise self._lost(question, "end of stream")
-        return found
+        return chunk
 
     @staticmethod
     def _left(deadline: float) -> float:
-        """Seconds until then, more than none: a timeout of zero would mean not to wait at all."""
+        """Return the seconds until the deadline, never 0, since a timeout of 0 would make the socket non-blocking."""
         left = deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError
@@ -204,14 +206,14 @@ class Agent:
         )
 
     def _refusal(self, question: str, error: Mapping[str, object]) -> AgentError:
-        said = f"{error.get('class')}: {error.get('desc')}"
+        text = f"{error.get('class')}: {error.get('desc')}"
         return AgentError(
-            f"the guest agent at {self._path} refused {question}: {said[:_MAX_SHOWN]}",
+            f"the guest agent at {self._path} refused {question}: {text[:_MAX_SHOWN]}",
             hint="see the agent's settings in the guest (block-rpcs) and its log",
         )
 
     def _senseless(self, question: str, answer: object) -> AgentError:
         return AgentError(
             f"the guest agent at {self._path} answered {question} with {str(answer)[:_MAX_SHOWN]!r}",
-            hint=f"see that this is the socket of a guest agent; {_ASK_AGAIN}",
+            hint=f"check that this is the socket of a guest agent; {_ASK_AGAIN}",
         )

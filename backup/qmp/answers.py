@@ -1,8 +1,8 @@
 """
-The form of QEMU's answers: types, ranges and lengths of all values that this program uses, checked on arrival.
+The form of QEMU's answers: types, ranges and lengths of all values that pybackup uses, checked on arrival.
 
-The peer on a QMP socket may be another program, or a QEMU that behaves unexpectedly.  Code that uses an answer relies
-on these checks.  The forms follow QEMU's QAPI schema; keys that are not named here are ignored.
+The peer on a QMP socket may be another program, or a QEMU that behaves in an unexpected way.  Code that uses an answer
+relies on these checks.  The forms follow QEMU's QAPI schema; keys that are not listed here are ignored.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from collections.abc import Callable, Mapping
 from backup.errors import SourceError
 
 Shape = Callable[[object, str], None]
-"""Checks a value; the text says where the value stands, for the error."""
+"""A check of a value.  The text tells where in the answer the value is, for the error message."""
 
 NOT_QEMU = "does the socket belong to a QEMU (-qmp unix:PATH,server=on,wait=off), and not to another program?"
-"""What to do about a peer that does not talk as QEMU does."""
+"""The hint about a peer whose answers are not QEMU's."""
 
 _MOST_BYTES = 1 << 62
-"""A disk's size that this program can handle (as in a manifest)."""
+"""The largest size of a disk, as in a manifest."""
 _MOST_ENTRIES = 20_000
-"""Of a list: QEMU shows a handful of entries for each disk."""
+"""The most entries of a list; QEMU's lists have a handful of entries for each disk."""
 
 
 class _Odd(Exception):
-    """A value has another form."""
+    """A value does not have the expected form."""
 
 
 def _text(most: int) -> Shape:
@@ -33,7 +33,7 @@ def _text(most: int) -> Shape:
             raise _Odd(f"{where} is no text")
         if len(value) > most:
             raise _Odd(f"{where} has {len(value)} characters")
-        # The system takes neither as a part of a name.
+        # The operating system accepts neither in a name.
         if "\0" in value or any("\ud800" <= char <= "\udfff" for char in value):
             raise _Odd(f"{where} has a character that no name can have")
 
@@ -123,19 +123,19 @@ _ANSWERS: Mapping[str, Shape] = {
     "query-status": _object({"status": _NAME}),
     "x-debug-query-block-graph": _object({"nodes": _each(_GRAPH_NODE), "edges": _each(_GRAPH_EDGE)}),
 }
-"""The answers that this program uses, by command."""
+"""The forms of the answers that pybackup uses, by command."""
 
 _GREETING = _object({"qemu": _object(dict.fromkeys(("major", "minor", "micro"), _number(0, 1 << 31)))})
 
 
 def require_form(command: str, answer: object) -> None:
     """
-    Check the answer to a command.
+    Check the form of the answer to a command.
 
     Raises
     ------
     SourceError
-        The answer lacks something, or a value in it has another form than QEMU's schema says.
+        The answer does not have the form that QEMU's schema requires.
     """
     shape = _ANSWERS.get(command)
     if shape is not None:
@@ -144,12 +144,12 @@ def require_form(command: str, answer: object) -> None:
 
 def require_version(version: object) -> None:
     """
-    Check the version that a greeting holds.
+    Check the form of the version in a greeting.
 
     Raises
     ------
     SourceError
-        It is none of QEMU's.
+        The version does not have the form that QEMU's schema requires.
     """
     _require(_GREETING, version, "the greeting's version")
 

@@ -1,13 +1,13 @@
 """
-The block graph of a running QEMU: which node a guest writes to, what lies below it, which bitmaps it has.
+The block graph of a running QEMU: which node a guest writes to, what is below that node, and which bitmaps it has.
 
     device (block backend) -> filters (throttle, copy-on-read ...) -> format (qcow2, raw) -> protocol (file, nbd ...)
                                                                         |
                                                                         +- backing -> format -> protocol
 
-Backups are of the topmost node that is no filter: a bitmap on a filter sees what the filter does, and QEMU refuses a
-backup job there.  Pure functions over QEMU's answers to query-named-block-nodes, query-block, query-block-exports and
-x-debug-query-block-graph, which alone tells the edges and who may write.
+A backup reads the topmost node that is not a filter.  A bitmap on a filter would record what the filter does, and QEMU
+refuses a backup job on a filter.  This module contains pure functions of QEMU's answers to query-named-block-nodes,
+query-block, query-block-exports and x-debug-query-block-graph.  Only the last one contains the edges and permissions.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ _FILTERS = {
     "backup-top", "blkdebug", "blklogwrites", "blkreplay", "blkverify", "commit_top", "compress", "copy-before-write",
     "copy-on-read", "filter-cor", "mirror_top", "preallocate", "throttle",
 }  # fmt: skip
-"""Drivers that pass a guest's writes on (those with `is_filter` in QEMU's block/)."""
+"""Drivers of filters, which pass the writes of a guest on (those with `is_filter` in QEMU's block/)."""
 _DOWN = ("file", "backing")
-"""Names of the edges to the node that a guest's data comes from."""
+"""Names of the edges to the node from which a guest's data comes."""
 OURS = "pybackup-"
-"""What names of our nodes begin with, whichever repository's.  No guest writes to an overlay of ours on its disk."""
+"""Prefix of the names of our nodes, for all repositories.  No guest writes to an overlay of ours."""
 _WRITE = "write"
-"""The permission to change what a node holds."""
+"""The permission to change the content of a node."""
 _FLASH = re.compile(r"/machine/[^/]+\.flash[0-9]+")
-"""The QOM path of a board's flash memory."""
+"""QOM path of a board's flash memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class NodeBitmap:
-    """A dirty bitmap as QEMU shows it (BlockDirtyInfo).  `granularity` and `dirty` in bytes."""
+    """A dirty bitmap of a node (BlockDirtyInfo).  `granularity` and `dirty` in bytes."""
 
     name: str
     granularity: int
@@ -52,9 +52,9 @@ class NodeBitmap:
 @dataclass(frozen=True, slots=True)
 class Node:
     """
-    A node: its name and driver, size (bytes), file name as QEMU writes it, bitmaps.
+    A node of the graph; `size` in bytes, `file` is the name as QEMU writes it.
 
-    `details` are the format's own facts (ImageInfo's format-specific data).
+    `details` are the facts that are specific to the format (ImageInfo's format-specific data).
     """
 
     name: str
@@ -64,22 +64,22 @@ class Node:
     bitmaps: tuple[NodeBitmap, ...]
     details: Mapping[str, Any]
     stored: int
-    """Bytes that its file takes."""
+    """Bytes that the file occupies."""
     read_only: bool = False
 
     @property
     def encrypted(self) -> bool:
-        """Does QEMU decrypt what the node's file holds?"""
+        """Whether QEMU decrypts the content of the node's file."""
         return self.driver == "luks" or "encrypt" in self.details
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
     """
-    A guest's device: its names, and the node that is attached to it; `io_status` is QEMU's.
+    A device of the guest, with its names and the node that is attached to it; `io_status` is QEMU's.
 
-    `path` is its QOM path, empty for a drive without a device.  `writes` says whether the guest can change the disk,
-    `shares` whether the device lets others write to the disk.
+    `path` is the QOM path, empty for a drive without a device.  `writes` tells whether the guest can change the disk,
+    and `shares` whether the device allows others to write to the disk.
     """
 
     names: tuple[str, ...]
@@ -91,17 +91,19 @@ class Device:
 
     @property
     def is_disk(self) -> bool:
-        """Is it a disk that a backup of the whole machine holds: writable, and not the board's flash memory?"""
+        """
+        Whether a backup of the whole machine includes this device: it is writable and not the board's flash memory.
+        """
         return self.writes and bool(self.path) and _FLASH.fullmatch(self.path) is None
 
 
 @dataclass(frozen=True, slots=True)
-class Blocks:
+class BlockGraph:
     """
-    Nodes by name, edges as (parent, child, name of the edge), and devices, of one moment.
+    The nodes by name, the edges as (parent, child, name of the edge), and the devices, at one moment.
 
-    `writers` are (parent, node) wherever a parent, a node or something else that uses the node, has the permission to
-    write to it; `exported` are the nodes that a block export serves.
+    `writers` are pairs (parent, node) in which the parent has the permission to write to the node; the parent is
+    another node or any other user of the node.  `exported` are the nodes of block exports.
     """
 
     nodes: Mapping[str, Node]
@@ -130,20 +132,20 @@ class Blocks:
         devices: Sequence[Mapping[str, Any]],
         graph: Mapping[str, Any],
         exports: Sequence[Mapping[str, Any]] = (),
-    ) -> Blocks:
+    ) -> BlockGraph:
         """
-        From the answers to query-named-block-nodes (flat), query-block, x-debug-query-block-graph, query-block-exports.
+        Read the answers to query-named-block-nodes (flat), query-block, x-debug-query-block-graph, query-block-exports.
 
-        The answers are of several moments: what only some of them know is left out.
+        The answers are of different moments; what only some of them contain is left out.
 
         Raises
         ------
         SourceError
             A node is below itself.
         """
-        nodes = {found["node-name"]: _node(found) for found in named}
-        drivers = {found["id"]: found["name"] for found in graph["nodes"] if found["type"] == "block-driver"}
-        users = {found["id"]: found["name"] for found in graph["nodes"]}
+        nodes = {entry["node-name"]: _node(entry) for entry in named}
+        drivers = {entry["id"]: entry["name"] for entry in graph["nodes"] if entry["type"] == "block-driver"}
+        users = {entry["id"]: entry["name"] for entry in graph["nodes"]}
         edges = [
             (users[edge["parent"]], drivers[edge["child"]], edge)
             for edge in graph["edges"]
@@ -160,44 +162,44 @@ class Blocks:
             nodes=nodes,
             edges=tuple(between),
             devices=tuple(
-                _device(found, roots) for found in devices if found.get("inserted", {}).get("node-name") in nodes
+                _device(entry, roots) for entry in devices if entry.get("inserted", {}).get("node-name") in nodes
             ),
-            empty=tuple(name for found in devices if "inserted" not in found for name in _device_names(found)),
+            empty=tuple(name for entry in devices if "inserted" not in entry for name in _device_names(entry)),
             writers=tuple((parent, child) for parent, child, edge in edges if _WRITE in edge["perm"]),
-            exported=tuple(found["node-name"] for found in exports if found["node-name"] in nodes),
+            exported=tuple(entry["node-name"] for entry in exports if entry["node-name"] in nodes),
         )
 
     def resolve(self, text: str, same_file: Callable[[str, str], bool]) -> Node:
         """
-        The node that the guest writes to and that can be backed up, from a node's name, a device's id or an image.
+        Return the node to back up, the one that the guest writes to, for the name of a node, a device or an image.
 
-        `same_file` tells whether two file names, the second one QEMU's, mean the same file.
+        `same_file` tells whether two file names mean the same file; the second one is QEMU's.
 
         Raises
         ------
         SourceError
-            Nothing has that name, or more than one disk does.
+            The name matches no disk, or more than one.
         """
         named = self._named(text, same_file)
         tops = sorted({top for name in named for top in self._tops(name)})
         attached = [top for top in tops if any(device.node == top for device in self.devices)]
-        found = sorted({self._below_filters(top) for top in attached or tops})
-        if len(found) == 1:
-            return self.nodes[found[0]]
+        disks = sorted({self._below_filters(top) for top in attached or tops})
+        if len(disks) == 1:
+            return self.nodes[disks[0]]
         if text in self.empty:
             raise SourceError(f"drive {text!r} of the machine is empty", hint="insert a medium, or leave the drive out")
         known = ", ".join(sorted(device.names[0] for device in self.devices if device.names)) or "none"
-        if not found:
+        if not disks:
             raise SourceError(
                 f"the machine has no node, device or image {text!r}",
                 hint=f"its devices are: {known}; its nodes are: {', '.join(self._own_nodes()) or 'none'}",
             )
         raise SourceError(
-            f"{text!r} belongs to several disks: {', '.join(found)}", hint="name the disk's own node with --node"
+            f"{text!r} belongs to several disks: {', '.join(disks)}", hint="name the disk's own node with --node"
         )
 
     def chain(self, name: str) -> list[Node]:
-        """The node and those below it in its backing chain, nearest first; filters are passed through."""
+        """Return the node and its backing chain, nearest first, without filters."""
         links = [self.nodes[name]]
         below = self._child(name, ("backing",))
         while below is not None:
@@ -207,43 +209,44 @@ class Blocks:
         return links
 
     def storage(self, name: str) -> Node:
-        """The protocol node that a format node's data is in: its file name has no options of the format in it."""
+        """Return the protocol node that holds a format node's data; its file name contains no options of the format."""
         below = self._child(name, ("file",))
         return self.nodes[name] if below is None else self.storage(below)
 
     def devices_above(self, name: str) -> list[Device]:
-        """Devices whose writes go through a node: a filter of ours, for example."""
+        """Return the devices whose writes go through a node, for example a filter of ours."""
         above = self._above(name)
         return [device for device in self.devices if device.node in above]
 
     def is_abandoned(self, name: str) -> bool:
         """
-        Does neither a device nor an export use a node, in a machine that has devices?
+        Tell whether neither a device nor an export uses a node, although the machine has devices.
 
-        The guest writes elsewhere then.  Where no device is, an export or the monitor stands in for the guest.
+        Then the guest writes elsewhere.  In a machine without devices an export, or the monitor, takes the guest's
+        part.
         """
         above = self._above(name)
         has_devices = any(device.path for device in self.devices)
         return has_devices and not any(user in above for user in (*self._device_nodes(), *self.exported))
 
     def disks(self) -> list[tuple[Device, Node]]:
-        """The machine's disks: devices that the guest can write to, with the node to back up, each node once."""
-        found: dict[str, Device] = {}
+        """Return the disks of the machine: devices that the guest can write to, with the node to back up, each once."""
+        by_node: dict[str, Device] = {}
         for device in self.devices:
             if device.is_disk:
-                found.setdefault(self._below_filters(device.node), device)
-        return [(device, self.nodes[name]) for name, device in found.items()]
+                by_node.setdefault(self._below_filters(device.node), device)
+        return [(device, self.nodes[name]) for name, device in by_node.items()]
 
     def is_encrypted(self, name: str) -> bool:
-        """Does QEMU decrypt any of what a disk holds, in the disk's own image or in one below it?"""
+        """Tell whether QEMU decrypts any of a disk's content, in the disk's own image or in one below it."""
         chain = [node.name for node in self.chain(name)]
         return any(self.nodes[node].encrypted for link in chain for node in (link, *self._storage_of(link)))
 
     def unseen_writer(self, name: str, same_file: Callable[[str, str], bool]) -> str | None:
         """
-        Say what writes to a disk's storage past the disk's own node, whose bitmaps do not see that; None: nothing does.
+        Return what writes to a disk's storage and bypasses the disk's node and its bitmaps; None if nothing does.
 
-        `same_file` tells whether two file names of QEMU's mean the same file.
+        `same_file` tells whether two file names of QEMU mean the same file.
         """
         below = self._storage_of(name)
         for writer, child in self.writers:
@@ -258,25 +261,27 @@ class Blocks:
         return None
 
     def _storage_of(self, name: str) -> set[str]:
-        """All nodes below a node but those of its backing chain."""
-        found: set[str] = set()
+        """Return all nodes below a node, except those of its backing chain."""
+        storage: set[str] = set()
         waiting = [name]
         while waiting:
             children = self._children.get(waiting.pop(), {})
-            new = {child for kind, child in children.items() if kind != "backing"} - found
-            found |= new
+            new = {child for kind, child in children.items() if kind != "backing"} - storage
+            storage |= new
             waiting += new
-        return found
+        return storage
 
     def _above(self, name: str) -> set[str]:
-        """The node and all nodes whose guest's data it is; an overlay of ours has no guest."""
-        found = {name}
+        """
+        Return the node and all nodes above it through which a guest sees its data; a guest uses no overlay of ours.
+        """
+        above = {name}
         waiting = [name]
         while waiting:
-            new = {parent for parent in self._guests_parents(waiting.pop()) if parent not in found}
-            found |= new
+            new = {parent for parent in self._guests_parents(waiting.pop()) if parent not in above}
+            above |= new
             waiting += new
-        return found
+        return above
 
     def _guests_parents(self, name: str) -> list[str]:
         return [
@@ -299,7 +304,7 @@ class Blocks:
         return devices or [node.name for node in self.nodes.values() if same_file(text, node.file)]
 
     def _tops(self, name: str) -> set[str]:
-        # A node with a device is the top of that disk, whatever else (another program's overlay) lies on it.
+        # A node with a device is the top of a disk, whatever else is above it (an overlay of another program).
         with_device = self._device_nodes()
         above = self._above(name)
         return {node for node in above if node in with_device or not self._guests_parents(node)}
@@ -313,8 +318,8 @@ class Blocks:
         return name
 
     def _child(self, name: str, edges: Iterable[str]) -> str | None:
-        found = self._children.get(name, {})
-        return next((found[edge] for edge in edges if edge in found), None)
+        children = self._children.get(name, {})
+        return next((children[edge] for edge in edges if edge in children), None)
 
 
 def _require_no_cycle(edges: Iterable[tuple[str, str, str]]) -> None:
@@ -327,57 +332,57 @@ def _require_no_cycle(edges: Iterable[tuple[str, str, str]]) -> None:
         raise SourceError(f"node {error.args[1][0]} of the machine lies below itself", hint=NOT_QEMU) from None
 
 
-def _node(found: Mapping[str, Any]) -> Node:
-    image = found["image"]
+def _node(entry: Mapping[str, Any]) -> Node:
+    image = entry["image"]
     return Node(
-        name=found["node-name"],
-        driver=found["drv"],
+        name=entry["node-name"],
+        driver=entry["drv"],
         size=int(image["virtual-size"]),
-        file=_plain(found["drv"], found["file"]),
-        # An internal bitmap of QEMU's own has no name.
-        bitmaps=tuple(_bitmap(bitmap) for bitmap in found.get("dirty-bitmaps", ()) if bitmap.get("name")),
+        file=_unambiguous(entry["drv"], entry["file"]),
+        # QEMU's internal bitmaps have no name.
+        bitmaps=tuple(_bitmap(bitmap) for bitmap in entry.get("dirty-bitmaps", ()) if bitmap.get("name")),
         details=image.get("format-specific", {}).get("data", {}),
         stored=int(image.get("actual-size", 0)),
-        read_only=bool(found["ro"]),
+        read_only=bool(entry["ro"]),
     )
 
 
-def _plain(driver: str, file: str) -> str:
-    """A file's name in which no colon can be taken for the end of a protocol's name."""
+def _unambiguous(driver: str, file: str) -> str:
+    """Return a file name in which a colon cannot be mistaken for the end of a protocol's name."""
     relative = driver == "file" and not file.startswith(("/", "json:"))
     return f"./{file}" if relative else file
 
 
-def _bitmap(found: Mapping[str, Any]) -> NodeBitmap:
+def _bitmap(entry: Mapping[str, Any]) -> NodeBitmap:
     return NodeBitmap(
-        name=found["name"],
-        granularity=int(found["granularity"]),
-        dirty=int(found["count"]),
-        recording=bool(found["recording"]),
-        persistent=bool(found["persistent"]),
-        busy=bool(found["busy"]),
-        inconsistent=bool(found.get("inconsistent", False)),
+        name=entry["name"],
+        granularity=int(entry["granularity"]),
+        dirty=int(entry["count"]),
+        recording=bool(entry["recording"]),
+        persistent=bool(entry["persistent"]),
+        busy=bool(entry["busy"]),
+        inconsistent=bool(entry.get("inconsistent", False)),
     )
 
 
-def _device(found: Mapping[str, Any], roots: Mapping[str, Mapping[str, Any]]) -> Device:
-    """A device; `roots` are the edges from the names of block backends, which are the devices'."""
-    qdev = found.get("qdev", "")
+def _device(entry: Mapping[str, Any], roots: Mapping[str, Mapping[str, Any]]) -> Device:
+    """Return a device.  `roots` maps the names of block backends, which devices share, to their edges."""
+    qdev = entry.get("qdev", "")
     own = f"/machine/peripheral/{qdev}" if qdev and not qdev.startswith("/") else qdev
-    root = next((roots[name] for name in (found["device"], qdev) if name and name in roots), {})
+    root = next((roots[name] for name in (entry["device"], qdev) if name and name in roots), {})
     return Device(
-        _device_names(found),
-        found["inserted"]["node-name"],
-        found.get("io-status", "ok"),
+        _device_names(entry),
+        entry["inserted"]["node-name"],
+        entry.get("io-status", "ok"),
         path=own,
         writes=_WRITE in root.get("perm", ()),
         shares=_WRITE in root.get("shared-perm", ()),
     )
 
 
-def _device_names(found: Mapping[str, Any]) -> tuple[str, ...]:
-    qdev = found.get("qdev", "")
-    # "/machine/peripheral/vd0/virtio-backend" is the device that -device calls vd0.
+def _device_names(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    qdev = entry.get("qdev", "")
+    # "/machine/peripheral/vd0/virtio-backend" belongs to the device that -device names vd0.
     words = qdev.split("/")
     own = words[3:4] if words[:3] == ["", "machine", "peripheral"] else []
-    return tuple(dict.fromkeys(name for name in (*own, found.get("device", ""), qdev) if name))
+    return tuple(dict.fromkeys(name for name in (*own, entry.get("device", ""), qdev) if name))

@@ -1,17 +1,17 @@
 """
-One instant of a running machine's disks, frozen for reading while the guest writes on.
+One instant of a running machine's disks, frozen for reading while the guest keeps writing.
 
-Per disk an empty overlay lies on the disk; before the guest overwrites something, a job of QEMU's copies what was there
-to the overlay (`blockdev-backup` with `sync: none`), so that the overlay goes on to read as the disk did at that
-instant.  ONE transaction, for all disks, adds the new point's bitmaps, copies the old point's into the overlays, where
-nothing writes, and starts the jobs (QEMU: docs/interop/bitmaps.rst; libvirt does the same).
+Each disk gets an empty overlay.  Before the guest overwrites something, a job of QEMU copies the old data to the
+overlay (`blockdev-backup` with `sync: none`), so that the overlay keeps the content of that instant.  ONE transaction,
+for all disks, adds the bitmaps of the new point, copies the bitmaps of the old point into the overlays, where nothing
+changes them, and starts the jobs (QEMU: docs/interop/bitmaps.rst; libvirt does the same).
 
     guest -> device -> [filter: copy before write] -> disk <- backing - overlay <- NBD export <- us
                               |                                           ^
                               +---------------- old data -----------------+
 
-The overlay's storage is that of `scratch`.  Its file and the NBD server's socket are opened by us and passed as
-descriptors: QEMU often runs as a user that may open neither.
+`scratch` describes the storage of an overlay.  We open its file and the socket of the NBD server, and pass the
+descriptors to QEMU, which often runs as a user who may open neither.
 """
 
 from __future__ import annotations
@@ -27,41 +27,47 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import quote
 
-from backup.errors import BackupError, Interrupted, SourceError
+from backup.errors import BackupError, Interrupted, SourceError, os_errors_as
 from backup.nbd.connection import Dialled
 from backup.nbd.export import Export
 from backup.qemu import folders, images
 from backup.qmp import leftovers, scratch
-from backup.qmp.blocks import OURS, Blocks
+from backup.qmp.blocks import OURS, BlockGraph
 from backup.qmp.clients import Clients
-from backup.qmp.leftovers import Place
+from backup.qmp.leftovers import ScratchPlace
 from backup.qmp.monitor import Monitor, MonitorLost, Refused
+from backup.runtime.ignoring import ignoring
+from backup.runtime.shortage import free_bytes
 from backup.runtime.signals import deferred, to_the_end
 
 _log = logging.getLogger(__name__)
 
 _SPARE_FILES = 12
-"""Descriptors; a program that is started takes four, and a second connection to QEMU as many."""
+"""Descriptors.  A program that is started takes four of them, and a second connection to QEMU four more."""
 _WATCH_SECONDS = 0.2
-"""Between looks at the scratch folder's space and at QEMU's events."""
+"""Seconds between two looks at the free space of the scratch folder and at QEMU's events."""
 _LEAST = 4096
 """
-Bytes, of any reserve.  With less the next copy fails; and where QEMU has no quorum, a guest behind an export of QEMU's,
-not a device, gets that error without an event.
+Bytes of the smallest reserve.  With less free space the next copy fails.  If QEMU has no quorum, a guest behind an
+export of QEMU's, and not behind a device, gets that error without an event.
 """
 _STORAGE_SECONDS, _AGAIN_SECONDS = 60.0, 5.0
-"""How long scratch storage may take for a byte before nothing is removed from QEMU: the first time, and after that."""
+"""
+Time for scratch storage to store a byte, at the first try and at later ones.  If it takes longer, nothing is removed
+from QEMU.
+"""
 _STOPS = {"STOP", "BLOCK_IO_ERROR"}
-"""Events after which a guest may stand still."""
+"""Events after which a guest may be stopped."""
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class InstantDisk:
     """
-    One disk: its node and size (bytes); `read` names the bitmap to freeze, `start` the one that begins at the instant.
+    What to do with one disk at the instant.
 
-    `persistent`: can the node's image keep a bitmap?  The overlay's file is made in the folder `scratch`; the backup
-    will write about `writes` bytes to the repository.
+    `node` is the disk's node, and `size` its size in bytes.  `read` is the name of the bitmap to freeze, and `start`
+    the name of the bitmap that begins at the instant.  `persistent` tells whether the node's image can keep a bitmap.
+    The overlay's file is made in the folder `scratch`.  The backup will write about `writes` bytes to the repository.
     """
 
     node: str
@@ -75,7 +81,9 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Bytes that must stay free on scratch file systems, and the repository's folder, which may lie on one of them."""
+    """
+    Bytes that must stay free on scratch file systems, and the folder of the repository, which may be on one of them.
+    """
 
     reserve: int
     repository: Path | None
@@ -86,21 +94,21 @@ class Around(Protocol):
 
     @property
     def wanted(self) -> bool:
-        """Does it do anything?"""
+        """Whether the guest does anything."""
 
     def begin(self) -> None:
-        """Flush and freeze."""
+        """Flush and freeze the guest's file systems."""
 
     def end(self) -> None:
-        """Go on, whatever happened; called also where `begin` failed or was never reached."""
+        """Let the guest continue.  Always called, also if `begin` failed or was not called."""
 
 
 class SizeChanged(SourceError):
-    """A disk was resized between our look at it and the transaction."""
+    """A disk was resized after it was inspected and before the transaction."""
 
 
 class BitmapNotAdded(SourceError):
-    """QEMU refuses the bitmap that was to start on the target of this number, and why."""
+    """QEMU refused the bitmap that should start on the disk with this number; `why` is QEMU's reason."""
 
     def __init__(self, number: int, refused: Refused) -> None:
         super().__init__(refused.message, hint=refused.hint)
@@ -110,16 +118,16 @@ class BitmapNotAdded(SourceError):
 
 def prefix(short_id: str, point: str) -> str:
     """
-    What the names of all that a point needs in QEMU begin with.
+    Return the prefix of all names that a point uses in QEMU.
 
-    A node's name has at most 31 bytes, so that of a point's id only the random part is in it.
+    A node's name has at most 31 bytes, so the prefix contains only the random part of the point's id.
     """
     return f"{OURS}{short_id}-{point.rpartition('-')[2]}-"
 
 
-def query_blocks(monitor: Monitor) -> Blocks:
-    """QEMU's block graph of this moment."""
-    return Blocks.of(
+def query_block_graph(monitor: Monitor) -> BlockGraph:
+    """Return the current block graph of QEMU."""
+    return BlockGraph.of(
         monitor.command("query-named-block-nodes", {"flat": True}),
         monitor.command("query-block"),
         monitor.command("x-debug-query-block-graph"),
@@ -131,44 +139,46 @@ def query_blocks(monitor: Monitor) -> Blocks:
 def frozen_instant(
     monitor: Monitor,
     own: str,
-    targets: Sequence[Target],
+    disks: Sequence[InstantDisk],
     room: Room,
     around: Around,
 ) -> Iterator[Instant]:
     """
-    Freeze an instant of all targets, and let go of it in the end; `around` holds for the transaction alone.
+    Freeze an instant of all disks, and release it at the end of the block.
 
     Parameters
     ----------
     own : str
         The prefix of all names.
+    around : Around
+        What the guest does during the transaction, and only then.
 
     Raises
     ------
     SizeChanged
-        A disk has another size now; nothing was changed.
+        The size of a disk is different now; nothing was changed.
     BitmapNotAdded
-        A disk takes no new bitmap; nothing was changed.
+        A disk accepts no new bitmap; nothing was changed.
     SourceError
-        QEMU refuses, the scratch folder has no space, or (from within) the instant was lost while it was read.
+        QEMU refuses, the scratch folder has no space, or, while the disks were read, the instant was lost.
     """
     with _spare_files() as give_back:
-        instant = Instant(monitor, own, targets, room, give_back)
+        instant = Instant(monitor, own, disks, room, give_back)
         try:
             instant.begin(around)
             yield instant
         except (BackupError, Interrupted) as error:
             instant.end()
-            told = instant.lost if instant.lost is not None and isinstance(error, BackupError) else error
-            told.hint = "; ".join([told.hint, *instant.troubles])
-            raise told from None
+            shown = instant.lost if instant.lost is not None and isinstance(error, BackupError) else error
+            shown.hint = "; ".join([shown.hint, *instant.troubles])
+            raise shown from None
         finally:
             instant.end()
 
 
 @contextmanager
 def _spare_files() -> Iterator[Callable[[], None]]:
-    """Keep descriptors back for the removal, which needs some also where a run had no more; yields what frees them."""
+    """Reserve descriptors for the removal, which must work in a run that has no others left; yields their release."""
     with ExitStack() as spare:
         for _ in range(_SPARE_FILES):
             spare.callback(os.close, os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
@@ -176,98 +186,98 @@ def _spare_files() -> Iterator[Callable[[], None]]:
 
 
 class Instant:
-    """A frozen instant."""
+    """A frozen instant of all disks of a point."""
 
     def __init__(
-        self, monitor: Monitor, own: str, targets: Sequence[Target], room: Room, before_end: Callable[[], None]
+        self, monitor: Monitor, own: str, disks: Sequence[InstantDisk], room: Room, before_end: Callable[[], None]
     ) -> None:
         self._monitor = monitor
         self._own = own
-        self._targets = targets
+        self._disks = disks
         self._room = room
         self._before_end = before_end
         self._folder, self._lock = folders.shared_folder()
         self._socket = os.fspath(self._folder / "nbd")
         self._fds: list[int] = []
         self._serving = False
-        self._undoing = threading.Lock()
+        self._removing = threading.Lock()
         self._over = threading.Event()
         self._watch = threading.Thread(target=self._look_after, name="watch", daemon=True)
         self._jobs: list[str] = []
         self._witness = scratch.Witness(monitor, own)
         self._clients = Clients(monitor, own, self._socket)
-        self._silent = self._ended = False
+        self._storage_hangs = self._ended = False
         self._guard_refused = ""
-        """QEMU's text, where it has no quorum."""
+        """QEMU's message, if it refuses a quorum."""
         self.lost: SourceError | None = None
-        """Why what is read is not the instant any more; None while all is well."""
+        """Why the data that is read no longer belongs to the instant; None as long as it does."""
         self.troubles: list[str] = []
-        """What went wrong at the end, when all was read."""
+        """What went wrong in the removal, after everything was read."""
 
     def begin(self, around: Around) -> None:
-        """Make the overlays, freeze, and serve them."""
+        """Make the overlays, freeze the disks, and serve the overlays."""
         self._clients.stay = bool(self._monitor.command("query-iothreads"))
-        for folder in dict.fromkeys(target.scratch for target in self._targets):
+        for folder in dict.fromkeys(disk.scratch for disk in self._disks):
             self._require_space(folder)
-        for number, target in enumerate(self._targets):
-            self._add_overlay(number, target)
-        # Python raises a signal where a function begins, also where `end` does: a guest must not stay frozen by that.
+        for number, disk in enumerate(self._disks):
+            self._add_overlay(number, disk)
+        # Python can raise a signal at the beginning of any function, also of `end`, and the guest would stay frozen.
         with deferred() if around.wanted else nullcontext():
             try:
                 around.begin()
                 self._freeze()
             finally:
                 around.end()
-        self._jobs = [f"{self._own}j{number}" for number in range(len(self._targets))]
+        self._jobs = [f"{self._own}j{number}" for number in range(len(self._disks))]
         self._watch.start()
         self._start_server()
-        for number, target in enumerate(self._targets):
-            self._export(number, target)
+        for number, disk in enumerate(self._disks):
+            self._export(number, disk)
 
     @property
     def notes(self) -> list[str]:
-        """What the user may want to know."""
+        """What the user should know."""
         if not self._guard_refused:
             return []
         return [f"this QEMU refuses a quorum ({self._guard_refused}): a full scratch folder would stop the guest"]
 
     def require_kept(self) -> None:
         """
-        Make sure, at no cost, that nothing is known that ended the instant.
+        Make sure that no loss of the instant is known.  This costs nothing.
 
         Raises
         ------
         SourceError
-            Something is: there was no space for QEMU's copies, or the connection ended.
+            The scratch folder had no space for QEMU's copies, or the connection ended.
         """
         if self.lost is not None:
             raise self.lost
 
     def require_sound(self) -> None:
         """
-        Make sure that all that was read was the instant: no job ended meanwhile, and no copy was lost.
+        Make sure that everything that was read belongs to the instant: no job ended, and no copy was lost.
 
-        Asked after the last read, and before anybody relies on what was read.
+        Call this after the last read, and before anything relies on the data.
 
         Raises
         ------
         SourceError
-            A job was cancelled by someone, a copy is missing, or what `require_kept` raises.
+            A job was cancelled, a copy is missing, or `require_kept` raises.
         """
         self.require_kept()
-        # The answer to any command comes after the events of all that was read before.
-        there = {found["id"]: found["status"] for found in self._monitor.command("query-jobs")}
-        ended = [job for job in self._jobs if there.get(job) not in {"running", "paused", "standby"}]
+        # QEMU's answer to any command comes after the events of everything that was read before.
+        states = {job["id"]: job["status"] for job in self._monitor.command("query-jobs")}
+        ended = [job for job in self._jobs if states.get(job) not in {"running", "paused", "standby"}]
         if ended:
             raise SourceError(
                 f"QEMU's job {ended[0]} ended while the disk was read: what was read is no instant of it",
-                hint="was it cancelled by someone? run the command again",
+                hint="did someone cancel the job? run the command again",
             )
         self.lost = self.lost or self._lost_copy()
         self.require_kept()
 
     def end(self) -> None:
-        """Remove all that was made.  What cannot be removed now is removed by the next run."""
+        """Remove everything that was made.  The next run removes what cannot be removed now."""
         to_the_end(self._end)
 
     def _end(self) -> None:
@@ -276,21 +286,21 @@ class Instant:
             return
         self._over.set()
         if self._watch.ident is not None:
-            self._watch.join(_STORAGE_SECONDS)  # it may wait for the scratch folder's storage
+            self._watch.join(_STORAGE_SECONDS)  # the thread may be waiting for the storage of the scratch folder
         try:
-            self._let_go()
+            self._remove()
         except MonitorLost:
-            self._undo_by_another()
-        except scratch.Silent as error:
+            self._remove_through_new_connection()
+        except scratch.StorageHangs as error:
             self.troubles.append(error.message)
         except BackupError as error:
             self.troubles.append(f"{error.message}; what is left in QEMU is removed by the next run")
         while self._fds:
             fd = self._fds.pop()
-            if self._silent:
-                continue  # to close it may take as long as the storage does
-            # A paused QEMU keeps passed descriptors open; the space at least is given back.
-            with suppress(OSError):
+            if self._storage_hangs:
+                continue  # closing the file may take as long as the storage hangs
+            # A paused QEMU keeps the passed descriptors open; truncating the file frees at least its space.
+            with ignoring(_log, "truncation of a scratch file", OSError):
                 os.ftruncate(fd, 0)
             os.close(fd)
         folders.remove_folder(self._folder)
@@ -300,15 +310,11 @@ class Instant:
         self._ended = True
 
     def _require_space(self, folder: Path) -> None:
-        try:
-            free, device = leftovers.free_bytes(os.fspath(folder)), os.stat(folder).st_dev
-        except OSError as error:
-            raise SourceError(
-                f"the scratch folder {folder} cannot be used: {error.strerror}",
-                hint="name another one with --scratch (`scratch:` in the configuration)",
-            ) from None
+        hint = "name another folder with --scratch (`scratch:` in the configuration)"
+        with os_errors_as(f"the scratch folder {folder} cannot be used", hint=hint, kind=SourceError):
+            free, device = free_bytes(folder), os.stat(folder).st_dev
         shared = self._room.repository is not None and _device(self._room.repository) == device
-        writes = sum(target.writes for target in self._targets) if shared else 0
+        writes = sum(disk.writes for disk in self._disks) if shared else 0
         if free < self._room.reserve + writes:
             also = f", and the backup writes up to {writes} to the same file system" if shared else ""
             raise SourceError(
@@ -317,15 +323,15 @@ class Instant:
                 "folder with --scratch, or lower `scratch_reserve`",
             )
 
-    def _add_overlay(self, number: int, target: Target) -> None:
-        fd = images.create_scratch(target.scratch, target.size)
+    def _add_overlay(self, number: int, disk: InstantDisk) -> None:
+        fd = images.create_scratch(disk.scratch, disk.size)
         self._fds.append(fd)
-        opaque = Place(os.fspath(target.scratch), self._socket).opaque(self._own)
+        opaque = ScratchPlace(os.fspath(disk.scratch), self._socket).opaque(self._own)
         fdset = self._monitor.pass_fd(fd, "add-fd", {"opaque": opaque})["fdset-id"]
         storage = scratch.file_node(self._own, number, fdset)
-        overlay = {"driver": "qcow2", "node-name": f"{self._own}f{number}", "backing": target.node}
+        overlay = {"driver": "qcow2", "node-name": f"{self._own}f{number}", "backing": disk.node}
         if not self._guard_refused:
-            guarded = scratch.guarded(self._own, number, storage, scratch.lengthen(fd, target.size))
+            guarded = scratch.guarded(self._own, number, storage, scratch.lengthen(fd, disk.size))
             try:
                 self._monitor.command("blockdev-add", {**overlay, "file": guarded})
                 return
@@ -334,7 +340,7 @@ class Instant:
         self._monitor.command("blockdev-add", {**overlay, "file": storage})
 
     def _freeze(self) -> None:
-        actions = [action for number, target in enumerate(self._targets) for action in self._actions(number, target)]
+        actions = [action for number, disk in enumerate(self._disks) for action in self._actions(number, disk)]
         try:
             self._monitor.command("transaction", {"actions": actions})
         except Refused as error:
@@ -345,36 +351,36 @@ class Instant:
 
     def _require_bitmaps_taken(self) -> None:
         """
-        Make sure that each disk takes its new bitmap: QEMU does not say which part of a transaction it refused.
+        Make sure that each disk accepts its new bitmap: QEMU does not tell which part of a transaction it refused.
 
         Raises
         ------
         BitmapNotAdded
-            One disk does not.
+            A disk accepts no new bitmap.
         """
-        for number, target in enumerate(self._targets):
-            if target.start is None:
+        for number, disk in enumerate(self._disks):
+            if disk.start is None:
                 continue
-            bitmap = {"node": target.node, "name": target.start}
+            bitmap = {"node": disk.node, "name": disk.start}
             try:
-                self._monitor.command("block-dirty-bitmap-add", {**bitmap, "persistent": target.persistent})
+                self._monitor.command("block-dirty-bitmap-add", {**bitmap, "persistent": disk.persistent})
             except Refused as refused:
                 raise BitmapNotAdded(number, refused) from None
             self._monitor.command("block-dirty-bitmap-remove", bitmap)
 
-    def _actions(self, number: int, target: Target) -> Iterator[dict[str, object]]:
+    def _actions(self, number: int, disk: InstantDisk) -> Iterator[dict[str, object]]:
         overlay = f"{self._own}f{number}"
-        if target.start is not None:
-            added = {"node": target.node, "name": target.start, "persistent": target.persistent}
+        if disk.start is not None:
+            added = {"node": disk.node, "name": disk.start, "persistent": disk.persistent}
             yield {"type": "block-dirty-bitmap-add", "data": added}
-        if target.read is not None:
-            copied = {"node": overlay, "name": target.read, "disabled": True}
+        if disk.read is not None:
+            copied = {"node": overlay, "name": disk.read, "disabled": True}
             yield {"type": "block-dirty-bitmap-add", "data": copied}
-            # By node and name: a name alone would be looked for in the backing files too (trap 21).
-            merged = {"node": overlay, "target": target.read, "bitmaps": [{"node": target.node, "name": target.read}]}
+            # With the node: QEMU would look for a name alone in the backing files as well (docs/traps.md, trap 21).
+            merged = {"node": overlay, "target": disk.read, "bitmaps": [{"node": disk.node, "name": disk.read}]}
             yield {"type": "block-dirty-bitmap-merge", "data": merged}
         job = {
-            "device": target.node,
+            "device": disk.node,
             "target": overlay,
             "sync": "none",
             "job-id": f"{self._own}j{number}",
@@ -388,7 +394,7 @@ class Instant:
             listener.listen(64)
             name = f"{self._own}nbd"
             self._monitor.pass_fd(listener.fileno(), "getfd", {"fdname": name})
-            self._serving = True  # also where a signal hides the answer
+            self._serving = True  # before the answer, which a signal may hide
             try:
                 self._monitor.command("nbd-server-start", {"addr": {"type": "fd", "data": {"str": name}}})
             except Refused as error:
@@ -398,94 +404,101 @@ class Instant:
 
     def _server_in_the_way(self) -> SourceError:
         what = "the machine's QEMU runs an NBD server already, and it can run only one"
-        exports = [found["id"] for found in self._monitor.command("query-block-exports")]
+        exports = [export["id"] for export in self._monitor.command("query-block-exports")]
         ours = next((name for name in exports if name.startswith(OURS)), None)
         if ours is not None:
             return SourceError(
                 f"{what}: it serves {ours}",
-                hint="is a backup under way? after one that was cut off, the next run or `pybackup clean` tidies up",
+                hint="is a backup running? if one was interrupted, the next run or `pybackup clean` removes its rest",
             )
         return SourceError(
             what,
-            hint="another program (a libvirt backup, a migration) uses it: wait for it to end, or end it there",
+            hint="another program (a libvirt backup, a migration) uses the server: wait for its end, or end it there",
         )
 
-    def _export(self, number: int, target: Target) -> None:
+    def _export(self, number: int, disk: InstantDisk) -> None:
         overlay, name = f"{self._own}f{number}", f"{self._own}e{number}"
-        bitmaps = [{"node": overlay, "name": target.read}] if target.read is not None else []
+        bitmaps = [{"node": overlay, "name": disk.read}] if disk.read is not None else []
         export = {"type": "nbd", "id": name, "node-name": overlay, "name": name, "bitmaps": bitmaps}
         self._monitor.command("block-export-add", export)
 
     def open(self, number: int) -> Export:
-        """Open the disk of the target with this number for reading."""
-        name, target = f"{self._own}e{number}", self._targets[number]
+        """Open the disk with this number for reading."""
+        name, disk = f"{self._own}e{number}", self._disks[number]
         uri = f"nbd+unix:///{name}?socket={quote(self._socket)}"
         dialled = Dialled(name, self._clients.dial, modest=self._clients.stay)
-        return Export(uri, [] if target.read is None else [target.read], dialled=dialled)
+        return Export(uri, [] if disk.read is None else [disk.read], dialled=dialled)
 
-    def _let_go(self) -> None:
-        """Remove all, exports first: readers must not get what a disk holds now for what it held."""
-        with self._undoing:
+    def _remove(self) -> None:
+        """
+        Remove everything, exports first, so that no reader can get the disk's present content for that of the instant.
+        """
+        with self._removing:
             self._require_storage()
             self._clients.leave()
             full = any(leftovers.is_full(fd) for fd in self._fds)
             stopped = self._stopped_the_guest()
-            found = leftovers.find(self._monitor, [self._own])
-            leftovers.remove(self._monitor, found, own_server=self._serving, clients=self._clients)
+            ours = leftovers.find_leftovers(self._monitor, [self._own])
+            leftovers.remove_leftovers(self._monitor, ours, own_server=self._serving, clients=self._clients)
             self._serving = False
-            # It may have been stopped only now; but a guest that its own disk's error stopped is not ours to resume.
+            # The guest may have been stopped only now.  A guest that stopped because of its own disk is not resumed.
             if stopped or (full and "STOP" in self._events()):
                 leftovers.resume(self._monitor)
 
     def _require_storage(self) -> None:
-        """Make sure that nothing hangs QEMU's main loop; storage that did not answer gets less time again."""
-        files = {fd: os.fspath(target.scratch) for fd, target in zip(self._fds, self._targets, strict=False)}
-        seconds = _AGAIN_SECONDS if self._silent else _STORAGE_SECONDS
-        self._silent = True
+        """Make sure that a removal will not hang QEMU's main loop.  The second test gives the storage less time."""
+        files = {fd: os.fspath(disk.scratch) for fd, disk in zip(self._fds, self._disks, strict=False)}
+        seconds = _AGAIN_SECONDS if self._storage_hangs else _STORAGE_SECONDS
+        self._storage_hangs = True
         scratch.require_answering(files, seconds)
-        self._silent = False
+        self._storage_hangs = False
 
     def _failed_the_guest(self) -> bool:
-        """Did it have an I/O error while there was no room for copies?  It may have to go on with that (werror)."""
+        """
+        Tell whether the guest had an I/O error while there was no room for copies; it may continue with it (werror).
+        """
         return "BLOCK_IO_ERROR" in self._events() and any(leftovers.is_full(fd) for fd in self._fds)
 
     def _stopped_the_guest(self) -> bool:
-        """Asked often, so that QEMU is asked only after an event that may say so."""
+        """
+        Tell whether a full scratch folder stopped the guest.  QEMU is asked only after an event that may mean this.
+        """
         if not self._events() & _STOPS:
             return False
-        return leftovers.stopped_guest(query_blocks(self._monitor), leftovers.find(self._monitor, [self._own]))
+        ours = leftovers.find_leftovers(self._monitor, [self._own])
+        return leftovers.stopped_guest(query_block_graph(self._monitor), ours)
 
     def _events(self) -> set[str]:
-        """Names of QEMU's events since the instant's begin."""
+        """Return the names of QEMU's events since the beginning of the instant."""
         return self._witness.events()
 
     def _lost_copy(self) -> SourceError | None:
-        """That something of what the guest overwrote is not in the scratch files, where a witness says so."""
+        """Return the error for a copy that was lost; None if no witness reports one."""
         lost = self._witness.lost()
         if lost is not None:
-            known = lost.number if lost.number < len(self._targets) else 0  # QEMU's word is not trusted further
-            return _lost(self._targets[known].scratch, f"{lost.access}: {lost.error}")
-        for fd, target in zip(self._fds, self._targets, strict=True):
+            number = lost.number if lost.number < len(self._disks) else 0  # QEMU may send any number
+            return _lost(self._disks[number].scratch, f"{lost.access}: {lost.error}")
+        for fd, disk in zip(self._fds, self._disks, strict=True):
             error = scratch.write_back_error(fd)
             if error is not None:
-                return _lost(target.scratch, f"write: {error.strerror}")
+                return _lost(disk.scratch, f"write: {error.strerror}")
         return None
 
-    def _undo_by_another(self) -> None:
-        """The connection was cut; QEMU may be there all the same, and a guest must not be left with our jobs."""
+    def _remove_through_new_connection(self) -> None:
+        """Remove everything after the connection ended: QEMU may still run, and our jobs must not stay in it."""
         try:
-            with Monitor(self._monitor.path) as again:
+            with Monitor(self._monitor.path) as monitor:
                 self._require_storage()
-                found = leftovers.find(again, [self._own])
-                stopped = leftovers.stopped_guest(query_blocks(again), found)
-                leftovers.remove(again, found, own_server=self._serving, clients=self._clients)
+                ours = leftovers.find_leftovers(monitor, [self._own])
+                stopped = leftovers.stopped_guest(query_block_graph(monitor), ours)
+                leftovers.remove_leftovers(monitor, ours, own_server=self._serving, clients=self._clients)
                 if stopped:
-                    leftovers.resume(again)
+                    leftovers.resume(monitor)
         except SourceError as error:
             _log.info("after the connection was lost: %s", error.message)
 
     def _look_after(self) -> None:
-        """See to it that our job is never the reason why the guest stands still.  In a thread of its own."""
+        """Make sure that our job never stops the guest.  Runs in a thread of its own."""
         while self.lost is None and not self._over.wait(_WATCH_SECONDS):
             try:
                 self._look()
@@ -501,11 +514,9 @@ class Instant:
         lost = self._lost_copy()
         if lost is not None:
             self.lost = lost
-            self._let_go()
+            self._remove()
             return
-        free, folder = min(
-            (leftovers.free_bytes(fd), of.scratch) for fd, of in zip(self._fds, self._targets, strict=True)
-        )
+        free, folder = min((free_bytes(fd), disk.scratch) for fd, disk in zip(self._fds, self._disks, strict=True))
         if free >= max(self._room.reserve, _LEAST) and not self._failed_the_guest():
             return
         self.lost = SourceError(
@@ -513,7 +524,7 @@ class Instant:
             "the backup was ended, and the guest goes on",
             hint="free some space, name another folder with --scratch, or back up when the guest writes less",
         )
-        self._let_go()
+        self._remove()
 
 
 def _lost(folder: Path, why: str) -> SourceError:
@@ -525,7 +536,9 @@ def _lost(folder: Path, why: str) -> SourceError:
 
 
 def _device(folder: Path) -> int | None:
-    """The file system of a folder, or of the one that it will be made in."""
+    """
+    Return the device of a folder's file system; for a folder that does not exist yet, of its first existing parent.
+    """
     for path in (folder, *folder.absolute().parents):
         with suppress(OSError):
             return os.stat(path).st_dev

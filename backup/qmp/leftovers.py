@@ -1,8 +1,9 @@
 """
-What a backup makes in a running QEMU, and its removal: at a run's end, and after one that was cut off.
+What a backup creates in a running QEMU, and its removal: at the end of a run, and after a run that was interrupted.
 
-QEMU keeps exports, jobs, nodes, its NBD server and passed descriptors when the connection ends.  All of ours are known
-by their names alone, `pybackup-REPO8-...`; nothing else is touched.  They go in the order of need:
+QEMU keeps exports, jobs, nodes, its NBD server and passed descriptors when the connection ends.  Ours are recognized by
+their names, `pybackup-REPO8-...`; nothing else is touched.  They are removed in the order in which they depend on each
+other:
 
     exports -> NBD server -> jobs (and their filters) -> overlays -> descriptors (and with them the scratch files)
 """
@@ -10,6 +11,7 @@ by their names alone, `pybackup-REPO8-...`; nothing else is touched.  They go in
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import stat
@@ -21,69 +23,75 @@ from typing import Any, Protocol
 
 from backup.errors import SourceError
 from backup.qemu import folders
-from backup.qmp.blocks import Blocks
+from backup.qmp.blocks import BlockGraph
 from backup.qmp.monitor import Monitor, Refused
+from backup.runtime.ignoring import ignoring
+from backup.runtime.shortage import free_bytes
+
+_log = logging.getLogger(__name__)
 
 _GONE_SECONDS = 30.0
-"""How long QEMU may take to end an export or a job: requests under way are waited for."""
+"""Time for QEMU to end an export or a job, which waits for the requests in flight."""
 _CLIENTS_SECONDS = 10.0
-"""How long QEMU may take to notice the end of a connection."""
+"""Time for QEMU to notice the end of a connection."""
 _FULL = 16 << 20
-"""Bytes.  A file system with less is full for the copies that QEMU makes before a guest's write."""
+"""Bytes.  With less free space, a file system counts as full for the copies that QEMU makes before a guest's write."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a run's scratch files and NBD socket lie; QEMU keeps it for us beside the descriptors (`opaque`)."""
+class ScratchPlace:
+    """The scratch folder and the NBD socket of a run.  QEMU stores them for us with the descriptors (`opaque`)."""
 
     scratch: str
     socket: str
 
     def opaque(self, prefix: str) -> str:
-        """As QEMU keeps it."""
+        """Return the text that QEMU stores."""
         return f"{prefix} {json.dumps([self.scratch, self.socket])}"
 
     @classmethod
-    def of(cls, opaque: str) -> Place | None:
-        """Read what `opaque` made; None of anything else."""
+    def of(cls, opaque: str) -> ScratchPlace | None:
+        """Read a text that `opaque` made; None for any other text."""
         with suppress(ValueError, TypeError, RecursionError):
             scratch, path = json.loads(opaque.partition(" ")[2])
-            if "\0" not in f"{scratch}{path}":  # no path of ours has one
+            if "\0" not in f"{scratch}{path}":  # our paths contain none
                 return cls(str(scratch), str(path))
         return None
 
 
 @dataclass(frozen=True, slots=True)
 class Leftovers:
-    """What a QEMU has whose name begins with one of our prefixes."""
+    """Everything in a QEMU whose name begins with one of our prefixes."""
 
     exports: tuple[str, ...]
     jobs: tuple[str, ...]
     nodes: tuple[str, ...]
     fdsets: tuple[int, ...]
-    places: tuple[Place, ...]
+    places: tuple[ScratchPlace, ...]
 
     def __bool__(self) -> bool:
         return self.in_the_way or bool(self.fdsets)
 
     @property
     def in_the_way(self) -> bool:
-        """Is there anything that keeps another run, or a user, from something?"""
+        """Whether anything would hinder another run or another user."""
         return bool(self.exports or self.jobs or self.nodes)
 
 
 class Connected(Protocol):
-    """Connections to QEMU's NBD server."""
+    """Our connections to QEMU's NBD server."""
 
     def hung_up(self) -> None:
-        """All exports were told to end: only now may clients leave (see `clients`)."""
+        """
+        Close connections.  Called when all exports were told to end, since clients may not leave before (`clients`).
+        """
 
     def close(self) -> None:
-        """All exports have ended, and the server is about to."""
+        """Close the remaining connections.  Called when all exports have ended, before the server ends."""
 
 
-def find(monitor: Monitor, prefixes: Sequence[str]) -> Leftovers:
-    """All that is ours: of one point, or of a repository, by its prefixes."""
+def find_leftovers(monitor: Monitor, prefixes: Sequence[str]) -> Leftovers:
+    """Return everything of ours in QEMU; the prefixes select one point or a whole repository."""
 
     def ours(name: str) -> bool:
         return name.startswith(tuple(prefixes))
@@ -94,97 +102,98 @@ def find(monitor: Monitor, prefixes: Sequence[str]) -> Leftovers:
         for fd in fdset["fds"]
         if ours(fd.get("opaque", ""))
     ]
-    places = [place for place in (Place.of(opaque) for _, opaque in fdsets) if place is not None]
-    named = monitor.command("query-named-block-nodes", {"flat": True})
+    places = [place for place in (ScratchPlace.of(opaque) for _, opaque in fdsets) if place is not None]
+    nodes = monitor.command("query-named-block-nodes", {"flat": True})
     return Leftovers(
-        exports=tuple(found["id"] for found in monitor.command("query-block-exports") if ours(found["id"])),
-        jobs=tuple(found["id"] for found in monitor.command("query-jobs") if ours(found["id"])),
-        nodes=tuple(found["node-name"] for found in named if ours(found["node-name"])),
+        exports=tuple(export["id"] for export in monitor.command("query-block-exports") if ours(export["id"])),
+        jobs=tuple(job["id"] for job in monitor.command("query-jobs") if ours(job["id"])),
+        nodes=tuple(node["node-name"] for node in nodes if ours(node["node-name"])),
         fdsets=tuple(dict.fromkeys(number for number, _ in fdsets)),
         places=tuple(dict.fromkeys(places)),
     )
 
 
-def remove(
-    monitor: Monitor, found: Leftovers, *, own_server: bool | None, clients: Connected | None = None
+def remove_leftovers(
+    monitor: Monitor, leftovers: Leftovers, *, own_server: bool | None, clients: Connected | None = None
 ) -> list[str]:
     """
-    Remove them, and say what was removed.
+    Remove leftovers from QEMU; return what was removed, for the user.
 
     Parameters
     ----------
     own_server : bool or None
-        Is the NBD server ours to stop?  None: find out.  QEMU has at most one and does not tell whose it is.
+        Whether the NBD server is ours, and must be stopped.  None: find out, since QEMU has at most one server and does
+        not tell who started it.
     clients : Connected, optional
-        Our own connections to the server, where there are any.
+        Our own connections to the server.
 
     Raises
     ------
     SourceError
-        Something does not go away, or the connection ended.
+        QEMU does not end something, or the connection ended.
     """
     removed = []
     if own_server is None:
-        # Ours are the only exports that we know to be on no server but ours.
-        own_server = bool(found.exports) or any(_serves(place.socket) for place in found.places)
-    for export in found.exports:
+        # Our exports can only be on a server that we started.
+        own_server = bool(leftovers.exports) or any(_serves(place.socket) for place in leftovers.places)
+    for export in leftovers.exports:
         _tolerant(monitor, "block-export-del", {"id": export, "mode": "hard"})
     if clients is not None:
         clients.hung_up()
-    _close_held(monitor, found)
-    _await(monitor, "query-block-exports", found.exports)
+    _close_connections(monitor, leftovers)
+    _wait_for_end(monitor, "query-block-exports", leftovers.exports)
     if clients is not None:
         clients.close()
-    removed += [f"export {name}" for name in found.exports]
-    left = own_server and _clients_left(found)
-    if own_server and not left and _tolerant(monitor, "nbd-server-stop", {}):
+    removed += [f"export {name}" for name in leftovers.exports]
+    has_client = own_server and _has_client(leftovers)
+    if own_server and not has_client and _tolerant(monitor, "nbd-server-stop", {}):
         removed.append("the NBD server")
-    for job in found.jobs:
+    for job in leftovers.jobs:
         _tolerant(monitor, "job-cancel", {"id": job})
-    _await(monitor, "query-jobs", found.jobs)
-    removed += [f"job {name}" for name in found.jobs]
-    removed += _remove_nodes(monitor, found.nodes)
-    if left:  # by the descriptors the next run knows whose the server is
+    _wait_for_end(monitor, "query-jobs", leftovers.jobs)
+    removed += [f"job {name}" for name in leftovers.jobs]
+    removed += _remove_nodes(monitor, leftovers.nodes)
+    if has_client:  # the descriptors stay, because they tell the next run that the server is ours
         raise SourceError(
             "QEMU's NBD server, which a backup started, still has a client and cannot be stopped",
-            hint="end the client; after that the next run, or `pybackup clean`, stops the server",
+            hint="end the client; then the next run, or `pybackup clean`, stops the server",
         )
-    for number in found.fdsets:
+    for number in leftovers.fdsets:
         _tolerant(monitor, "remove-fd", {"fdset-id": number})
-    for place in found.places:
+    for place in leftovers.places:
         _remove_socket(place.socket)
     return removed
 
 
-def _clients_left(found: Leftovers) -> bool:
+def _has_client(leftovers: Leftovers) -> bool:
     """
-    Wait until our NBD server has no client; True where it has one still.
+    Wait until our NBD server has no client; return True if it still has one.
 
-    nbd-server-stop waits for the last client and does not look at what clients in their handshake send, the end of
-    their connection included: a client that is left there hangs QEMU for ever.
+    nbd-server-stop waits for the last client, and ignores what a client sends in its handshake, even the end of its
+    connection: QEMU would hang for ever with such a client.
     """
     deadline = time.monotonic() + _CLIENTS_SECONDS
-    while any(folders.has_connection(place.socket) for place in found.places):
+    while any(folders.has_connection(place.socket) for place in leftovers.places):
         if time.monotonic() > deadline:
             return True
         time.sleep(0.005)
     return False
 
 
-def stopped_guest(blocks: Blocks, found: Leftovers) -> bool:
+def stopped_guest(graph: BlockGraph, leftovers: Leftovers) -> bool:
     """
-    Did a full scratch file system of ours stop the guest?  Ask before it is freed.
+    Tell whether a scratch file system of ours became full and stopped the guest.  Call this before space is freed.
 
-    A guest's own full disk gives the same status; so the scratch file system must be full too.  (Where both lie on one
-    file system, a guest that goes on only tries the same write once more.)
+    A guest has the same status when its own disk is full; so the scratch file system must be full too.  (If both are on
+    one file system, a guest that is resumed only repeats the write.)
     """
-    devices = [device for name in found.nodes for device in blocks.devices_above(name)]
+    devices = [device for name in leftovers.nodes for device in graph.devices_above(name)]
     stopped = any(device.io_status == "nospace" for device in devices)
-    return stopped and any(is_full(place.scratch) for place in found.places)
+    return stopped and any(is_full(place.scratch) for place in leftovers.places)
 
 
 def resume(monitor: Monitor) -> bool:
-    """Let a guest go on that an I/O error stopped; False where it was not."""
+    """Resume a guest that an I/O error stopped; False if it was not stopped by one."""
     if monitor.command("query-status")["status"] != "io-error":
         return False
     monitor.command("cont")
@@ -192,58 +201,52 @@ def resume(monitor: Monitor) -> bool:
 
 
 def is_full(folder: str | int) -> bool:
-    """Has the file system of a folder, or of an open file, no room for another copy?"""
-    with suppress(OSError):
+    """Tell whether the file system of a folder, or of an open file, has no room for another copy."""
+    with ignoring(_log, f"free space of {folder}", OSError):
         return free_bytes(folder) < _FULL
     return False
 
 
-def free_bytes(folder: str | int) -> int:
-    """Bytes that the file system of a folder, or of an open file, has left for us."""
-    status = os.statvfs(folder)
-    return status.f_bavail * status.f_frsize
-
-
-def held_name(own: str, number: int) -> str:
-    """The name by which QEMU keeps our end of a connection (getfd); `own` is the prefix of a point's names."""
+def connection_name(own: str, number: int) -> str:
+    """Return QEMU's name (getfd) of our end of a connection; `own` is the prefix of a point's names."""
     return f"{own}k{number}"
 
 
-def _close_held(monitor: Monitor, found: Leftovers) -> None:
+def _close_connections(monitor: Monitor, leftovers: Leftovers) -> None:
     """
-    Have QEMU close our ends of connections, which have no other end any more.
+    Have QEMU close our ends of connections whose other ends are closed.
 
-    There is no list of them, and they belong to the monitor that got them: a run that came in by another one leaves
-    them, a few descriptors, until that monitor's next clean-up.
+    QEMU does not list them, and they belong to the monitor through which they were passed.  A run that uses another
+    monitor leaves them (a few descriptors) until a run uses that monitor again.
     """
-    for own in sorted({f"{name.rpartition('-')[0]}-" for name in (*found.exports, *found.nodes)}):
+    for own in sorted({f"{name.rpartition('-')[0]}-" for name in (*leftovers.exports, *leftovers.nodes)}):
         number = 0
-        while _tolerant(monitor, "closefd", {"fdname": held_name(own, number)}):
+        while _tolerant(monitor, "closefd", {"fdname": connection_name(own, number)}):
             number += 1
 
 
 def _remove_nodes(monitor: Monitor, nodes: Sequence[str]) -> list[str]:
-    """The job took its filters along, and an overlay takes all below it; what has no overlay goes from the top down."""
+    """Remove nodes from the top down.  Jobs have already removed their filters; an overlay removes all below it."""
     removed = []
     for kind in ("f", "q", ""):
-        left = sorted(set(nodes) & _node_names(monitor))
-        for name in (name for name in left if _kind(name).startswith(kind)):
+        remaining = sorted(set(nodes) & _node_names(monitor))
+        for name in (name for name in remaining if _kind(name).startswith(kind)):
             monitor.command("blockdev-del", {"node-name": name})
             removed.append(f"node {name}")
     return removed
 
 
 def _kind(name: str) -> str:
-    """What a node is and its number, as `fleece` and `scratch` name it: f an overlay, q a quorum, and others."""
+    """Return the kind and number of a node, as `instant` and `scratch` name them: f is an overlay, q a quorum."""
     return name.rpartition("-")[2]
 
 
 def _node_names(monitor: Monitor) -> set[str]:
-    return {found["node-name"] for found in monitor.command("query-named-block-nodes", {"flat": True})}
+    return {node["node-name"] for node in monitor.command("query-named-block-nodes", {"flat": True})}
 
 
 def _tolerant(monitor: Monitor, command: str, arguments: Mapping[str, object]) -> bool:
-    """Execute; False where QEMU refuses: it went by itself, or what needs it goes first."""
+    """Execute a command; False if QEMU refuses, because the thing is gone or something still depends on it."""
     try:
         monitor.command(command, arguments)
     except Refused:
@@ -251,27 +254,27 @@ def _tolerant(monitor: Monitor, command: str, arguments: Mapping[str, object]) -
     return True
 
 
-def _await(monitor: Monitor, query: str, names: Sequence[str]) -> None:
-    """Wait until none of these is there any more."""
+def _wait_for_end(monitor: Monitor, query: str, names: Sequence[str]) -> None:
+    """Wait until QEMU lists none of these exports or jobs any more; dismiss jobs that have ended."""
 
-    def left() -> list[str]:
-        found: list[Mapping[str, Any]] = monitor.command(query)
-        for job in found:
-            if job["id"] in names and job.get("status") == "concluded":
-                _tolerant(monitor, "job-dismiss", {"id": job["id"]})
-        return [entry["id"] for entry in found if entry["id"] in names]
+    def remaining() -> list[str]:
+        entries: list[Mapping[str, Any]] = monitor.command(query)
+        for entry in entries:
+            if entry["id"] in names and entry.get("status") == "concluded":
+                _tolerant(monitor, "job-dismiss", {"id": entry["id"]})
+        return [entry["id"] for entry in entries if entry["id"] in names]
 
-    wait_until(lambda: not left(), f"QEMU does not end {', '.join(names)}")
+    wait_until(lambda: not remaining(), f"QEMU does not end {', '.join(names)}")
 
 
 def wait_until(done: Callable[[], bool], what: str) -> None:
     """
-    Look again and again until it is done.
+    Call `done` again and again until it returns True.
 
     Raises
     ------
     SourceError
-        It is not done in time.
+        `done` did not return True in time; `what` is the beginning of the message.
     """
     deadline = time.monotonic() + _GONE_SECONDS
     while not done():
@@ -281,8 +284,8 @@ def wait_until(done: Callable[[], bool], what: str) -> None:
 
 
 def _serves(path: str) -> bool:
-    """Does an NBD server greet on this socket?  Only a server that was started with our socket can."""
-    with suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+    """Tell whether an NBD server greets on this socket, which only a server of ours can do."""
+    with ignoring(_log, f"the socket {path} does not greet", OSError), socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(2.0)
         probe.connect(path)
         return probe.recv(8) == b"NBDMAGIC"
@@ -290,11 +293,11 @@ def _serves(path: str) -> bool:
 
 
 def _remove_socket(path: str) -> None:
-    """Remove a socket of ours and its folder; what QEMU says about paths is not trusted further than that."""
+    """Remove a socket of ours and its folder; the path comes from QEMU and is not trusted to be anything else."""
     folder = os.path.dirname(path)
     if os.path.basename(folder).startswith("pybackup-"):
-        with suppress(OSError):
+        with ignoring(_log, f"removal of {path}", OSError):
             if stat.S_ISSOCK(os.lstat(path).st_mode):
                 os.unlink(path)
-        with suppress(OSError):  # a run that was killed before it listened has made no socket
+        with ignoring(_log, f"removal of {folder}", OSError):
             os.rmdir(folder)

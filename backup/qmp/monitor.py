@@ -1,15 +1,14 @@
 """
-QMP: commands to a running QEMU, and the events that it sends.  The only user of `qemu.qmp`.
+QMP: commands to a running QEMU, and the events that QEMU sends.  This is the only module that uses `qemu.qmp`.
 
-The library is asynchronous and this program is not: a thread of the monitor's own runs the library's loop, so that
-events are received whatever the rest of the program waits for.  QEMU serves one client at a time on a socket; a second
-one connects and hears nothing.
+The library is asynchronous, and pybackup is not.  Each monitor has a thread that runs the library's event loop, so that
+events are received while the rest of the program waits for something else.  QEMU serves one client at a time on a
+socket; a second client can connect, but receives nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import logging
 import os
@@ -29,50 +28,53 @@ from backup.errors import SourceError
 from backup.qemu import sockets
 from backup.qmp import answers
 from backup.runtime import timeouts
+from backup.runtime.ignoring import ignoring
 from backup.runtime.timeouts import TimedOut, Wait
 from backup.units import show_duration
 
 _log = logging.getLogger(__name__)
-# The library tells each failure to its logger; we tell it to the user, once.
+# The library logs each failure; pybackup reports it to the user instead, once.
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
 
 _T = TypeVar("_T")
 
 _GREETING_SECONDS = 5.0
-"""A socket that another client has connects and never greets."""
+"""Time for QEMU's greeting, which does not come while QEMU serves another client on the socket."""
 _COMMAND_SECONDS = 120.0
-"""A transaction waits for all requests of the guest that are under way, on whatever storage."""
+"""Time for an answer.  A transaction waits for all requests of the guest in flight, on any storage."""
 _TICK = 0.25
-"""Seconds between looks at a wait."""
+"""Seconds between two checks of a wait."""
 _HUNG_SECONDS = 5.0
-"""For each command after one that had no answer: what tidies up asks a QEMU that hangs again and again."""
+"""Time for each answer after one that did not come, since the clean-up sends several commands to a QEMU that hangs."""
+_CLOSE_SECONDS = 5.0
+"""Time for each step of closing the connection."""
 _LONGEST_MESSAGE = 6 << 20
 """
-Bytes of one message of the peer's, and of all events that wait.
+Bytes of the longest message, and of all events that wait.
 
-QEMU's longest answer has one or two KiB for each node.  A JSON text takes up to thirty times its length in memory.
+QEMU's longest answer has one or two KiB for each node.  JSON takes up to thirty times its length in memory.
 """
 _MOST_EVENTS = 10_000
-"""Events that wait for `Monitor.events`, which is called several times a second while a disk is read."""
+"""Events that may wait for a call of `Monitor.events`, which is called several times a second while a disk is read."""
 _MOST_SHOWN = 500
-"""Characters of the peer's own words in an error."""
+"""Characters of the peer's text that a message shows."""
 _UNUSED = {errno.ENOENT, errno.ECONNREFUSED}
-"""Errors of connecting to a socket that is not there, or that a QEMU left when it was killed."""
+"""Errors of a connection to a socket that does not exist, or that a killed QEMU left behind."""
 
 
 class Refused(SourceError):
-    """QEMU answered a command with an error; `text` is QEMU's."""
+    """QEMU answered a command with an error; `text` is QEMU's message."""
 
     def __init__(self, command: str, text: str) -> None:
         text = text[:_MOST_SHOWN]
         busy = "block job" in text
-        hint = "wait for that job of another program to end, or end it" if busy else "see the machine's log"
+        hint = "wait until the job of another program has ended, or end it" if busy else "see the machine's log"
         super().__init__(f"QEMU refused {command}: {text}", hint=hint)
         self.text = text
 
 
 class NotListening(SourceError):
-    """There is no socket, or no process listens on it any more: the machine is off."""
+    """No process listens on the socket, or there is no socket: the machine is off."""
 
 
 class MonitorLost(SourceError):
@@ -81,7 +83,7 @@ class MonitorLost(SourceError):
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One event: its name, as QEMU's QAPI schema has it, and its data."""
+    """An event: its name in QEMU's QAPI schema, and its data."""
 
     name: str
     data: Mapping[str, Any]
@@ -94,7 +96,7 @@ class Monitor:
     Parameters
     ----------
     path : Path
-        The unix socket.
+        The Unix socket.
 
     Raises
     ------
@@ -107,7 +109,7 @@ class Monitor:
         self._peer = 0
         self._hung = False
         self._client = QMPClient("pybackup", readbuflen=_LONGEST_MESSAGE)
-        # The library's listeners keep each event for ever; a filter sees all of them, and lets none through.
+        # The library would keep events without a limit.  A filter sees all events, and rejects them here.
         self._client.events.event_filter = self._heard
         self._events: list[Event] = []
         self._waiting_bytes = 0
@@ -128,13 +130,13 @@ class Monitor:
         self.close()
 
     def close(self) -> None:
-        """End the connection.  QEMU keeps all that was made through it."""
+        """End the connection.  QEMU keeps everything that was made through it."""
         if self._loop.is_closed():
             return
-        with contextlib.suppress(Exception):
-            self._run(self._client.disconnect(), 5.0)
-        with contextlib.suppress(Exception):
-            self._run(_end_tasks(), 5.0)
+        with ignoring(_log, "end of the QMP connection", Exception):
+            self._run(self._client.disconnect(), _CLOSE_SECONDS)
+        with ignoring(_log, "end of the QMP library's tasks", Exception):
+            self._run(_end_tasks(), _CLOSE_SECONDS)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -144,33 +146,33 @@ class Monitor:
         """QEMU's version, "7.2.22" for example."""
         greeting = self._client.greeting
         assert greeting is not None
-        found = _mapping(greeting.QMP.version["qemu"])
-        return f"{found['major']}.{found['minor']}.{found['micro']}"
+        version = _mapping(greeting.QMP.version["qemu"])
+        return f"{version['major']}.{version['minor']}.{version['micro']}"
 
     def command(self, name: str, arguments: Mapping[str, object] | None = None) -> Any:
         """
-        Execute a command and return what QEMU returns.
+        Execute a command and return QEMU's answer.
 
         Raises
         ------
         Refused
             QEMU answered with an error.
         MonitorLost
-            The connection ended before the answer; whether the command was executed is not known.
+            The connection ended before the answer.  Whether QEMU executed the command is unknown.
         SourceError
-            The answer is none of QEMU's.
+            The answer does not have the form that QEMU's schema requires.
         """
         _log.info("qmp: %s %s", name, dict(arguments or {}))
         return self._answer(name, self._client.execute(name, arguments))
 
     def pass_fd(self, fd: int, name: str, arguments: Mapping[str, object]) -> Any:
         """
-        Execute a command that takes a file descriptor (add-fd, getfd); ours stays open.
+        Execute a command that passes a file descriptor to QEMU (add-fd, getfd).  Our descriptor stays open.
 
         Raises
         ------
-        Refused, MonitorLost
-            As for `command`.
+        Refused, MonitorLost, SourceError
+            As in `command`.
         """
         _log.info("qmp: %s %s", name, dict(arguments))
 
@@ -182,12 +184,12 @@ class Monitor:
 
     def events(self) -> list[Event]:
         """
-        Events since the last call, in order.
+        Return the events since the last call, in order.
 
         Raises
         ------
         MonitorLost
-            There were so many that some were lost.
+            There were too many events, and some were lost.
         """
 
         async def take() -> list[Event]:
@@ -202,7 +204,7 @@ class Monitor:
         return taken
 
     def _heard(self, event: Message) -> bool:
-        """Keep an event, unless too many wait already; False, so that the library keeps none."""
+        """Keep an event unless too many wait.  Returns False, which makes the library drop its copy."""
         self._waiting_bytes += len(bytes(event))
         if len(self._events) >= _MOST_EVENTS or self._waiting_bytes > _LONGEST_MESSAGE:
             self._overrun = True
@@ -211,26 +213,26 @@ class Monitor:
         return False
 
     def alive(self) -> bool:
-        """Is the connection still there, as far as is known?"""
+        """Tell whether the connection exists, as far as the library knows."""
         return self._client.runstate.name == "RUNNING"
 
     @property
     def peer(self) -> int:
-        """The process id of the program that listens on the socket; 0 where the kernel does not tell."""
+        """The process id of the program that listens on the socket; 0 if the kernel does not tell."""
         return self._peer
 
     def working_folder(self) -> Path | None:
         """
-        The folder that QEMU's relative file names start from, where that can be known.
+        Return the folder at which QEMU's relative file names start; None if that is unknown.
 
-        It is the folder of whoever listens on the socket: QEMU, or a libvirtd (which names no relative files).
+        This is the folder of the process that listens on the socket: QEMU, or libvirtd, which uses no relative names.
         """
-        with contextlib.suppress(OSError):
+        with ignoring(_log, "working folder of the QMP peer", OSError):
             return Path(os.readlink(f"/proc/{self._peer}/cwd"))
         return None
 
     def _connect(self) -> None:
-        # QEMU accepts a second client only after the first one; until its queue is full the connection succeeds.
+        # QEMU accepts a second client only after the first has left, but the kernel lets several connect before that.
         connection = socket.socket(socket.AF_UNIX)
         try:
             connection.settimeout(_GREETING_SECONDS)
@@ -272,7 +274,7 @@ class Monitor:
             self._hung = True
             raise MonitorLost(
                 f"QEMU did not answer {name} within {show_duration(seconds)}",
-                hint="see whether the storage of its disks, or of the scratch file, hangs",
+                hint="check whether the storage of its disks, or of the scratch file, hangs",
             ) from None
         except (ExecInterruptedError, QMPError, EOFError, OSError):
             raise MonitorLost(
@@ -287,7 +289,7 @@ class Monitor:
                 try:
                     return future.result(min(seconds, _TICK))
                 except NoAnswer:
-                    if future.done():  # it is the work's own
+                    if future.done():  # the exception comes from `work`, not from our time limit
                         raise
                     wait.look()
         except BaseException:
@@ -303,12 +305,12 @@ def _hint(error: OSError) -> str:
     return "is the machine running? --qmp names the socket of its option -qmp unix:PATH,server=on,wait=off"
 
 
-def _mapping(found: object) -> Mapping[str, Any]:
-    return found if isinstance(found, dict) else {}
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 async def _end_tasks() -> None:
-    """End what a connection that never came about left in the loop."""
+    """Cancel the tasks that a failed connection left in the event loop."""
     others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
     for task in others:
         task.cancel()

@@ -1,7 +1,7 @@
 """
-The QEMU process at the other end of a monitor, as /proc shows it to root and to the user who runs it.
+The QEMU process that a monitor is connected to, as /proc shows it.
 
-Anybody else learns nothing here: each function then says None.
+Only root and the user who runs QEMU can see this; for other users the functions return nothing.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 _PROGRAMS = ("qemu", "kvm")
-"""What the names of QEMU's executables contain.  Another program on the socket (a proxy) has no images open."""
+"""Parts of the names of QEMU's executables.  Another program on the socket, such as a proxy, has no images open."""
 
 
 @dataclass(frozen=True, slots=True)
 class Drive:
-    """A drive of the command line (-drive): its id and file, empty where not given."""
+    """A drive of QEMU's command line (-drive): its id and file, empty if not given."""
 
     id: str
     file: str
@@ -26,30 +26,30 @@ class Drive:
 
 def lost_file(pid: int, path: str) -> str | None:
     """
-    Say what happened to the name of an image that a QEMU has open: "removed" or "replaced".
+    Return what happened to the name of an image that QEMU has open: "removed" or "replaced".
 
-    None: the name still means the file that QEMU has open, or the kernel does not tell.
+    None: the name still belongs to the file that QEMU has open, or the kernel does not tell.
     """
-    opened = _opened(pid) if path.startswith("/") and _is_qemu(pid) else None
-    if opened is None:
+    open_files = _open_files(pid) if path.startswith("/") and _is_qemu(pid) else None
+    if open_files is None:
         return None
-    name = f"/proc/{pid}/root{path}"  # as QEMU sees it: a container has file systems of its own
+    name = f"/proc/{pid}/root{path}"  # the path as QEMU sees it, who may be in a container
     try:
-        found = os.stat(name)
+        status = os.stat(name)
     except FileNotFoundError:
-        # An absolute link in a container leads us elsewhere than QEMU.
+        # In a container, an absolute link leads us to another place than QEMU, so that a missing file proves nothing.
         certain = os.path.isdir(os.path.dirname(name)) and not os.path.islink(name)
         return "removed" if certain else None
     except OSError:
         return None
-    return None if _identity(found) in opened else "replaced"
+    return None if _identity(status) in open_files else "replaced"
 
 
 def copying_drives(pid: int) -> Sequence[Drive]:
     """
-    Drives of the command line that copy what is read from their backing file into their own (copy-on-read=on).
+    Return the drives on QEMU's command line that use copy-on-read: they write to their image what is read from below.
 
-    QMP does not show this.
+    QMP does not show this option.
     """
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
@@ -57,17 +57,17 @@ def copying_drives(pid: int) -> Sequence[Drive]:
     except OSError:
         return ()
     options = [_options(value) for word, value in pairwise(words) if word in {"-drive", "--drive"}]
-    copying = [found for found in options if found.get("copy-on-read", "off") in {"on", "yes", "true", "y"}]
-    return [Drive(found.get("id", ""), found.get("file", "")) for found in copying]
+    copying = [drive for drive in options if drive.get("copy-on-read", "off") in {"on", "yes", "true", "y"}]
+    return [Drive(drive.get("id", ""), drive.get("file", "")) for drive in copying]
 
 
 def _options(text: str) -> dict[str, str]:
-    """QEMU's option syntax: key=value, separated by commas; a comma in a value is doubled; a bare key is `on`."""
-    found = {}
+    """Parse QEMU's option syntax: key=value, separated by commas; ",," is a comma; a key without a value means "on"."""
+    options = {}
     for part in text.replace(",,", "\0").split(","):
         key, equals, value = part.replace("\0", ",").partition("=")
-        found[key] = value if equals else "on"
-    return found
+        options[key] = value if equals else "on"
+    return options
 
 
 def _is_qemu(pid: int) -> bool:
@@ -78,23 +78,23 @@ def _is_qemu(pid: int) -> bool:
     return any(name in program for name in _PROGRAMS)
 
 
-def _opened(pid: int) -> set[tuple[int, ...]] | None:
-    """The identities of all files that a process has open."""
+def _open_files(pid: int) -> set[tuple[int, ...]] | None:
+    """Return the identities of all files that a process has open; None if this user may not see them."""
     folder = f"/proc/{pid}/fd"
-    found = set()
+    identities = set()
     try:
         for name in os.listdir(folder):
             try:
-                found.add(_identity(os.stat(f"{folder}/{name}")))
+                identities.add(_identity(os.stat(f"{folder}/{name}")))
             except FileNotFoundError:
-                continue  # closed meanwhile
+                continue  # the process has closed the file in the meantime
     except OSError:
         return None
-    return found
+    return identities
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:
-    """What tells files apart, and block devices, which may have several names."""
+    """Return what identifies a file; for a block device, which may have several nodes, its number."""
     if stat.S_ISBLK(status.st_mode):
         return (status.st_rdev,)
     return status.st_dev, status.st_ino

@@ -1,16 +1,16 @@
 """
-Scratch storage: where QEMU keeps what the guest overwrites while its disk is read.
+Scratch storage: where QEMU keeps the old data that the guest overwrites while its disk is read.
 
-A copy that cannot be kept must break the backup and never the guest's write.  So the storage of an overlay is a quorum
-of two nodes, one of which is enough (`vote-threshold` 1):
+If a copy of old data cannot be stored, the backup must fail, and the guest's write must not.  So the storage of an
+overlay is a quorum of two nodes, and one of them is enough (`vote-threshold` 1):
 
     overlay (qcow2) -> quorum -> file       the scratch file, which answers reads (`read-pattern` fifo)
                               -> null-co    accepts every write, and reads as zeroes
 
-Where the file fails, the null device accepts the write, and the guest goes on.  A copy that was lost in this way reads
-as zeroes, with success.  Two witnesses tell of it: QEMU's event QUORUM_REPORT_BAD (`Witness`), and the kernel's error
-of a write that failed only after QEMU had handed it over (`write_back_error`).  QEMU's query-blockstats counts failures
-of devices only, not of nodes.
+If the file fails, the null device accepts the write, and the guest continues.  The lost copy then reads as zeroes,
+without an error.  Two witnesses report the loss: QEMU's event QUORUM_REPORT_BAD (`Witness`), and the kernel's error of
+a write that failed after QEMU had passed it on (`write_back_error`).  QEMU's query-blockstats is no witness: it counts
+failures of devices, not of nodes.
 """
 
 from __future__ import annotations
@@ -18,35 +18,40 @@ from __future__ import annotations
 import ctypes
 import errno
 import functools
+import logging
 import os
 import re
 import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 from backup.errors import Failed, SourceError
 from backup.qemu.programs import DEVNULL, Process, has_ended, popen
 from backup.qmp.monitor import Event, Monitor
+from backup.runtime.ignoring import ignoring
+
+_log = logging.getLogger(__name__)
 
 _SPARE = 64 << 20
 _UNIT = 64 << 10
 _LITTLE = 1 << 20
 _UNUSED = _UNIT - 1
-"""An offset in a qcow2 image's first cluster, in which the header takes some hundred bytes."""
+"""An unused offset in the first cluster of a qcow2 image, whose header has some hundred bytes."""
 _WAIT_BEFORE = 1
 """SYNC_FILE_RANGE_WAIT_BEFORE."""
 _FAR = 1 << 60
 """An offset beyond the end of any scratch file, where no page waits to be written."""
-_LOST = {"QUORUM_REPORT_BAD", "QUORUM_FAILURE"}
-"""Events of a quorum one node of which failed, or all."""
+_FAILURES = {"QUORUM_REPORT_BAD", "QUORUM_FAILURE"}
+"""Events of a quorum: one of its nodes failed, or all did."""
+_MOST_SHOWN = 300
+"""Characters of QEMU's text that a message shows."""
 
 
 @dataclass(frozen=True, slots=True)
-class Lost:
-    """What QEMU said of the first access to a scratch file that failed: the overlay's number, the access, the error."""
+class LostCopy:
+    """The first failed access to a scratch file: the number of its overlay, the kind of access, QEMU's error."""
 
     number: int
     access: str
@@ -55,9 +60,9 @@ class Lost:
 
 class Witness:
     """
-    What QEMU's events say of a run's scratch files.  Safe to use from several threads.
+    What QEMU's events report about the scratch files of a run.  Safe to use from several threads.
 
-    QEMU sends the first event of a node before it answers the command that was sent after the failure, and further ones
+    QEMU sends the first event of a node before it answers a command that was sent after the failure, and further events
     of that node once a second.
     """
 
@@ -66,28 +71,28 @@ class Witness:
         self._own = own
         self._hearing = threading.Lock()
         self._names: set[str] = set()
-        self._lost: Lost | None = None
+        self._lost: LostCopy | None = None
 
     def events(self) -> set[str]:
-        """Names of all events since the beginning."""
+        """Return the names of all events since the beginning."""
         self._hear()
         return set(self._names)
 
-    def lost(self) -> Lost | None:
-        """The first access that failed, of those that QEMU has told by now; None where it has told of none."""
+    def lost(self) -> LostCopy | None:
+        """Return the first failed access that QEMU has reported so far; None if there is none."""
         self._hear()
         return self._lost
 
     def _hear(self) -> None:
-        # The lock is held until the events are noted: events that another thread takes at this moment must count too.
+        # The lock is held until the events are noted, so that events taken by another thread count here as well.
         with self._hearing:
             for event in self._monitor.events():
                 self._names.add(event.name)
-                self._lost = self._lost or _lost(event, self._own)
+                self._lost = self._lost or _lost_copy(event, self._own)
 
 
 def file_node(own: str, number: int, fdset: int) -> dict[str, object]:
-    """The scratch file of a number as a node of QEMU's; nothing of it is needed after a crash, so that no flush is."""
+    """Return the scratch file as a QEMU node.  It is never flushed, because nothing needs it after a crash."""
     return {
         "driver": "file",
         "node-name": f"{own}s{number}",
@@ -97,7 +102,7 @@ def file_node(own: str, number: int, fdset: int) -> dict[str, object]:
 
 
 def guarded(own: str, number: int, storage: dict[str, object], length: int) -> dict[str, object]:
-    """The storage below a quorum that never fails; `length` (bytes) must be that of the storage's file."""
+    """Return `storage` below a quorum that never fails; `length` is the length of its file in bytes."""
     null = {"driver": "null-co", "node-name": f"{own}n{number}", "size": length, "read-zeroes": True}
     return {
         "driver": "quorum",
@@ -110,10 +115,10 @@ def guarded(own: str, number: int, storage: dict[str, object], length: int) -> d
 
 def lengthen(fd: int, size: int) -> int:
     """
-    Give a scratch file, without taking space, the length that copies of a whole disk of `size` bytes need.
+    Extend a scratch file, without allocating space, to the length that copies of a whole disk of `size` bytes need.
 
-    Returns the length.  It is short where the file system has no larger files (ext4: 16 TiB): the file then grows with
-    what QEMU writes, and a write beyond the largest size is a lost copy as any other.
+    Returns the length in bytes.  On a file system that has no such long files (ext4: 16 TiB) the length is short: the
+    file grows with QEMU's writes, and a write beyond the longest file is a lost copy like any other.
     """
     length = _whole(size + size // 1000 + _SPARE)
     try:
@@ -128,71 +133,73 @@ def _whole(length: int) -> int:
     return -(-length // _UNIT) * _UNIT
 
 
-class Silent(SourceError):
+class StorageHangs(SourceError):
     """The storage of a scratch folder does not answer."""
 
     def __init__(self, folders: Iterable[str], seconds: float) -> None:
         super().__init__(
             f"the storage of {', '.join(folders)} does not answer within {seconds:g} s; nothing of the backup was "
             "removed from QEMU, since the whole machine would have waited for that storage",
-            hint="restore the storage; after that the next run, or `pybackup clean`, removes what is left in QEMU",
+            hint="repair the storage; then the next run, or `pybackup clean`, removes what is left in QEMU",
         )
 
 
 def require_answering(files: Mapping[int, str], seconds: float) -> None:
     """
-    Write a byte, which QEMU does not use, to each open scratch file; `files` has descriptors and folders.
+    Write a byte that QEMU does not use to each open scratch file; `files` maps descriptors to folders.
 
-    Each removal of something that uses hanging storage hangs QEMU's main loop, and with it the machine.  A program
-    writes, and no thread: a process with a thread that waits for storage keeps its locks after its end.
+    QEMU's main loop, and with it the machine, hangs when something is removed whose storage hangs.  The bytes are
+    written by a program and not by a thread: a process keeps its locks after its end while a thread of it waits for
+    storage.
 
     Raises
     ------
-    Silent
+    StorageHangs
         A write did not return in time.
     """
-    with suppress(Failed):  # no program can be started: nobody can ask, and removal must not wait for that
+    with ignoring(_log, "the storage is not tested", Failed):  # no program can be started; removal goes on without it
         probes = [(folder, _write(f"/proc/self/fd/{fd}", [fd])) for fd, folder in files.items()]
         _require_ended(probes, seconds)
 
 
 def require_folders_answering(folders: Iterable[str], seconds: float) -> None:
     """
-    Make a nameless file in each folder, for scratch files that a run which was cut off left to QEMU.
+    Make an unnamed file in each folder that contains scratch files of an interrupted run.
 
     Raises
     ------
-    Silent
+    StorageHangs
         A folder did not answer in time.
     """
     make = "import sys, tempfile; tempfile.TemporaryFile(dir=sys.argv[1]).write(b'0')"
-    with suppress(Failed):
+    with ignoring(_log, "the storage is not tested", Failed):
         _require_ended([(folder, popen([sys.executable, "-c", make, folder], DEVNULL)) for folder in folders], seconds)
 
 
 def _write(file: str, fds: Sequence[int]) -> Process:
-    given = ["if=/dev/zero", f"of={file}", "bs=1", "count=1", f"seek={_UNUSED}", "conv=notrunc"]
-    return popen(["dd", *given], DEVNULL, fds)
+    operands = ["if=/dev/zero", f"of={file}", "bs=1", "count=1", f"seek={_UNUSED}", "conv=notrunc"]
+    return popen(["dd", *operands], DEVNULL, fds)
 
 
 def _require_ended(probes: Sequence[tuple[str, Process]], seconds: float) -> None:
-    """An error is an answer, too; a program that waits for storage is left behind."""
+    """Refuse storage whose probe has not ended in time.  A probe that failed is an answer, too."""
     deadline = time.monotonic() + seconds
-    silent = [folder for folder, probe in probes if not has_ended(probe, deadline - time.monotonic())]
-    if silent:
-        raise Silent(dict.fromkeys(silent), seconds)
+    hanging = [folder for folder, probe in probes if not has_ended(probe, deadline - time.monotonic())]
+    if hanging:
+        raise StorageHangs(dict.fromkeys(hanging), seconds)
 
 
 def write_back_error(fd: int) -> OSError | None:
     """
-    The error of a write to an open file that failed after the kernel had accepted it; None where there is none.
+    Return the error of a write to an open file that failed after the kernel had accepted it; None if there was none.
 
-    NFS and thin storage can be full without a write's failing: the page is written later.  This waits for no page.
+    NFS and thin storage can be full although a write succeeds, because the page is written later.  This call waits for
+    no page.
     """
     if _libc().sync_file_range(fd, ctypes.c_int64(_FAR), ctypes.c_int64(1), _WAIT_BEFORE) == 0:
         return None
     number = ctypes.get_errno()
-    # Not a system that lacks the call, or storage for which it has no meaning.
+    # These three mean that the system lacks the call, or that the call has no meaning for the storage.
     return None if number in {errno.ENOSYS, errno.EINVAL, errno.ESPIPE} else OSError(number, os.strerror(number))
 
 
@@ -201,17 +208,15 @@ def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 
 
-_MOST_SHOWN = 300
-"""Characters of QEMU's own words in an error."""
-
-
-def _lost(event: Event, own: str) -> Lost | None:
-    """What an event says of a scratch file whose names begin with `own`; None where it is of something else."""
-    if event.name not in _LOST:
+def _lost_copy(event: Event, own: str) -> LostCopy | None:
+    """
+    Return what an event reports about a scratch file whose node names begin with `own`; None if it reports nothing.
+    """
+    if event.name not in _FAILURES:
         return None
     node = str(event.data.get("node-name") or event.data.get("reference") or "")
     digits = node.removeprefix(own)[1:]
     if not node.startswith(own) or re.fullmatch("[0-9]{1,6}", digits) is None:
         return None
-    what, why = str(event.data.get("type", "access")), str(event.data.get("error", "no error told"))
-    return Lost(int(digits), what[:_MOST_SHOWN], why[:_MOST_SHOWN])
+    access, error = str(event.data.get("type", "access")), str(event.data.get("error", "no error told"))
+    return LostCopy(int(digits), access[:_MOST_SHOWN], error[:_MOST_SHOWN])

@@ -23,8 +23,8 @@ from backup.qemu import images
 from backup.qmp import instant as fleece
 from backup.qmp import leftovers, process, scratch
 from backup.qmp.agent import Agent, AgentError
-from backup.qmp.blocks import OURS, Blocks, Device, Node
-from backup.qmp.instant import Instant, Room, Target
+from backup.qmp.blocks import OURS, BlockGraph, Device, Node
+from backup.qmp.instant import Instant, InstantDisk, Room
 from backup.qmp.monitor import Monitor, Refused
 from backup.runtime.signals import to_the_end
 from backup.sources.base import NO_FREEZE, Capture, Freeze, Moved, NotStarted, Opened, Owner, Source
@@ -121,9 +121,9 @@ class Running:
                 hint="back it up through the QMP socket of the QEMU that runs it",
             )
 
-    def blocks(self) -> Blocks:
+    def blocks(self) -> BlockGraph:
         """QEMU's block graph of this moment."""
-        return fleece.query_blocks(self.monitor)
+        return fleece.query_block_graph(self.monitor)
 
     def local(self, name: str) -> str:
         """A file name of QEMU's as we can use it: its relative names start from its own folder."""
@@ -131,7 +131,7 @@ class Running:
         special = name.startswith("/") or ":" in name.partition("/")[0] or folder is None
         return name if special else os.path.normpath(f"{folder}/{name}")
 
-    def why_unseen(self, blocks: Blocks, name: str) -> str | None:
+    def why_unseen(self, blocks: BlockGraph, name: str) -> str | None:
         """Say which writes to a disk pass its bitmaps by, and a backup's copying before writes too; None: none do."""
         for device in blocks.devices_above(name):
             if device.shares and self._property(device, "share-rw") is True:
@@ -212,7 +212,7 @@ class Running:
         done = self._thaw_leftover()
         self.require_here()
         # Dry runs and `map`, which belong to no repository, have zeroes for its id.
-        found = leftovers.find(self.monitor, [f"{OURS}{short}-" for short in (owner.short_id, "0" * 8)])
+        found = leftovers.find_leftovers(self.monitor, [f"{OURS}{short}-" for short in (owner.short_id, "0" * 8)])
         blocks = self.blocks()
         bitmaps = list(_unpublished(blocks, owner))
         if not found and not bitmaps:
@@ -226,7 +226,7 @@ class Running:
         if found.in_the_way:
             scratch.require_folders_answering({place.scratch for place in found.places}, _STORAGE_SECONDS)
         stopped = leftovers.stopped_guest(blocks, found)
-        done += leftovers.remove(self.monitor, found, own_server=None)
+        done += leftovers.remove_leftovers(self.monitor, found, own_server=None)
         if stopped and leftovers.resume(self.monitor):
             done.append("a stop of the guest: a full scratch folder was the reason")
         for node, name in bitmaps:
@@ -308,7 +308,7 @@ class Running:
                     hint="name each disk once",
                 )
 
-    def _unnamed(self, blocks: Blocks) -> list[str]:
+    def _unnamed(self, blocks: BlockGraph) -> list[str]:
         """Warnings: disks of the machine that no point holds though nobody excluded them."""
         if not self._complain:
             return []
@@ -327,10 +327,10 @@ class Running:
                 )
         return warnings
 
-    def _target(self, source: NodeSource, capture: Capture) -> Target:
+    def _target(self, source: NodeSource, capture: Capture) -> InstantDisk:
         node = source.node
         bitmap = next((found for found in node.bitmaps if found.name == capture.read_bitmap), None)
-        return Target(
+        return InstantDisk(
             node=node.name,
             size=node.size,
             read=capture.read_bitmap,
@@ -422,7 +422,7 @@ class NodeSource:
         """An image with an external data file, or with writers whom no bitmap sees, gets none."""
         return state.unseen_writes
 
-    def require_untouched_by_reading(self, blocks: Blocks) -> None:
+    def require_untouched_by_reading(self, blocks: BlockGraph) -> None:
         """
         Make sure that QEMU does not copy into the image what a backup reads from the files below it.
 
@@ -446,7 +446,7 @@ class NodeSource:
                     "below which pybackup reads",
                 )
 
-    def doubts(self, blocks: Blocks) -> list[str]:
+    def doubts(self, blocks: BlockGraph) -> list[str]:
         """Warnings: what makes a point of this disk less than it seems."""
         name, doubts = self.node.name, []
         if blocks.is_abandoned(name):
@@ -636,7 +636,7 @@ def _why_volatile(node: Node) -> str | None:
     return None
 
 
-def _unpublished(blocks: Blocks, owner: Owner) -> Iterator[tuple[str, str]]:
+def _unpublished(blocks: BlockGraph, owner: Owner) -> Iterator[tuple[str, str]]:
     """Node and name of bitmaps of this repository that belong to no point."""
     for node in blocks.nodes.values():
         if node.name.startswith(OURS):

@@ -81,7 +81,7 @@ def test_the_real_agent_serves_one_client_and_the_second_is_told(tmp_path):
         with pytest.raises(AgentError) as caught, Agent(address, SHORT):
             pass
         require_two_lines(caught.value, str(address), f"within {SHORT} s")
-        assert "one at a time" in caught.value.hint
+        assert "one client at a time" in caught.value.hint
         assert first.frozen() is False
 
 

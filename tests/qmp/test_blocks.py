@@ -3,7 +3,7 @@
 import pytest
 
 from backup.errors import SourceError
-from backup.qmp.blocks import Blocks
+from backup.qmp.blocks import BlockGraph
 
 
 def named(name, driver="qcow2", file=None, **image):
@@ -38,7 +38,7 @@ def blocks(nodes, edges, devices=(), exported=()):
         graph_nodes.append({"id": number, "name": found["device"] or found["qdev"], "type": "block-backend"})
         child = numbers[found["inserted"]["node-name"]]
         graph_edges.append({"parent": number, "child": child, "name": "root", **root})
-    return Blocks.of(
+    return BlockGraph.of(
         nodes, devices, {"nodes": graph_nodes, "edges": graph_edges}, [{"node-name": node} for node in exported]
     )
 
@@ -69,7 +69,7 @@ def test_a_relative_files_name_with_a_colon_is_no_protocols():
 
 def test_a_drive_without_a_medium_is_said_to_be_empty():
     drives = [{"device": "", "qdev": "/machine/peripheral/cd0", "io-status": "ok", "tray_open": False}]
-    found = Blocks.of([named("disk0")], drives, {"nodes": [], "edges": []})
+    found = BlockGraph.of([named("disk0")], drives, {"nodes": [], "edges": []})
     with pytest.raises(SourceError, match="'cd0' of the machine is empty"):
         resolved(found, "cd0")
 
@@ -240,6 +240,6 @@ def test_what_only_one_of_the_answers_knows_is_left_out():
         "edges": [{"parent": 2, "child": 1, "name": "file", "perm": [], "shared-perm": []}],
     }
     devices = [{"device": "d", "inserted": {"node-name": "gone"}}]
-    found = Blocks.of([named("a")], devices, graph, [{"node-name": "gone"}])
+    found = BlockGraph.of([named("a")], devices, graph, [{"node-name": "gone"}])
     assert (found.edges, found.devices, found.exported) == ((), (), ())
     assert found.storage("a").name == "a"

@@ -19,10 +19,10 @@ import pytest
 from lab import PEAK_KIB, call_pybackup
 
 from backup.errors import SourceError
-from backup.qmp.instant import query_blocks
-from backup.qmp.leftovers import Place
+from backup.qmp.instant import query_block_graph
+from backup.qmp.leftovers import ScratchPlace
 from backup.qmp.monitor import Event, Monitor, MonitorLost, NotListening, Refused
-from backup.qmp.scratch import _lost
+from backup.qmp.scratch import _lost_copy
 
 GREETING = {"QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 22}, "package": ""}, "capabilities": []}}
 NODE = {
@@ -133,7 +133,7 @@ def changed(value: Any, path: tuple[Any, ...], new: Any) -> Any:
 
 def test_a_sound_peer_is_understood():
     with peer() as found, Monitor(found.path) as monitor:
-        blocks = query_blocks(monitor)
+        blocks = query_block_graph(monitor)
         assert monitor.version == "7.2.22"
     assert [(device.names[0], device.writes) for device, _ in blocks.disks()] == [("a", True)]
 
@@ -184,7 +184,7 @@ def refusal(monitor: Monitor, command: str) -> str | None:
     try:
         monitor.command(command)
         if command.startswith(("query-block", "query-named", "x-debug")):
-            query_blocks(monitor)
+            query_block_graph(monitor)
     except SourceError as error:
         return error.message
     return None
@@ -301,16 +301,16 @@ def test_events_without_end_are_not_kept_and_the_loss_of_some_is_an_error():
     "kept", ["", "x", "p {}", "p [1]", 'p ["a"]', 'p ["/a\\u0000", "/b"]', "p " + "[" * 60_000, "p 9" + "9" * 5000]
 )
 def test_what_a_peer_keeps_beside_a_descriptor_is_ours_or_nothing(kept):
-    assert Place.of(kept) is None
+    assert ScratchPlace.of(kept) is None
 
 
 @pytest.mark.parametrize("node", [None, 5, [], "", "own", "owns", "ownsx", "owns\u0661", "owns" + "9" * 5000, "other0"])
 def test_an_event_of_a_node_that_is_none_of_ours_says_nothing_of_our_scratch_files(node):
-    assert _lost(Event("QUORUM_REPORT_BAD", {"node-name": node, "error": "e"}), "own") is None
+    assert _lost_copy(Event("QUORUM_REPORT_BAD", {"node-name": node, "error": "e"}), "own") is None
 
 
 def test_an_events_words_are_cut():
-    lost = _lost(Event("QUORUM_REPORT_BAD", {"node-name": "owns12", "type": ["t"], "error": "e" * 10_000}), "own")
+    lost = _lost_copy(Event("QUORUM_REPORT_BAD", {"node-name": "owns12", "type": ["t"], "error": "e" * 10_000}), "own")
     assert lost is not None
     assert (lost.number, lost.access, len(lost.error)) == (12, "['t']", 300)
 

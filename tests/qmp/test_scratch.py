@@ -15,7 +15,7 @@ from lab import KIB, MIB, run
 
 from backup.qmp import scratch
 from backup.qmp.monitor import Event
-from backup.qmp.scratch import Lost, Witness
+from backup.qmp.scratch import LostCopy, Witness
 
 OWN = "pybackup-0a1b2c3d-4e5f6071-"
 BAD = {
@@ -40,10 +40,10 @@ class Told:
 @pytest.mark.parametrize(
     ("name", "data", "lost"),
     [
-        ("QUORUM_REPORT_BAD", BAD, Lost(2, "write", "No space left on device")),
-        ("QUORUM_REPORT_BAD", {**BAD, "type": "read"}, Lost(2, "read", "No space left on device")),
-        ("QUORUM_REPORT_BAD", {"type": "flush", "node-name": f"{OWN}s0"}, Lost(0, "flush", "no error told")),
-        ("QUORUM_FAILURE", {"reference": f"{OWN}q11", "sector-num": 1}, Lost(11, "access", "no error told")),
+        ("QUORUM_REPORT_BAD", BAD, LostCopy(2, "write", "No space left on device")),
+        ("QUORUM_REPORT_BAD", {**BAD, "type": "read"}, LostCopy(2, "read", "No space left on device")),
+        ("QUORUM_REPORT_BAD", {"type": "flush", "node-name": f"{OWN}s0"}, LostCopy(0, "flush", "no error told")),
+        ("QUORUM_FAILURE", {"reference": f"{OWN}q11", "sector-num": 1}, LostCopy(11, "access", "no error told")),
         ("QUORUM_REPORT_BAD", {**BAD, "node-name": "pybackup-0a1b2c3d-ffffffff-s2"}, None),
         ("QUORUM_REPORT_BAD", {**BAD, "node-name": "mirror0"}, None),
         ("QUORUM_REPORT_BAD", {}, None),
@@ -58,7 +58,7 @@ def test_what_was_lost_once_stays_lost_and_the_first_is_told(tmp_path):
     other = Event("QUORUM_REPORT_BAD", {**BAD, "node-name": f"{OWN}s0"})
     witness = Witness(Told([Event("STOP", {})], [Event("QUORUM_REPORT_BAD", BAD), other], [other]), OWN)
     assert witness.lost() is None
-    assert [witness.lost(), witness.lost(), witness.lost()] == [Lost(2, "write", "No space left on device")] * 3
+    assert [witness.lost(), witness.lost(), witness.lost()] == [LostCopy(2, "write", "No space left on device")] * 3
     assert witness.events() == {"STOP", "QUORUM_REPORT_BAD"}
 
 
@@ -74,7 +74,7 @@ def test_an_event_that_another_thread_is_just_taking_is_waited_for():
             assert go_on.wait(30)
             return [Event("QUORUM_REPORT_BAD", BAD)]
 
-    witness, found = Witness(Slow(), OWN), list[Lost | None]()
+    witness, found = Witness(Slow(), OWN), list[LostCopy | None]()
     watching = threading.Thread(target=witness.events)
     watching.start()
     assert taken.wait(30)
@@ -84,7 +84,7 @@ def test_an_event_that_another_thread_is_just_taking_is_waited_for():
     go_on.set()
     for thread in (watching, asking):
         thread.join(30)
-    assert found == [Lost(2, "write", "No space left on device")]
+    assert found == [LostCopy(2, "write", "No space left on device")]
 
 
 def scratch_file(folder: Path, size: int) -> int:

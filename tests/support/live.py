@@ -692,7 +692,7 @@ def lost_in_the_handshake() -> Iterator[None]:
     def dial_and_lose(self: Clients) -> int:
         fd = dial(self)
         instants[0].lost = SourceError("lost in the handshake", hint="a test")
-        instants[0]._let_go()
+        instants[0]._remove()
         return fd
 
     Instant.open, Clients.dial = open_, dial_and_lose  # type: ignore[method-assign]
