@@ -1,4 +1,4 @@
-"""What the kernel tells of block devices: which programs have one open (for root: of all users), and loop files."""
+"""What the kernel tells about block devices: which programs have a device open, and which file a loop device uses."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 
 def writers(device: int) -> list[str]:
     """
-    Name the other programs that have the block device of this number (st_rdev) open for writing: "qemu-kvm (4711)".
+    Name the other programs that have the block device with this number (st_rdev) open for writing: "qemu-kvm (4711)".
 
-    QEMU's locks belong to a device node and not to the device, and a libvirt machine has nodes of its own: their locks
-    cannot be seen from outside.
+    QEMU's locks do not show these.  They belong to a device node and not to the device, and a machine of libvirt has
+    device nodes of its own.  Root sees the programs of all users; other users see only their own.
     """
     return [f"{_name(pid)} ({pid})" for pid in _pids() if any(_writes(pid, fd, device) for fd in _descriptors(pid))]
 
@@ -30,7 +30,7 @@ def _pids() -> Iterator[int]:
 def _descriptors(pid: int) -> list[str]:
     try:
         return os.listdir(f"/proc/{pid}/fd")
-    except OSError:  # another user's, or it has ended
+    except OSError:  # the process belongs to another user, or has ended
         return []
 
 
@@ -55,7 +55,7 @@ def _name(pid: int) -> str:
 
 
 def real_places(target: str) -> Iterator[Path]:
-    """Yield the path that a target really is, and for a loop device the path of the file behind it."""
+    """Yield the path that a target really has and, for a loop device, the path of its file."""
     yield Path(os.path.realpath(target))
     try:
         status = os.stat(target)
@@ -64,6 +64,6 @@ def real_places(target: str) -> Iterator[Path]:
     if not stat.S_ISBLK(status.st_mode):
         return
     number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
-    for entry in ("loop", "../loop"):  # of the device, or of the one that it is a partition of
+    for entry in ("loop", "../loop"):  # of the device itself, or of the device of which it is a partition
         with suppress(OSError):
             yield Path(os.path.realpath(Path(f"/sys/dev/block/{number}/{entry}/backing_file").read_text().rstrip("\n")))

@@ -1,15 +1,16 @@
 """
-The copier: runs a plan, reading from a source and storing into a sink, several requests at a time.
+The copier: it executes a plan, with several requests to the source at a time, and passes the data to a sink.
 
-    plan -> batches (ascending) -> threads, each: read a batch through a connection, reads in flight,
+    plan -> batches (ascending) -> threads, each: read a batch through a connection, with several reads in flight,
                                    then store it: zero test, compression, digests, writing
 
-A thread stores what it has read, which is in the processor's cache still, and others read meanwhile.  Where there are
-fewer connections than threads, one is handed on with the next batch under way.
+A thread stores the batch that it has read, while the data is still in the processor's cache, and other threads read in
+the meantime.  If there are fewer connections than threads, a thread passes its connection on before it stores, with
+the reads of the next batch in flight.
 
-Every byte is moved, hashed and compressed by code that releases the GIL.  Memory is bounded by the number of buffers,
-which are made once and go round, the one that came back last first.  The first error, or a signal in the calling
-thread, stops all threads promptly.
+All code that moves, hashes or compresses data releases the GIL.  The number of buffers limits the memory; they are
+allocated once and used again, the most recently used one first.  The first error, or a signal in the calling thread,
+stops all threads promptly.
 """
 
 from __future__ import annotations
@@ -32,33 +33,33 @@ from backup.runtime.pace import Pace
 from backup.runtime.threads import run_threads
 
 _TICK = 0.1
-"""Seconds between looks at the stop flag: how long a stop may take to be noticed."""
+"""Seconds between two looks at the stop flag, which is how long a stop may take."""
 
 
 class Sink(Protocol):
-    """Where clusters go; safe to call from several threads."""
+    """The receiver of clusters.  Safe to use from several threads."""
 
     batch: int
-    """Bytes that it takes best at once."""
+    """Bytes of the batch size that the sink handles best."""
 
     def write(self, clusters: Offsets, data: memoryview) -> int:
-        """Store whole clusters with these numbers, ascending; returns how many of them are all zeroes."""
+        """Store whole clusters with these numbers, ascending; return how many of them are all zeroes."""
 
     def zero(self, first_cluster: int, count: int) -> None:
-        """Record clusters that read as zero."""
+        """Record clusters that read as zeroes."""
 
     def completed_below(self, cluster: int) -> None:
-        """Nothing will come for clusters below this one any more."""
+        """Take note that no call for a cluster below this one will follow."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """
-    How much happens at once.
+    The degree of parallelism, and the limits.
 
-    Each of `connections` has at most `requests` reads in flight, each of at most `request_size` bytes; `workers` is the
-    number of cores to keep busy.  Buffers take no more than `buffer_limit` bytes.  The source is read at no more than
-    `limit` bytes a second (None: as fast as it can).
+    Each of `connections` has at most `requests` reads in flight, of at most `request_size` bytes each.  `workers` is
+    the number of processor cores to use.  All buffers together have at most `buffer_limit` bytes.  `limit` is the
+    highest rate of reading in bytes a second (None: no limit).
     """
 
     connections: int = 4
@@ -69,22 +70,25 @@ class Settings:
     limit: int | None = None
 
     def within(self, most: int | None) -> Settings:
-        """The same with no more than `most` reads in flight on a connection (None: as many as there are)."""
+        """Return the settings with at most `most` reads in flight on a connection (None: unchanged)."""
         return self if most is None else replace(self, requests=min(self.requests, most))
 
     def threads(self, lanes: int) -> int:
-        """One for each connection, and one more than there are cores: while one waits for the disk, others go on."""
+        """
+        Return the number of threads: one for each connection, and one more than cores, since some wait for the disk.
+        """
         return max(self.workers + 1, lanes)
 
     def buffers(self, lanes: int, batch: int) -> int:
-        """Number of buffers of `batch` bytes: one for each thread, and for reads ahead of them."""
+        """Return the number of buffers of `batch` bytes: one for each thread, and enough for all reads in flight."""
         wanted = self.threads(lanes) + -(-lanes * self.requests * self.request_size // batch)
         return max(1, min(wanted, self.buffer_limit // batch))
 
     def batch(self, data: int, cluster_size: int, most: int) -> int:
         """
-        Bytes of a buffer for `data` bytes in all: `most`, what the sink takes best, but less where that would leave
-        workers idle, and never less than one read.
+        Return the size of a buffer in bytes, for `data` bytes in all.
+
+        The size is `most`, which the sink handles best, or less if workers would be idle, but never less than one read.
         """
         share = data // (_BATCHES_EACH * self.workers)
         size = max(self.request_size, min(most, share))
@@ -92,12 +96,12 @@ class Settings:
 
 
 _BATCHES_EACH = 4
-"""Batches that each worker should get at the least: the last ones are done by some while others have none."""
+"""Batches that each worker should get at least, so that the workers finish at about the same time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A run of data that lies in one buffer: guest offset and length in bytes, place in the buffer."""
+    """A run of data in a buffer: its guest offset and length in bytes, and its place in the buffer."""
 
     offset: int
     length: int
@@ -106,7 +110,9 @@ class Piece:
 
 @dataclass(slots=True)
 class Batch:
-    """Pieces that share a buffer, so that scattered small runs are read and stored together."""
+    """
+    Pieces that share a buffer, so that small scattered runs are stored together; `waiting` counts reads in flight.
+    """
 
     pieces: list[Piece]
     buffer: memoryview = field(default_factory=lambda: memoryview(b""))
@@ -114,13 +120,13 @@ class Batch:
 
     @property
     def first(self) -> int:
-        """Lowest guest offset."""
+        """The lowest guest offset (bytes)."""
         return self.pieces[0].offset
 
 
 def copy_disk(plan: Plan, disk: OpenDisk, sink: Sink, settings: Settings, progress: Callable[[int], None]) -> int:
     """
-    Read the plan's data from `disk`, as far as the disk's limits allow `settings`; see `copy`.
+    Read the plan's data from `disk`, within the limits of the disk; see `copy`.
 
     Raises
     ------
@@ -151,31 +157,31 @@ def copy(
     smallest_request: int = 1,
 ) -> int:
     """
-    Read the plan's data through `lanes` and store it, and its zeroes, in `sink`.
+    Read the plan's data through `lanes`; store the data, and the plan's zeroes, in `sink`.
 
-    `max_request` is the server's largest read (bytes), a multiple of `smallest_request`, to whose multiples the lanes
-    round each read out.  `progress` is called in this thread with the bytes done so far.
+    `max_request` is the largest read of the server (bytes), a multiple of `smallest_request`.  The lanes extend each
+    read to multiples of `smallest_request`.  `progress` is called in this thread with the number of bytes finished.
 
     Returns
     -------
     int
-        Bytes of clusters that were read as data and turned out to be all zeroes.
+        Bytes of the clusters that were read as data and consist of zeroes.
     """
     run = _Run(plan, sink, settings, lanes, max_request=max_request, smallest=smallest_request)
     run_threads(run.work, run.threads, lambda: progress(run.done), run.halt)
     if run.done != plan.totals.data:
         raise RuntimeError(f"{run.done} bytes were stored of {plan.totals.data}")
     progress(run.done)
-    return min(run.found_zero * plan.cluster_size, plan.totals.data)  # the disk's last cluster may be partial
+    return min(run.zero_clusters * plan.cluster_size, plan.totals.data)  # the last cluster of the disk may be partial
 
 
 @dataclass(slots=True)
 class _Channel:
     """
-    A connection and what was begun on it.
+    A connection with the batches and reads that were begun on it.
 
-    `begun` are batches of which answers are missing, the oldest first; `waiting` are reads not asked for yet, and `due`
-    is when the first of them may be (None: that was not found out yet).
+    `begun` are the batches that wait for answers, oldest first.  `waiting` are the reads that were not submitted yet.
+    `due` is the time at which the rate limit allows the first of them; None if it was not computed yet.
     """
 
     lane: Lane
@@ -185,11 +191,11 @@ class _Channel:
 
     @property
     def enough(self) -> int:
-        """Answers to wait for: until it pays to ask for more, or a batch is whole.  A look at each would cost more."""
+        """Number of answers to wait for, until more reads are worth submitting or a batch is whole."""
         return max(1, self.lane.in_flight // 2) if self.waiting else self.begun[0].waiting
 
     def arrived(self, tokens: list[object]) -> list[Batch]:
-        """Take note of answers; the batches that are whole now."""
+        """Take note of answers; return the batches that are now whole."""
         for batch in tokens:
             assert isinstance(batch, Batch)
             batch.waiting -= 1
@@ -201,10 +207,11 @@ class _Channel:
 
 class _Jobs:
     """
-    What threads do next, first in, first out: read on through a channel, or store a batch that is whole.
+    The jobs of the threads, first in, first out: read more through a channel, or store a whole batch.
 
-    Safe to use from several threads.  Nothing waits here with a time limit: of several threads in SimpleQueue.get with
-    a timeout, one may be woken for what another one took, and then waits for ever (CPython 3.11).  `end` wakes all.
+    Safe to use from several threads.  No thread waits here with a time limit, because of a bug in CPython 3.11: of
+    several threads in SimpleQueue.get with a timeout, one may be woken for an item that another one took, and then
+    waits for ever.  `end` wakes all threads.
     """
 
     def __init__(self, threads: int) -> None:
@@ -212,10 +219,10 @@ class _Jobs:
         self._jobs: queue.SimpleQueue[_Channel | Batch | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self.idle = 0
-        """Threads that wait, less what waits for them: above 0, what is put is taken at once."""
+        """Waiting threads minus waiting jobs.  If this is positive, a job that is put is taken at once."""
 
     def take(self) -> _Channel | Batch | None:
-        """Wait for a job; None: there will be no more."""
+        """Wait for a job; None means that no more jobs will come."""
         with self._lock:
             self.idle += 1
         return self._jobs.get()
@@ -226,7 +233,7 @@ class _Jobs:
             self._jobs.put(job)
 
     def offer(self, job: _Channel) -> bool:
-        """Put a job if a thread waits for it."""
+        """Put a job only if a thread waits for one; return whether it was put."""
         with self._lock:
             if self.idle <= 0:
                 return False
@@ -235,13 +242,13 @@ class _Jobs:
             return True
 
     def end(self) -> None:
-        """Let all threads go."""
+        """Make all threads return."""
         for _ in range(self._threads):
             self._jobs.put(None)
 
 
 class _Run:
-    """What the threads of one copy share."""
+    """The state that the threads of one copy share."""
 
     def __init__(
         self, plan: Plan, sink: Sink, settings: Settings, lanes: Sequence[Lane], *, max_request: int, smallest: int
@@ -250,12 +257,12 @@ class _Run:
         self.sink = sink
         self.stop = threading.Event()
         self.done = 0
-        self.found_zero = 0
+        self.zero_clusters = 0
         self._request_size = min(max(settings.request_size - settings.request_size % smallest, smallest), max_request)
         self._smallest = smallest
         self._requests = settings.requests
         self._batch = settings.batch(plan.totals.data, plan.cluster_size, sink.batch)
-        # No more buffers than there is data for: an idle night needs none.
+        # There are no more buffers than data needs; a night without changes needs none.
         count = max(1, min(settings.buffers(len(lanes), self._batch), -(-plan.totals.data // self._batch)))
         self._free = _Stack([pages(self._batch) for _ in range(count)])
         self.threads = min(count, settings.threads(len(lanes)))
@@ -271,25 +278,28 @@ class _Run:
         self._pace = Pace(settings.limit)
 
     def work(self) -> None:
-        """Read batches and store them until there are no more; the first error stops the whole copy."""
+        """Read and store batches until there are no more.  Runs in each thread."""
         while (job := self._jobs.take()) is not None and not self.stop.is_set():
             batch = self._read(job) if isinstance(job, _Channel) else job
             if batch is not None:
                 self._store(batch)
 
     def halt(self) -> None:
-        """Have all threads end within moments."""
+        """Make all threads return within moments."""
         self.stop.set()
         self._jobs.end()
         self._free.end(self.threads)
 
     def _read(self, channel: _Channel) -> Batch | None:
         """
-        Read through a channel until a batch is whole, and leave the channel to others; None: there is no more.
+        Read through a channel until a batch is whole, and then leave the channel to other threads.
 
-        What was asked for is taken as it comes, whatever else is waited for: a running machine's QEMU that has to stop
-        its guest for a moment waits for those answers to be taken.  So the channel is left only when it has none under
-        way or another thread takes it, and no more than a batch is asked for while none would.
+        Returns None if there is nothing more to read.
+
+        Answers must be received as they come, whatever the threads wait for: a running machine's QEMU that stops its
+        guest for a moment waits until all answers are received.  So a thread leaves a channel only if no reads are in
+        flight, or if another thread takes the channel.  As long as no other thread would take it, reads for only one
+        batch are in flight.
         """
         lane = channel.lane
         whole: list[Batch] = []
@@ -312,25 +322,25 @@ class _Run:
         return whole[0] if whole else None
 
     def _close(self) -> None:
-        """A channel is needed no more."""
+        """Take note that a channel is not needed any more."""
         with self._lock:
             self._open -= 1
             self._end_if_done()
 
     def _end_if_done(self) -> None:
-        """Let all threads go when the last channel is closed and the last batch stored; under the lock."""
+        """Make all threads return after the last channel is closed and the last batch stored.  Call under the lock."""
         if not self._open and not self._outstanding:
             self._jobs.end()
 
     def _ask(self, channel: _Channel) -> None:
-        """Have as many reads in flight as may be."""
+        """Submit as many reads as the settings allow."""
         while channel.lane.in_flight < self._requests:
             if not (channel.waiting or self._begin(channel)) or not self._in_time(channel):
                 return
             channel.lane.submit(*channel.waiting.popleft())
 
     def _begin(self, channel: _Channel) -> bool:
-        """Begin a batch, if there is one and a buffer for it; ahead of another only if a thread could go on with it."""
+        """Begin a batch if there is one, and a buffer; a second one only if another thread could continue with it."""
         ahead = bool(channel.begun)
         if self._batches is None or (ahead and self._jobs.idle <= 0):
             return False
@@ -342,7 +352,9 @@ class _Run:
         return True
 
     def _in_time(self, channel: _Channel) -> bool:
-        """May the next read be asked for already?  Waits for that where no answer is to come meanwhile."""
+        """
+        Tell whether the rate limit allows the next read now; wait for that only if no answer can arrive meanwhile.
+        """
         if channel.due is None:
             channel.due = self._pace.due(len(channel.waiting[0][1]))
         left = channel.due - time.monotonic()
@@ -352,7 +364,9 @@ class _Run:
         return True
 
     def _next(self, *, patient: bool) -> Batch | None:
-        """The next batch with a buffer, or None: no buffer just now, or (then _batches is None) no more batches."""
+        """
+        Return the next batch, with a buffer; None if no buffer is free now, or no batch is left (_batches is None).
+        """
         buffer = self._free.pop(wait=patient)
         if buffer is None or self.stop.is_set():
             return None
@@ -371,22 +385,22 @@ class _Run:
         cluster = self.plan.cluster_size
         last = batch.pieces[-1]
         end = last.at + -(-last.length // cluster) * cluster
-        # Only the disk's last cluster is partial, and it is the last of its batch.
+        # Only the last cluster of the disk is partial, and it is the last one of its batch.
         batch.buffer[last.at + last.length : end] = bytes(end - last.at - last.length)
         with batch.buffer[:end] as data:
             zeroes = self.sink.write(_numbers(batch.pieces, cluster), data)
         self._free.push(batch.buffer)
         with self._lock:
             del self._outstanding[batch.first]
-            # Batches are handed out in ascending order, so the oldest outstanding one is the lowest.
+            # Batches are issued in ascending order, so the oldest outstanding one is the lowest.
             low = next(iter(self._outstanding), self._issued)
-            self.found_zero += zeroes
+            self.zero_clusters += zeroes
             self.done += sum(piece.length for piece in batch.pieces)
             self._end_if_done()
         self.sink.completed_below(low // cluster)
 
     def _cut(self) -> Iterator[Batch]:
-        """Cut the plan's data into batches that fit a buffer; zeroes go straight to the sink, in passing."""
+        """Divide the plan's data into batches that fit a buffer; pass the zeroes between them directly to the sink."""
         cluster = self.plan.cluster_size
         pieces: list[Piece] = []
         filled = 0
@@ -409,34 +423,34 @@ class _Run:
 
 
 class _Stack:
-    """Buffers that are free, last in, first out; safe to use from several threads."""
+    """Free buffers, last in, first out.  Safe to use from several threads."""
 
     def __init__(self, buffers: Sequence[memoryview]) -> None:
         self._buffers = deque(buffers)
-        self._there: queue.SimpleQueue[None] = queue.SimpleQueue()  # queue.LifoQueue is Python, and 10 times slower
+        self._free: queue.SimpleQueue[None] = queue.SimpleQueue()  # queue.LifoQueue is Python code, 10 times slower
         for _ in self._buffers:
-            self._there.put(None)
+            self._free.put(None)
 
     def push(self, buffer: memoryview) -> None:
         self._buffers.append(buffer)
-        self._there.put(None)
+        self._free.put(None)
 
     def pop(self, *, wait: bool) -> memoryview | None:
-        """Take a buffer; None: there is none just now, or (having waited) there will be no more."""
+        """Take a buffer; None if none is free now or, after a wait, if the copy ends."""
         try:
-            self._there.get(block=wait)
+            self._free.get(block=wait)
             return self._buffers.pop()
         except (queue.Empty, IndexError):
             return None
 
     def end(self, threads: int) -> None:
-        """Let so many threads go that wait for a buffer, or will."""
+        """Wake as many threads as may wait for a buffer, now or later."""
         for _ in range(threads):
-            self._there.put(None)
+            self._free.put(None)
 
 
 def _numbers(pieces: Sequence[Piece], cluster_size: int) -> Offsets:
-    """Numbers of the clusters that pieces cover, in order."""
+    """Return the numbers of the clusters that the pieces cover, in order."""
     firsts = np.array([piece.offset // cluster_size for piece in pieces], np.int64)
     counts = np.array([-(-piece.length // cluster_size) for piece in pieces], np.int64)
     ends = np.cumsum(counts)
@@ -444,19 +458,19 @@ def _numbers(pieces: Sequence[Piece], cluster_size: int) -> Offsets:
 
 
 def _requests(batch: Batch, size: int, smallest: int) -> list[tuple[int, memoryview, Batch]]:
-    """The reads that fill a batch, none above `size` bytes when it is rounded out to multiples of `smallest`."""
+    """Return the reads that fill a batch; extended to multiples of `smallest`, none has more than `size` bytes."""
     view = batch.buffer
-    found = [
+    reads = [
         (low, view[piece.at + low - piece.offset : piece.at + high - piece.offset], batch)
         for piece in batch.pieces
         for low, high in _cut(piece.offset, piece.offset + piece.length, size, smallest)
     ]
-    batch.waiting = len(found)
-    return found
+    batch.waiting = len(reads)
+    return reads
 
 
 def _cut(start: int, end: int, size: int, smallest: int) -> Iterator[tuple[int, int]]:
-    """Cut [start, end) into `size` bytes each, counted from the multiple of `smallest` that start lies behind."""
+    """Divide [start, end) into parts of `size` bytes, counted from the last multiple of `smallest` before start."""
     low = start
     for high in (*range(start - start % smallest + size, end, size), end):
         yield low, high

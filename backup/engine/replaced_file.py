@@ -1,9 +1,9 @@
 """
-The file that a restore replaces: kept from every QEMU meanwhile, and its owner, mode, ACL and labels passed on.
+The file that a restore replaces: no QEMU may use it meanwhile, and its owner, mode, ACL and labels are passed on.
 
-A QEMU that has the file open would go on writing into a file without a name, and its disk would be lost at its next
-start.  So the file is claimed with QEMU's own locks for as long as the new one is written, and claimed again right
-before the new file takes its name: another file may have the name by then.
+A QEMU that has the file open would continue to write to a file without a name, and its disk would be lost at the next
+start.  So the file is claimed with QEMU's own locks while the new file is written.  Right before the new file takes the
+name it is claimed again, since the name may belong to another file by then.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ import stat
 from pathlib import Path
 from typing import Self
 
-from backup.errors import Failed
+from backup.errors import Failed, os_errors_as
 from backup.qemu import locks
 from backup.qemu.images import ImageLocked
 
 _ACL = "system.posix_acl_access"
 _KEPT = (_ACL, "system.nfs4_acl", "security.selinux", "security.SMACK64")
-"""Extended attributes that say who may do what with a file.  `user.*` is kept as well."""
-_NO_SUCH = {errno.ENODATA, errno.EOPNOTSUPP}
+"""Extended attributes that tell who may do what with a file.  They are kept, and so are all `user.*` attributes."""
+_NO_ATTRIBUTES = {errno.ENODATA, errno.EOPNOTSUPP}
+"""Errors of file systems without extended attributes."""
 
 
-def claim(fd: int, name: str) -> None:
+def claim_target(fd: int, name: str) -> None:
     """
-    Keep every QEMU from a file or device that is to be overwritten, until `fd` is closed.
+    Keep every QEMU from using a file or device that will be overwritten, until `fd` is closed.
 
     Raises
     ------
@@ -38,18 +39,18 @@ def claim(fd: int, name: str) -> None:
     except ImageLocked as error:
         raise Failed(
             error.message,
-            hint="shut down the machine that runs on it, or name another target; --force never takes an image in use",
+            hint="shut down the machine that runs on it, or name another target; --force does not override this",
         ) from None
 
 
-class Former:
+class ReplacedFile:
     """
-    Whatever has the name `path` now, a plain file or nothing.
+    The plain file, or nothing, that has the name `path`.
 
     Raises
     ------
     Failed
-        A QEMU has it open, or this user may not look.
+        A QEMU has the file open, or this user may not open it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -57,42 +58,40 @@ class Former:
         self._fd: int | None = None
 
     def claim(self) -> bool:
-        """Claim the file that has the name now; whether that is another file than at the last call."""
-        found = self._opened()
-        if found is not None and self._fd is not None and os.path.sameopenfile(found, self._fd):
-            os.close(found)
-            found = self._fd
-        another = found is not None and found != self._fd
-        if found != self._fd:
+        """Claim the file that has the name now; return whether it is another file than at the last call."""
+        fd = self._open()
+        if fd is not None and self._fd is not None and os.path.sameopenfile(fd, self._fd):
+            os.close(fd)
+            fd = self._fd
+        another = fd is not None and fd != self._fd
+        if fd != self._fd:
             self.close()
-            self._fd = found
-        if found is not None:
-            claim(found, str(self._path))
+            self._fd = fd
+        if fd is not None:
+            claim_target(fd, str(self._path))
         return another
 
     def pass_on(self, fd: int) -> None:
         """
-        Give the new file the owner, group, mode, ACL, security label and user attributes of the former.
+        Give the new file `fd` the owner, group, mode, ACL, security label and user attributes of the replaced file.
 
         Raises
         ------
         Failed
-            This user may not.
+            This user may not do that.
         """
         if self._fd is None:
             return
-        former, new = os.fstat(self._fd), os.fstat(fd)
-        try:
-            if (former.st_uid, former.st_gid) != (new.st_uid, new.st_gid):
-                os.fchown(fd, former.st_uid, former.st_gid)
-            os.fchmod(fd, stat.S_IMODE(former.st_mode) & 0o777)
+        old, new = os.fstat(self._fd), os.fstat(fd)
+        with os_errors_as(
+            f"the file that replaces {self._path} cannot keep the former's owner (user {old.st_uid}, group "
+            f"{old.st_gid}), mode and labels",
+            hint="run as root; or move the former file away and restore to a new one, which will be yours",
+        ):
+            if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
+                os.fchown(fd, old.st_uid, old.st_gid)
+            os.fchmod(fd, stat.S_IMODE(old.st_mode) & 0o777)
             self._pass_attributes(self._fd, fd)
-        except OSError as error:
-            raise Failed(
-                f"the file that replaces {self._path} cannot keep the former's owner (user {former.st_uid}, group "
-                f"{former.st_gid}), mode and labels: {error.strerror}",
-                hint="run as root; or move the former file away and restore to a new one, which will be yours",
-            ) from None
 
     def close(self) -> None:
         """End the claim."""
@@ -106,21 +105,21 @@ class Former:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _opened(self) -> int | None:
+    def _open(self) -> int | None:
         try:
             return os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
         except (FileNotFoundError, NotADirectoryError):
-            return None  # making the new file will say what is wrong
+            return None  # the error of making the new file will be more exact
         except OSError as error:
             raise Failed(
                 f"{self._path} cannot be opened to see whether a QEMU has it open: {error.strerror}",
-                hint="run as a user who may read it, or name another target",
+                hint="run as a user who may read the file, or name another target",
             ) from None
 
     @staticmethod
-    def _pass_attributes(former: int, new: int) -> None:
-        wanted = _attributes(former)
-        # An ACL that the new file got from its folder would let in whom the former kept out.
+    def _pass_attributes(old: int, new: int) -> None:
+        wanted = _attributes(old)
+        # The new file may have got an ACL from its folder, which would admit users whom the old file excluded.
         if _ACL not in wanted and _ACL in _attributes(new):
             os.removexattr(new, _ACL)
         present = _attributes(new)
@@ -133,7 +132,7 @@ def _attributes(fd: int) -> dict[str, bytes]:
     try:
         names = os.listxattr(fd)
     except OSError as error:
-        if error.errno in _NO_SUCH:
+        if error.errno in _NO_ATTRIBUTES:
             return {}
         raise
     return {name: os.getxattr(fd, name) for name in names if name in _KEPT or name.startswith("user.")}

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from backup.engine.restorer import Restored, Run, SalvageRun, write_out
-from backup.engine.targets import Target, opened
+from backup.engine.targets import Target, open_target
 from backup.errors import Damaged
 from backup.model.chain import Chain
 from backup.repository import data_file, salvage
@@ -37,7 +37,7 @@ def restore_disk(
     salvaging: bool = False,
 ) -> Restored:
     """
-    Restore one disk of a point to what `target` names (see `targets.opened`), writing no more than `limit` bytes a
+    Restore one disk of a point to what `target` names (see `targets.open_target`), writing no more than `limit` bytes a
     second.  With `salvaging`, what cannot be proven is zeroes, and listed (see `salvage`).
 
     Raises
@@ -50,14 +50,17 @@ def restore_disk(
 
     def write(chain: Chain, run: Callable[[Target, Pace], Run]) -> Restored:
         progress.begin(disk, chain.size)
-        with opened(target, chain.size, image_format, cluster_size=chain.cluster_size, force=force) as sink:
+        with open_target(target, chain.size, image_format, cluster_size=chain.cluster_size, force=force) as sink:
             return write_out(run(sink, Pace(limit)), workers)
 
     if salvaging:
         with salvage.opened(machine, point, disk) as (chain, salvaged):
             return write(chain, lambda sink, pace: SalvageRun(chain, salvaged, sink, progress, pace))
     try:
-        with open_chain(machine, point, disk, lambda chain: data_file.opened(machine.path, chain)) as (chain, files):
+        with open_chain(machine, point, disk, lambda chain: data_file.opened(machine.path, chain)) as (
+            chain,
+            files,
+        ):
             return write(chain, lambda sink, pace: Run(chain, files, sink, progress, pace))
     except Damaged as error:
         raise salvage.located(error, machine, point, disk) from None

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backup.engine.block_devices import real_places
-from backup.engine.targets import QCOW2, RAW, is_device, is_uri, refuse_existing
+from backup.engine.targets import is_device, is_uri, refuse_existing
 from backup.errors import Failed, NotFound, UsageError
 from backup.model.manifest import Manifest
 from backup.model.names import MARKER
+from backup.qemu.images import QCOW2, RAW
 from backup.repository.machine import Machine
 
 STDOUT = "-"

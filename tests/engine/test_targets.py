@@ -39,7 +39,7 @@ def restored(folder, in_memory=aligned):
     expected = bytearray(SIZE)
     pieces = {0: 2 * MIB, 3 * MIB: 64 * KIB, 4 * MIB: MIB + 64 * KIB, 10 * MIB: SIZE - 10 * MIB}
     path = folder / "r.raw"
-    with targets.opened(str(path), SIZE, "raw", cluster_size=64 * KIB, force=False) as target:
+    with targets.open_target(str(path), SIZE, "raw", cluster_size=64 * KIB, force=False) as target:
         for offset, length in pieces.items():
             content = random.Random(offset).randbytes(length)
             expected[offset : offset + length] = content
@@ -115,7 +115,7 @@ def test_a_short_direct_write_is_completed(place, monkeypatch, taken):
 
 
 def test_a_thread_may_give_it_up_while_another_is_half_way(place, monkeypatch):
-    with targets.opened(str(place / "r.raw"), 2 * MIB, "raw", cluster_size=64 * KIB, force=False) as target:
+    with targets.open_target(str(place / "r.raw"), 2 * MIB, "raw", cluster_size=64 * KIB, force=False) as target:
         real = os.pwrite
 
         def half(fd, data, offset):

@@ -27,7 +27,7 @@ from lab import (
 from targets import nbdkit, qemu_nbd
 
 from backup.engine import restorer, targets
-from backup.errors import Failed
+from backup.errors import Failed, UsageError
 from backup.nbd.target import NbdTarget
 
 
@@ -152,7 +152,7 @@ def test_a_device_is_zeroed_at_any_offset(tmp_path, monkeypatch, kernel):
     path = garbage(tmp_path / "device", 5 * MIB)
     expected = bytearray(path.read_bytes())
     fd = os.open(path, os.O_RDWR)
-    device = targets.Device(fd, path)
+    device = targets.DeviceTarget(fd, path)
     for low, length in ((0, 4096), (10_000, 1), (MIB, 2 * MIB + 512), (5 * MIB - 513, 513)):
         device.zero(low, length)
         expected[low : low + length] = bytes(length)
@@ -473,8 +473,8 @@ def test_a_killed_restore_leaves_nothing_under_the_name(tmp_path):
 
 def test_a_target_made_meanwhile_is_not_replaced_without_force(tmp_path):
     with (  # noqa: PT012 - the error comes at the block's end
-        pytest.raises(targets.UsageError, match="exists"),
-        targets.opened(str(tmp_path / "t"), 10, "raw", cluster_size=4096, force=False) as target,
+        pytest.raises(UsageError, match="exists"),
+        targets.open_target(str(tmp_path / "t"), 10, "raw", cluster_size=4096, force=False) as target,
     ):
         target.write(0, b"x" * 10)
         (tmp_path / "t").write_text("another's")
@@ -497,7 +497,7 @@ def test_a_full_file_system_is_a_failure_and_leaves_nothing(tmp_path, monkeypatc
     monkeypatch.setattr(os, "pwrite", full)
     with (
         pytest.raises(Failed, match="No space left"),
-        targets.opened(str(tmp_path / "t"), 10, "raw", cluster_size=4096, force=False) as target,
+        targets.open_target(str(tmp_path / "t"), 10, "raw", cluster_size=4096, force=False) as target,
     ):
         target.write(0, b"x" * 10)
     assert os.listdir(tmp_path) == []

@@ -65,7 +65,7 @@ def test_an_image_that_a_qemu_has_open_is_refused_also_with_force(night, image, 
     with running(image, format_of(image), writable=writable):
         done = restored(night, target, "--format", format_of(image))
     assert (done.rc, "is in use by another program" in done.stderr) == (1, True), done
-    assert "--force never takes an image in use" in done.stderr
+    assert "--force does not override this" in done.stderr
     assert len(done.stderr.splitlines()) == 2
     assert (image.read_bytes(), image.stat().st_ino) == (before, inode)
     assert not list(image.parent.glob(".*"))
@@ -150,7 +150,7 @@ def test_a_file_that_came_under_the_name_meanwhile_is_looked_at_before_the_renam
     with running(other, "raw"):
         with (  # noqa: PT012 - the error comes at the block's end
             pytest.raises(Failed, match="in use by another program"),
-            targets.opened(str(image), 10, "raw", cluster_size=4096, force=True) as target,
+            targets.open_target(str(image), 10, "raw", cluster_size=4096, force=True) as target,
         ):
             target.write(0, b"x" * 10)
             os.rename(other, image)
@@ -163,7 +163,7 @@ def test_the_former_that_counts_is_the_one_at_the_end(tmp_path):
     image.write_text("x")
     other.write_text("y")
     other.chmod(0o640)
-    with targets.opened(str(image), 10, "raw", cluster_size=4096, force=True) as target:
+    with targets.open_target(str(image), 10, "raw", cluster_size=4096, force=True) as target:
         target.write(0, b"x" * 10)
         os.rename(other, image)
     assert image.stat().st_mode & 0o777 == 0o640
@@ -215,7 +215,7 @@ def test_an_owner_that_cannot_be_kept_is_told_before_a_byte_is_written(tmp_path,
     monkeypatch.setattr(os, "fchmod", refuse)
     with (
         pytest.raises(Failed, match="cannot keep the former's owner"),
-        targets.opened(str(used), 10, "raw", cluster_size=4096, force=True),
+        targets.open_target(str(used), 10, "raw", cluster_size=4096, force=True),
     ):
         pytest.fail("the target was opened")
     assert used.read_text() == "x"
@@ -228,7 +228,7 @@ def test_a_file_that_this_user_may_not_look_at_is_refused(tmp_path, used):
     tmp_path.chmod(0o777)
     os.seteuid(65534)
     try:
-        with pytest.raises(Failed, match="cannot be opened to see"), replaced_file.Former(used) as found:
+        with pytest.raises(Failed, match="cannot be opened to see"), replaced_file.ReplacedFile(used) as found:
             found.claim()
     finally:
         os.seteuid(0)
