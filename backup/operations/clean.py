@@ -15,7 +15,7 @@ from typing import Protocol
 
 from backup.errors import SourceError
 from backup.model import disk
-from backup.qemu import images
+from backup.qemu import image_bitmaps, images
 from backup.qmp.blocks import OURS, BlockGraph
 from backup.qmp.monitor import Monitor
 
@@ -82,7 +82,7 @@ class ImagePlace:
 
     def remove(self, name: str) -> None:
         """Have qemu-img remove it."""
-        images.remove_bitmap(self.path, name)
+        image_bitmaps.remove_bitmap(self.path, name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from backup.errors import NotFound, UsageError
 from backup.model.chain import Chain
 from backup.model.manifest import Manifest
-from backup.qemu import folders, images, servers
+from backup.qemu import folders, servers, unnamed_images
 from backup.qemu.programs import filename
 from backup.qemu.servers import Address, PointServer
 from backup.repository import data_file
@@ -103,7 +103,7 @@ def serving(machine: Machine, point: str, disk: str, where: Address | None, *, w
 
 def _start(stack: ExitStack, folder: Path, chain: Chain, address: Address, *, writable: bool) -> PointServer:
     image = folder / chain.newest.entry.data.file
-    overlay = stack.enter_context(images.temporary_overlay(image)) if writable else None
+    overlay = stack.enter_context(unnamed_images.temporary_overlay(image)) if writable else None
     return stack.enter_context(servers.serve_point(image, address, overlay))
 
 

@@ -1,5 +1,5 @@
 """
-Images: what qemu-img reports, persistent bitmaps, and unnamed files for overlays.
+Images: their format, what qemu-img reports about them, and the lock that other programs hold.
 
 pybackup always tells QEMU the format of an image (`-f`); QEMU must not detect it.  A guest that owns a raw disk could
 write a qcow2 header into it, and QEMU would open any file of the host as the backing file.
@@ -7,23 +7,19 @@ write a qcow2 header into it, and QEMU would open any file of the host as the ba
 
 from __future__ import annotations
 
-import errno
 import functools
 import json
 import os
 import stat
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from backup.errors import BackupError, SourceError, os_errors_as
-from backup.qemu.programs import ProgramFailed, filename, one_line, run_to_end, stdout_of
+from backup.errors import BackupError, SourceError
+from backup.qemu.programs import ProgramFailed, filename, one_line, stdout_of
 from backup.qemu.truncation import may_be_truncated
-from backup.runtime.shortage import free_bytes_for_us
 
 _T = TypeVar("_T")
 QCOW2, RAW = "qcow2", "raw"
@@ -50,16 +46,6 @@ Number of tries, and seconds between them, while an image is locked.  A short ac
 or the last qemu-img of a killed run) must not fail a backup.
 """
 
-_UNWRITABLE = tuple(map(os.strerror, (errno.EROFS, errno.EACCES, errno.EPERM)))
-"""Reasons of QEMU that mean that the image is read-only."""
-_FULL = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))
-"""Reasons of QEMU that mean that the storage is full."""
-_LONGEST_REASON = 500
-"""Characters of a reason that the manifest keeps."""
-_NO_ROOM = "the image's storage has no room for it"
-_DIRECTORY_ENTRY = 24 + 1024
-"""Longest entry (bytes) of a bitmap in the image's bitmap directory (docs/interop/qcow2.txt)."""
-
 
 class ImageLocked(SourceError):
     """QEMU's lock shows that another program uses the image, or a file below the image."""
@@ -69,22 +55,6 @@ class ImageLocked(SourceError):
             f"{path} is in use by another program: {why}",
             hint="if a machine runs on it, use --qmp or shut the machine down; otherwise wait for the other program",
         )
-
-
-class BitmapRefused(SourceError):
-    """
-    QEMU could not start a new bitmap in an image; `why` is the reason.
-
-    `lasting` is true if the reason is a property of the image (read-only), so that later attempts will fail as well.
-    """
-
-    def __init__(self, path: Path | str, name: str, why: str, *, lasting: bool = False) -> None:
-        super().__init__(
-            f"bitmap {name} cannot be started in {path}: {why}",
-            hint="the backup works without a bitmap, but reads the whole disk",
-        )
-        self.why = why
-        self.lasting = lasting
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,178 +248,6 @@ def stat_layer(name: str) -> Layer:
     if not stat.S_ISREG(status.st_mode):
         return Layer(name, 0, 0, 0)  # the stat of a block device does not show writes
     return Layer(os.path.abspath(name), status.st_size, status.st_mtime_ns, status.st_ino)
-
-
-def add_bitmap(path: Path, name: str) -> None:
-    """
-    Add an enabled, persistent bitmap.  QEMU opens the image for writing for a moment.
-
-    If QEMU loses the new bitmap while it closes the image, qemu-img only prints a complaint and exits with 0, and all
-    older bitmaps are inconsistent.  So after any complaint the bitmap is looked for in the image.
-
-    Raises
-    ------
-    ImageLocked
-        Another program uses the image.
-    BitmapRefused
-        The bitmap was not added.
-    """
-    complaints = _change_bitmaps("--add", path, name)
-    if complaints and not _records(path, name):
-        raise _refusal(path, name, complaints)
-
-
-def _records(path: Path, name: str) -> bool:
-    """Tell whether the image has a bitmap of this name that records and is consistent."""
-    return any(
-        bitmap.name == name and bitmap.recording and not bitmap.inconsistent
-        for bitmap in image_info(path, QCOW2).bitmaps
-    )
-
-
-def require_room(path: Path, size: int, granularities: Sequence[int], name: str) -> None:
-    """
-    Make sure that the storage of an image file has room for one more bitmap, before QEMU opens the image for writing.
-
-    When QEMU closes an image, it writes all bitmaps anew beside their old copies.  Without room for that, QEMU loses
-    all of them, so that an attempt would destroy the existing bitmaps.  Block devices are not checked, since the free
-    space of their storage is unknown.
-
-    Parameters
-    ----------
-    size : int
-        Size of the disk in bytes.
-    granularities : sequence of int
-        Granularities (bytes) of the existing bitmaps.
-
-    Raises
-    ------
-    BitmapRefused
-        The file system has too little free space.
-    """
-    if not path.is_file():
-        return
-    try:
-        with open(path, "rb") as file:
-            read_only = os.fstatvfs(file.fileno()).f_flag & os.ST_RDONLY
-            free = free_bytes_for_us(file.fileno())
-            cluster = 1 << int.from_bytes(file.read(24)[20:24], "big")
-    except OSError:
-        return  # QEMU's own message will be more exact
-    if read_only:
-        return  # QEMU will report this reason, which is the true one even if the file system is full as well
-    needed = _bitmaps_room(size, [*granularities, max(cluster, 4096)], cluster)
-    if free is not None and free < needed:
-        raise BitmapRefused(path, name, f"{_NO_ROOM} ({free} bytes are free, and QEMU may need {needed})")
-
-
-def _bitmaps_room(size: int, granularities: Sequence[int], cluster: int) -> int:
-    """Return how many bytes the bitmaps of a disk take at most: their bits, their tables, and the bitmap directory."""
-
-    def clusters(length: int) -> int:
-        return -(-length // cluster)
-
-    bits = [clusters(-(-size // (8 * granularity))) for granularity in granularities]
-    directory = clusters(_DIRECTORY_ENTRY * len(granularities))
-    refcounts = 2
-    return cluster * (sum(count + clusters(8 * count) for count in bits) + directory + refcounts)
-
-
-def remove_bitmap(path: Path, name: str) -> None:
-    """
-    Remove a bitmap, which may be inconsistent.
-
-    Raises
-    ------
-    ImageLocked
-        Another program uses the image.
-    SourceError
-        QEMU refused, or lost other bitmaps.
-    """
-    complaints = _change_bitmaps("--remove", path, name)
-    if complaints:
-        raise SourceError(
-            f"QEMU complained while it removed bitmap {name}: {one_line(complaints)}",
-            hint=f"see: qemu-img info {path}",
-        )
-
-
-def _change_bitmaps(action: str, path: Path, name: str) -> str:
-    """Add or remove a bitmap; return what qemu-img printed on standard error although it exited with 0."""
-
-    def attempt() -> str:
-        try:
-            return run_to_end(["qemu-img", "bitmap", action, "-f", QCOW2, filename(path), name]).stderr
-        except ProgramFailed as error:
-            meaning = image_error(path, error.stderr)
-            if action != "--add" or isinstance(meaning, ImageLocked):
-                raise meaning from None
-            raise _refusal(path, name, error.stderr) from None
-
-    return retry_while_locked(attempt)
-
-
-def _refusal(path: Path, name: str, complaints: str) -> BitmapRefused:
-    """Return the error for a bitmap that was not added; its words are the same every night, so that they compare."""
-    text = one_line(complaints).removeprefix("qemu-img: ")[:_LONGEST_REASON]
-    of_system = next((why for why in (*_UNWRITABLE, *_FULL) if why in text), None)
-    if of_system in _UNWRITABLE:
-        return BitmapRefused(path, name, f"the image cannot be opened for writing ({of_system})", lasting=True)
-    return BitmapRefused(path, name, f"{_NO_ROOM} ({of_system})" if of_system else text)
-
-
-@contextmanager
-def temporary_overlay(base: Path) -> Iterator[int]:
-    """
-    Make an overlay on a qcow2 image, in an unnamed file in the temporary folder ($TMPDIR), and yield its descriptor.
-
-    Raises
-    ------
-    Failed
-        No file can be made in the folder.
-    """
-    folder = Path(tempfile.gettempdir())
-    with os_errors_as(f"no overlay can be made in {folder}", hint="name another folder with TMPDIR=DIR"):
-        fd = _unnamed_file(folder)
-    try:
-        create = ["qemu-img", "create", "-q", "-f", QCOW2, "-b", filename(base), "-F", QCOW2]
-        stdout_of([*create, f"/proc/self/fd/{fd}"], pass_fds=[fd])
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def create_scratch(folder: Path, size: int) -> int:
-    """
-    Make an empty qcow2 image of `size` bytes in an unnamed file and return its descriptor.
-
-    The file exists until the last process closes it, so that nothing can be left behind.
-
-    Raises
-    ------
-    Failed
-        No file can be made in the folder.
-    """
-    hint = "name another folder with --scratch (`scratch:` in the configuration)"
-    with os_errors_as(f"no scratch file can be made in {folder}", hint=hint):
-        fd = _unnamed_file(folder)
-    try:
-        stdout_of(["qemu-img", "create", "-q", "-f", QCOW2, f"/proc/self/fd/{fd}", str(size)], pass_fds=[fd])
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-def _unnamed_file(folder: Path) -> int:
-    try:
-        return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        if error.errno not in {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL}:
-            raise
-    fd, name = tempfile.mkstemp(prefix="pybackup-", suffix=".scratch", dir=folder)  # NFS has no unnamed files
-    os.unlink(name)
-    return fd
 
 
 def _run_on_image(command: Sequence[str], path: Path, codes: Sequence[int] = (0,)) -> str:

@@ -30,7 +30,7 @@ from urllib.parse import quote
 from backup.errors import BackupError, Interrupted, SourceError, os_errors_as
 from backup.nbd.connection import Dialled
 from backup.nbd.export import Export
-from backup.qemu import folders, images
+from backup.qemu import folders, unnamed_images
 from backup.qmp import leftovers, scratch
 from backup.qmp.blocks import OURS, BlockGraph
 from backup.qmp.clients import Clients
@@ -324,7 +324,7 @@ class Instant:
             )
 
     def _add_overlay(self, number: int, disk: InstantDisk) -> None:
-        fd = images.create_scratch(disk.scratch, disk.size)
+        fd = unnamed_images.create_scratch(disk.scratch, disk.size)
         self._fds.append(fd)
         opaque = ScratchPlace(os.fspath(disk.scratch), self._socket).opaque(self._own)
         fdset = self._monitor.pass_fd(fd, "add-fd", {"opaque": opaque})["fdset-id"]

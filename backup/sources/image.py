@@ -11,7 +11,7 @@ from backup.errors import SourceError
 from backup.model.disk import Bitmap, DiskState
 from backup.model.manifest import LowerFile
 from backup.nbd.export import Export
-from backup.qemu import images, locks, programs, servers
+from backup.qemu import image_bitmaps, images, locks, programs, servers
 from backup.sources.resting import STATUS_CONNECTIONS
 
 
@@ -71,17 +71,17 @@ class ImageSource:
 
     def require_room(self, state: DiskState, name: str) -> None:
         """Make sure that the image's file system has room for one more bitmap."""
-        images.require_room(
+        image_bitmaps.require_room(
             self.path, state.size, [bitmap.granularity for bitmap in state.bitmaps if bitmap.granularity], name
         )
 
     def start_bitmap(self, name: str) -> None:
         """Add a recording, persistent bitmap to the image."""
-        images.add_bitmap(self.path, name)
+        image_bitmaps.add_bitmap(self.path, name)
 
     def remove_bitmap(self, name: str) -> None:
         """Remove a bitmap from the image."""
-        images.remove_bitmap(self.path, name)
+        image_bitmaps.remove_bitmap(self.path, name)
 
     def qemu_version(self) -> str | None:
         """The version of qemu-img."""

@@ -14,7 +14,7 @@ from backup.errors import SourceError
 from backup.model.disk import DiskState
 from backup.model.open_disk import OpenDisk
 from backup.planning import plan
-from backup.qemu import images
+from backup.qemu import image_bitmaps, images
 from backup.sources.base import Capture, Moved, NotStarted, Opened, Owner, Source
 
 STATUS_CONNECTIONS = 4
@@ -136,7 +136,7 @@ def _start(number: int, source: RestingSource, state: DiskState, name: str) -> N
     try:
         source.require_room(state, name)
         source.start_bitmap(name)
-    except images.BitmapRefused as refused:
+    except image_bitmaps.BitmapRefused as refused:
         raise NotStarted(number, refused, refused.why, lasting=refused.lasting) from None
 
 

@@ -36,7 +36,7 @@ from lab import (
 )
 
 from backup.operations import backup as creating
-from backup.qemu import images, servers
+from backup.qemu import image_bitmaps, images, servers
 from backup.repository import machine as machines
 from backup.sources.image import ImageSource
 from backup.storage import folder
@@ -1407,4 +1407,4 @@ def test_what_fails_while_a_server_starts_ends_the_server(tmp_path):
 
     with pytest.raises(SourceError, match="no"), servers.serve_image(image, "qcow2", [], 2, meanwhile=fail):
         pass
-    images.add_bitmap(image, "b")  # nobody holds it
+    image_bitmaps.add_bitmap(image, "b")  # nobody holds it
