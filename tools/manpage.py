@@ -3,7 +3,7 @@ Write the manual page docs/pybackup.1 from the command tree that --help shows, a
 
     make man
 
-A test holds the committed file against what this script makes.
+A test compares the committed file with what this script makes.
 """
 
 from __future__ import annotations
