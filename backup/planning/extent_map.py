@@ -1,5 +1,5 @@
 """
-The planner's view of a source: every extent with its bitmap state and its content, windows joined.
+The extents of a disk as planning sees them, each with its bitmap state and its content.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ _DIRTY = extents.DIRTY << _DIRTY_SHIFT
 @dataclass(frozen=True, slots=True)
 class Extent:
     """
-    A run of bytes in one state.  `dirty` is None where no bitmap was asked about.
+    A run of bytes in one state.  `dirty` is None where no bitmap was named.
 
-    `data` is whatever does not read as zero for certain: a hole that is not zero has undefined content (NBD protocol).
+    `data` is everything that does not read as zero for certain: a hole that is not zero has undefined content (NBD
+    protocol).
     """
 
     start: int
@@ -36,7 +37,7 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class MapTotals:
-    """Sums in bytes; the dirty ones are None where no bitmap was asked about."""
+    """Sums in bytes; the dirty ones are None where no bitmap was named."""
 
     size: int
     data: int
@@ -49,12 +50,12 @@ class MapTotals:
 
 def read_map(source: BlockStatus, bitmap: str | None) -> Iterator[Extent]:
     """
-    Yield the extents of a whole disk, ascending, without gaps, neighbours different.
+    Yield the extents of a whole disk, ascending and without gaps; neighbours differ in their state.
 
     Raises
     ------
     SourceError
-        The server fails or has no such bitmap.
+        The disk cannot be asked, or has no such bitmap.
     """
     last: Extent | None = None
     for runs in _views(source, bitmap):
@@ -72,7 +73,7 @@ def read_map(source: BlockStatus, bitmap: str | None) -> Iterator[Extent]:
 
 
 def map_totals(source: BlockStatus, bitmap: str | None) -> MapTotals:
-    """Sum up a whole disk without making an object per extent."""
+    """Sum up a whole disk, without an object for each extent."""
     sums = dict.fromkeys(range(_DIRTY << 1), 0)
     for runs in _views(source, bitmap):
         lengths = runs.ends - runs.starts

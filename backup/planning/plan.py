@@ -1,21 +1,21 @@
 """
-Plans: what a new point must hold, decided from what the server says.
+Plans: what a new point must hold, decided from the disk's allocation and its dirty bitmap.
 
-A plan is a value.  It is made whole before the first byte is copied, so that `--dry-run` shows exactly what a run does,
-and it is kept per cluster of the data file: a partly dirty cluster is read whole, a cluster is zero only when all of it
-reads as zero.  Windows of clusters are stored as runs where runs are few and as two bits per cluster where they are
-many, so that a fragmented disk of 16 TiB still needs only 64 MiB.
+A plan is a value.  The whole plan is made before the first byte is copied, so that `--dry-run` shows exactly what a run
+does.  It decides for each cluster of the data file: a cluster that is dirty in part is read as a whole, and a cluster
+is zero only if all of it reads as zero.  A window of clusters is stored as runs where the runs are few, and as two bits
+for each cluster where they are many, so that a fragmented disk of 16 TiB needs only 64 MiB.
 
 The rules (traps 1, 2, 4 and 28):
 
     full          zero -> ZERO                    else -> DATA
     incremental   dirty and zero -> ZERO          dirty -> DATA
                   clean and zero, chain holds data -> ZERO (the bitmap missed something,
-                    and is not to be trusted at all: see Totals.missed)
-                  else -> PARENT: no region, the parent's bytes stand
-    rescan        zero, chain holds data -> ZERO  else, where not zero -> DATA, to be compared before it is stored
-    audit         dirty -> PARENT                 zero, chain holds nothing -> PARENT: equal
-                  else -> DATA, to be compared
+                    and must not be trusted at all: see Totals.missed)
+                  else -> PARENT: nothing is stored, the parent's bytes remain
+    rescan        zero, chain holds data -> ZERO  else, where not zero -> DATA, compared before it is stored
+    audit         dirty -> PARENT                 zero, chain holds no data -> PARENT: equal
+                  else -> DATA, compared
 
 Only `zero` may be left unread.  A `hole` that is not `zero` has undefined content by the NBD protocol and is read.
 """
@@ -35,7 +35,7 @@ from backup.model.extents import DIRTY, Mask, Offsets, Runs
 from backup.model.open_disk import BlockStatus
 
 PARENT, DATA, ZERO = 0, 1, 2
-"""Kinds of a cluster in a plan.  PARENT is what no region covers."""
+"""Kinds of a cluster in a plan.  For a PARENT cluster nothing is stored."""
 
 Kinds = npt.NDArray[np.uint8]
 
@@ -43,7 +43,7 @@ _T = TypeVar("_T")
 
 WINDOW = (4 << 30) - (2 << 20)
 """
-Bytes asked about at once: below 4 GiB, as lengths have 32 bits in block status (NBD protocol), and a multiple of the
+Bytes of one question: below 4 GiB, since lengths have 32 bits in block status (NBD protocol), and a multiple of the
 largest cluster.
 """
 
@@ -52,26 +52,26 @@ _SECTOR = 512
 
 _NEAR = 64 << 20
 """
-Dirty runs closer than this (bytes) share one question about allocation.  A server reads about one table for it (a table
-of 64 KiB clusters covers 512 MiB), so that asking about the gap too costs less than asking twice.
+Dirty runs closer than this (bytes) share one question about allocation.  A server reads about one table for a question
+(a table of 64 KiB clusters covers 512 MiB), so that a question about the gap costs less than a second question.
 """
 
 _FEW = 256
-"""So many ranges are marked one by one, which a window of an idle disk takes a thousandth of the time for."""
+"""Up to this many ranges are marked one by one: for a window of an idle disk, that takes a thousandth of the time."""
 
 
 class Sampler(Protocol):
-    """What the planner shows the clusters to that a spot check may look at."""
+    """What receives the clusters that a spot check may read."""
 
     def offer(self, base: int, mask: Mask) -> None:
-        """Have the set positions of `mask`, counted from `base`, pass by."""
+        """Offer the set positions of `mask`, counted from `base`."""
 
 
-class HeldData(Protocol):
-    """What the planner asks of the parent chain."""
+class ChainData(Protocol):
+    """What planning asks of the parent chain."""
 
     def holds_data(self, first: int, count: int) -> Mask:
-        """For `count` clusters from `first`: does the chain hold data (anything but zeroes) there?"""
+        """Tell for each of `count` clusters from `first` whether the chain holds data (anything but zeroes) there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +79,9 @@ class Totals:
     """
     Sums over a plan, in bytes, clipped at the disk's exact size.
 
-    `dirty` is what the bitmap reports (a full counts the whole disk), before it is rounded out to clusters;
-    `data` is what will be read; `zero` is what is recorded as zeroes without reading; of that, `missed` is what the
-    bitmap says is clean though the chain holds data there: the bitmap did not see all that happened to the disk.
+    `dirty` is what the bitmap reports (for a full, the whole disk), before it is rounded out to clusters.  `data` will
+    be read.  `zero` is recorded as zeroes without being read.  `missed` is the part of `zero` that the bitmap reports
+    as clean although the chain holds data there: the bitmap did not see all that happened to the disk.
     """
 
     dirty: int
@@ -92,7 +92,7 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class _Packed:
-    """One window's kinds: runs (starts and kinds), or two bit planes when that is smaller."""
+    """The kinds of one window: runs (starts and kinds), or two bit planes where these are smaller."""
 
     first: int
     count: int
@@ -118,7 +118,7 @@ class _Packed:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All regions of one disk for one new point."""
+    """What one new point must hold of one disk."""
 
     size: int
     cluster_size: int
@@ -126,18 +126,9 @@ class Plan:
     _windows: tuple[_Packed, ...]
 
     def windows(self) -> Iterator[tuple[int, Kinds]]:
-        """First cluster and kinds of each window that holds a region, ascending."""
+        """First cluster and kinds of each window that is not all PARENT, ascending."""
         for window in self._windows:
             yield window.first, window.unpacked()
-
-    def regions(self) -> Iterator[tuple[int, int, int]]:
-        """
-        Start, length (bytes, clipped at the disk's size) and kind of each region, ascending.
-
-        Cut at windows; neighbours of one kind inside a window are one region.
-        """
-        for first, kinds in self.windows():
-            yield from cluster_runs(first, kinds, self.cluster_size, self.size)
 
 
 def cluster_runs(first: int, kinds: Kinds, cluster_size: int, size: int) -> Iterator[tuple[int, int, int]]:
@@ -153,12 +144,12 @@ def cluster_runs(first: int, kinds: Kinds, cluster_size: int, size: int) -> Iter
 
 def plan_full(source: BlockStatus, cluster_size: int) -> Plan:
     """
-    Plan a full: everything that does not read as zero is data.
+    Plan a full: every cluster that does not read as zero is data.
 
     Raises
     ------
     SourceError
-        The server fails, or does not say what it must.
+        The disk cannot be asked.
     """
     builder = _Builder(source.size, cluster_size)
     for start, length, zero in _zero_windows(source, cluster_size):
@@ -172,31 +163,31 @@ def plan_incremental(
     bitmap: str,
     *,
     parent_size: int,
-    chain: HeldData | None,
+    chain: ChainData | None,
     sampler: Sampler | None = None,
 ) -> Plan:
     """
-    Plan an incremental: what is dirty, what grew, and zeroes over data of the chain.
+    Plan an incremental: what is dirty, what the disk has grown by, and zeroes where the chain holds data.
 
     Parameters
     ----------
     bitmap : str
         Exact name of the bitmap that records since the parent point.
     parent_size : int
-        The disk's exact size at the parent point; from there on, rounded down to a cluster, everything is dirty.  So is
-        the cluster in which the disk was cut (see `cut_cluster`).
-    chain : HeldData or None
-        The parent chain, to check zeroes against (trap 4); None leaves that check out, and asks about allocation only
+        The disk's exact size at the parent point.  Everything from that size on, rounded down to a cluster, is dirty.
+        The cluster in which the disk was cut is dirty as well (see `cut_cluster`).
+    chain : ChainData or None
+        The parent chain, to check zeroes against (trap 4).  None: no such check, and questions about allocation only
         where something is dirty.
     sampler : Sampler or None
-        Is shown the clusters that the bitmap calls clean; with `chain`, those that are not zero: the chain is asked
-        about the others anyway.
+        Receives the clusters that the bitmap calls clean; with `chain`, only those that are not zero, since the chain
+        is asked about the others anyway.
     """
     builder = _Builder(source.size, cluster_size)
     cut = cut_cluster(source.size, parent_size, cluster_size)
     dirty_from = _grown(source.size, parent_size, cluster_size) if cut is None else cut * cluster_size
-    found = _dirty_windows(source, cluster_size, bitmap, dirty_from, everywhere=chain is not None)
-    for window in _one_behind(found):
+    windows = _dirty_windows(source, cluster_size, bitmap, dirty_from, everywhere=chain is not None)
+    for window in _one_behind(windows):
         touched = window.touched
         zero = _zero_where(source, window, cluster_size)
         kinds = np.zeros(len(touched), dtype=np.uint8)
@@ -206,7 +197,7 @@ def plan_incremental(
         if sampler is not None:
             sampler.offer(window.start // cluster_size, ~touched if chain is None else ~(touched | zero))
         if chain is not None:
-            missed = _held(chain, zero & ~touched, window.start // cluster_size, cluster_size)
+            missed = _with_data(chain, zero & ~touched, window.start // cluster_size, cluster_size)
             if missed.any():
                 kinds[missed] = ZERO
                 builder.missed += builder.bytes(window.start, missed)
@@ -214,49 +205,49 @@ def plan_incremental(
     return builder.plan()
 
 
-def plan_rescan(source: BlockStatus, cluster_size: int, chain: HeldData) -> Plan:
+def plan_rescan(source: BlockStatus, cluster_size: int, chain: ChainData) -> Plan:
     """
-    Plan to read a whole disk and hold it against the chain: DATA is what may differ, ZERO what does.
+    Plan to read a whole disk and compare it with the chain: DATA may differ from the chain, ZERO does differ.
 
     Raises
     ------
     SourceError
-        The server fails, or does not say what it must.
+        The disk cannot be asked.
     """
     builder = _Builder(source.size, cluster_size)
     for start, length, zero in _zero_windows(source, cluster_size):
         kinds = np.where(zero, np.uint8(PARENT), np.uint8(DATA))
-        kinds[_held(chain, zero, start // cluster_size, cluster_size)] = ZERO
+        kinds[_with_data(chain, zero, start // cluster_size, cluster_size)] = ZERO
         builder.add(start, length, kinds)
     return builder.plan()
 
 
 def plan_audit(
-    source: BlockStatus, cluster_size: int, bitmap: str | None, *, parent_size: int, chain: HeldData
+    source: BlockStatus, cluster_size: int, bitmap: str | None, *, parent_size: int, chain: ChainData
 ) -> Plan:
     """
-    Plan to compare with the chain what the bitmap calls clean, or (no bitmap) everything; only DATA is in it.
+    Plan to compare with the chain what the bitmap calls clean or, without a bitmap, everything; only DATA is planned.
 
-    What is zero and not held by the chain is equal without being read.  `parent_size` and `bitmap` as for an
-    incremental; Totals.dirty is what is left out, also for having grown.
+    Where the disk is zero and the chain holds no data, both are equal without being read.  `parent_size` and `bitmap`
+    are those of `plan_incremental`.  Totals.dirty is what is not compared: the dirty ranges and what the disk grew by.
 
     Raises
     ------
     SourceError
-        The server fails, or has no such bitmap.
+        The disk cannot be asked, or has no such bitmap.
     """
     builder = _Builder(source.size, cluster_size)
     grown = source.size if bitmap is None else _grown(source.size, parent_size, cluster_size)
     for window in _one_behind(_dirty_windows(source, cluster_size, bitmap, grown, everywhere=True)):
         zero = _zero_where(source, window, cluster_size)
         kinds = np.where(window.touched | zero, np.uint8(PARENT), np.uint8(DATA))
-        kinds[_held(chain, zero & ~window.touched, window.start // cluster_size, cluster_size)] = DATA
+        kinds[_with_data(chain, zero & ~window.touched, window.start // cluster_size, cluster_size)] = DATA
         builder.add(window.start, window.dirty, kinds)
     return builder.plan()
 
 
 def plan_of(clusters: Offsets, size: int, cluster_size: int) -> Plan:
-    """Plan to read these clusters, ascending and inside the disk of `size` bytes, and nothing else."""
+    """Plan to read only these clusters, which are ascending and lie inside the disk of `size` bytes."""
     builder = _Builder(size, cluster_size)
     step = WINDOW // cluster_size
     for number in extents.distinct(clusters // step).tolist():
@@ -269,29 +260,29 @@ def plan_of(clusters: Offsets, size: int, cluster_size: int) -> Plan:
 
 def cut_cluster(size: int, parent_size: int, cluster_size: int) -> int | None:
     """
-    Number of the disk's last cluster, where it must be stored whatever it holds; None where it need not.
+    Number of the disk's last cluster if it must be stored, whatever it contains; None if not.
 
     A qcow2 file ends at a multiple of 512.  Where a disk was cut elsewhere, QEMU would show the parent's bytes between
-    the disk's end and the file's, and again behind that end when the disk has grown later.
+    the end of the disk and the end of the file, and would show them again when the disk has grown later.
     """
     return size // cluster_size if size < parent_size and size % _SECTOR else None
 
 
 def _grown(size: int, parent_size: int, cluster_size: int) -> int:
-    """The byte from which on everything is dirty, since the disk grew; `size` where it did not."""
+    """The offset from which everything is dirty because the disk has grown; `size` where it has not grown."""
     return parent_size - parent_size % cluster_size if size > parent_size else size
 
 
-def _held(chain: HeldData, wanted: Mask, first: int, cluster_size: int) -> Mask:
-    """Which of the wanted clusters, counted from `first`, the chain holds data for."""
-    held = wanted.copy()
+def _with_data(chain: ChainData, wanted: Mask, first: int, cluster_size: int) -> Mask:
+    """The wanted clusters, counted from `first`, for which the chain holds data."""
+    data = wanted.copy()
     for low, high in _spans(wanted, _NEAR // cluster_size):
-        held[low:high] &= chain.holds_data(first + low, high - low)
-    return held
+        data[low:high] &= chain.holds_data(first + low, high - low)
+    return data
 
 
 def any_dirty(source: BlockStatus, bitmap: str) -> bool:
-    """Does the bitmap have any dirty range?  Asks up to the first."""
+    """Whether the bitmap has a dirty range; the questions end with the first one."""
     for (start, end), following in _with_following(extents.windows(0, source.size, WINDOW)):
         status = source.dirty(bitmap, start, end)
         if status.flags.any():
@@ -302,7 +293,7 @@ def any_dirty(source: BlockStatus, bitmap: str) -> bool:
 
 
 def _zero_windows(source: BlockStatus, cluster_size: int) -> Iterator[tuple[int, int, Mask]]:
-    """Start and length (bytes) of every window, and which of its clusters read wholly as zero."""
+    """Start and length (bytes) of every window, and a mask of the clusters that read as zero completely."""
     for start, end in _one_behind(_asked_allocation(source)):
         zero = _covered(source.allocation(start, end), extents.ZERO, start, cluster_size, source.size)
         yield start, end - start, zero
@@ -317,10 +308,10 @@ def _asked_allocation(source: BlockStatus) -> Iterator[tuple[int, int]]:
 @dataclass(frozen=True, slots=True)
 class _Window:
     """
-    What the bitmap says of a window that starts at byte `start`.
+    What the bitmap reports about the window that starts at byte `start`.
 
-    `dirty` bytes of it are; `touched` are the clusters with any of them; `asked` are the ranges (bytes) whose
-    allocation matters.
+    `dirty` is the number of dirty bytes, `touched` marks the clusters that contain some, and `asked` are the ranges
+    (bytes) whose allocation matters.
     """
 
     start: int
@@ -333,10 +324,10 @@ def _dirty_windows(
     source: BlockStatus, cluster_size: int, bitmap: str | None, dirty_from: int, *, everywhere: bool
 ) -> Iterator[_Window]:
     """
-    Yield every window; each one's allocation and the next one's dirty ranges are asked for by then.
+    Yield every window, after announcing the questions about its allocation and about the next window's dirty ranges.
 
-    Allocation matters near what is dirty, or `everywhere`; from `dirty_from` on all is dirty.  Without a bitmap nothing
-    else is.
+    Allocation matters near dirty ranges, or `everywhere`.  Everything from `dirty_from` on is dirty; without a bitmap
+    nothing else is.
     """
     for (start, end), following in _with_following(extents.windows(0, source.size, WINDOW)):
         status = Runs.uniform(start, end, 0) if bitmap is None else source.dirty(bitmap, start, end)
@@ -351,29 +342,29 @@ def _dirty_windows(
 
 
 def _near(touched: Mask, start: int, end: int, cluster_size: int) -> Iterator[tuple[int, int]]:
-    """Ranges, in bytes, that hold the touched clusters of the window [start, end)."""
+    """Ranges (bytes) that contain the touched clusters of the window [start, end)."""
     for low, high in _spans(touched, _NEAR // cluster_size):
         yield start + low * cluster_size, min(start + high * cluster_size, end)
 
 
 def _with_following(items: Iterable[_T]) -> Iterator[tuple[_T, _T | None]]:
-    """Yield each item with the one after it; a disk of no bytes has none."""
-    held = list(items)
-    yield from zip_longest(held, held[1:])
+    """Yield each item with the next one, the last item with None."""
+    listed = list(items)
+    yield from zip_longest(listed, listed[1:])
 
 
 def _one_behind(items: Iterable[_T]) -> Iterator[_T]:
-    """Yield each item when the next one is there already: the server works on one while we work on the other."""
-    held: list[_T] = []
+    """Yield each item only when the next one is known: the server answers for one while the other is planned."""
+    waiting: list[_T] = []
     for item in items:
-        held.append(item)
-        if len(held) > 1:
-            yield held.pop(0)
-    yield from held
+        waiting.append(item)
+        if len(waiting) > 1:
+            yield waiting.pop(0)
+    yield from waiting
 
 
 class _Builder:
-    """Collects windows and sums; the only mutable thing here, and it ends in a frozen Plan."""
+    """Collects windows and sums, and makes the frozen Plan of them."""
 
     def __init__(self, size: int, cluster_size: int) -> None:
         self.size = size
@@ -390,7 +381,7 @@ class _Builder:
         self.windows.append(_Packed.of(start // self.cluster_size, kinds))
 
     def bytes(self, start: int, mask: Mask) -> int:
-        """Bytes of the set clusters of a window that starts at byte `start`, clipped at the disk's size."""
+        """Number of bytes in the set clusters of the window that starts at byte `start`, clipped at the disk's size."""
         total = int(np.count_nonzero(mask)) * self.cluster_size
         beyond = start + len(mask) * self.cluster_size - self.size
         return total - beyond if beyond > 0 and mask[-1] else total
@@ -401,7 +392,7 @@ class _Builder:
 
 
 def _zero_where(source: BlockStatus, window: _Window, cluster_size: int) -> Mask:
-    """Which clusters read wholly as zero; none where that was not to be asked."""
+    """The clusters that read as zero completely, as far as their allocation was asked for."""
     zero = np.zeros(len(window.touched), dtype=np.bool_)
     for low, high in window.asked:
         first = (low - window.start) // cluster_size
@@ -411,7 +402,7 @@ def _zero_where(source: BlockStatus, window: _Window, cluster_size: int) -> Mask
 
 
 def _spans(mask: Mask, near: int) -> Iterator[tuple[int, int]]:
-    """Spans of set positions; those between which fewer than `near` are unset are merged."""
+    """Spans of set positions; spans are merged where fewer than `near` unset positions lie between them."""
     if not mask.any():
         return
     starts, ends = extents.edges(mask)
@@ -422,18 +413,18 @@ def _spans(mask: Mask, near: int) -> Iterator[tuple[int, int]]:
 
 
 def _touched(starts: Offsets, ends: Offsets, base: int, cluster_size: int, count: int) -> Mask:
-    """Clusters of which any byte lies in a run: dirty ranges are rounded out."""
+    """The clusters that contain any byte of a run: dirty ranges are rounded out."""
     return _fill((starts - base) // cluster_size, -((base - ends) // cluster_size), count)
 
 
 def _covered(runs: Runs, bit: int, base: int, cluster_size: int, size: int) -> Mask:
-    """Clusters of which every byte up to the disk's size lies in runs with `bit`: zeroes are rounded in."""
+    """The clusters of which every byte, up to the disk's size, lies in a run with `bit`: zeroes are rounded in."""
     starts, ends = runs.having(bit)
     first = -((base - starts) // cluster_size)
     last = (ends - base) // cluster_size
     count = _clusters(runs.end - base, cluster_size)
     if len(ends) and ends[-1] == size:
-        last[-1] = count  # the disk's last cluster may be partial; what lies beyond the end is nobody's
+        last[-1] = count  # the disk's last cluster may be partial; the bytes beyond the end do not count
     return _fill(first, np.maximum(first, last), count)
 
 

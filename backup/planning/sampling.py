@@ -1,8 +1,8 @@
 """
-A few of many: a uniform sample of what passes by once, in windows, whose number nobody knows before.
+A uniform sample of clusters that are offered once, window by window, in a number that is not known beforehand.
 
-Li's "Algorithm L" (ACM TOMS 20, 1994): how many to pass over until the next one enters the sample is drawn at once, so
-that a disk of n clusters costs about k * log(n / k) draws, and no list of them is ever made.
+Li's "Algorithm L" (ACM TOMS 20, 1994) draws at once how many clusters are skipped until the next one enters the sample.
+So a sample of k out of n clusters costs about k * log(n / k) draws, and no list of all clusters is ever made.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Reservoir:
     Parameters
     ----------
     size : int
-        How many to keep; of fewer, all.
+        Number of positions to keep; all of them where fewer are offered.
     draw : callable
-        Gives a number from [0, 1), another one each time: `random.Random(seed).random`, or one that nobody foresees.
+        Returns another number from [0, 1) each time: `random.Random(seed).random`, or an unpredictable one.
     """
 
     def __init__(self, size: int, draw: Callable[[], float]) -> None:
@@ -37,10 +37,10 @@ class Reservoir:
         self._weight = 1.0
         self._seen = 0
         self._next = 0 if size > 0 else _NEVER
-        """The number, counted over all that are offered, of the next that enters."""
+        """The number of the next position that enters the sample, counted over all that are offered."""
 
     def offer(self, base: int, mask: Mask) -> None:
-        """Have the set positions of `mask`, counted from `base`, pass by; each position once, in whatever order."""
+        """Offer the set positions of `mask`, counted from `base`; each position only once, windows in any order."""
         count = int(np.count_nonzero(mask))
         first, self._seen = self._seen, self._seen + count
         if self._next >= self._seen:
@@ -55,7 +55,7 @@ class Reservoir:
 
     @property
     def seen(self) -> int:
-        """How many it is a sample of."""
+        """Number of positions that were offered so far."""
         return self._seen
 
     def _take(self, position: int) -> None:
@@ -65,10 +65,10 @@ class Reservoir:
             self._kept[int(self._draw() * self._size)] = position
         self._next += 1
         if len(self._kept) == self._size:
-            self._next += self._passed_over()
+            self._next += self._skipped()
 
-    def _passed_over(self) -> int:
-        # A weight of 1, of which nothing would ever be passed over, is as unlikely as a draw of exactly 0.
+    def _skipped(self) -> int:
+        # A weight of exactly 1, with which no position would ever be skipped, comes from a draw of exactly 0.
         self._weight = min(self._weight * (1 - self._draw()) ** (1 / self._size), _ALMOST_ONE)
         if self._weight <= 0:
             return _NEVER
