@@ -526,7 +526,7 @@ class _Run:
         )
         if not lies.clusters:
             return None
-        return decide.why_lied(disk.decision.read or "", parent.newest.point, lies.clusters, len(clusters), lies.first)
+        return decide.why_wrong(disk.decision.read or "", parent.newest.point, lies.clusters, len(clusters), lies.first)
 
     def _manifest(self, entries: Sequence[DiskEntry]) -> Manifest:
         return Manifest(
@@ -667,7 +667,7 @@ def _draw() -> float:
 
 def _found(job: _Job, differing: int) -> _Job:
     """A rescan with what it found: so many bytes that differ from the parent."""
-    disk = replace(job.disk, decision=job.disk.decision.with_found(differing))
+    disk = replace(job.disk, decision=job.disk.decision.with_difference(differing))
     planned = replace(job.planned, totals=replace(job.planned.totals, dirty=differing))
     return replace(job, disk=disk, planned=planned)
 

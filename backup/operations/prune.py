@@ -21,7 +21,7 @@ from backup.model import chain as chains
 from backup.model.documents import moment_of
 from backup.model.manifest import Manifest
 from backup.planning import retention
-from backup.planning.prune_steps import Remove, Rewrite, Thinning, moment, thin
+from backup.planning.prune_steps import Remove, Rewrite, Thinning, dated_point, thin
 from backup.planning.retention import DISORDER, FUTURE, UNCONFIRMED, Batch, Policy
 from backup.repository.machine import Contents, Machine
 from backup.repository.manifests import read_manifest
@@ -144,7 +144,7 @@ def _rehearse(machine: Machine, request: Request) -> Report:
 
 def _wanted(request: Request, contents: Contents) -> Mapping[str, tuple[str, ...]]:
     """The points that the policy keeps, and why."""
-    return retention.keep(map(moment, contents.manifests.values()), request.policy, datetime.now(UTC))
+    return retention.keep(map(dated_point, contents.manifests.values()), request.policy, datetime.now(UTC))
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,8 @@ from backup.model.chain import Chain
 from backup.model.documents import moment_of
 from backup.model.manifest import Manifest
 from backup.operations.verify import glance
-from backup.planning.prune_steps import moment
-from backup.planning.retention import DISORDER, FUTURE, Moment, doubts
+from backup.planning.prune_steps import dated_point
+from backup.planning.retention import DISORDER, FUTURE, DatedPoint, doubts
 from backup.repository.machine import Contents, Machine
 from backup.repository.opened_chain import examine
 from backup.repository.verified import Memory, recall, record_of
@@ -152,10 +152,10 @@ def _with_remark(found: Sequence[DiskStatus], machine: str) -> list[DiskStatus]:
 
 def _doubtful(manifests: Iterable[Manifest], now: datetime) -> dict[str, dict[str, str]]:
     """For each disk its points whose times cannot be right, oldest first, and why."""
-    points: defaultdict[str, list[Moment]] = defaultdict(list)
+    points: defaultdict[str, list[DatedPoint]] = defaultdict(list)
     for manifest in sorted(manifests, key=lambda manifest: manifest.sequence):
         for disk in manifest.disks:
-            points[disk.name].append(moment(manifest))
+            points[disk.name].append(dated_point(manifest))
     wrong = (FUTURE, DISORDER)
     return {disk: {p: why for p, why in doubts(held, now).items() if why in wrong} for disk, held in points.items()}
 

@@ -1,10 +1,10 @@
 """
 Decisions: whether a disk's next backup may be an incremental, and why not.
 
-A bitmap is named for the point it starts from, `FAMILY.REPO8.POINT` (design.md, "The bitmap's life").  The newest point
-P of a disk can only be continued by P's bitmap, and only when that bitmap is in the image itself, recording and
-consistent.  Where the chain is sound, everything else is a rescan, or a full if that is wanted; without a chain it is a
-full.  Each with its reason.  Pure functions over values.
+A bitmap is named for the point at which it was started, `FAMILY.REPO8.POINT` (design.md, "The bitmap's life").  Only
+P's bitmap can continue the newest point P of a disk, and only if that bitmap is in the image itself, recording and
+consistent.  Otherwise the backup is a rescan, or a full if the configuration says so; without a sound chain it is a
+full.  Every decision has a reason.  Pure functions over values.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Refusal:
     Why a new bitmap could not be started on a disk in this run.
 
     `lasting`: the reason is a property of the disk, and every run meets it.  `lost` names the bitmap that continued the
-    newest point until the attempt, which may have cost it.  `final`: no further attempt is made.
+    newest point before the attempt; QEMU may have lost it in the attempt.  `final`: no further attempt is made.
     """
 
     why: str
@@ -44,10 +44,11 @@ class Decision:
     """
     What one disk's backup will be.
 
-    `kind` is FULL or INCREMENTAL.  `fallback` is true where there was a point to continue, and it could not be in the
-    way that was wanted; `first` where there was none.  `parent` is set for an incremental only, and with it either
-    `read`, the exact name of the bitmap that says what changed, or `rescan`: all is read and compared with the parent.
-    `unavoidable`: it is a fallback, and no night of this disk can be anything else.
+    `kind` is FULL or INCREMENTAL.  `fallback`: there is a point to continue, and it cannot be continued as requested.
+    `first`: the disk has no point yet.  `parent` is set for an incremental only, together with either `read`, the exact
+    name of the bitmap that tells what changed, or `rescan`: the whole disk is read and compared with the parent.
+    `claimed`: the user's word says that the bitmap starts from the parent.  `unavoidable`: the decision is a fallback,
+    and every later backup of this disk will be one as well.
     """
 
     kind: str
@@ -65,11 +66,11 @@ class Decision:
         """FULL, INCREMENTAL or RESCAN."""
         return RESCAN if self.rescan else self.kind
 
-    def with_found(self, differing: int) -> Decision:
-        """A rescan that found so many bytes that differ from the parent."""
+    def with_difference(self, differing: int) -> Decision:
+        """Add the result of a rescan to the reason: the number of bytes that differ from the parent."""
         assert self.parent is not None
-        found = f"{differing} bytes differ from {self.parent.newest.point}" if differing else "nothing differs"
-        return replace(self, reason=f"{self.reason}; {found}")
+        result = f"{differing} bytes differ from {self.parent.newest.point}" if differing else "nothing differs"
+        return replace(self, reason=f"{self.reason}; {result}")
 
 
 def decide(
@@ -94,21 +95,22 @@ def decide(
     wanted : str
         FULL, INCREMENTAL or RESCAN.
     last : Chain, BackupError or None
-        The chain of the disk's newest point; what is wrong with it; or None where there is no point.
+        The chain of the disk's newest point; what is wrong with that chain; None: the disk has no point.
     unusable : str
-        FULL or RESCAN: what an incremental becomes where the chain is sound and no bitmap continues it.
+        FULL or RESCAN: what an incremental becomes if the chain is sound and no bitmap continues it.
     was : str or None
-        The other disk of the newest point that this image was then.  All disks' bitmaps of one point have one name.
+        The other disk that this image was at the newest point.  The bitmaps of one point have the same name on all
+        disks, so that the name alone would be misleading.
     refusal : Refusal or None
         Why a new bitmap could not be started a moment ago.
     origins : mapping
-        Of points whose bitmaps the disk has, other than the newest: ITSELF where they are earlier ones of this disk,
-        else whose they are ("machine db1").
+        For each point other than the newest whose bitmap the disk has: ITSELF for an earlier point of this disk, else
+        the point's owner ("machine db1").
     """
     if wanted == FULL:
         return Decision(FULL, "asked for")
     if last is None:
-        return Decision(FULL, _FIRST + _and_then(state, unusable, refusal), first=True)
+        return Decision(FULL, _FIRST + _later_backups(state, unusable, refusal), first=True)
     if isinstance(last, BackupError):
         return broken(last)
     if state.shows_encryption and state.plaintext != last.newest.entry.source.plaintext:
@@ -122,7 +124,7 @@ def decide(
     name = bitmap_name(bitmap_family or "", short_id, last.newest.point)
     why_not = _why_not(state, last.newest.entry, name, short_id, refusal=refusal, origins=origins)
     if why_not is None and was is not None:
-        why_not = f"bitmap {name} is of disk {was}, which {state.path} was at the newest point"
+        why_not = f"bitmap {name} belongs to disk {was}: {state.path} was that disk at the newest point"
     if why_not is not None:
         never = _never(why_not, state, last.newest.entry, refusal)
         return replace(instead(why_not, last, unusable), unavoidable=never)
@@ -130,7 +132,7 @@ def decide(
 
 
 def instead(why: str, last: Chain, unusable: str) -> Decision:
-    """What an incremental becomes that no bitmap can continue: `unusable`, FULL or RESCAN."""
+    """Decide for `unusable`, FULL or RESCAN, in place of an incremental that no bitmap can continue."""
     if unusable == RESCAN:
         return Decision(INCREMENTAL, f"rescan: {why}", fallback=True, parent=last, rescan=True)
     return Decision(FULL, why, fallback=True)
@@ -138,15 +140,15 @@ def instead(why: str, last: Chain, unusable: str) -> Decision:
 
 def warned(before: Sequence[DiskEntry], why: str, *, refused: bool) -> bool:
     """
-    Did an earlier point give the user the warning that the disk has no bitmap, for the same reason?
+    Whether an earlier backup has warned the user, for the same reason, that the disk has no bitmap.
 
     Parameters
     ----------
     before : sequence of DiskEntry
         The disk's entries, from the oldest, of the same kind of source.
     refused : bool
-        Whether the reason appeared only when the bitmap was to be added; then the first full warns of it already, and
-        what counts is the newest point: storage can become read-only for a second time.
+        Whether the reason appeared only in the attempt to add the bitmap.  Then the first full has warned already, and
+        the newest point counts: storage can become read-only for a second time.
     """
     if refused:
         return bool(before) and before[-1].bitmap.why_none == why
@@ -154,42 +156,45 @@ def warned(before: Sequence[DiskEntry], why: str, *, refused: bool) -> bool:
 
 
 def broken(error: BackupError) -> Decision:
-    """A full, since the chain cannot be continued."""
+    """Decide for a full because the chain cannot be continued."""
     return Decision(FULL, f"the chain is broken: {error.message}", fallback=True)
 
 
 def why_missed(bitmap: str, missed: int) -> str:
     """
-    Why a bitmap is not trusted of which planning found `missed` bytes that are clean and zero, and data in the chain.
+    Explain why the bitmap cannot be trusted: `missed` bytes that it reports as clean now read as zeroes although the
+    chain holds data there.
 
-    The bitmap did not see all that happened to the disk (it was shrunk and grown again, say), and what else it did not
-    see may look like any other data (traps 4 and 28).
+    The bitmap did not see all that happened to the disk; the disk may have been shrunk and grown again, for example.
+    Other changes that the bitmap has missed may look like any other data (traps 4 and 28).
     """
     return (
         f"bitmap {bitmap} missed {missed} bytes that were data and read as zeroes now; was the disk shrunk and grown?"
     )
 
 
-def why_lied(bitmap: str, point: str, differing: int, checked: int, offset: int) -> str:
+def why_wrong(bitmap: str, point: str, differing: int, checked: int, offset: int) -> str:
     """
-    Why a bitmap is not trusted when a spot check of `checked` clean clusters found `differing` ones, of which the first
-    difference is at byte `offset`: it was cleared, or disabled for a while, or something wrote past QEMU (trap 47).
+    Explain why the bitmap cannot be trusted: a spot check has read `checked` clusters that the bitmap reports as clean,
+    and `differing` of them differ from the chain, the first at byte `offset`.
+
+    The bitmap was cleared, or disabled for a while, or something wrote to the image without QEMU (trap 47).
     """
     return (
-        f"bitmap {bitmap} lied: {differing} of {checked} clean clusters that were read again differ from {point}, "
+        f"bitmap {bitmap} is wrong: {differing} of {checked} clean clusters that were read again differ from {point}, "
         f"the first at byte {offset}"
     )
 
 
 def _why_not_mixed(state: DiskState, last: Chain) -> str:
-    """Why a chain does not go on when the same disk is decrypted at one point and not at the next."""
+    """Explain why one chain cannot hold a disk both as QEMU decrypts it and as the encrypted container."""
     before, now = "the encrypted container", "the disk's plaintext"
     if not state.plaintext:
         before, now = now, before
     return f"point {last.newest.point} holds {before}, and this backup holds {now}: one chain holds only one of them"
 
 
-def _and_then(state: DiskState, unusable: str, refusal: Refusal | None) -> str:
+def _later_backups(state: DiskState, unusable: str, refusal: Refusal | None) -> str:
     why = state.unseen_writes or state.no_bitmaps or (refusal.why if refusal and refusal.lasting else None)
     later = "a full as well" if unusable == FULL else f"a {unusable}"
     return f"; every later one is {later}: {why}" if why else ""
@@ -203,12 +208,12 @@ def _decide_claim(state: DiskState, last: Chain, claim: Claim, unusable: str) ->
         return instead(why, last, unusable)
     if state.bitmap(claim.bitmap) is None:
         return instead(f"the NBD server has no bitmap {claim.bitmap}", last, unusable)
-    why = f"changes since {claim.since}, by the user's word on bitmap {claim.bitmap}"
+    why = f"changes since {claim.since}, by the user's word about bitmap {claim.bitmap}"
     return Decision(INCREMENTAL, why, parent=last, read=claim.bitmap, claimed=True)
 
 
 def _never(why_not: str, state: DiskState, parent: DiskEntry, refusal: Refusal | None) -> bool:
-    """Is the reason one that every night of this disk has, as far as the disk and its newest point tell?"""
+    """Whether every later backup of this disk will meet the reason, as far as the disk and its newest point tell."""
     if why_not in {state.unseen_writes, state.no_bitmaps}:
         return True
     same = refusal is not None and refusal.lasting and parent.bitmap.why_none == refusal.why
@@ -224,7 +229,7 @@ def _why_not(
     refusal: Refusal | None,
     origins: Mapping[str, str],
 ) -> str | None:
-    """Why the bitmap `name` cannot continue the parent point; None when it can."""
+    """Explain why the bitmap `name` cannot continue the parent point; None: it can."""
     if state.unseen_writes or state.no_bitmaps:
         return state.unseen_writes or state.no_bitmaps
     if state.lower != parent.source.lower:
@@ -243,7 +248,7 @@ def _why_not(
     if bitmap.busy:
         return f"bitmap {name} is in use by another operation in QEMU"
     if not bitmap.persistent and not state.volatile:
-        return f"bitmap {name} is not persistent, as pybackup makes it: someone else made this one"
+        return f"bitmap {name} is not persistent, as pybackup makes it: another program made this one"
     recorded = parent.bitmap.granularity
     if None not in (bitmap.granularity, recorded) and bitmap.granularity != recorded:
         return (
@@ -260,7 +265,7 @@ def _why_missing(state: DiskState, parent: DiskEntry, name: str, short_id: str, 
         return f"bitmap {name} is only in a backing file: writes to the image above it were not recorded"
     others = own_bitmaps((bitmap.name for bitmap in state.bitmaps), short_id, keep=None)
     if others:
-        return min((_why_another(name, other, origins) for other in others), key=lambda found: found[0])[1]
+        return min((_why_another(name, other, origins) for other in others), key=lambda ranked: ranked[0])[1]
     if state.volatile:
         return f"bitmap {name} is missing: {state.volatile}, and it was restarted; or someone removed it"
     return (
@@ -270,19 +275,19 @@ def _why_missing(state: DiskState, parent: DiskEntry, name: str, short_id: str, 
 
 
 def _why_another(name: str, other: str, origins: Mapping[str, str]) -> tuple[int, str]:
-    """Why `other`, a bitmap of this repository, is there and `name` is not; and how far down this reason ranks."""
+    """Explain why the image has `other`, a bitmap of this repository, and not `name`; with the rank of this reason."""
     point = other.rpartition(".")[2]
-    missing = f"bitmap {name} is missing and {other} is there"
+    missing = f"bitmap {name} is missing, and the image has {other}"
     if point == name.rpartition(".")[2]:
-        return 0, f"{missing}: the newest point started that one, and another bitmap was named now"
+        return 0, f"{missing}: the newest point started that one, and this run names another bitmap"
     if point not in origins:
         return (
             3,
-            f"{missing}, which belongs to no point: a run that failed left it, or a copy of the repository was used",
+            f"{missing}, which belongs to no point: it is left from a failed run, or from a copy of the repository",
         )
     if origins[point] == ITSELF:
         return 2, f"{missing}, which an earlier point started: the image was rolled back"
-    return 1, f"{missing}: the image was backed up as {origins[point]} since"
+    return 1, f"{missing}: the image has been backed up as {origins[point]} since"
 
 
 def _made_without(parent: DiskEntry) -> str:

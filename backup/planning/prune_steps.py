@@ -1,12 +1,12 @@
 """
-From the points to keep to what is done to the others: which data files are rewritten, which points removed, in order.
+From the points to keep to the steps of a prune: which data files are rewritten and which points removed, in order.
 
-A point goes away for all of its disks at once.  Where a point that stays builds on ones that go, it takes over what it
-needs of them first, disk by disk:
+A point is removed with all of its disks at once.  A point that stays and builds on points that go first takes over the
+data that it needs from them, disk by disk:
 
     in the middle    N -> R -> K      N becomes a larger incremental on K
-    in front         N -> R -> F      with F gone as well, N becomes a full: as dear as a full, so it is done in batches
-    at the end       R -> K           R is removed and nothing rewritten
+    in front         N -> R -> F      F goes as well: N becomes a full.  That costs as much as a full: done in batches
+    at the end       R -> K           R is removed, and nothing is rewritten
 
 Pure: manifests in, steps out.
 """
@@ -19,12 +19,12 @@ from dataclasses import dataclass
 
 from backup.model.documents import moment_of
 from backup.model.manifest import DiskEntry, Manifest
-from backup.planning.retention import Batch, Moment
+from backup.planning.retention import Batch, DatedPoint
 
 
 @dataclass(frozen=True, slots=True)
 class Rewrite:
-    """A disk of a point takes over what `merged` (newest first) hold and builds on `onto`; None: it becomes a full."""
+    """A disk of a point takes over the data of `merged` (newest first) and builds on `onto` (None: as a full)."""
 
     point: str
     disk: str
@@ -34,7 +34,7 @@ class Rewrite:
 
 @dataclass(frozen=True, slots=True)
 class Remove:
-    """A point on which no other builds any more is removed."""
+    """A point is removed after the last point that builds on it was rewritten or removed."""
 
     point: str
 
@@ -44,16 +44,16 @@ Step = Rewrite | Remove
 
 @dataclass(frozen=True, slots=True)
 class Thinning:
-    """The points that go now, those that wait for a batch, and the steps, which leave all others whole at any time."""
+    """The points that go now, those that wait for a batch, and the steps; after each, all other points are sound."""
 
     going: frozenset[str]
     waiting: frozenset[str]
     steps: tuple[Step, ...]
 
 
-def moment(manifest: Manifest) -> Moment:
-    """A point as retention sees it."""
-    return Moment(
+def dated_point(manifest: Manifest) -> DatedPoint:
+    """The point of a manifest, as retention sees it."""
+    return DatedPoint(
         manifest.point,
         manifest.sequence,
         moment_of(manifest.started),
@@ -66,17 +66,17 @@ def thin(manifests: Mapping[str, Manifest], keep: Collection[str], batch: Batch)
     """
     Plan the removal of all points but those to `keep`.
 
-    Every chain of `manifests` (by point id) must be whole.
+    Every chain of `manifests` (by point id) must be sound.
     """
     unwanted = {point for point in manifests if point not in keep}
     going = set(unwanted)
     while waiting := _too_few(manifests, going, batch):
-        going -= waiting  # which may leave fewer to go before a point of another disk
+        going -= waiting  # so that fewer may be left to go in front of a point of another disk
     return Thinning(frozenset(going), frozenset(unwanted - going), tuple(_steps(manifests, going)))
 
 
 def _too_few(manifests: Mapping[str, Manifest], going: Collection[str], batch: Batch) -> set[str]:
-    """Points in front of a chain that are not enough for a batch."""
+    """The points in front of a chain that are too few for a batch."""
     waiting: set[str] = set()
     for _, disk in _staying(manifests, going):
         merged, onto = _run(manifests, disk, going)
@@ -88,8 +88,8 @@ def _too_few(manifests: Mapping[str, Manifest], going: Collection[str], batch: B
 
 
 def _steps(manifests: Mapping[str, Manifest], going: Collection[str]) -> Iterator[Step]:
-    """Rewrites in the order of the points, and each point's removal as soon as nothing builds on it."""
-    children = Counter(disk.parent.point for held in manifests.values() for disk in held.disks if disk.parent)
+    """Yield the rewrites in the order of the points, and each removal as soon as no point builds on the removed one."""
+    children = Counter(disk.parent.point for manifest in manifests.values() for disk in manifest.disks if disk.parent)
     left = _newest_first(manifests, going)
     yield from _removals(manifests, left, children)
     for point, disk in _staying(manifests, going):
@@ -104,7 +104,7 @@ def _steps(manifests: Mapping[str, Manifest], going: Collection[str]) -> Iterato
 
 
 def _removals(manifests: Mapping[str, Manifest], left: list[str], children: Counter[str]) -> Iterator[Step]:
-    """Take those out of `left`, newest first, on which no disk builds; `children` counts the disks that do."""
+    """Remove the points from `left`, newest first, on which no disk builds; `children` counts the disks that build."""
     for point in list(left):
         if not children[point]:
             left.remove(point)
@@ -113,7 +113,7 @@ def _removals(manifests: Mapping[str, Manifest], left: list[str], children: Coun
 
 
 def _staying(manifests: Mapping[str, Manifest], going: Collection[str]) -> Iterator[tuple[str, DiskEntry]]:
-    """The disks of the points that stay, oldest point first."""
+    """Yield the disks of the points that stay, oldest point first."""
     for point in reversed(_newest_first(manifests, [point for point in manifests if point not in going])):
         for disk in manifests[point].disks:
             yield point, disk
@@ -122,7 +122,7 @@ def _staying(manifests: Mapping[str, Manifest], going: Collection[str]) -> Itera
 def _run(
     manifests: Mapping[str, Manifest], disk: DiskEntry, going: Collection[str]
 ) -> tuple[tuple[str, ...], str | None]:
-    """The points that go right below a disk's, newest first; and the first below that stays."""
+    """The points that go directly below a disk's point, newest first, and the first point below them that stays."""
     merged: list[str] = []
     parent = disk.parent
     while parent is not None and parent.point in going:
@@ -132,9 +132,9 @@ def _run(
 
 
 def _entry(manifests: Mapping[str, Manifest], point: str, disk: str) -> DiskEntry:
-    found = manifests[point].disk(disk)
-    assert found is not None
-    return found
+    entry = manifests[point].disk(disk)
+    assert entry is not None
+    return entry
 
 
 def _newest_first(manifests: Mapping[str, Manifest], points: Collection[str]) -> list[str]:

@@ -1,25 +1,26 @@
 """
 Which points to keep: the words and the meaning are restic's (its manual, "Removing snapshots according to a policy").
 
-Points are looked at from the newest to the oldest.  `daily: 7` keeps the newest point of each of the last seven days
-that have one; days without any don't count.  A point that one rule keeps counts for the others as well.  `within` keeps
-what is no older than so long before the newest point.  Where there are fewer days than are asked for, the oldest point
-is kept besides, so that the history grows to its full length.
+The rules go through the points from the newest to the oldest.  `daily: 7` keeps the newest point of each of the last
+seven days that have a point; days without a point do not count.  A point that one rule keeps counts for the other rules
+as well.  `within` keeps every point that is at most so much older than the newest one.  If there are fewer days than
+the rule asks for, the oldest point is kept as well, so that the history grows to its full length.
 
-Each disk is judged by the points that hold it: of a machine whose disks are backed up by separate runs, none takes the
-other's place.  Its newest point is always kept, and so is what is pinned.
+The rules judge each disk by the points that hold it: where separate runs back up the disks of a machine, a point of one
+disk does not take the place of a point of another.  The newest point of each disk is always kept, and so is every
+pinned point.
 
-A clock that was wrong for a night must not remove anything:
+A clock that was wrong for a night must not remove any point:
 
-- A point whose time cannot be right is kept, and takes no other point's place: its time is after now, or does not fit
-  the order of the points, which their sequence tells (the largest set of points whose times are in order is right).
-  A difference of less than a day is none: two hosts' clocks, or a change to summer time.
-- The clock may be years ahead, and then it agrees with "now".  So after a jump, what the rules keep of the points
-  before it, as if there were no others, is kept besides.  A jump is more than eight days, and more than four times the
-  usual distance, which is the second shortest of the five distances before; where there are no two, 62 days.  Points
-  of a week, at least seven, confirm that it was a pause.
+- A point whose time cannot be right is kept and takes no other point's place.  Its time is after now, or does not fit
+  the order of the points that their sequence numbers give (the largest set of points whose times are in order counts as
+  right).  A difference of less than a day is ignored: two hosts' clocks differ, or summer time begins.
+- The clock may be years ahead and then agrees with "now".  So after a jump, the points that the rules would keep of
+  those before the jump alone are kept as well.  A jump is longer than eight days and longer than four times the usual
+  distance, which is the second shortest of the five distances before; with fewer than two distances, longer than 62
+  days.  Seven or more points over a week confirm that the jump was only a pause.
 
-`last` asks for no time: where nothing else is asked for, no time is in doubt.
+`last` does not depend on times: a policy of `last` alone doubts no time.
 
 Pure.
 """
@@ -36,7 +37,7 @@ from itertools import count, pairwise
 from backup.errors import UsageError
 
 RULES = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
-"""What can be counted, in the order in which reasons are shown."""
+"""The rules that count points, in the order in which reasons are shown."""
 
 MAX_COUNT = 1_000_000_000
 
@@ -45,7 +46,7 @@ _DURATION = re.compile(r"(?:([0-9]{1,4})y)?(?:([0-9]{1,5})m)?(?:([0-9]{1,5})w)?(
 
 @dataclass(frozen=True, slots=True)
 class Duration:
-    """A length of time as the calendar counts it: a month is as long as it is."""
+    """A length of time by the calendar: a month has 28 to 31 days."""
 
     years: int = 0
     months: int = 0
@@ -55,12 +56,12 @@ class Duration:
     @classmethod
     def parse(cls, text: str) -> Duration:
         """
-        Read "30d", "12h", "2w", "6m" (months), "1y", or several from long to short: "1y6m".
+        Read "30d", "12h", "2w", "6m" (months), "1y", or several of them from long to short: "1y6m".
 
         Raises
         ------
         UsageError
-            Anything else, or no time at all.
+            The text is anything else, or a duration of 0.
         """
         match = _DURATION.fullmatch(text)
         years, months, weeks, days, hours = (int(part or 0) for part in match.groups()) if match else (0, 0, 0, 0, 0)
@@ -68,15 +69,16 @@ class Duration:
         if found == cls():
             raise UsageError(
                 f"{text!r} is not a duration",
-                hint="write 30d, 12h, 2w, 6m (months), 1y, or several from long to short, as 1y6m",
+                hint="write 30d, 12h, 2w, 6m (months), 1y, or several of them from long to short, for example 1y6m",
             )
         return found
 
     def before(self, moment: datetime) -> datetime:
         """
-        The moment so long before; the earliest there is, where the calendar ends.
+        Return the time that lies this duration before `moment`; the earliest possible time where the calendar ends.
 
-        A day that the month lacks counts on into the next month, as restic has it: a month before 31 March is 3 March.
+        A day that the month does not have counts on into the next month, as in restic: a month before 31 March is 3
+        March.
         """
         years, month = divmod(moment.year * 12 + moment.month - 1 - self.years * 12 - self.months, 12)
         try:
@@ -92,7 +94,7 @@ class Duration:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How many points to keep by each rule, and for how long all of them; 0 and None: that rule keeps nothing."""
+    """How many points each rule keeps, and for how long all points are kept; 0 and None: the rule keeps nothing."""
 
     last: int = 0
     hourly: int = 0
@@ -104,16 +106,17 @@ class Policy:
 
     @property
     def empty(self) -> bool:
-        """Does no rule keep anything?  Such a policy is no wish to remove everything."""
+        """Whether no rule keeps anything.  Such a policy must not remove everything: it was never written."""
         return self == Policy()
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
     """
-    When a full is merged with what follows it: when so many points can go at once, or when the incrementals among
-    these have stored more than `share` percent of what the full has.  A prune each night would else write the full anew
-    each night.
+    When a full is merged with the points that follow it: not each night, as a prune each night would otherwise do.
+
+    A full is merged when `points` points can go at once, or when the incrementals among them have stored more than
+    `share` percent of what the full has stored.
     """
 
     points: int = 7
@@ -121,10 +124,10 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class Moment:
+class DatedPoint:
     """
-    A point as retention sees it: its id, its place in the order, when it began, the disks it holds, and whether it is
-    pinned.
+    A point as retention sees it: its id, its place in the order, the time at which its backup began, its disks, and
+    whether it is pinned.
     """
 
     point: str
@@ -135,21 +138,21 @@ class Moment:
 
 
 TOLERANCE = timedelta(minutes=5)
-"""A time so far in the future is no fault: two hosts' clocks differ."""
+"""A time that is less than this in the future is accepted: two hosts' clocks differ."""
 _SAME = timedelta(days=1)
-"""A time so far before the one of the point before it counts as the same."""
+"""A time that is less than this before the preceding point's time counts as the same time."""
 _LOOK, _USUAL, _LEAST, _UNKNOWN = 5, 4, timedelta(days=8), timedelta(days=62)
-"""A jump is longer than _LEAST and _USUAL times the usual of _LOOK distances; _UNKNOWN where too few are known."""
+"""A jump is longer than _LEAST and than _USUAL times the usual of _LOOK distances; than _UNKNOWN with too few."""
 _CONFIRMED, _WEEK = 7, timedelta(days=6)
-"""So many points, of seven nights at least, confirm a jump."""
+"""This number of points, over seven nights at least, confirms a jump."""
 
 FUTURE = "its time is in the future"
 DISORDER = "its time does not fit the order of the points"
 UNCONFIRMED = "not counting those after a jump in time"
 
 
-def doubts(points: Iterable[Moment], now: datetime) -> dict[str, str]:
-    """The points of one disk whose times cannot be right, by id, and why."""
+def doubts(points: Iterable[DatedPoint], now: datetime) -> dict[str, str]:
+    """Find the points of one disk whose times cannot be right: the reason by the point's id."""
     ordered = sorted(points, key=lambda point: point.sequence)
     past = [point for point in ordered if point.started <= now + TOLERANCE]
     found = {point.point: FUTURE for point in ordered if point.started > now + TOLERANCE}
@@ -159,16 +162,16 @@ def doubts(points: Iterable[Moment], now: datetime) -> dict[str, str]:
     return found
 
 
-def first_after_jump(points: Iterable[Moment]) -> Moment | None:
-    """The first point of one disk after a jump that is not confirmed; their times must be in order."""
-    # What is pinned stays while its neighbours go: it says nothing of how far apart points usually are.
+def first_after_jump(points: Iterable[DatedPoint]) -> DatedPoint | None:
+    """Find the first point of one disk after an unconfirmed jump; the times of the points must be in order."""
+    # A pinned point stays while its neighbours go, so that it does not show how far apart points usually are.
     ordered = sorted((point for point in points if not point.pinned), key=lambda point: point.sequence)
     after = _after_jump(_smoothed([point.started for point in ordered]))
     return ordered[-after] if after else None
 
 
 def _smoothed(times: Sequence[datetime]) -> list[datetime]:
-    """The times without the small steps back that clocks take."""
+    """Return the times without the small steps back that clocks make."""
     found: list[datetime] = []
     for time in times:
         steps_back = bool(found) and timedelta() < found[-1] - time < _SAME
@@ -177,7 +180,7 @@ def _smoothed(times: Sequence[datetime]) -> list[datetime]:
 
 
 def _longest_in_order(times: Sequence[datetime]) -> set[int]:
-    """Indexes of a longest subsequence that never decreases; of several, one that ends latest."""
+    """Return the indexes of a longest subsequence that never decreases; of several, one that ends latest."""
     ends: list[datetime] = []
     lengths = []
     for time in times:
@@ -195,7 +198,7 @@ def _longest_in_order(times: Sequence[datetime]) -> set[int]:
 
 
 def _after_jump(times: Sequence[datetime]) -> int:
-    """How many of the newest times follow a jump that is not confirmed."""
+    """Count the newest times that follow an unconfirmed jump."""
     gaps = [later - earlier for earlier, later in pairwise(times)]
     found = 0
     for after in range(1, len(times)):
@@ -207,20 +210,20 @@ def _after_jump(times: Sequence[datetime]) -> int:
 
 
 def _is_jump(gap: timedelta, before: Sequence[timedelta]) -> bool:
-    """Is a distance far longer than those before it?  Pruned points have made some of these longer."""
+    """Whether a distance is far longer than those before it, some of which pruned points have made longer."""
     if len(before) < 2:
         return gap > _UNKNOWN
     return gap > max(_LEAST, _USUAL * sorted(before)[1])
 
 
-def keep(points: Iterable[Moment], policy: Policy, now: datetime) -> dict[str, tuple[str, ...]]:
+def keep(points: Iterable[DatedPoint], policy: Policy, now: datetime) -> dict[str, tuple[str, ...]]:
     """
     Decide which points to keep; `now` is the time by this host's clock.
 
     Returns
     -------
     dict
-        The ids of the points to keep, each with its reasons, at least one; the others are to go.
+        The ids of the points to keep, each with at least one reason; all other points are to be removed.
 
     Raises
     ------
@@ -235,16 +238,16 @@ def keep(points: Iterable[Moment], policy: Policy, now: datetime) -> dict[str, t
     newest_first = sorted(points, key=lambda point: point.sequence, reverse=True)
     reasons: dict[str, dict[str, None]] = {point.point: {} for point in newest_first}
     for disk in dict.fromkeys(disk for point in newest_first for disk in point.disks):
-        held = [point for point in newest_first if disk in point.disks]
-        for point, why in _of_disk(held, policy, now):
+        of_disk = [point for point in newest_first if disk in point.disks]
+        for point, why in _of_disk(of_disk, policy, now):
             reasons[point][why] = None
     for pinned in (point.point for point in newest_first if point.pinned):
         reasons[pinned]["pinned"] = None
     return {point: tuple(found) for point, found in reasons.items() if found}
 
 
-def _of_disk(points: Sequence[Moment], policy: Policy, now: datetime) -> Iterable[tuple[str, str]]:
-    """Points to keep and why, of those that hold one disk, newest first."""
+def _of_disk(points: Sequence[DatedPoint], policy: Policy, now: datetime) -> Iterable[tuple[str, str]]:
+    """Yield the points to keep and the reasons, of the points of one disk, newest first."""
     yield points[0].point, "newest"
     timed = replace(policy, last=0)
     doubtful = {} if timed.empty else doubts(points, now)
@@ -261,8 +264,8 @@ def _of_disk(points: Sequence[Moment], policy: Policy, now: datetime) -> Iterabl
         )
 
 
-def _by_rules(points: Sequence[Moment], dated: Sequence[Moment], policy: Policy) -> Iterable[tuple[str, str]]:
-    """Points to keep and why, newest first: `points` by the rule that asks for no time, `dated` by the others."""
+def _by_rules(points: Sequence[DatedPoint], dated: Sequence[DatedPoint], policy: Policy) -> Iterable[tuple[str, str]]:
+    """Yield the points to keep and the reasons, newest first: `points` by the rule `last`, `dated` by the others."""
     if dated and policy.within is not None:
         start = policy.within.before(dated[0].started)
         yield from ((point.point, f"within {policy.within}") for point in dated if point.started > start)
@@ -270,8 +273,8 @@ def _by_rules(points: Sequence[Moment], dated: Sequence[Moment], policy: Policy)
         yield from _counted(points if rule == "last" else dated, rule, getattr(policy, rule))
 
 
-def _counted(dated: Sequence[Moment], rule: str, left: int) -> Iterable[tuple[str, str]]:
-    """The newest point of each period, until so many are kept; and the oldest of all, where some are left."""
+def _counted(dated: Sequence[DatedPoint], rule: str, left: int) -> Iterable[tuple[str, str]]:
+    """Yield the newest point of each period until `left` are kept; and the oldest of all, if fewer are kept."""
     period = _PERIODS[rule]()
     latest: object = None
     for number, point in enumerate(dated, start=1):
@@ -304,4 +307,4 @@ _PERIODS: Mapping[str, Callable[[], Callable[[datetime], object]]] = {
     "monthly": _by("%Y%m"),
     "yearly": _by("%Y"),
 }
-"""For each rule a maker of what names a moment's period; weeks are ISO's, which begin on Mondays."""
+"""For each rule, a maker of a function that names the period of a time; ISO weeks begin on Mondays."""

@@ -345,7 +345,7 @@ def test_disks_whose_nodes_names_are_exchanged_after_a_restart_are_not_taken_for
     machine.start()
     # The program is told the same as before, by the names of nodes.
     a.name, b.name, machine.disks = "b", "a", {"a": b, "b": a}
-    nights.require_fallback("is of disk")
+    nights.require_fallback("belongs to disk")
 
 
 # A disk moves to other files while it runs

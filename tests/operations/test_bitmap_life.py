@@ -891,9 +891,9 @@ def test_a_raw_image_that_looks_like_a_qcow2_is_not_taken_for_a_new_disk(tmp_pat
 
 def test_an_image_of_two_machines_is_not_called_rolled_back(night):
     assert night.incremental("--machine", "other").rc == 0
-    night.require_fallback("the image was backed up as machine other since")
+    night.require_fallback("the image has been backed up as machine other since")
     done = night.incremental("--machine", "other")
-    assert "the image was backed up as machine disk since" in done.disk["reason"]
+    assert "the image has been backed up as machine disk since" in done.disk["reason"]
 
 
 # Several images
@@ -1296,9 +1296,9 @@ def test_disks_that_are_exchanged_in_the_configuration_are_not_taken_for_each_ot
     text = machine.read_text()
     machine.write_text(text.replace("vda.qcow2", "x").replace("vdb.qcow2", "vda.qcow2").replace("x}", "vdb.qcow2}"))
     done = call_pybackup(["--config", machine, "incremental", "--no-fallback"])
-    assert (done.rc, "is of disk" in done.stderr) == (14, True), done
+    assert (done.rc, "belongs to disk" in done.stderr) == (14, True), done
     done = call_pybackup(["--config", machine, "incremental"])
-    assert (done.rc, done.stderr.count("is of disk")) == (3, 2), done
+    assert (done.rc, done.stderr.count("belongs to disk")) == (3, 2), done
     for name, image in (("vda", vdb), ("vdb", vda)):
         restore_and_cmp(tmp_path / "repo", "web1/latest", image, disk=name)
     assert call_pybackup(["--config", machine, "incremental", "--no-fallback"]).rc == 0

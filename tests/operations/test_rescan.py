@@ -1,5 +1,5 @@
 """
-Rescans: a chain goes on without a bitmap, holding no more than what differs, and is repaired where a bitmap lied.
+Rescans: a chain goes on without a bitmap, holding no more than what differs, and is repaired where a bitmap is wrong.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def test_a_lie_that_the_spot_check_finds_is_repaired_by_a_rescan(night):
     refused = rescanning(night, "rescan", "--no-fallback")
     assert refused.rc == 14
     assert "needs a rescan: bitmap" in refused.stderr
-    require_rescan(night, rescanning(night), "lied: 1 of 11", differing=CLUSTER)
+    require_rescan(night, rescanning(night), "is wrong: 1 of 11", differing=CLUSTER)
     assert rescanning(night, "rescan", "--no-fallback").rc == 0
 
 

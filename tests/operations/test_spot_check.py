@@ -30,14 +30,14 @@ def night(tmp_path: Path) -> Night:
 def test_a_write_that_the_bitmap_does_not_know_of_is_found_and_named(night, offset, of):
     """In data of the full, of the incremental, and where the chain holds nothing."""
     lie_to(night, f"write -P 0x99 {offset} 512")
-    done = night.require_fallback(f"lied: 1 of {of} clean clusters", rehearsed=False)
+    done = night.require_fallback(f"is wrong: 1 of {of} clean clusters", rehearsed=False)
     assert f"the first at byte {offset}" in done.stderr
     night.require_incremental()
 
 
 def test_several_lies_are_counted_and_the_first_is_named(night):
     lie_to(night, "write -P 0x99 1M 512", "write -P 0x98 2M 512", "write -P 0x97 70k 512")
-    night.require_fallback("lied: 3 of ", rehearsed=False)
+    night.require_fallback("is wrong: 3 of ", rehearsed=False)
     assert "the first at byte 71680" in night.newest["disks"][0]["reason"]
 
 
@@ -69,7 +69,7 @@ def test_it_can_be_turned_off_and_a_dry_run_does_without(night, tmp_path, monkey
     done = call_pybackup([*configured(tmp_path, spot_check=0), *arguments(night)])
     assert (done.rc, done.disk["kind"]) == (0, "incremental")
     # Nothing corrects what it did not see, but the next check sees it.
-    night.require_fallback("lied", rehearsed=False)
+    night.require_fallback("is wrong", rehearsed=False)
 
 
 def test_nothing_is_read_that_is_dirty_or_zero(night, monkeypatch):
@@ -147,7 +147,7 @@ def test_a_server_whose_bitmap_lies(tmp_path):
     with qemu_nbd(image, "-t", "--shared=8", "-B", "b0") as uri:
         done = call_pybackup(["incremental", "--nbd", uri, *given, *since])
     assert (done.rc, done.disk["kind"], done.disk["rescan"]) == (3, "incremental", True)
-    assert "bitmap b0 lied" in done.stderr
+    assert "bitmap b0 is wrong" in done.stderr
     assert "the first at byte 1048576" in done.stderr
     restore_and_cmp(tmp_path / "repo", "m/latest", image)
 
@@ -163,7 +163,7 @@ def test_a_running_machine_whose_bitmap_was_cleared(tmp_path):
         machine.monitor("block-dirty-bitmap-clear", node="b", name=nights.own_bitmap)
         machine.write("a", 70_000, 1000, 0x12)
         done = nights.require_fallback("the first at byte 300032", only=["b"])
-        assert "lied" in done.stderr
+        assert "is wrong" in done.stderr
         machine.quit()
     assert list(bitmaps(tmp_path / "b.qcow2")) == [nights.own_bitmap]
 

@@ -224,21 +224,21 @@ ANOTHER = Bitmap(f"b1.{REPO8}.{OLDER}", 65536)
     ("origins", "words"),
     [
         ({OLDER: ITSELF}, "an earlier point started: the image was rolled back"),
-        ({OLDER: "disk vdb of this machine"}, "the image was backed up as disk vdb of this machine since"),
-        ({OLDER: "machine db1"}, "the image was backed up as machine db1 since"),
+        ({OLDER: "disk vdb of this machine"}, "the image has been backed up as disk vdb of this machine since"),
+        ({OLDER: "machine db1"}, "the image has been backed up as machine db1 since"),
         ({}, "belongs to no point"),
     ],
 )
 def test_another_of_our_bitmaps_is_called_a_rollback_only_where_it_is_one(origins, words):
     found = decided(replace(SOUND, bitmaps=(ANOTHER,)), chain(), origins=origins)
-    require_fallback(found, f"{NAME} is missing and {ANOTHER.name} is there", words)
+    require_fallback(found, f"{NAME} is missing, and the image has {ANOTHER.name}", words)
     assert ("rolled back" in found.reason) == (origins == {OLDER: ITSELF})
 
 
 def test_a_bitmap_of_the_newest_point_and_another_family_explains_most():
     named = Bitmap(f"b2.{REPO8}.{P}", 65536)
     found = decided(replace(SOUND, bitmaps=(ANOTHER, named)), chain(), origins={OLDER: ITSELF})
-    require_fallback(found, named.name, "another bitmap was named now")
+    require_fallback(found, named.name, "this run names another bitmap")
 
 
 def test_a_bitmap_that_is_missing_without_a_trace_is_no_rollback():
@@ -364,5 +364,5 @@ def test_a_rescan_that_was_asked_for_needs_a_sound_chain_and_nothing_else(state)
 
 def test_a_rescan_says_what_it_found():
     found = decided(SOUND, chain(), wanted=RESCAN)
-    assert found.with_found(0).reason == "rescan: asked for; nothing differs"
-    assert found.with_found(65536) == replace(found, reason=f"rescan: asked for; 65536 bytes differ from {P}")
+    assert found.with_difference(0).reason == "rescan: asked for; nothing differs"
+    assert found.with_difference(65536) == replace(found, reason=f"rescan: asked for; 65536 bytes differ from {P}")

@@ -14,8 +14,8 @@ from backup.planning.retention import (
     FUTURE,
     RULES,
     UNCONFIRMED,
+    DatedPoint,
     Duration,
-    Moment,
     Policy,
     doubts,
     first_after_jump,
@@ -26,7 +26,7 @@ from backup.planning.retention import (
 def moments(*times, disks=("vda",), pinned=()):
     """Points from the oldest to the newest, named by their times."""
     return [
-        Moment(text, i, datetime.fromisoformat(text).replace(tzinfo=UTC), disks, text in pinned)
+        DatedPoint(text, i, datetime.fromisoformat(text).replace(tzinfo=UTC), disks, text in pinned)
         for i, text in enumerate(times, 1)
     ]
 
@@ -118,7 +118,7 @@ def test_the_order_is_the_sequences_and_not_the_clocks():
 
 def test_the_newest_point_of_each_disk_is_kept():
     old, new = moments("2026-01-01", "2026-01-02")
-    points = [Moment(old.point, 1, old.started, ("vda", "vdb")), Moment(new.point, 2, new.started, ("vda",))]
+    points = [DatedPoint(old.point, 1, old.started, ("vda", "vdb")), DatedPoint(new.point, 2, new.started, ("vda",))]
     assert keep(points, Policy(last=1), LATER) == {"2026-01-02": ("newest", "last"), "2026-01-01": ("newest", "last")}
     assert keep(points, Policy(yearly=1), LATER)["2026-01-01"] == ("newest", "yearly")
 
@@ -126,7 +126,7 @@ def test_the_newest_point_of_each_disk_is_kept():
 def test_disks_that_separate_runs_back_up_do_not_take_each_others_places():
     times = [f"2026-01-0{day}T0{hour}:00" for day in range(1, 6) for hour in (1, 2)]
     points = [
-        Moment(p.point, p.sequence, p.started, ("vda",) if "T01" in p.point else ("vdb",)) for p in moments(*times)
+        DatedPoint(p.point, p.sequence, p.started, ("vda",) if "T01" in p.point else ("vdb",)) for p in moments(*times)
     ]
     assert kept(points, daily=2) == times[-4:]
 
@@ -191,7 +191,7 @@ REGULAR = st.tuples(
 
 def at_hours(hours):
     start = datetime(2015, 1, 1, tzinfo=UTC)
-    return [Moment(str(hour), i, start + timedelta(hours=hour), ("vda",)) for i, hour in enumerate(hours, 1)]
+    return [DatedPoint(str(hour), i, start + timedelta(hours=hour), ("vda",)) for i, hour in enumerate(hours, 1)]
 
 
 @given(COUNTS, REGULAR)
@@ -218,7 +218,7 @@ WITHIN = Duration(days=30)
 def nights(count, **elsewhere):
     """Points of so many nights up to NOW, oldest first; `n3` is three nights old.  Some have other times."""
     return [
-        Moment(
+        DatedPoint(
             f"n{ago}",
             count - ago,
             datetime.fromisoformat(elsewhere[f"n{ago}"]).replace(tzinfo=UTC)
@@ -292,14 +292,14 @@ def test_a_pause_is_believed_when_a_week_of_points_followed():
     for count in (1, 6, 7, 20):
         points = [
             *nights(60),
-            *(Moment(f"p{i}", 100 + i, jump + timedelta(days=i), ("vda",)) for i in range(count)),
+            *(DatedPoint(f"p{i}", 100 + i, jump + timedelta(days=i), ("vda",)) for i in range(count)),
         ]
         found = keep(points, Policy(within=WITHIN), jump + timedelta(days=count))
         assert ("n10" in found) == (count < 7)
         assert (UNCONFIRMED in str(found.get("n10"))) == (count < 7)
         assert f"p{count - 1}" in found
     # Of seven points in a night nothing is believed.
-    points = [*nights(60), *(Moment(f"p{i}", 100 + i, jump + timedelta(hours=i), ("vda",)) for i in range(20))]
+    points = [*nights(60), *(DatedPoint(f"p{i}", 100 + i, jump + timedelta(hours=i), ("vda",)) for i in range(20))]
     assert "n10" in keep(points, Policy(within=WITHIN), jump + timedelta(days=1))
 
 
@@ -322,7 +322,7 @@ def test_what_a_nightly_prune_leaves_is_no_jump(policy):
     points = []
     for night in range(800):
         started = datetime(2024, 1, 1, 3, tzinfo=UTC) + timedelta(days=night)
-        points.append(Moment(str(night), night + 1, started, ("vda",)))
+        points.append(DatedPoint(str(night), night + 1, started, ("vda",)))
         found = keep(points, Policy(**policy), started)
         assert UNCONFIRMED not in str(found), night
         points = [point for point in points if point.point in found]
@@ -343,7 +343,7 @@ def test_of_two_points_that_contradict_each_other_both_stay():
 @given(st.lists(st.integers(0, 400), max_size=30), st.integers(0, 400), st.sampled_from(TIMED))
 def test_a_point_in_doubt_is_kept_and_changes_nothing_for_the_others(days, now, policy):
     start = datetime(2026, 1, 1, tzinfo=UTC)
-    points = [Moment(str(i), i, start + timedelta(days=day), ("vda",)) for i, day in enumerate(days)]
+    points = [DatedPoint(str(i), i, start + timedelta(days=day), ("vda",)) for i, day in enumerate(days)]
     clock = start + timedelta(days=now)
     doubtful = doubts(points, clock)
     found = keep(points, Policy(**policy), clock)

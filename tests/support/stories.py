@@ -41,7 +41,7 @@ import backup.operations.restore
 import backup.operations.verify
 from backup.cli import app
 from backup.cli.output import Quiet
-from backup.planning.retention import Moment, first_after_jump
+from backup.planning.retention import DatedPoint, first_after_jump
 from backup.repository.machine import Machine
 
 KIB = 1 << 10
@@ -313,7 +313,7 @@ def must_stay(points: Sequence[Kept], rules: Mapping[str, int], within_days: int
         stay |= {point.point for point in held if within_days and point.started > newest - timedelta(days=within_days)}
         for rule, number in rules.items():
             stay |= _of_rule(held, rule, number)
-        jump = first_after_jump(Moment(p.point, p.sequence, p.started, (disk,), p.pinned) for p in held)
+        jump = first_after_jump(DatedPoint(p.point, p.sequence, p.started, (disk,), p.pinned) for p in held)
         before = [point for point in held if jump is not None and point.sequence < jump.sequence]
         for rule, number in rules.items():
             stay |= _of_rule(before, rule, number) if rule != "last" else set()
