@@ -1,4 +1,4 @@
-"""`python -m backup` is `pybackup`."""
+"""`python -m backup` and the program `pybackup`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ def main() -> NoReturn:
     """
     Run the command line.
 
-    To import it takes a tenth of a second, and nothing is begun yet: Ctrl-C ends us then as SIGTERM does, silently, and
-    not in a traceback of whatever was being imported.
+    The import of the command line takes a tenth of a second, in which nothing has begun yet.  Ctrl-C in that time ends
+    the process without a message, as SIGTERM does, and not with a traceback from the middle of an import.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -115,6 +115,20 @@ def test_typer_is_for_the_command_line():
     }
 
 
+COMMAND_MODULES = sorted(module for module in MODULES if module.startswith("backup.cli.commands."))
+
+
+@pytest.mark.parametrize("module", COMMAND_MODULES)
+def test_a_command_imports_no_other_command(module):
+    """What two commands share has a module of its own in backup.cli."""
+    assert not of_package(MODULES[module]) & {*COMMAND_MODULES} - {module}
+
+
+def test_every_command_module_is_in_the_table_of_commands():
+    named = {f"backup.cli.commands.{place.split(':')[0]}" for place in app.COMMANDS.values()}
+    assert named == {*COMMAND_MODULES}
+
+
 REPOSITORY_MODULES = sorted(
     module
     for module in MODULES
@@ -178,9 +192,9 @@ def test_a_command_runs_without_pydantic_which_would_convert_its_parameters(tmp_
 
 
 def test_every_parameter_of_a_command_is_text_or_a_flag():
-    # They are taken as the parser finds them; another kind would have to be converted (backup.cli.app._unconverted).
-    group = typer.main.get_command(app.app)
-    for command in (group, *group.commands.values()):
+    # They are taken as the user wrote them; another kind would have to be converted (backup.cli.app._prepare).
+    program = typer.main.get_command(app.app)
+    for command in (program, *(program.get_command(None, name) for name in program.list_commands(None))):
         kinds = {parameter.type_descriptor.annotation for parameter in command.params}
         assert kinds <= {str, bool, list[str]}, (command.name, kinds)
 

@@ -1,19 +1,17 @@
 """
-The command line: the commands by their names, how they are parsed, and how the program ends.
+The command line: the table of commands, how arguments are parsed, and how the program ends.
 
-`main` is the only place that catches errors.  Modules that cost time to import (numpy, libnbd, rich) are imported by
-the command that needs them: a cron job over a hundred idle disks is a hundred starts.
+`main` is the only place that catches errors.  Modules that take long to import (numpy, libnbd, rich) are imported by
+the commands that need them: a cron job over a hundred idle disks starts the program a hundred times.
 """
 
 from __future__ import annotations
 
-import functools
 import signal
 import sys
-from collections import UserDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -21,7 +19,7 @@ from typer.exceptions import TyperException
 
 import backup
 from backup.cli import output, process
-from backup.cli.context import COMMON, explained, fail, given_twice, options, show_error
+from backup.cli.context import COMMON, fail, given_twice, options, show_error, user_error
 from backup.cli.streams import ReaderGone
 from backup.errors import Failed, Interrupted, UsageError
 from backup.runtime import timeouts
@@ -58,114 +56,128 @@ _STYLE: dict[str, Any] = {
 }
 
 
-if TYPE_CHECKING:
-    _Base = TyperCommand
-else:
-    _Base = object  # so that it goes before a command's class as well as before a group's
+# The program and its commands, as typer knows them
 
 
-class _Parsed(_Base):
-    """
-    How the program and each of its commands are parsed.
-
-    Parameters are taken as the parser found them: texts, lists of texts, flags.  typer would have pydantic convert
-    each, also one that was not given, and the import of pydantic takes longer than that of typer.
-    """
+class _Command(TyperCommand):
+    """One command, which takes the common options beside its own."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments of the program, or those of a command; the common options go to `options`."""
-        options.program = ctx.command_path
-        parameters: list[Any] = self.get_params(ctx)  # with --help, which the context brings
-        _require_once(self.make_parser(ctx).parse_args(list(args))[2])
-        for parameter in parameters:
-            parameter.process_value = functools.partial(_as_found, parameter, parameter.process_value)
+        """Parse the arguments after the command's name; the common options among them go to `options`."""
+        _prepare(self, ctx, args)
         rest = super().parse_args(ctx, args)
-        if ctx.parent is None:
-            options.take(ctx.params, {})
-        else:
-            # A command's function has parameters for its own options only.
-            common = {name: ctx.params.pop(name) for name in COMMON}
-            options.take(ctx.parent.params, {**ctx.params, **common})
+        # The command's function has no parameters for the common options.
+        common = {name: ctx.params.pop(name) for name in COMMON}
+        options.take(ctx.parent.params, {**ctx.params, **common})
         return rest
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the options of --help: those that every command has stand in a section of their own."""
-        shown: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": [], "Common options": []}
-        for parameter in self.get_params(ctx):
-            common = ctx.parent is not None and parameter.name in (*COMMON, "help")
-            own = "Arguments" if parameter.param_type_name == "argument" else "Options"
-            if (record := parameter.get_help_record(ctx)) is not None:
-                # typer names the type of an argument: "MACHINE <list[str]>".
-                name = parameter.metavar if own == "Arguments" and parameter.metavar else record[0]
-                shown["Common options" if common else own].append((name, record[1]))
-        for title, records in shown.items():
-            if records:
-                with formatter.section(title):
-                    formatter.write_dl(records)
-
-
-class _Command(_Parsed, TyperCommand):
-    """A command."""
+        """Write the arguments and options of --help."""
+        _write_options(self, ctx, formatter)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; a broken pipe, which typer takes for standard output's, is one to somebody else."""
+        """Run the command.  typer would take any broken pipe for that of standard output, and exit without a word."""
         try:
             return super().invoke(ctx)
         except BrokenPipeError as error:
-            raise explained(error) from error
+            raise user_error(error) from error
 
 
-class _Made(UserDict[str, Any]):
-    """Commands that are imported, and made by typer, when they are looked up: making all of them takes 0.03 s."""
-
-    def __init__(self, places: Mapping[str, str], common: Sequence[Any]) -> None:
-        super().__init__(places)
-        self._common = common
-
-    def __getitem__(self, name: str) -> Any:
-        alone = typer.Typer(add_completion=False, **_STYLE)
-        module, function = self.data[name].split(":")
-        alone.command(name, cls=_Command)(getattr(import_module(f"backup.cli.commands.{module}"), function))
-        command = typer.main.get_command(alone)
-        command.params.extend(self._common)
-        return command
-
-
-class _Group(_Parsed, TyperGroup):
-    """The program: one command of many."""
+class _Program(TyperGroup):
+    """The program: common options, and one command of many."""
 
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
-        self.commands = _Made(COMMANDS, [parameter for parameter in self.params if parameter.name in COMMON])
+        names: dict[str, Any] = dict.fromkeys(COMMANDS)
+        self.commands = names
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Import and build a command when it is needed; to build all of them takes 0.03 s."""
+        del ctx
+        if cmd_name in COMMANDS and self.commands[cmd_name] is None:
+            common = [parameter for parameter in self.params if parameter.name in COMMON]
+            self.commands[cmd_name] = _built(cmd_name, common)
+        return self.commands.get(cmd_name)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments before the command's name; they are common options."""
+        _prepare(self, ctx, args)
+        rest = super().parse_args(ctx, args)
+        options.take(ctx.params, {})
+        return rest
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the options, and after them the commands."""
-        super().format_options(ctx, formatter)
+        """Write the options of --help, and the commands below them."""
+        _write_options(self, ctx, formatter)
         self.format_commands(ctx, formatter)
 
 
+def _built(name: str, common: Sequence[Any]) -> Any:
+    """Import a command's function and have typer build the command, with the common options after its own."""
+    module, function = COMMANDS[name].split(":")
+    single = typer.Typer(add_completion=False, **_STYLE)
+    single.command(name, cls=_Command)(getattr(import_module(f"backup.cli.commands.{module}"), function))
+    command = typer.main.get_command(single)
+    command.params.extend(common)
+    return command
+
+
+class _AsWritten:
+    """Keeps the value of a parameter as the user wrote it (typer's RuntimeParam)."""
+
+    @staticmethod
+    def coerce(value: Any, param: Any, ctx: Any) -> Any:
+        """Return the value."""
+        del param, ctx
+        return value
+
+
+def _prepare(command: Any, ctx: Any, args: Sequence[str]) -> None:
+    """
+    Prepare the parsing of arguments by typer.
+
+    typer builds a pydantic adapter for each parameter, also for texts, which need no conversion, and the import of
+    pydantic takes longer than that of typer.  typer has no setting for that: `get_runtime_param` is replaced.
+    """
+    options.program = ctx.command_path
+    for parameter in command.get_params(ctx):  # these include --help, which is not among `command.params`
+        parameter.get_runtime_param = _AsWritten
+    _require_once(command.make_parser(ctx).parse_args(list(args))[2])
+
+
 def _require_once(given: Sequence[Any]) -> None:
-    """Refuse an option that takes one value and is given twice: the first value would be dropped in silence."""
+    """Refuse an option that takes one value and is given twice: typer would drop the first value in silence."""
     seen = set()
     for parameter in given:
         if parameter.param_type_name != "option" or parameter.multiple or parameter.is_flag:
-            continue  # a flag that is given twice says the same twice
+            continue
         if parameter.name in seen:
             raise given_twice(parameter.opts[0])
         seen.add(parameter.name)
 
 
-def _as_found(parameter: Any, convert: Callable[[Any, Any], Any], context: Any, value: Any) -> Any:
-    """A parameter's value; the error of a missing one, and what is done about flags, are typer's own matter."""
-    if isinstance(value, bool) or (parameter.required and not value):
-        return convert(context, value)
-    found = list(value) if isinstance(value, tuple) else value
-    return found if parameter.callback is None else parameter.callback(context, parameter, found)
+def _write_options(command: Any, ctx: Any, formatter: Any) -> None:
+    """Write the parameters of --help in sections; the common options of a command stand in a section of their own."""
+    sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": [], "Common options": []}
+    for parameter in command.get_params(ctx):
+        common = ctx.parent is not None and parameter.name in (*COMMON, "help")
+        own = "Arguments" if parameter.param_type_name == "argument" else "Options"
+        if (record := parameter.get_help_record(ctx)) is not None:
+            # typer writes the type of an argument after its name: "MACHINE <list[str]>".
+            name = parameter.metavar if own == "Arguments" and parameter.metavar else record[0]
+            sections["Common options" if common else own].append((name, record[1]))
+    for title, records in sections.items():
+        if records:
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+# The common options, and the program itself
 
 
 app = typer.Typer(
     name="pybackup",
-    cls=_Group,
+    cls=_Program,
     help="Incremental backups of QEMU/KVM disks with dirty bitmaps, stored as plain qcow2 files.",
     epilog="Exit codes: 0 done; 1 failed; 2 wrong usage or configuration; 3 done, with warnings; 10 not found; "
     "11 locked by another run; 12 damaged; 13 source cannot be read; 14 bitmap cannot be used; "
@@ -200,11 +212,14 @@ def _common(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Declare the options that the program and every command have (`COMMON`), which `_Parsed` reads, and --version."""
+    """Declare the common options (`COMMON`), which `_Command` and `_Program` read, and --version."""
+
+
+# How the program runs and ends
 
 
 def main() -> NoReturn:
-    """Run the command line; every end of the program goes through here."""
+    """Run the command line, and end the process with its exit code."""
     process.prepare()
     try:
         code = _run(sys.argv[1:])
@@ -220,7 +235,7 @@ def main() -> NoReturn:
 def _run(arguments: Sequence[str]) -> int:
     timeouts.set_limit(timeouts.LIMIT)
     timeouts.show_with(lambda text: output.note(text, to_stderr=True))
-    options.reset(json="--json" in arguments)  # what fails before the options are parsed is a document, too
+    options.reset(json="--json" in arguments)  # an error before the options are parsed is a document as well
     try:
         command = typer.main.get_command(app)
         result = command.main(args=list(arguments), prog_name="pybackup", standalone_mode=False)
@@ -230,11 +245,11 @@ def _run(arguments: Sequence[str]) -> int:
     except TyperException as error:
         message = " ".join(error.format_message().split())
         early = options.program == "pybackup" and message.startswith("No such option")
-        hint = "an option of a command stands after the command; " if early else ""
+        hint = "give the options of a command after its name; " if early else ""
         return fail(UsageError(message, hint=f"{hint}see: {options.program} --help"))
     except Interrupted as stopped:
         return fail(stopped)
     except typer.Abort:
         return fail(Interrupted(signal.SIGINT))
     except Exception as error:  # noqa: BLE001 - shown, and in the exit code
-        return fail(explained(error))
+        return fail(user_error(error))

@@ -1,5 +1,5 @@
 """
-The options that every command has, and how an error is shown.
+The common options, and how an error is shown with them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from backup.cli import hints, output
+from backup.cli import hints, json_output, output
 from backup.errors import BackupError, Interrupted, UsageError, merged_exit_code
 from backup.runtime.failures import as_backup_error
 
@@ -17,27 +17,27 @@ if TYPE_CHECKING:
     from backup.config.settings import Config
 
 COMMON = ("config", "verbose", "quiet", "debug", "json")
-"""Options that are taken before the command and after it."""
+"""Options that are taken before the command's name and after it."""
 
 
 @dataclass(slots=True)
-class Options:
-    """The common options, wherever they stood, and --repo, which hints repeat."""
+class CommonOptions:
+    """The common options, whether they stand before or after the command's name, and --repo, which hints repeat."""
 
     config: Path | None = None
     verbose: bool = False
     quiet: bool = False
     debug: bool = False
     json: bool = False
-    """The command was asked for JSON: then errors are a document too."""
+    """Results and errors are JSON documents."""
     repo: str | None = None
     loaded: Config | None = None
-    """The configuration, once it was read."""
+    """The configuration, once it has been read."""
     program: str = "pybackup"
-    """What is being parsed: pybackup, or one of its commands, such as pybackup list."""
+    """What is being parsed: pybackup, or one of its commands, such as "pybackup list"."""
 
     def reset(self, *, json: bool) -> None:
-        """Nothing is parsed yet; `json`: whether --json seems to be among the arguments."""
+        """Forget an earlier command line; `json`: --json seems to be among the arguments that will be parsed."""
         self.config = self.repo = self.loaded = None
         self.verbose = self.quiet = self.debug = False
         self.json = json
@@ -45,14 +45,14 @@ class Options:
 
     def take(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
         """
-        Take the options before the command, and after it once those are parsed as well.
+        Take the options before the command's name, together with those after it once these are parsed.
 
         Raises
         ------
         UsageError
-            They contradict each other.
+            The options contradict each other.
         """
-        configs = [found["config"] for found in (before, after) if found.get("config") is not None]
+        configs = [place["config"] for place in (before, after) if place.get("config") is not None]
         self.config = Path(configs[0]) if configs else None
         self.verbose, self.quiet, self.debug = (
             bool(before[name] or after.get(name)) for name in ("verbose", "quiet", "debug")
@@ -63,58 +63,61 @@ class Options:
         if len(configs) > 1:
             raise given_twice("--config")
         if self.verbose and self.quiet:
-            raise UsageError("--verbose together with --quiet", hint="choose one")
+            raise UsageError("--verbose together with --quiet", hint="give one of the two")
         if self.verbose or self.debug:
             import logging
 
             logging.basicConfig(level=logging.INFO, format="pybackup: %(message)s")
 
 
-options = Options()
+options = CommonOptions()
 
 
 def given_twice(option: str) -> UsageError:
-    """The error of an option that takes one value and was given two."""
-    return UsageError(f"{option} is given twice", hint=f"it takes one value; see: {options.program} --help")
+    """Return the error for an option that takes one value and was given two."""
+    return UsageError(f"{option} is given twice", hint=f"give it once; see: {options.program} --help")
 
 
 class Warned(Protocol):
-    """What came of one machine."""
+    """The result of one machine, which may have warnings."""
 
     @property
     def warnings(self) -> Sequence[str]:
-        """One line each."""
+        """The warnings, one line each."""
 
 
-def explained(error: Exception) -> BackupError:
-    """What ends a command or a machine's backup, as an error of two lines, whose hint has the user's options."""
-    found = as_backup_error(error)
-    found.hint = completed(found.hint)
-    return found
+def machines_exit_code(outcomes: Sequence[Warned | BackupError]) -> int:
+    """Merge the results of several machines into the exit code of the command."""
+    codes = [outcome.exit_code for outcome in outcomes if isinstance(outcome, BackupError)]
+    warned = any(outcome.warnings for outcome in outcomes if not isinstance(outcome, BackupError))
+    return merged_exit_code(codes, warned=warned)
 
 
-def completed(hint: str) -> str:
-    """A hint, or another text with commands to run, with the options that the user gave."""
-    return hints.complete(hint, options.repo, None if options.config is None else str(options.config))
+# Errors, as the user sees them
 
 
 def fail(error: BackupError | Interrupted) -> int:
-    """Show what ends the program; the exit code."""
+    """Show the error that ends the program, and return its exit code."""
     show_error(error)
     if options.json:
-        output.document({"error": output.error_object(error)})
+        json_output.write(json_output.Failure(error))
     return error.exit_code
 
 
 def show_error(error: BackupError | Interrupted, of: str | None = None) -> None:
-    """Show an error; `of` is the machine, where there are several."""
+    """Show an error, with a traceback if --debug was given; `of` names the machine if there are several."""
     if options.debug:
         output.traceback(error)
     output.error(error, of)
 
 
-def common_code(outcomes: Sequence[Warned | BackupError]) -> int:
-    """Merge what came of several machines into the exit code of the command."""
-    codes = [outcome.exit_code for outcome in outcomes if isinstance(outcome, BackupError)]
-    warned = any(outcome.warnings for outcome in outcomes if not isinstance(outcome, BackupError))
-    return merged_exit_code(codes, warned=warned)
+def user_error(error: Exception) -> BackupError:
+    """Turn an exception into an error with two lines, whose hint repeats the user's options."""
+    shown = as_backup_error(error)
+    shown.hint = with_options(shown.hint)
+    return shown
+
+
+def with_options(text: str) -> str:
+    """Return a hint, or another text with commands to run, with the --repo and --config that the user gave."""
+    return hints.complete(text, options.repo, None if options.config is None else str(options.config))

@@ -21,9 +21,17 @@ if TYPE_CHECKING:
     from backup.repository.machine import Machine
     from backup.repository.repository import Repository
 
+_FORMATS = ("raw", "qcow2")
+_POINT_HINT = (
+    "give MACHINE, MACHINE/POINT, MACHINE/2026-11-28, the beginning or end of a point's id, or the path of a manifest"
+)
+
+
+# The configuration and the repository
+
 
 def config() -> Config:
-    """The configuration that is named, or lies where it is looked for; the defaults where there is none."""
+    """Return the configuration that is named or found, or the defaults if there is none; read once."""
     from backup.cli import settings
 
     if options.loaded is None:
@@ -32,7 +40,11 @@ def config() -> Config:
 
 
 def config_or_default() -> Config:
-    """For commands that need none: one that was named must be right, one that lies about may be wrong."""
+    """
+    Return the configuration for a command that works without one.
+
+    A faulty configuration is an error if it was named with --config; otherwise the defaults are used.
+    """
     if options.config is not None:
         return config()
     try:
@@ -41,15 +53,8 @@ def config_or_default() -> Config:
         return default()
 
 
-def require_format(*image_formats: str | None) -> None:
-    """Refuse what is no format of an image; None is left to be found out."""
-    for image_format in image_formats:
-        if image_format not in (None, "raw", "qcow2"):
-            raise UsageError(f"{image_format!r} is not a format", hint="raw or qcow2")
-
-
 def repository(repo: Path | None) -> Repository:
-    """The repository of --repo, or of the configuration."""
+    """Open the repository of --repo, or of the configuration."""
     from backup.repository.repository import Repository
 
     if repo is not None:
@@ -59,39 +64,46 @@ def repository(repo: Path | None) -> Repository:
     return Repository.open(settings.repository_path(None, config()))
 
 
+# Machines and points
+
+
 def machines(repository: Repository, names: Sequence[str] | None) -> list[Machine]:
-    """The machines of these names, each of which must be there; all that are, where none is named."""
+    """
+    Return the machines of the repository that have these names; without names, all of them.
+
+    Raises
+    ------
+    NotFound
+        The repository has no machine of one of the names.
+    """
     if not names:
-        # Also one whose folder is no machine's (a link): what is wrong there must not hide the others.
+        # Folders that are no machine's (a link, for example) are included: each command reports them beside the others.
         return [repository.machine(name) for name in repository.machine_names()]
     found = []
     for name in names:
         machine = repository.machine(name)
         if not machine.exists():
-            raise NotFound(
-                f"the repository {repository.path} has no machine {name!r}",
-                hint=f"it has: {', '.join(repository.machine_names()) or 'none'}",
-            )
+            raise NotFound(f"the repository {repository.path} has no machine {name!r}", hint=_machines_hint(repository))
         found.append(machine)
     return found
 
 
 def point(text: str, repo: Path | None) -> tuple[Machine, Manifest]:
     """
-    The point that a MANIFEST names, by any of these.
+    Find the point that a MANIFEST names, in one of these ways.
 
-        a path                      of a manifest, or of one of a point's data files or digest files
+        a path                      of a manifest, or of a data file or digest file of the point
         MACHINE, MACHINE/latest     the machine's newest point
-        MACHINE/2026-11-28          its newest point at the end of that day, local time
-        MACHINE/PART                the point whose id is PART, or begins or ends with it
-        PART                        the same of any machine in the repository
+        MACHINE/2026-11-28          the machine's newest point at the end of that day, local time
+        MACHINE/PART                the machine's only point whose id is PART, or begins or ends with PART
+        PART                        the same, of any machine in the repository
 
     Raises
     ------
     NotFound
         There is no such point.
     UsageError
-        Several points fit.
+        Several points match.
     """
     from backup.repository.machine import Machine
     from backup.repository.manifests import read_manifest
@@ -101,64 +113,23 @@ def point(text: str, repo: Path | None) -> tuple[Machine, Manifest]:
         return Machine(Path(os.path.realpath(path.parent))), read_manifest(path)
     name, slash, wanted = text.partition("/")
     if "/" in wanted or not name:
-        raise NotFound(f"there is no manifest {text}", hint=_NAMES)
+        raise NotFound(f"there is no manifest {text}", hint=_POINT_HINT)
     from backup.repository import named_point
 
     opened = repository(repo)
     if not slash and name not in opened.machine_names():
-        machine, wanted = _anywhere(opened, text)
+        machine, wanted = _in_any_machine(opened, text)
     else:
         [machine] = machines(opened, [name])
     return machine, named_point.pick(machine.name, machine.contents(), wanted)
 
 
-_NAMES = "give a manifest's path, MACHINE, MACHINE/POINT, MACHINE/2026-11-28 or a part of a point's id"
-
-
-def _manifest_path(text: str) -> Path | None:
-    """The manifest's path, where the text is a path."""
-    from backup.model import manifest
-
-    path = Path(text)
-    if text.endswith(".json"):
-        return path
-    if os.path.isfile(path) or os.path.islink(path):
-        of = manifest.point_of(path.name)
-        if of is not None:
-            return path.with_name(f"{of}.json")
-        if "/" in text:
-            raise UsageError(f"{text} is no manifest and no data file of a repository", hint=_NAMES)
-    return None
-
-
-def _anywhere(repository: Repository, text: str) -> tuple[Machine, str]:
-    """The machine and the id of the only point in the repository whose id begins or ends with the text."""
-    from backup.repository import named_point
-
-    found = []
-    for machine in machines(repository, None):
-        try:
-            names = os.listdir(machine.path) if machine.exists() else []
-        except (OSError, BackupError):
-            continue  # what is wrong there must not hide the others
-        ids = {name.removesuffix(".json") for name in names if name.endswith(".json")}
-        found += [(machine, point) for point in named_point.matching(ids, text)]
-    if len(found) > 1:
-        raise named_point.ambiguous(text, [f"{machine.name}/{point}" for machine, point in found])
-    if not found:
-        raise NotFound(
-            f"the repository {repository.path} has no machine {text!r}, and no point whose id begins or ends so",
-            hint=f"it has these machines: {', '.join(repository.machine_names()) or 'none'}",
-        )
-    return found[0]
-
-
-def points(what: Sequence[str], repo: Path | None) -> list[tuple[Machine, list[str] | None]]:
-    """Machines and points of them (None: all), of texts that name either."""
-    if not what:
+def points(names: Sequence[str], repo: Path | None) -> list[tuple[Machine, list[str] | None]]:
+    """Find machines and points: each machine with the ids of its points, or with None for all of them."""
+    if not names:
         return [(machine, None) for machine in machines(repository(repo), None)]
     found: list[tuple[Machine, list[str] | None]] = []
-    for text in what:
+    for text in names:
         if "/" not in text and _manifest_path(text) is None and text in repository(repo).machine_names():
             found.append((machines(repository(repo), [text])[0], None))
         else:
@@ -167,18 +138,70 @@ def points(what: Sequence[str], repo: Path | None) -> list[tuple[Machine, list[s
     return found
 
 
+def _manifest_path(text: str) -> Path | None:
+    """Return the path of the manifest, if the text is the path of one of the point's files."""
+    from backup.model import manifest
+
+    path = Path(text)
+    if text.endswith(".json"):
+        return path
+    if os.path.isfile(path) or os.path.islink(path):
+        point_id = manifest.point_of(path.name)
+        if point_id is not None:
+            return path.with_name(f"{point_id}.json")
+        if "/" in text:
+            raise UsageError(f"{text} is neither a manifest nor a data file of a repository", hint=_POINT_HINT)
+    return None
+
+
+def _in_any_machine(repository: Repository, text: str) -> tuple[Machine, str]:
+    """Find the only point in the repository whose id begins or ends with the text: its machine and its id."""
+    from backup.repository import named_point
+
+    found = []
+    for machine in machines(repository, None):
+        try:
+            names = os.listdir(machine.path) if machine.exists() else []
+        except (OSError, BackupError):
+            continue  # the other machines can be searched all the same
+        ids = {name.removesuffix(".json") for name in names if name.endswith(".json")}
+        found += [(machine, point_id) for point_id in named_point.matching(ids, text)]
+    if len(found) > 1:
+        raise named_point.ambiguous(text, [f"{machine.name}/{point_id}" for machine, point_id in found])
+    if not found:
+        raise NotFound(
+            f"the repository {repository.path} has no machine {text!r}, and no point whose id begins or ends with it",
+            hint=_machines_hint(repository),
+        )
+    return found[0]
+
+
+def _machines_hint(repository: Repository) -> str:
+    return f"the repository has these machines: {', '.join(repository.machine_names()) or 'none'}"
+
+
+# Texts of options to values
+
+
 def path_of(text: str | None) -> Path | None:
-    """A path, where one was given."""
+    """Return the path that an option names, or None if it was not given."""
     return None if text is None else Path(text)
 
 
 def folder_of(text: str | None) -> Path | None:
     """
-    A repository's folder, where one was given.
+    Return the folder of the repository that an option names, or None if it was not given.
 
     Raises
     ------
     UsageError
-        The text looks remote.
+        The text looks like the address of a remote host.
     """
     return None if text is None else Path(check_folder(text))
+
+
+def require_format(*image_formats: str | None) -> None:
+    """Refuse the name of an image format that pybackup does not read; None stands for detection."""
+    for image_format in image_formats:
+        if image_format is not None and image_format not in _FORMATS:
+            raise UsageError(f"{image_format!r} is not an image format", hint=f"write {' or '.join(_FORMATS)}")

@@ -1,5 +1,5 @@
 """
-What a hint says beyond the text that an error brings: the user's own options.
+Completes the commands that hints suggest with the user's own options.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ WITHOUT_REPO = frozenset({"check-config", "init", "map"})
 
 
 def complete(text: str, repo: str | None, config: str | None) -> str:
-    """Give the commands in a text, such as `pybackup list web1`, the --repo and --config that the user gave."""
+    """Add the user's --repo and --config to the commands in a text, such as `pybackup list web1`."""
     import shlex
 
-    def completed(found: re.Match[str]) -> str:
-        command, rest = found[1], found[2]
+    def completed(match: re.Match[str]) -> str:
+        command, rest = match[1], match[2]
         if rest.endswith((" --help", " --example")):
-            return found[0]  # these read neither
+            return match[0]  # neither option has an effect there
         given = {"--repo": None if command in WITHOUT_REPO else repo, "--config": config}
         words = [
             f" {option} {shlex.quote(value)}"

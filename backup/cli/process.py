@@ -1,5 +1,5 @@
 """
-Makes a process that may write files out of whatever cron, ssh or a script left us, and ends it.
+The process: its standard streams, limits and signals at the start, and its end.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from backup.runtime import signals
 
 
 def prepare() -> None:
-    """Standard streams, the limit of open files, signals, and threads that nobody needs."""
+    """Prepare the process, whatever cron, ssh or a script started it with."""
     streams.prepare()
-    # numpy's OpenBLAS starts a thread for each core when it is imported; we multiply no matrices.
+    # On import, numpy's OpenBLAS starts a thread for each core, for products of matrices; pybackup has none.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
-        with suppress(OSError, ValueError):  # a chain is opened whole, a file for each point
+        with suppress(OSError, ValueError):  # all files of a chain are open at once, one for each point
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     signals.catch()
 
 
 def end(code: int) -> NoReturn:
     """
-    End the process at once, all being written and every thread joined by now.
+    End the process at once; all output is written and every thread has ended by now.
 
-    Else Python takes apart every module first, 0.02 s with numpy among them, for a kernel that frees all memory anyway.
+    The usual end takes 0.02 s with numpy loaded, in which Python destroys its modules one by one.
     """
     with suppress(OSError, ValueError):
         sys.stderr.flush()

@@ -1,5 +1,5 @@
 """
-What the configuration and its options say to every command; cheap to import, unlike what a backup needs.
+What every command takes from the configuration and its options.  Quick to import, unlike what a backup needs.
 """
 
 from __future__ import annotations
@@ -23,37 +23,37 @@ def find_config(given: Path | None, environment: Mapping[str, str], warn: Callab
     """
     Load `--config`, else $PYBACKUP_CONFIG, else ./config.yaml, else /etc/pybackup/config.yaml, else the defaults.
 
-    A file that another user may have written is used, with a warning.  Its `timeout` holds from now on.
+    A file that another user may have written is used with a warning.  The `timeout` takes effect at once.
 
     Raises
     ------
     UsageError
-        The file is missing (where it was named) or wrong.
+        The file that was named is missing, or a file is faulty.
     """
 
     def load(path: Path) -> Config:
         def check(status: os.stat_result) -> None:
-            # A warning, as long as a configuration cannot name programs to run.
+            # Only a warning: a configuration cannot name programs to run.
             if (why := distrust(status, os.geteuid())) is not None:
-                warn(f"the configuration {path} {why}; correct that with chown or chmod, or use another with --config")
+                warn(f"the configuration {path} {why}; change that with chown or chmod, or name another with --config")
 
         return configuration.load(path, check)
 
-    config = _found(given, environment, load)
+    config = _load_first(given, environment, load)
     timeouts.set_limit(config.timeout)
     return config
 
 
-def _found(given: Path | None, environment: Mapping[str, str], load: Callable[[Path], Config]) -> Config:
+def _load_first(given: Path | None, environment: Mapping[str, str], load: Callable[[Path], Config]) -> Config:
     named = given or (Path(environment["PYBACKUP_CONFIG"]) if environment.get("PYBACKUP_CONFIG") else None)
     if named is not None:
         return load(named)
-    found = next((place for place in _PLACES if os.path.exists(place)), None)
-    return settings.default() if found is None else load(found)
+    path = next((place for place in _PLACES if os.path.exists(place)), None)
+    return settings.default() if path is None else load(path)
 
 
 def distrust(status: os.stat_result, user: int) -> str | None:
-    """Say who else than `user` and root may have written a configuration; None: nobody else."""
+    """Say who may have written a configuration besides `user` and root; None if no other user may have."""
     if status.st_uid not in (0, user):
         return f"belongs to another user (uid {status.st_uid})"
     if status.st_mode & stat.S_IWOTH:
@@ -65,7 +65,7 @@ def distrust(status: os.stat_result, user: int) -> str | None:
 
 def repository_path(given: Path | None, config: Config) -> Path:
     """
-    The repository's folder.
+    Return the folder of the repository.
 
     Raises
     ------
@@ -79,29 +79,29 @@ def repository_path(given: Path | None, config: Config) -> Path:
 
 
 def expected_disks(config: Config, repository: Path) -> dict[str, tuple[str, ...]]:
-    """The machines and disks that a configuration says are in a repository; none where it names another."""
+    """Return the machines and disks that, by the configuration, a repository holds; none if it names another one."""
     if config.repository is not None and config.repository.resolve() != repository.resolve():
         return {}
     return {machine.name: tuple(disk.name for disk in machine.disks) for machine in config.machines}
 
 
 def modes(config: Config) -> Modes:
-    """Permissions of what is made."""
+    """Return the permissions of new files and folders."""
     return Modes(0o640, 0o750) if config.group_read else Modes()
 
 
 def limit(option: str | None, config: Config) -> int | None:
     """
-    Bytes a second of --limit, else of the configuration; None: as fast as possible.
+    Return the limit in bytes a second, of --limit or else of the configuration; None means no limit.
 
     Raises
     ------
     UsageError
-        The option is no size that makes sense.
+        The option is not a size, or is out of bounds.
     """
     return config.limit if option is None else settings.parse_limit(option)
 
 
 def workers(config: Config) -> int:
-    """Threads that compress, hash and decompress."""
+    """Return the number of threads that compress, hash and decompress."""
     return config.workers or len(os.sched_getaffinity(0))

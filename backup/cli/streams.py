@@ -1,5 +1,5 @@
 """
-The three standard streams, as a process needs them that may write files.
+The three standard streams, made safe for a process that writes files.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 class ReaderGone(Failed):
-    """The program that read standard output has ended (pybackup list | head): no error of ours, and no message."""
+    """The program that read standard output has ended (pybackup list | head); the program ends without a message."""
 
     def __init__(self) -> None:
-        super().__init__("the reader of standard output is gone", hint="what was to be done is done")
+        super().__init__("the reader of standard output has ended", hint="the command itself is done")
 
 
 class _StandardOutput(io.FileIO):
-    """Standard output, which says what keeps it from being written, to typer's writers of --help as to ours."""
+    """Standard output that says why it cannot be written, whether typer writes to it (--help) or pybackup."""
 
     def write(self, data: ReadableBuffer, /) -> int:
         """
@@ -32,7 +32,7 @@ class _StandardOutput(io.FileIO):
         Raises
         ------
         Failed
-            They cannot be written; ReaderGone where nothing reads them.  From then on all output goes nowhere.
+            The bytes cannot be written; ReaderGone if the reader has ended.  Later output is discarded.
         """
         try:
             return super().write(data)
@@ -42,31 +42,31 @@ class _StandardOutput(io.FileIO):
                 raise ReaderGone from None
             raise Failed(
                 f"standard output cannot be written: {error.strerror}",
-                hint="what was to be done is done; only its report is lost",
+                hint="the command itself is done; only its output is lost",
             ) from None
 
 
 def prepare() -> None:
-    """Open those that are closed, and make the output fail with an error of two lines."""
+    """Open the streams that are closed, and report a failure to write standard output as an error of two lines."""
     for fd in range(3):
         try:
             os.fstat(fd)
         except OSError:
-            # Else the first data file would get this number, and a library's message would land in it.
+            # Otherwise the first data file would get this number, and a library's message would land in the file.
             os.open(os.devnull, os.O_RDWR)
     if sys.stderr is None:
-        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 - as long as the process
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 - stays open as long as the process
     encoding = "utf-8" if sys.stdout is None else sys.stdout.encoding
     sys.stdout = io.TextIOWrapper(
         io.BufferedWriter(_StandardOutput(1, "w", closefd=False)), encoding=encoding, line_buffering=os.isatty(1)
     )
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks
+            stream.reconfigure(errors="backslashreplace")  # a name may have characters that the encoding lacks
 
 
 def mute(stream: TextIO | io.FileIO) -> None:
-    """Send nowhere what a stream that failed still holds, and all that follows: it would fail again."""
+    """Discard what a stream that failed still buffers, and all later output: each write would fail again."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)

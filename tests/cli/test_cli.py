@@ -193,7 +193,8 @@ def commands():
 
     from backup.cli import app
 
-    return typer.main.get_command(app.app).commands
+    program = typer.main.get_command(app.app)
+    return {name: program.get_command(None, name) for name in program.list_commands(None)}
 
 
 def test_an_option_that_takes_one_value_and_is_given_twice_is_wrong_usage(tmp_path, monkeypatch):
@@ -208,7 +209,7 @@ def test_an_option_that_takes_one_value_and_is_given_twice_is_wrong_usage(tmp_pa
                     assert (done.rc, done.stdout) == (2, ""), args
                     assert done.stderr.splitlines() == [
                         f"pybackup: error: {spelled} is given twice",
-                        f"pybackup: hint: it takes one value; see: pybackup {name} --help",
+                        f"pybackup: hint: give it once; see: pybackup {name} --help",
                     ]
                     tried.add(spelled)
     assert {"--image", "--repo", "--bitmap", "--config", "--format", "--keep-daily", "--max-age"} <= tried
@@ -262,7 +263,7 @@ def test_a_usage_error_names_the_commands_own_help(args):
     assert done.stderr.splitlines()[1] == f"pybackup: hint: see: pybackup {args[0]} --help"
     assert call_pybackup(["nonsense"]).stderr.splitlines()[1] == "pybackup: hint: see: pybackup --help"
     hint = call_pybackup(["--repo", "r", "list"]).stderr.splitlines()[1]
-    assert hint == "pybackup: hint: an option of a command stands after the command; see: pybackup --help"
+    assert hint == "pybackup: hint: give the options of a command after its name; see: pybackup --help"
 
 
 @pytest.mark.parametrize("args", [["--quiet", "--verbose", "list"], ["nonsense"], ["full", "--nonsense"]], ids=" ".join)
@@ -466,7 +467,7 @@ def test_forms_of_a_manifests_name(tmp_path, monkeypatch):
     (tmp_path / "disk").mkdir()
     (tmp_path / "disk" / "latest").write_text("{}")
     done = call_pybackup(["show", "disk/latest", "--repo", night.repository])
-    assert (done.rc, "is no manifest" in done.stderr) == (2, True)
+    assert (done.rc, "is neither a manifest" in done.stderr) == (2, True)
     assert first["point"] != second["point"]
 
 
@@ -534,7 +535,7 @@ def test_a_full_standard_output_is_named_by_whatever_is_written_to_it(command, c
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
         "pybackup: error: standard output cannot be written: No space left on device",
-        "pybackup: hint: what was to be done is done; only its report is lost",
+        "pybackup: hint: the command itself is done; only its output is lost",
     ]
     # A reader that has gone needs no message.
     done = shell(f"PYBACKUP_CONFIG=c.yaml $P {command} | true; exit ${{PIPESTATUS[0]}}", tmp_path)
@@ -637,12 +638,12 @@ def test_what_the_system_refuses_is_no_bug(tmp_path):
     done = subprocess.run(["sh", "-c", script], check=False, capture_output=True, text=True)
     assert "a bug" not in done.stderr
     assert len(done.stderr.splitlines()) == 2
-    from backup.cli.context import explained
+    from backup.cli.context import user_error
 
-    assert "gives no more threads" in explained(RuntimeError("can't start new thread")).message
-    assert "systemd unit" in explained(RuntimeError("can't start new thread")).hint
-    assert explained(PermissionError(13, "Permission denied", "/x/y")).message == "/x/y: Permission denied"
-    assert "a bug" in explained(RuntimeError("something else")).message
+    assert "gives no more threads" in user_error(RuntimeError("can't start new thread")).message
+    assert "systemd unit" in user_error(RuntimeError("can't start new thread")).hint
+    assert user_error(PermissionError(13, "Permission denied", "/x/y")).message == "/x/y: Permission denied"
+    assert "a bug" in user_error(RuntimeError("something else")).message
 
 
 def test_hints_repeat_the_repository_and_the_configuration_that_were_named(config, tmp_path):

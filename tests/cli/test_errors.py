@@ -9,7 +9,7 @@ import pytest
 
 from backup import errors
 from backup.cli import output
-from backup.cli.context import explained
+from backup.cli.context import user_error
 from backup.errors import BackupError, Interrupted
 from backup.qemu import programs
 from backup.repository.manifests import read_manifest
@@ -95,14 +95,14 @@ def test_what_keeps_a_program_from_being_started_is_named_by_the_hint(number, wo
     with pytest.raises(errors.Failed) as caught:
         programs.stdout_of(["qemu-img", "info"])
     assert os.strerror(number) in caught.value.message
-    assert words in explained(caught.value).hint
+    assert words in user_error(caught.value).hint
     with pytest.raises(OSError, match="qemu-img") as bare:  # guestfish, of whose start nobody else speaks
         programs.converse(["qemu-img"], sys.stderr, {}, ())
-    assert words in explained(bare.value).hint
+    assert words in user_error(bare.value).hint
 
 
 def test_what_could_not_be_looked_at_is_not_called_damaged():
-    found = explained(errors.Damaged("x.b3 cannot be read: Cannot allocate memory", hint="bring it back"))
+    found = user_error(errors.Damaged("x.b3 cannot be read: Cannot allocate memory", hint="bring it back"))
     assert (type(found), found.message) == (errors.Failed, "x.b3 cannot be read: Cannot allocate memory")
 
 

@@ -122,10 +122,10 @@ def test_a_pinned_point_stays_until_it_is_unpinned(history, tmp_path):
     [
         ([], "nothing says which points of machine m to keep"),
         (["--keep-last", "0"], "keep nothing"),
-        (["--keep-last", "-1"], "'-1' is no count"),
-        (["--keep-daily", "many"], "'many' is no count"),
+        (["--keep-last", "-1"], "'-1' is not a count"),
+        (["--keep-daily", "many"], "'many' is not a count"),
         (["--keep-within", "30"], "'30' is not a duration"),
-        (["--keep-last", "1", "--batch", "0"], "'0' is no count"),
+        (["--keep-last", "1", "--batch", "0"], "'0' is not a count"),
     ],
 )
 def test_wrong_usage_is_2_and_removes_nothing(history, options, what):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import typer
 
-from backup.cli import find, output
-from backup.cli.context import completed, explained, options, show_error
-from backup.cli.find import folder_of
-from backup.cli.output import err, error_object, plain
+from backup.cli import find, json_output, output
+from backup.cli.context import options, show_error, user_error, with_options
+from backup.cli.json_output import ByteRange
+from backup.cli.output import plain
 from backup.cli.parameters import (
     BitmapName,
     ConfiguredMachines,
@@ -85,95 +86,71 @@ def audit(
 
 def _audit(given: Options, repo: str | None) -> None:
     from backup.cli import requests
+    from backup.night.night import attempt
 
     config = find.config()
     find.require_format(*given.image_formats)
-    made = requests.make_requests(given, config)
-    repository = find.repository(folder_of(repo))
+    audited = requests.make_requests(given, config)
+    repository = find.repository(find.folder_of(repo))
     outcomes = []
-    for request in made:
-        outcome = _audit_one(repository, request)
-        outcomes.append((request, outcome))
-        _show_audit(request, outcome, several=len(made) > 1)
+    for request in audited:
+        outcome = attempt(functools.partial(_audit_one, repository, request))
+        if isinstance(outcome, BackupError):
+            outcome = user_error(outcome)
+        outcomes.append((request.machine, outcome))
+        _show(request.machine, outcome, several=len(audited) > 1)
     if options.json:
-        output.document(
-            [
-                audit_failure_object(request.machine, outcome)
-                if isinstance(outcome, BackupError)
-                else audit_object(outcome)
-                for request, outcome in outcomes
-            ]
-        )
-    raise typer.Exit(_audit_code([outcome for _, outcome in outcomes]))
+        json_output.write([MachineDocument.of(machine, outcome) for machine, outcome in outcomes])
+    raise typer.Exit(_exit_code([outcome for _, outcome in outcomes]))
 
 
-def _audit_one(repository: Repository, request: Request) -> Audit | BackupError:
-    """Audit one machine."""
-    from backup.night.night import attempt
-    from backup.operations.audit import audit as take
+def _audit_one(repository: Repository, request: Request) -> Audit:
+    from backup.operations.audit import audit as audit_machine
 
-    def work() -> Audit:
-        with output.progress(wanted=not options.quiet) as progress:
-            return take(repository, request, progress)
-
-    outcome = attempt(work)
-    return explained(outcome) if isinstance(outcome, BackupError) else outcome
+    with output.progress(wanted=not options.quiet) as progress:
+        return audit_machine(repository, request, progress)
 
 
-def _show_audit(request: Request, outcome: Audit | BackupError, *, several: bool) -> None:
-    if isinstance(outcome, BackupError):
-        show_error(outcome, of=request.machine if several else None)
-        return
-    for warning in outcome.warnings:
-        output.warning(f"{outcome.machine}: {warning}")
-    if not options.json and not options.quiet:
-        for text in audit_lines(outcome):
-            output.line(text)
-        output.flush()
-    audit_problems(outcome, completed)
-
-
-def _audit_code(outcomes: Sequence[Audit | BackupError]) -> int:
+def _exit_code(outcomes: Sequence[Audit | BackupError]) -> int:
     """Merge the outcomes: a wrong bitmap or a damaged chain (12) first; an unknown verdict counts as a failure (14)."""
     from backup.operations.audit import LIES, UNKNOWN
 
     codes = [outcome.exit_code for outcome in outcomes if isinstance(outcome, BackupError)]
     audits = [outcome for outcome in outcomes if not isinstance(outcome, BackupError)]
     verdict_codes = {LIES: Damaged.exit_code, UNKNOWN: BitmapUnusable.exit_code}
-    codes += [verdict_codes.get(disk.verdict, 0) for found in audits for disk in found.disks]
-    return merged_exit_code(codes, worst=(Damaged.exit_code,), warned=any(found.warnings for found in audits))
+    codes += [verdict_codes.get(disk.verdict, 0) for audit in audits for disk in audit.disks]
+    return merged_exit_code(codes, worst=(Damaged.exit_code,), warned=any(audit.warnings for audit in audits))
 
 
-def audit_object(found: Audit) -> dict[str, Any]:
-    """A machine's audit as scripts see it."""
-    disks = [
-        {
-            **asdict(disk),
-            "differences": [{"start": start, "length": end - start} for start, end in disk.differences],
-            "verdict": disk.verdict,
-        }
-        for disk in found.disks
-    ]
-    return {"machine": found.machine, "warnings": list(found.warnings), "error": None, "disks": disks}
+# Text
 
 
-def audit_failure_object(machine: str, problem: BackupError) -> dict[str, Any]:
-    """A machine whose audit failed, as scripts see it."""
-    return {"machine": machine, "warnings": [], "error": error_object(problem), "disks": []}
+def _show(machine: str, outcome: Audit | BackupError, *, several: bool) -> None:
+    if isinstance(outcome, BackupError):
+        show_error(outcome, of=machine if several else None)
+        return
+    for warning in outcome.warnings:
+        output.warning(f"{machine}: {warning}")
+    if not options.json and not options.quiet:
+        for disk in outcome.disks:
+            for text in _disk_lines(machine, disk):
+                output.line(text)
+        output.flush()
+    for disk in outcome.disks:
+        _show_fault(f"{machine}/{disk.name}", disk)
 
 
-def audit_lines(found: Audit) -> Iterator[str]:
-    """One line per disk, and one for each range that differs."""
-    for disk in found.disks:
-        left_out = f", left out {show_size(disk.dirty_bytes)} that changed since" if disk.bitmap else ""
-        yield (
-            f"{found.machine}/{disk.name}: {_verdict(disk)}: compared with {disk.point}, read "
-            f"{show_size(disk.read_bytes)} of {show_size(disk.size)} in {show_duration(disk.seconds)}{left_out}"
-        )
-        for start, end in disk.differences:
-            yield f"{start:>16}  {end - start:>16}  differs"
-        if not disk.complete:
-            yield f"{'':>34}  and more"
+def _disk_lines(machine: str, disk: DiskAudit) -> Iterator[str]:
+    """Yield a line for the disk, and one for each range that differs: start and length."""
+    skipped = f", skipped {show_size(disk.dirty_bytes)} that changed since" if disk.bitmap else ""
+    yield (
+        f"{machine}/{disk.name}: {_verdict(disk)}: compared with {disk.point}, read "
+        f"{show_size(disk.read_bytes)} of {show_size(disk.size)} in {show_duration(disk.seconds)}{skipped}"
+    )
+    for start, end in disk.differences:
+        yield f"{start:>16}  {end - start:>16}  differs"
+    if not disk.complete:
+        yield f"{'':>34}  and more"
 
 
 def _verdict(disk: DiskAudit) -> str:
@@ -182,22 +159,66 @@ def _verdict(disk: DiskAudit) -> str:
     return "equal" if disk.size == disk.point_size else f"equal, but {disk.size - disk.point_size:+} bytes long"
 
 
-def audit_problems(found: Audit, completed: Callable[[str], str]) -> None:
-    """Two lines for each disk that is not known to be what the chain says; `completed` gives hints their options."""
-    for disk in found.disks:
-        if disk.verdict == "true":
-            continue
-        place = f"{found.machine}/{disk.name}"
-        if disk.bitmap is not None:
-            err(
-                f"pybackup: error: {plain(place)}: {disk.differing_bytes} bytes that bitmap {plain(disk.bitmap)} calls "
-                f"clean differ from point {disk.point}: the bitmap lies, or the chain does"
-            )
-            hint = "`pybackup rescan` stores what differs and starts a new bitmap; keep older points"
-        else:
-            err(
-                f"pybackup: error: {plain(place)}: {_verdict(disk)}, and whether that changed since point {disk.point} "
-                f"or was missed by it nobody can tell: {plain(disk.why or '')}"
-            )
-            hint = "`pybackup rescan` stores what differs; an audit after it can tell"
-        err(f"pybackup: hint: {completed(hint)}")
+def _show_fault(place: str, disk: DiskAudit) -> None:
+    """Show an error of two lines if the disk is not, or may not be, what its point says."""
+    if disk.verdict == "true":
+        return
+    if disk.bitmap is not None:
+        message = (
+            f"{disk.differing_bytes} bytes that bitmap {disk.bitmap} reports as clean differ from point {disk.point}: "
+            "the bitmap or the point is wrong"
+        )
+        hint = "`pybackup rescan` stores what differs and starts a new bitmap; keep the older points"
+    else:
+        message = (
+            f"{_verdict(disk)}, and it cannot be told whether the disk changed since point {disk.point} or the point "
+            f"is wrong: {disk.why or ''}"
+        )
+        hint = "`pybackup rescan` stores what differs; an audit after it can tell"
+    output.err(f"pybackup: error: {plain(place)}: {plain(message)}")
+    output.err(f"pybackup: hint: {with_options(hint)}")
+
+
+# JSON
+
+
+@dataclass(frozen=True, slots=True)
+class DiskDocument:
+    """An audited disk; the fields of `DiskAudit`, with its verdict: "true", "lies" or "unknown"."""
+
+    name: str
+    point: str
+    bitmap: str | None
+    why: str | None
+    size: int
+    point_size: int
+    dirty_bytes: int
+    read_bytes: int
+    differing_bytes: int
+    differences: Sequence[ByteRange]
+    complete: bool
+    seconds: float
+    verdict: str
+
+    @classmethod
+    def of(cls, disk: DiskAudit) -> DiskDocument:
+        """Return the document of a disk."""
+        values = {**json_output.fields_of(disk), "differences": json_output.byte_ranges(disk.differences)}
+        return cls(**values, verdict=disk.verdict)
+
+
+@dataclass(frozen=True, slots=True)
+class MachineDocument:
+    """A machine that was audited, or could not be."""
+
+    machine: str
+    warnings: Sequence[str]
+    error: BackupError | None
+    disks: Sequence[DiskDocument]
+
+    @classmethod
+    def of(cls, machine: str, outcome: Audit | BackupError) -> MachineDocument:
+        """Return the document of a machine."""
+        if isinstance(outcome, BackupError):
+            return cls(machine, (), outcome, ())
+        return cls(outcome.machine, outcome.warnings, None, [DiskDocument.of(disk) for disk in outcome.disks])

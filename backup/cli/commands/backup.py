@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
-from backup.cli import find, output
-from backup.cli.commands import prune
-from backup.cli.context import explained, options, show_error
-from backup.cli.find import folder_of
-from backup.cli.output import error_object, plain
+from backup.cli import find, json_output, output
+from backup.cli.context import options, show_error, user_error
+from backup.cli.output import plain
 from backup.cli.parameters import (
     AgentSocket,
     AllowPlaintext,
@@ -220,7 +219,7 @@ def _back_up(given: Options, repo: str | None) -> None:
 
     config = find.config()
     find.require_format(*given.image_formats)
-    path = settings.repository_path(folder_of(repo), config)
+    path = settings.repository_path(find.folder_of(repo), config)
     open_repository = partial(Repository.open, path, settings.modes(config))
     missing: BackupError | None = None
     try:
@@ -236,7 +235,7 @@ def _back_up(given: Options, repo: str | None) -> None:
     machines = night.Night(open_repository, config, settings.workers(config), watch)
     outcomes = list(_shown(machines.run(wanted), several=len(wanted) > 1, dry_run=given.dry_run))
     if options.json:
-        output.document([outcome_object(outcome) for outcome in outcomes])
+        json_output.write([MachineDocument.of(outcome) for outcome in outcomes])
     raise typer.Exit(night.exit_code(outcomes))
 
 
@@ -260,59 +259,24 @@ def _shown(outcomes: Iterable[Outcome], *, several: bool, dry_run: bool) -> Iter
         raise unshown
 
 
+# Text
+
+
 def _show(outcome: Outcome, *, several: bool, dry_run: bool) -> None:
     report = outcome.report
     if isinstance(report, BackupError):
-        show_error(explained(report), of=outcome.machine if several else None)
+        show_error(user_error(report), of=outcome.machine if several else None)
         return
     for warning in outcome.warnings:
         output.warning(f"{report.machine}: {warning}")
     if options.quiet:
         return
     if not options.json:
-        for text in report_lines(report, dry_run=dry_run):
-            output.line(text)
+        for disk in report.disks:
+            output.line(f"{report.machine}/{disk.name}: {_disk_text(disk, report.point, dry_run=dry_run)}")
     for note in _notes(outcome, report):
         output.note(note, to_stderr=options.json)
     output.flush()
-
-
-def _notes(outcome: Outcome, report: Report) -> Iterator[str]:
-    yield from report.notes
-    if outcome.pruned is not None and not isinstance(outcome.pruned, BackupError) and outcome.pruned.removed:
-        yield prune.prune_line(outcome.pruned, dry_run=False)
-
-
-def outcome_object(outcome: Outcome) -> dict[str, Any]:
-    """What came of a machine, as scripts see it."""
-    report = outcome.report
-    if isinstance(report, BackupError):
-        return failure_object(outcome.machine, report)
-    return report_object(report, outcome.warnings)
-
-
-def report_object(report: Report, warnings: Sequence[str]) -> dict[str, Any]:
-    """A machine's backup as scripts see it."""
-    return {
-        "machine": report.machine,
-        "point": report.point,
-        "manifest": None if report.manifest is None else str(report.manifest),
-        "warnings": list(warnings),
-        "error": None,
-        "disks": [asdict(disk) for disk in report.disks],
-    }
-
-
-def failure_object(machine: str, problem: BackupError) -> dict[str, Any]:
-    """A machine whose backup failed, as scripts see it."""
-    failed = error_object(problem)
-    return {"machine": machine, "point": None, "manifest": None, "warnings": [], "error": failed, "disks": []}
-
-
-def report_lines(report: Report, *, dry_run: bool) -> Iterator[str]:
-    """One line per disk."""
-    for disk in report.disks:
-        yield f"{report.machine}/{disk.name}: {_disk_text(disk, report.point, dry_run=dry_run)}"
 
 
 def _disk_text(disk: DiskReport, point: str | None, *, dry_run: bool) -> str:
@@ -323,3 +287,32 @@ def _disk_text(disk: DiskReport, point: str | None, *, dry_run: bool) -> str:
         return f"would be {disk.kind}, {counts} ({plain(disk.reason)})"
     stored = f"stored {show_size(disk.stored_bytes)} in {show_duration(disk.seconds)}"
     return f"{disk.kind} {point}, {counts}, {stored} ({plain(disk.reason)})"
+
+
+def _notes(outcome: Outcome, report: Report) -> Iterator[str]:
+    yield from report.notes
+    if outcome.pruned is not None and not isinstance(outcome.pruned, BackupError) and outcome.pruned.removed:
+        yield output.pruned_line(outcome.pruned, dry_run=False)
+
+
+# JSON
+
+
+@dataclass(frozen=True, slots=True)
+class MachineDocument:
+    """A machine that was backed up, or could not be; `point` and `manifest` are null on a failure and a dry run."""
+
+    machine: str
+    point: str | None
+    manifest: Path | None
+    warnings: Sequence[str]
+    error: BackupError | None
+    disks: Sequence[DiskReport]
+
+    @classmethod
+    def of(cls, outcome: Outcome) -> MachineDocument:
+        """Return the document of a machine."""
+        report = outcome.report
+        if isinstance(report, BackupError):
+            return cls(outcome.machine, None, None, (), report, ())
+        return cls(report.machine, report.point, report.manifest, outcome.warnings, None, report.disks)

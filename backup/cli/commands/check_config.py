@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from backup.cli import find, output
+from backup.cli import find, json_output, output
 from backup.cli.context import options
+from backup.cli.output import plain
 from backup.errors import UsageError
+from backup.units import counted
+
+if TYPE_CHECKING:
+    from backup.config.settings import Config
 
 
 def check_config(
@@ -18,28 +26,54 @@ def check_config(
 ) -> None:
     """Check the configuration, and show a summary of it."""
     if example:
-        from backup.config.reader import EXAMPLE
-
-        text = EXAMPLE.read_text(encoding="utf-8")
-        output.document({"example": text}) if options.json else output.line(text.rstrip())
+        _show_example()
         return
     config = find.config()
     if config.path is None:
         raise UsageError(
             "there is no configuration",
-            hint="write one like that of `pybackup check-config --example` and name it with --config",
+            hint="write one like that of `pybackup check-config --example`, and name it with --config",
         )
-    disks = sum(len(machine.disks) for machine in config.machines)
     if options.json:
-        output.document(
-            {
-                "path": str(config.path),
-                "repository": None if config.repository is None else str(config.repository),
-                "machines": {machine.name: [disk.name for disk in machine.disks] for machine in config.machines},
-            }
-        )
+        json_output.write(ConfigDocument.of(config.path, config))
     elif not options.quiet:
+        disks = sum(len(machine.disks) for machine in config.machines)
         output.line(
-            f"{output.plain(config.path)}: {len(config.machines)} machine{'s' * (len(config.machines) != 1)}, "
-            f"{disks} disk{'s' * (disks != 1)}, repository {output.plain(config.repository or 'not named')}"
+            f"{plain(config.path)}: {counted(len(config.machines), 'machine')}, {counted(disks, 'disk')}, "
+            f"repository {plain(config.repository or 'not named')}"
         )
+
+
+def _show_example() -> None:
+    from backup.config.reader import EXAMPLE
+
+    text = EXAMPLE.read_text(encoding="utf-8")
+    if options.json:
+        json_output.write(ExampleDocument(text))
+    else:
+        output.line(text.rstrip())
+
+
+# JSON
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigDocument:
+    """A configuration: its path, the repository, and the names of each machine's disks."""
+
+    path: Path
+    repository: Path | None
+    machines: Mapping[str, Sequence[str]]
+
+    @classmethod
+    def of(cls, path: Path, config: Config) -> ConfigDocument:
+        """Return the document of a configuration."""
+        machines = {machine.name: [disk.name for disk in machine.disks] for machine in config.machines}
+        return cls(path, config.repository, machines)
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleDocument:
+    """The text of the example configuration."""
+
+    example: str

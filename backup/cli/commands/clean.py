@@ -7,18 +7,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from backup.cli import find, output, requests
+from backup.cli import find, json_output, output, requests
 from backup.cli.context import options
-from backup.cli.find import folder_of, path_of
-from backup.cli.parameters import (
-    AgentSocket,
-    Qmp,
-    Repo,
-)
+from backup.cli.parameters import AgentSocket, Qmp, Repo
 from backup.errors import WARNINGS_EXIT_CODE, UsageError
 
 if TYPE_CHECKING:
@@ -36,7 +31,8 @@ def clean(
     bitmaps: Annotated[
         bool,
         typer.Option(
-            "--bitmaps", help="Select all bitmaps of the repository, also those that the next backup would continue."
+            "--bitmaps",
+            help="Select all bitmaps of the repository, also those that the next backup would continue.",
         ),
     ] = False,
     repository: Annotated[
@@ -61,24 +57,27 @@ def clean(
 
     With --image, --bitmaps or --repository, list pybackup's dirty bitmaps; with --yes, remove the selected ones.
     """
-    wanted = Wanted(
-        qmp=path_of(qmp),
+    wanted = CleanOptions(
+        qmp=find.path_of(qmp),
         images=tuple(map(Path, image or ())),
-        agent=path_of(agent),
-        repo=folder_of(repo),
+        agent=find.path_of(agent),
+        repo=find.folder_of(repo),
         bitmaps=bitmaps,
-        gone=tuple(repository or ()),
+        repositories=tuple(repository or ()),
         yes=yes,
     )
-    raise typer.Exit(run(wanted))
+    if wanted.of_bitmaps:
+        raise typer.Exit(_clean_bitmaps(wanted))
+    _clean_machine(wanted)
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class CleanOptions:
     """
-    The options of `clean`.
+    The options of `clean`, which do not contradict each other.
 
-    `bitmaps`: those of the repository at hand; `gone`: short ids of repositories that need not be there any more.
+    `bitmaps` selects those of the repository at hand, `repositories` those of short ids, also of repositories that no
+    longer exist.
     """
 
     qmp: Path | None
@@ -86,51 +85,32 @@ class Wanted:
     agent: Path | None
     repo: Path | None
     bitmaps: bool
-    gone: tuple[str, ...]
+    repositories: tuple[str, ...]
     yes: bool
 
     def __post_init__(self) -> None:
         if (self.qmp is None) == (not self.images):
-            raise UsageError("clean needs one kind of place", hint="give --qmp SOCKET, or --image FILE once or more")
-        for short_id in self.gone:
+            raise UsageError(
+                "clean needs either --qmp or --image", hint="give --qmp SOCKET, or --image FILE (repeatable)"
+            )
+        for short_id in self.repositories:
             if not re.fullmatch("[0-9a-f]{8}", short_id):
                 raise UsageError(
-                    f"--repository {short_id!r} is no short id of a repository",
+                    f"--repository {short_id!r} is not the short id of a repository",
                     hint="give the eight hex digits in the middle of a bitmap's name, FAMILY.REPOSITORY.POINT",
                 )
         if self.yes and not self.of_bitmaps:
-            raise UsageError("--yes without bitmaps to remove", hint="it goes with --bitmaps and --repository ID")
+            raise UsageError("--yes without bitmaps to remove", hint="select bitmaps with --bitmaps or --repository ID")
 
     @property
     def of_bitmaps(self) -> bool:
-        """Are bitmaps to be listed, and not only removed where a cut-off run left them?"""
-        return bool(self.bitmaps or self.gone or self.images)
-
-
-def run(wanted: Wanted) -> int:
-    """
-    Clean; returns the exit code.
-
-    Raises
-    ------
-    UsageError, NotFound, Locked, SourceError
-        Nothing was removed, or what was is told.
-    """
-    if wanted.of_bitmaps:
-        return _bitmaps(wanted)
-    repository = find.repository(wanted.repo)
-    with _running(wanted) as host:
-        removed = list(host.recover(repository.ownership(None)))
-    if options.json:
-        output.document({"removed": removed})
-    elif not options.quiet:
-        for what in removed or ["nothing: there was nothing of this repository's"]:
-            output.line(f"removed {what}")
-    return 0
+        """Tell whether bitmaps are to be listed or removed, and not what an interrupted run left."""
+        return bool(self.bitmaps or self.repositories or self.images)
 
 
 @contextmanager
-def _running(wanted: Wanted) -> Iterator[Running]:
+def _running(wanted: CleanOptions) -> Iterator[Running]:
+    """Connect to the running machine."""
     from backup.sources.base import Freeze
     from backup.sources.running import Running
 
@@ -140,33 +120,59 @@ def _running(wanted: Wanted) -> Iterator[Running]:
         yield host
 
 
-def _bitmaps(wanted: Wanted) -> int:
+# After an interrupted run
+
+
+def _clean_machine(wanted: CleanOptions) -> None:
+    """Remove what an interrupted run left in a running machine."""
+    repository = find.repository(wanted.repo)
+    with _running(wanted) as host:
+        removed = list(host.recover(repository.ownership(None)))
+    if options.json:
+        json_output.write(CleanDocument(removed))
+    elif not options.quiet:
+        for what in removed or ["nothing: there was nothing of this repository"]:
+            output.line(f"removed {what}")
+
+
+@dataclass(frozen=True, slots=True)
+class CleanDocument:
+    """What was removed from a running machine, as texts."""
+
+    removed: Sequence[str]
+
+
+# Bitmaps
+
+
+def _clean_bitmaps(wanted: CleanOptions) -> int:
+    """List or remove bitmaps, and return the exit code."""
     from backup.operations import clean as cleaning
 
-    owners = _owners(wanted)
+    owners = _selected_owners(wanted)
     if wanted.images:
-        places: list[Place] = [cleaning.ImagePlace(path) for path in wanted.images]
-        return _listed_or_removed(wanted, owners, places, [])
+        images: list[Place] = [cleaning.ImagePlace(path) for path in wanted.images]
+        return _list_or_remove(wanted, owners, images, [])
     with _running(wanted) as host:
         removed = [what for owner in owners for what in host.recover(owner)] if wanted.yes else []
-        return _listed_or_removed(wanted, owners, cleaning.places_of(host.monitor, host.blocks()), removed)
+        return _list_or_remove(wanted, owners, cleaning.places_of(host.monitor, host.blocks()), removed)
 
 
-def _owners(wanted: Wanted) -> list[Owner]:
-    """The repositories whose bitmaps are selected."""
+def _selected_owners(wanted: CleanOptions) -> list[Owner]:
+    """Return the repositories whose bitmaps are selected."""
     from backup.operations.clean import GoneOwner
 
-    owners: list[Owner] = [GoneOwner(short_id) for short_id in wanted.gone]
-    if wanted.bitmaps and _names_repository(wanted):
+    owners: list[Owner] = [GoneOwner(short_id) for short_id in wanted.repositories]
+    named = wanted.repo is not None or find.config_or_default().repository is not None
+    if wanted.bitmaps and named:
         owners.insert(0, find.repository(wanted.repo).ownership(None))
     return owners
 
 
-def _names_repository(wanted: Wanted) -> bool:
-    return wanted.repo is not None or find.config_or_default().repository is not None
-
-
-def _listed_or_removed(wanted: Wanted, owners: Sequence[Owner], places: Sequence[Place], removed: list[str]) -> int:
+def _list_or_remove(
+    wanted: CleanOptions, owners: Sequence[Owner], places: Sequence[Place], removed: Sequence[str]
+) -> int:
+    """List the bitmaps of the places, and with --yes remove those of the owners; return the exit code."""
     from backup.operations import clean as cleaning
 
     outcomes = cleaning.select(cleaning.find(places), {owner.short_id for owner in owners})
@@ -174,20 +180,20 @@ def _listed_or_removed(wanted: Wanted, owners: Sequence[Owner], places: Sequence
         for owner in owners:
             owner.require_alone()
         outcomes = cleaning.remove(outcomes)
-    _show(wanted, outcomes, removed)
+    _show_bitmaps(wanted, outcomes, removed)
     if wanted.yes and not owners:
         raise UsageError(
-            "no repository is named whose bitmaps are to be removed", hint="give --repo DIR, or --repository ID"
+            "no repository is named whose bitmaps could be removed", hint="give --repo DIR, or --repository ID"
         )
     return WARNINGS_EXIT_CODE if any(outcome.problem for outcome in outcomes) else 0
 
 
-def _show(wanted: Wanted, outcomes: Sequence[Outcome], removed: Sequence[str]) -> None:
+def _show_bitmaps(wanted: CleanOptions, outcomes: Sequence[Outcome], removed: Sequence[str]) -> None:
     for outcome in outcomes:
         if outcome.problem is not None:
-            output.warning(f"{outcome.found.place.text}: {outcome.found.name} stays: {outcome.problem}")
+            output.warning(f"{outcome.found.place.text}: {outcome.found.name} was not removed: {outcome.problem}")
     if options.json:
-        output.document({"removed": list(removed), "bitmaps": [_object(outcome) for outcome in outcomes]})
+        json_output.write(BitmapsDocument(removed, [BitmapDocument.of(outcome) for outcome in outcomes]))
         return
     if options.quiet:
         return
@@ -203,25 +209,46 @@ def _state(outcome: Outcome) -> str:
         return "removed"
     if outcome.problem is not None:
         return "not removed"
-    return "selected" if outcome.selected else f"stays, of repository {outcome.found.repository}"
+    return "selected" if outcome.selected else f"not selected, of repository {outcome.found.repository}"
 
 
-def _advice(wanted: Wanted, outcomes: Sequence[Outcome]) -> str:
+def _advice(wanted: CleanOptions, outcomes: Sequence[Outcome]) -> str:
     if not outcomes:
-        return "there is no bitmap with a name of pybackup's, FAMILY.REPOSITORY.POINT"
+        return "there is no bitmap with a name of pybackup's form, FAMILY.REPOSITORY.POINT"
     if any(outcome.removed for outcome in outcomes):
         return "the next backup of each of these disks reads the whole disk"
     if any(outcome.selected for outcome in outcomes) and not wanted.yes:
-        return "nothing was removed; --yes removes those that are selected, and the next backup reads the whole disk"
-    return "nothing was removed; select those of the repository with --bitmaps, those of any other with --repository ID"
+        return "nothing was removed; --yes removes the selected bitmaps, and the next backup reads the whole disk"
+    return "nothing was removed; --bitmaps selects the bitmaps of the repository, --repository ID those of another one"
 
 
-def _object(outcome: Outcome) -> dict[str, Any]:
-    return {
-        "place": outcome.found.place.text,
-        "name": outcome.found.name,
-        "repository": outcome.found.repository,
-        "selected": outcome.selected,
-        "removed": outcome.removed,
-        "problem": outcome.problem,
-    }
+@dataclass(frozen=True, slots=True)
+class BitmapDocument:
+    """A bitmap: the node or image that holds it, and what became of it."""
+
+    place: str
+    name: str
+    repository: str
+    selected: bool
+    removed: bool
+    problem: str | None
+
+    @classmethod
+    def of(cls, outcome: Outcome) -> BitmapDocument:
+        """Return the document of a bitmap."""
+        return cls(
+            place=outcome.found.place.text,
+            name=outcome.found.name,
+            repository=outcome.found.repository,
+            selected=outcome.selected,
+            removed=outcome.removed,
+            problem=outcome.problem,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class BitmapsDocument:
+    """The bitmaps that were found, and what else was removed from a running machine, as texts."""
+
+    removed: Sequence[str]
+    bitmaps: Sequence[BitmapDocument]

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from backup.cli import find
-from backup.cli import output as render
+from backup.cli import find, json_output, output
 from backup.cli.context import options
-from backup.cli.find import folder_of
-from backup.cli.output import plain, problem_objects
-from backup.cli.parameters import (
-    DryRun,
-    Limit,
-    Repo,
-)
+from backup.cli.json_output import ProblemDocument
+from backup.cli.output import plain
+from backup.cli.parameters import DryRun, Limit, Repo
 from backup.errors import NotFound
 from backup.model.names import check_folder
 from backup.units import counted, show_duration, show_rate, show_size
@@ -49,58 +46,70 @@ def copy_(
     from backup.operations.verify import exit_code
     from backup.repository.repository import Repository
 
-    [(machine, points)] = find.points([what], folder_of(repo))
+    [(machine, points)] = find.points([what], find.folder_of(repo))
     config = find.config_or_default()
-    most = settings.limit(limit, config)
+    bytes_a_second = settings.limit(limit, config)
     source = Repository.open(machine.path.parent)
     contents = machine.contents()
     if not contents.manifests and not contents.damaged:
         raise NotFound(f"machine {machine.name} has no point", hint="see: `pybackup list`")
-    place = copy.open_second(Path(check_folder(other)), source, settings.modes(config))
+    second = copy.open_second(Path(check_folder(other)), source, settings.modes(config))
     if not dry_run:
-        place.tidy()
-    second, point = place.machine(machine.name), points[0] if points else None
+        second.tidy()
+    target, point = second.machine(machine.name), points[0] if points else None
     began = time.monotonic()
     if dry_run:
-        done = copy.rehearse(machine, second, point)
+        result = copy.rehearse(machine, target, point)
     else:
-        with render.progress(wanted=not options.quiet) as progress:
-            done = copy.replicate(
+        with output.progress(wanted=not options.quiet) as progress:
+            result = copy.replicate(
                 machine,
-                second,
+                target,
                 point,
                 workers=settings.workers(config),
                 begin=functools.partial(progress.begin, machine.name),
                 advance=progress.advance,
-                limit=most,
+                limit=bytes_a_second,
             )
     if options.json:
-        render.document(replicated_object(machine.name, other, done, dry_run=dry_run))
+        json_output.write(CopyDocument.of(machine.name, other, result, dry_run=dry_run))
     elif not options.quiet:
         seconds = None if dry_run else time.monotonic() - began
-        render.line(replicated_line(machine.name, other, done, seconds))
-    for problem in done.problems:
-        render.problem(problem)
-    raise typer.Exit(exit_code(done.problems))
+        output.line(_copied_line(machine.name, other, result, seconds))
+    for problem in result.problems:
+        output.problem(problem)
+    raise typer.Exit(exit_code(result.problems))
 
 
-def replicated_object(machine: str, other: str, done: Replicated, *, dry_run: bool) -> dict[str, Any]:
-    """What was copied, or on a dry run would be, as scripts see it."""
-    return {
-        "machine": machine,
-        "repository": other,
-        "dry_run": dry_run,
-        "copied": list(done.copied),
-        "present": list(done.present),
-        "bytes": done.bytes,
-        "problems": problem_objects(done.problems),
-    }
+# Text
 
 
-def replicated_line(machine: str, other: str, done: Replicated, seconds: float | None) -> str:
-    """One line for a machine that was copied in so many seconds; None: it was not, only planned."""
-    what = f"{counted(len(done.copied), 'point')}, {show_size(done.bytes)}, to {plain(other)}"
+def _copied_line(machine: str, other: str, result: Replicated, seconds: float | None) -> str:
+    """Return the line of a machine that was copied in so many seconds, or, without seconds, would be copied."""
+    what = f"{counted(len(result.copied), 'point')}, {show_size(result.bytes)}, to {plain(other)}"
     if seconds is None:
-        return f"{machine}: would copy {what}; {len(done.present)} are there"
-    spent = f"in {show_duration(seconds)}, {show_rate(done.bytes, seconds)}"
-    return f"{machine}: copied {what} {spent}; {len(done.present)} were there"
+        return f"{machine}: would copy {what}; {len(result.present)} are there"
+    spent = f"in {show_duration(seconds)}, {show_rate(result.bytes, seconds)}"
+    return f"{machine}: copied {what} {spent}; {len(result.present)} were there"
+
+
+# JSON
+
+
+@dataclass(frozen=True, slots=True)
+class CopyDocument:
+    """A machine that was copied, or would be: ids of the points that are copied and of those that are there."""
+
+    machine: str
+    repository: str
+    dry_run: bool
+    copied: Sequence[str]
+    present: Sequence[str]
+    bytes: int
+    problems: Sequence[ProblemDocument]
+
+    @classmethod
+    def of(cls, machine: str, other: str, result: Replicated, *, dry_run: bool) -> CopyDocument:
+        """Return the document of a machine that was copied to the repository `other`."""
+        problems = json_output.problem_documents(result.problems)
+        return cls(machine, other, dry_run, result.copied, result.present, result.bytes, problems)

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from backup.cli import find, output
+from backup.cli import find, json_output, output
 from backup.cli.context import options
-from backup.cli.find import folder_of
-from backup.cli.output import plain, table
-from backup.cli.parameters import (
-    Filesystem,
-    PointDisk,
-    PointName,
-    Repo,
-)
+from backup.cli.output import plain
+from backup.cli.parameters import Filesystem, PointDisk, PointName, Repo
 from backup.errors import WARNINGS_EXIT_CODE
 from backup.units import counted, show_size
 
 if TYPE_CHECKING:
     from backup.guest.files import Entry, Fetched
+
+
+# files
 
 
 def files(
@@ -41,60 +38,22 @@ def files(
 
     Needs guestfish (libguestfs).
     """
-    from backup.guest import files as guestfiles
+    from backup.guest import files as guest_files
     from backup.operations.serve import choose_disk
 
-    guestfiles.absolute(path)
-    machine, found = find.point(manifest, folder_of(repo))
-    with guestfiles.opened(machine, found.point, choose_disk(found, disk), filesystem) as guest:
+    guest_files.absolute(path)
+    machine, point = find.point(manifest, find.folder_of(repo))
+    with guest_files.opened(machine, point.point, choose_disk(point, disk), filesystem) as guest:
         entries = guest.list(path)
     _warn(guest.unmounted)
     if options.json:
-        output.document([asdict(entry) for entry in entries])
+        json_output.write(entries)
     else:
-        files_table(entries)
+        _show_entries(entries)
     raise typer.Exit(WARNINGS_EXIT_CODE if guest.unmounted else 0)
 
 
-def get(
-    manifest: PointName,
-    path: Annotated[str, typer.Argument(metavar="PATH", help="Absolute path of a file or folder in the guest.")],
-    dest: Annotated[
-        str, typer.Argument(metavar="DEST", help="New file or folder to create, or an existing folder to put it in.")
-    ],
-    disk: PointDisk = None,
-    filesystem: Filesystem = None,
-    repo: Repo = None,
-) -> None:
-    """
-    Copy a file or folder of the guest out of a point.
-
-    Needs guestfish (libguestfs).
-    """
-    from backup.guest import files as guestfiles
-    from backup.operations.serve import choose_disk
-
-    machine, found = find.point(manifest, folder_of(repo))
-    target = guestfiles.target_of(path, Path(dest))
-    guestfiles.require_new(target)
-    with guestfiles.opened(machine, found.point, choose_disk(found, disk), filesystem) as guest:
-        fetched = guest.get(path, target)
-    warnings = [*guest.unmounted, *(f"left out, being no file, folder or link: {name}" for name in fetched.left_out)]
-    _warn(warnings)
-    if options.json:
-        output.document({"path": path, "target": str(target), "error": None, **asdict(fetched)})
-    elif not options.quiet:
-        output.line(fetched_line(path, target, fetched))
-    raise typer.Exit(WARNINGS_EXIT_CODE if warnings else 0)
-
-
-def _warn(texts: Sequence[str]) -> None:
-    for text in texts:
-        output.warning(text)
-
-
-def files_table(entries: Sequence[Entry]) -> None:
-    """A guest's files, a line for each."""
+def _show_entries(entries: Sequence[Entry]) -> None:
     letters = {"directory": "d", "link": "l", "file": "-"}
     rows = [
         (
@@ -105,9 +64,63 @@ def files_table(entries: Sequence[Entry]) -> None:
         )
         for entry in entries
     ]
-    table(("MODE", "SIZE", "MODIFIED", "NAME"), rows, right=(1,))
+    output.table(("MODE", "SIZE", "MODIFIED", "NAME"), rows, right=(1,))
 
 
-def fetched_line(path: str, target: Path, fetched: Fetched) -> str:
-    """One line for what was brought back from a guest."""
-    return f"{plain(path)}: {counted(fetched.files, 'file')}, {show_size(fetched.bytes)}, to {plain(target)}"
+# get
+
+
+def get(
+    manifest: PointName,
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Absolute path of a file or folder in the guest.")],
+    dest: Annotated[
+        str,
+        typer.Argument(metavar="DEST", help="New file or folder to create, or an existing folder to put it in."),
+    ],
+    disk: PointDisk = None,
+    filesystem: Filesystem = None,
+    repo: Repo = None,
+) -> None:
+    """
+    Copy a file or folder of the guest out of a point.
+
+    Needs guestfish (libguestfs).
+    """
+    from backup.guest import files as guest_files
+    from backup.operations.serve import choose_disk
+
+    machine, point = find.point(manifest, find.folder_of(repo))
+    target = guest_files.target_of(path, Path(dest))
+    guest_files.require_new(target)
+    with guest_files.opened(machine, point.point, choose_disk(point, disk), filesystem) as guest:
+        fetched = guest.get(path, target)
+    left_out = [f"not copied, as it is no file, folder or link: {name}" for name in fetched.left_out]
+    warnings = [*guest.unmounted, *left_out]
+    _warn(warnings)
+    if options.json:
+        json_output.write(GetDocument.of(path, target, fetched))
+    elif not options.quiet:
+        output.line(f"{plain(path)}: {counted(fetched.files, 'file')}, {show_size(fetched.bytes)}, to {plain(target)}")
+    raise typer.Exit(WARNINGS_EXIT_CODE if warnings else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class GetDocument:
+    """What was copied out of a guest: files and their bytes, and the names of what could not be copied."""
+
+    path: str
+    target: Path
+    error: None
+    files: int
+    bytes: int
+    left_out: Sequence[str]
+
+    @classmethod
+    def of(cls, path: str, target: Path, fetched: Fetched) -> GetDocument:
+        """Return the document of a copy to `target`."""
+        return cls(path, target, None, fetched.files, fetched.bytes, fetched.left_out)
+
+
+def _warn(texts: Sequence[str]) -> None:
+    for text in texts:
+        output.warning(text)

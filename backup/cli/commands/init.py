@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from backup.cli import find, output
+from backup.cli import find, json_output, output
 from backup.cli.context import options
 from backup.model.names import check_folder
+from backup.units import show_size
 
 
 def init(
@@ -34,31 +36,52 @@ def init(
     from backup.cli import settings
     from backup.operations import copy
     from backup.repository.repository import Repository
-    from backup.units import show_size
 
     path = Path(check_folder(repo))
     modes = settings.modes(find.config_or_default())
     if copy_of is None:
-        made = Repository.create(path, modes)
+        created = Repository.create(path, modes)
     else:
-        made = copy.make_second(path, Repository.open(Path(check_folder(copy_of))), modes)
-    place = _mount_point(made.path)
-    free = shutil.disk_usage(made.path).free
+        created = copy.make_second(path, Repository.open(Path(check_folder(copy_of))), modes)
+    document = InitDocument(
+        repository=path,
+        id=created.identity,
+        copy_of=copy_of,
+        file_system=_mount_point(created.path),
+        free_bytes=shutil.disk_usage(created.path).free,
+    )
     if options.json:
-        found = {"repository": str(path), "id": made.identity, "copy_of": copy_of}
-        output.document({**found, "file_system": str(place), "free_bytes": free})
+        json_output.write(document)
     elif not options.quiet:
-        what = "repository" if copy_of is None else f"empty copy of {output.plain(copy_of)}"
-        output.line(
-            f"made {what} at {output.plain(path)}, id {made.identity[:8]}, "
-            f"on the file system {output.plain(place)} with {show_size(free)} free"
-        )
-    if place == Path("/") and not options.quiet:
-        # Not a warning: many machines have one file system.  But this is how a disk that is not mounted shows.
-        output.note("it lies on the root file system; make sure that no other disk was meant", to_stderr=options.json)
+        output.line(_created_line(document))
+    if document.file_system == Path("/") and not options.quiet:
+        # No warning: many hosts have one file system.  But a disk that is not mounted shows in the same way.
+        output.note("the repository lies on the root file system; is another disk not mounted?", to_stderr=options.json)
 
 
 def _mount_point(path: Path) -> Path:
-    """The root of the file system that holds a folder."""
+    """Return the root of the file system that holds a folder."""
     place = Path(os.path.realpath(path))
     return next(folder for folder in (place, *place.parents) if os.path.ismount(folder))
+
+
+# JSON and text
+
+
+@dataclass(frozen=True, slots=True)
+class InitDocument:
+    """A new repository, and the file system that holds it."""
+
+    repository: Path
+    id: str
+    copy_of: str | None
+    file_system: Path
+    free_bytes: int
+
+
+def _created_line(created: InitDocument) -> str:
+    what = "repository" if created.copy_of is None else f"empty copy of {output.plain(created.copy_of)}"
+    return (
+        f"created {what} at {output.plain(created.repository)}, id {created.id[:8]}, "
+        f"on the file system {output.plain(created.file_system)} with {show_size(created.free_bytes)} free"
+    )

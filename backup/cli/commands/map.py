@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from backup.cli import find, output
+from backup.cli import find, json_output, output
 from backup.cli.context import options
-from backup.cli.output import SPOOL, line, out, plain
-from backup.cli.parameters import (
-    Image,
-    ImageFormat,
-    Nbd,
-    Qmp,
-    Scratch,
-)
+from backup.cli.output import line, plain
+from backup.cli.parameters import Image, ImageFormat, Nbd, Qmp, Scratch
 from backup.units import show_size
 
 if TYPE_CHECKING:
     from backup.planning.extent_map import Extent, MapTotals
+
+_SPOOLED = 1 << 20
+"""Characters of a JSON document that are kept in memory; a longer one goes to a temporary file."""
 
 
 def map_(
@@ -64,15 +60,18 @@ def map_(
     with open_disk(host, disk, bitmap, output.warning) as opened:
         if totals:
             sums = extent_map.map_totals(opened.disk, opened.bitmap)
-            output.document(asdict(sums)) if options.json else map_sums(sums)
+            json_output.write(sums) if options.json else _show_totals(sums)
         elif options.json:
-            map_objects(extent_map.read_map(opened.disk, opened.bitmap))
+            _write_extents(extent_map.read_map(opened.disk, opened.bitmap))
         else:
-            map_table(extent_map.read_map(opened.disk, opened.bitmap), bitmap)
+            _show_extents(extent_map.read_map(opened.disk, opened.bitmap), bitmap)
 
 
-def map_table(extents: Iterable[Extent], bitmap: str | None) -> None:
-    """The extents of `map`, a line each, as they come: there may be millions."""
+# Text
+
+
+def _show_extents(extents: Iterable[Extent], bitmap: str | None) -> None:
+    """Show a line for each extent as it is read; there may be millions."""
     state = f"bitmap {plain(bitmap)}" if bitmap is not None else "bitmap -"
     width = max(len(state), 8)
     line(f"{'START':>16}  {'LENGTH':>16}  {state:<{width}}  CONTENT")
@@ -87,25 +86,27 @@ def _content(extent: Extent) -> str:
     return "data (hole)" if extent.hole else "data"
 
 
-def map_objects(extents: Iterable[Extent]) -> None:
-    """The extents of `map` as one JSON list; nothing of it when the source fails half-way.  There may be millions."""
+def _show_totals(totals: MapTotals) -> None:
+    for name, value in json_output.fields_of(totals).items():
+        if value is not None:
+            line(f"{name.replace('_', ' and '):<16} {value:>20}  {show_size(value)}")
+
+
+# JSON
+
+
+def _write_extents(extents: Iterable[Extent]) -> None:
+    """Write a list of the extents, or nothing if the source fails half-way; there may be millions of extents."""
     import json
     import tempfile
 
-    with tempfile.SpooledTemporaryFile(SPOOL, "w+") as spool:
+    with tempfile.SpooledTemporaryFile(_SPOOLED, "w+") as spool:
         separator = "["
         for extent in extents:
-            spool.write(f"{separator}\n{json.dumps(asdict(extent))}")
+            spool.write(f"{separator}\n{json.dumps(json_output.fields_of(extent))}")
             separator = ","
         spool.write("[]" if separator == "[" else "\n]")
         spool.seek(0)
-        while chunk := spool.read(SPOOL):
-            out(chunk)
+        while chunk := spool.read(_SPOOLED):
+            output.out(chunk)
     line("")
-
-
-def map_sums(totals: MapTotals) -> None:
-    """The sums of `map --totals`."""
-    for name, value in asdict(totals).items():
-        if value is not None:
-            line(f"{name.replace('_', ' and '):<16} {value:>20}  {show_size(value)}")

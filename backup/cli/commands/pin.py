@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from backup.cli import find
-from backup.cli import output as render
+from dataclasses import dataclass
+
+from backup.cli import find, json_output, output
 from backup.cli.context import options
-from backup.cli.find import folder_of
-from backup.cli.parameters import (
-    PointName,
-    Repo,
-)
+from backup.cli.parameters import PointName, Repo
 
 
 def pin(manifest: PointName, repo: Repo = None) -> None:
@@ -23,12 +20,22 @@ def unpin(manifest: PointName, repo: Repo = None) -> None:
 
 
 def _set_pin(manifest: str, repo: str | None, *, pinned: bool) -> None:
-    from backup.operations import prune as pruning
+    from backup.operations import prune
 
-    machine, found = find.point(manifest, folder_of(repo))
-    changed = pruning.set_pin(machine, found.point, pinned=pinned)
+    machine, point = find.point(manifest, find.folder_of(repo))
+    changed = prune.set_pin(machine, point.point, pinned=pinned)
     if options.json:
-        render.document({"machine": found.machine, "point": found.point, "pinned": pinned, "changed": changed})
+        json_output.write(PinDocument(point.machine, point.point, pinned, changed))
     elif not options.quiet:
         state = "pinned" if pinned else "not pinned"
-        render.line(f"point {found.point} of machine {found.machine} is {state}{'' if changed else ' already'}")
+        output.line(f"point {point.point} of machine {point.machine} is {state}{'' if changed else ' already'}")
+
+
+@dataclass(frozen=True, slots=True)
+class PinDocument:
+    """A point that is pinned or not; `changed`: it was otherwise before."""
+
+    machine: str
+    point: str
+    pinned: bool
+    changed: bool

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from backup.cli import find
-from backup.cli import output as render
+from backup.cli import find, json_output, output
 from backup.cli.context import options
-from backup.cli.find import folder_of
-from backup.cli.output import err, freed_text, plain
-from backup.cli.parameters import (
-    DryRun,
-    Repo,
-)
-from backup.errors import Failed, UsageError
+from backup.cli.output import freed_text, plain
+from backup.cli.parameters import DryRun, Repo
+from backup.errors import BackupError, Failed, UsageError
 from backup.units import counted
 
 if TYPE_CHECKING:
+    from backup.operations.prune import RewriteReport
     from backup.operations.remove import Removal
 
 
@@ -48,49 +44,70 @@ def remove(
     if slash and (not point or point == "latest"):
         raise UsageError(f"{what} names no point", hint=f"name the point by its whole id; see: `pybackup list {name}`")
     if not yes and not dry_run and not sys.stdin.isatty():
-        raise UsageError("remove asks before it removes, and there is no terminal", hint="give --yes, or --dry-run")
+        raise UsageError("remove asks before it removes, and there is no terminal", hint="give --yes or --dry-run")
     config = find.config() if repo is None else find.config_or_default()
-    path = settings.repository_path(folder_of(repo), config)
+    path = settings.repository_path(find.folder_of(repo), config)
     [machine] = find.machines(Repository.open(path, settings.modes(config)), [name])
     workers = settings.workers(config)
     removal = removing.plan(machine, point or None, workers=workers)
     if not dry_run:
         if not yes:
             _require_confirmed(removal)
-        with render.progress(wanted=not options.quiet) as progress:
+        with output.progress(wanted=not options.quiet) as progress:
             removal = removing.remove(machine, removal, workers=workers, progress=progress)
     if options.json:
-        render.document({**asdict(removal), "dry_run": dry_run, "error": None})
+        json_output.write(RemoveDocument.of(removal, dry_run=dry_run))
     elif not options.quiet:
-        for text in removal_lines(removal, "would remove" if dry_run else "removed"):
-            render.line(text)
+        for text in _lines(removal, "would remove" if dry_run else "removed"):
+            output.line(text)
 
 
 def _require_confirmed(removal: Removal) -> None:
-    for text in removal_lines(removal, "this removes"):
-        render.to_stderr(text)
-    if not asked("Go on?"):
+    """Show what will be removed, and ask on the terminal; only y and yes mean yes."""
+    for text in _lines(removal, "this removes"):
+        output.err(text)
+    sys.stderr.write("Go on? [y/N] ")
+    sys.stderr.flush()
+    answer = sys.stdin.readline()
+    if not answer.endswith("\n"):
+        output.err("")  # after Ctrl-D the cursor is still behind the question
+    if answer.strip().lower() not in {"y", "yes"}:
         raise Failed("not confirmed: nothing was removed", hint="answer y, or give --yes")
 
 
-def removal_lines(removal: Removal, verb: str) -> Iterator[str]:
-    """What is removed of a machine, and what follows from that."""
+# Text
+
+
+def _lines(removal: Removal, verb: str) -> Iterator[str]:
+    """Say what is removed of a machine, and what follows from it."""
     if removal.point is not None:
-        rewritten = counted(len(removal.rewrites), "data file")
-        what = f"point {removal.point}: {rewritten} rewritten"
+        what = f"point {removal.point}: {counted(len(removal.rewrites), 'data file')} rewritten"
     else:
         damaged = f" and {counted(len(removal.damaged), 'damaged manifest')}" if removal.damaged else ""
         what = f"the machine with {counted(len(removal.removed), 'point')}{damaged}"
     yield f"{removal.machine}: {verb} {what}, {freed_text(removal.freed_bytes)}"
-    for text in removal.notes:
-        yield f"pybackup: note: {plain(text)}"
+    for note in removal.notes:
+        yield f"pybackup: note: {plain(note)}"
 
 
-def asked(question: str) -> bool:
-    """Ask on the terminal; only y and yes mean yes."""
-    sys.stderr.write(f"{question} [y/N] ")
-    sys.stderr.flush()
-    answer = sys.stdin.readline()
-    if not answer.endswith("\n"):
-        err("")  # Ctrl-D: the shell's prompt begins a line of its own
-    return answer.strip().lower() in {"y", "yes"}
+# JSON
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveDocument:
+    """What was removed, or would be; `point` is null where the whole machine goes."""
+
+    machine: str
+    point: str | None
+    removed: Sequence[str]
+    rewrites: Sequence[RewriteReport]
+    damaged: Sequence[str]
+    freed_bytes: int
+    notes: Sequence[str]
+    dry_run: bool
+    error: BackupError | None = None
+
+    @classmethod
+    def of(cls, removal: Removal, *, dry_run: bool) -> RemoveDocument:
+        """Return the document of a removal."""
+        return cls(**json_output.fields_of(removal), dry_run=dry_run)

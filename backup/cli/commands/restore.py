@@ -5,22 +5,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from backup.cli import find
-from backup.cli import output as render
+from backup.cli import find, json_output, output
 from backup.cli.context import options, show_error
-from backup.cli.find import folder_of
 from backup.cli.output import plain
-from backup.cli.parameters import (
-    PointName,
-    Repo,
-    WriteLimit,
-)
-from backup.errors import WARNINGS_EXIT_CODE, UsageError
+from backup.cli.parameters import PointName, Repo, WriteLimit
+from backup.errors import WARNINGS_EXIT_CODE, BackupError, UsageError
 from backup.units import show_duration, show_rate, show_size
 
 if TYPE_CHECKING:
@@ -28,6 +22,9 @@ if TYPE_CHECKING:
     from backup.operations.restore_targets import Place
     from backup.repository.machine import Machine
     from backup.repository.salvage import Lost
+
+_STDOUT = 1
+"""The descriptor of standard output; sys.stdout would buffer the data once more."""
 
 
 def restore(
@@ -46,7 +43,9 @@ def restore(
     format_: Annotated[
         str | None,
         typer.Option(
-            "--format", metavar="raw|qcow2", help="Format to write.  Default: qcow2 if TARGET ends in .qcow2, else raw."
+            "--format",
+            metavar="raw|qcow2",
+            help="Format to write.  Default: qcow2 if TARGET ends in .qcow2, else raw.",
         ),
     ] = None,
     force: Annotated[
@@ -76,85 +75,113 @@ def restore(
     from backup.repository import salvage as salvaging
 
     find.require_format(format_)
-    machine, found = find.point(manifest, folder_of(repo))
+    machine, point = find.point(manifest, find.folder_of(repo))
     config = find.config_or_default()
-    # Not the configuration's limit: on the day of a restore everybody waits for it.
-    workers, most = settings.workers(config), None if limit is None else settings.limit(limit, config)
-    placed = restore_targets.place(machine, found, target, disk, format_, force=force)
+    # The `limit` of the configuration is for nightly reads; a restore is waited for.
+    workers, bytes_a_second = settings.workers(config), None if limit is None else settings.limit(limit, config)
+    placed = restore_targets.place(machine, point, target, disk, format_, force=force)
     for text in placed.warnings:
-        render.warning(text)
+        output.warning(text)
     if target == restore_targets.STDOUT:
-        _stream(machine, found, placed.places[0], workers, most, salvage=salvage)
+        _stream(machine, point, placed.places[0], workers, bytes_a_second, salvage=salvage)
         return
-    restore_space.require(machine, found, placed.places)
-    done: list[dict[str, Any]] = []
-    lost: list[tuple[str, Lost]] = []
+    restore_space.require(machine, point, placed.places)
+    disks: list[DiskDocument] = []
     with restore_targets.made(placed.folder):
         for place in placed.places:
             began = time.monotonic()
-            with render.progress(wanted=not options.quiet) as progress:
+            with output.progress(wanted=not options.quiet) as progress:
                 restored = restoring.restore_disk(
                     machine,
-                    found.point,
+                    point.point,
                     place.disk,
                     place.target,
                     image_format=place.format,
                     force=force,
                     workers=workers,
                     progress=progress,
-                    limit=most,
+                    limit=bytes_a_second,
                     salvaging=salvage,
                 )
             seconds = round(time.monotonic() - began, 3)
-            lost += [(place.disk, each) for each in restored.lost]
-            done.append({"name": place.disk, "target": place.target, **asdict(restored), "seconds": seconds})
+            document = DiskDocument(
+                place.disk, place.target, restored.size, restored.data_bytes, restored.lost, seconds
+            )
+            disks.append(document)
             if not options.json and not options.quiet:
-                name = f"{found.machine}/{place.disk}"
-                render.line(restored_line(name, place.target, restored.size, seconds))
-                for text in lost_lines(restored.lost):
-                    render.line(text)
-    error = salvaging.loss(found.machine, lost)
-    if error is not None:
-        show_error(error)
+                for text in _disk_lines(point.machine, document):
+                    output.line(text)
+    loss = salvaging.loss(point.machine, [(document.name, lost) for document in disks for lost in document.lost])
+    if loss is not None:
+        show_error(loss)
     if options.json:
-        told = None if error is None else render.error_object(error)
-        document = {"machine": found.machine, "point": found.point, "warnings": list(placed.warnings), "error": told}
-        render.document({**document, "disks": done})
-    if error is not None:
-        raise typer.Exit(error.exit_code)
+        json_output.write(RestoreDocument(point.machine, point.point, placed.warnings, loss, disks))
+    if loss is not None:
+        raise typer.Exit(loss.exit_code)
     raise typer.Exit(WARNINGS_EXIT_CODE if placed.warnings else 0)
 
 
 def _stream(machine: Machine, point: Manifest, place: Place, workers: int, limit: int | None, *, salvage: bool) -> None:
-    """A disk to standard output, and all that is said about it to standard error."""
-    from backup.engine import streamer as streaming
+    """Write a disk to standard output, and all messages to standard error."""
+    from backup.engine import streamer
 
-    output = 1  # sys.stdout would buffer once more
-    if os.isatty(output):
+    if os.isatty(_STDOUT):
         raise UsageError(
-            "standard output is a terminal", hint="send the stream into a file or a program: > FILE, | PROGRAM"
+            "standard output is a terminal", hint="send the disk to a file or a program: > FILE, | PROGRAM"
         )
     for given, option in ((options.json, "--json"), (salvage, "--salvage"), (place.format != "raw", "--format qcow2")):
         if given:
-            raise UsageError(f"{option} together with -", hint="standard output takes the raw stream and nothing else")
+            raise UsageError(
+                f"{option} together with -", hint="standard output takes the raw disk and nothing else; name a file"
+            )
     began = time.monotonic()
-    with render.progress(wanted=not options.quiet) as progress:
-        done = streaming.stream(
-            machine, point.point, place.disk, output, workers=workers, progress=progress, limit=limit
+    with output.progress(wanted=not options.quiet) as progress:
+        streamed = streamer.stream(
+            machine, point.point, place.disk, _STDOUT, workers=workers, progress=progress, limit=limit
         )
     if not options.quiet:
-        name, seconds = f"{point.machine}/{place.disk}", time.monotonic() - began
-        render.note(restored_line(name, "standard output", done.size, seconds), to_stderr=True)
+        seconds = time.monotonic() - began
+        text = _restored_line(f"{point.machine}/{place.disk}", "standard output", streamed.size, seconds)
+        output.note(text, to_stderr=True)
 
 
-def restored_line(name: str, target: str, size: int, seconds: float) -> str:
-    """One line for a restored disk."""
+# Text
+
+
+def _restored_line(name: str, target: str, size: int, seconds: float) -> str:
     return (
         f"{name}: restored {show_size(size)} to {plain(target)} in {show_duration(seconds)}, {show_rate(size, seconds)}"
     )
 
 
-def lost_lines(lost: Sequence[Lost]) -> Iterator[str]:
-    """A line for each range of the disk that a salvage could not bring back: start, length, why."""
-    for each in lost:
-        yield f"{each.start:>16}  {each.length:>16}  not proven, {each.content}: {plain(each.why)}"
+def _disk_lines(machine: str, disk: DiskDocument) -> Iterator[str]:
+    """Yield a line for the disk, and one for each range that could not be salvaged: start, length and reason."""
+    yield _restored_line(f"{machine}/{disk.name}", disk.target, disk.size, disk.seconds)
+    for lost in disk.lost:
+        yield f"{lost.start:>16}  {lost.length:>16}  not proven, {lost.content}: {plain(lost.why)}"
+
+
+# JSON
+
+
+@dataclass(frozen=True, slots=True)
+class DiskDocument:
+    """A restored disk: its bytes, those of them that were written as data, and the ranges that are lost."""
+
+    name: str
+    target: str
+    size: int
+    data_bytes: int
+    lost: Sequence[Lost]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreDocument:
+    """A restored point; `error` says that parts of its disks are lost (--salvage)."""
+
+    machine: str
+    point: str
+    warnings: Sequence[str]
+    error: BackupError | None
+    disks: Sequence[DiskDocument]

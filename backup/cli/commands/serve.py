@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from backup.cli import find, output
+from backup.cli import find, json_output, output
 from backup.cli.context import options
-from backup.cli.find import folder_of, path_of
 from backup.cli.output import plain
-from backup.cli.parameters import (
-    PointDisk,
-    PointName,
-    Repo,
-)
+from backup.cli.parameters import PointDisk, PointName, Repo
 from backup.errors import Interrupted
 from backup.units import show_size
 
@@ -51,54 +47,69 @@ def serve(
     """
     from backup.operations import serve as serving
 
-    where = serving.address(path_of(socket), port, bind)
-    machine, found = find.point(manifest, folder_of(repo))
-    name = serving.choose_disk(found, disk)
-    with serving.serving(machine, found.point, name, where, writable=writable) as served:
+    address = serving.address(find.path_of(socket), port, bind)
+    machine, point = find.point(manifest, find.folder_of(repo))
+    name = serving.choose_disk(point, disk)
+    with serving.serving(machine, point.point, name, address, writable=writable) as served:
         try:
-            _show_served(found, name, served, writable)
+            _show(served, ServeDocument.of(point, name, served, writable=writable))
             served.server.wait()
         except Interrupted:
-            return  # that is how it is meant to end
+            return  # the usual end
 
 
-def _show_served(point: Manifest, disk: str, served: Served, writable: bool) -> None:
+def _show(served: Served, document: ServeDocument) -> None:
     if not served.protected:
-        output.warning("the repository's file system has no locks: nothing keeps prune from what is served")
+        output.warning("the repository's file system has no locks: prune may remove the point while it is served")
     if options.json:
-        output.document(served_object(point, disk, served, writable))
+        json_output.write(document)
     elif not options.quiet:
-        for text in served_lines(point, disk, served, writable):
+        for text in _lines(document, tcp=served.address.socket is None):
             output.line(text)
     output.flush()
 
 
-def served_object(point: Manifest, disk: str, served: Served, writable: bool) -> dict[str, Any]:
-    """What is served, as scripts see it."""
-    from backup.operations.serve import commands
-
-    return {
-        "machine": point.machine,
-        "point": point.point,
-        "disk": disk,
-        "uri": served.uri,
-        "size": served.size,
-        "export_size": served.export_size,
-        "writable": writable,
-        "commands": commands(served.uri, served.address, writable=writable),
-    }
+# JSON and text
 
 
-def served_lines(point: Manifest, disk: str, served: Served, writable: bool) -> Iterator[str]:
-    """What is served, and how to look inside."""
-    from backup.operations.serve import commands
+@dataclass(frozen=True, slots=True)
+class ServeDocument:
+    """A disk that is being served, and the commands that look into it, by the program's name."""
 
-    how = "for writing (what is written is thrown away)" if writable else "read-only"
-    yield f"serving {point.machine}/{disk} of point {point.point}, {show_size(served.size)}, {how}, until Ctrl-C"
+    machine: str
+    point: str
+    disk: str
+    uri: str
+    size: int
+    export_size: int
+    writable: bool
+    commands: Mapping[str, str]
+
+    @classmethod
+    def of(cls, point: Manifest, disk: str, served: Served, *, writable: bool) -> ServeDocument:
+        """Return the document of a disk of the point."""
+        from backup.operations.serve import commands
+
+        return cls(
+            machine=point.machine,
+            point=point.point,
+            disk=disk,
+            uri=served.uri,
+            size=served.size,
+            export_size=served.export_size,
+            writable=writable,
+            commands=commands(served.uri, served.address, writable=writable),
+        )
+
+
+def _lines(served: ServeDocument, *, tcp: bool) -> Iterator[str]:
+    mode = "for writing (what clients write is discarded)" if served.writable else "read-only"
+    size = show_size(served.size)
+    yield f"serving {served.machine}/{served.disk} of point {served.point}, {size}, {mode}, until Ctrl-C"
     if served.export_size != served.size:
-        yield f"the disk has {served.size} bytes; the export has {served.export_size}, the last of which are zeroes"
-    if served.address.socket is None:
-        yield f"anyone who can connect to {plain(served.uri)} can read it: NBD asks for no password"
+        yield f"the disk has {served.size} bytes; the export has {served.export_size}, filled up with zeroes"
+    if tcp:
+        yield f"everyone who can connect to {plain(served.uri)} can read it: NBD asks for no password"
     yield plain(served.uri)
-    for command in commands(served.uri, served.address, writable=writable).values():
+    for command in served.commands.values():
         yield f"  {plain(command)}"

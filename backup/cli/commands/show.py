@@ -2,78 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from backup.cli import find
-from backup.cli import output as render
-from backup.cli.context import explained, options
-from backup.cli.find import folder_of
-from backup.cli.output import line, plain
-from backup.cli.parameters import (
-    PointName,
-    Repo,
-)
+from backup.cli import find, json_output, output
+from backup.cli.context import options, user_error
+from backup.cli.output import plain
+from backup.cli.parameters import PointName, Repo
 from backup.errors import BackupError
-from backup.units import show_size
+from backup.units import counted, show_size
 
 if TYPE_CHECKING:
-    from backup.model.manifest import Manifest
+    from backup.model.manifest import DiskEntry, Manifest
+
+Links = Sequence[str] | BackupError
+"""The points of a disk's chain, newest first, or why the chain is broken."""
 
 
-def show(
-    manifest: PointName,
-    repo: Repo = None,
-) -> None:
+def show(manifest: PointName, repo: Repo = None) -> None:
     """Show a point: its disks, their sources and their chains."""
-    from backup.model import chain as chains
+    from backup.model import chain
 
-    machine, found = find.point(manifest, folder_of(repo))
+    machine, point = find.point(manifest, find.folder_of(repo))
     contents = machine.contents()
-    links: dict[str, list[str] | BackupError] = {}
-    for disk in found.disks:
+    chains: dict[str, Links] = {}
+    for disk in point.disks:
         try:
-            chain = chains.build(contents.manifests, found.point, disk.name, contents.damaged)
-            links[disk.name] = [link.point for link in chain.links]
+            links = chain.build(contents.manifests, point.point, disk.name, contents.damaged).links
+            chains[disk.name] = [link.point for link in links]
         except BackupError as error:
-            links[disk.name] = explained(error)
-    path = machine.path / f"{found.point}.json"
+            chains[disk.name] = user_error(error)
+    path = machine.path / f"{point.point}.json"
     if options.json:
-        shown = {
-            name: render.error_object(link) if isinstance(link, BackupError) else link for name, link in links.items()
-        }
-        render.document({**asdict(found), "manifest": str(path), "chains": shown})
+        # The fields of the manifest, as docs/json.md and FORMAT.md describe them, and two more.
+        json_output.write({**json_output.fields_of(point), "manifest": path, "chains": chains})
     else:
-        manifest_text(found, path, links)
+        _show_text(point, path, chains)
 
 
-def manifest_text(manifest: Manifest, path: Path, chains: Mapping[str, Sequence[str] | BackupError]) -> None:
-    """A point for people."""
-    pinned = ", pinned" if manifest.pinned else ""
-    line(f"point {manifest.point} of machine {manifest.machine}, sequence {manifest.sequence}{pinned}")
-    line(f"  manifest  {plain(path)}")
-    line(f"  taken     {plain(manifest.started)} to {plain(manifest.finished)} by {plain(manifest.program)}")
-    for disk in manifest.disks:
-        line(f"disk {disk.name}: {disk.kind} ({plain(disk.reason)})")
-        line(f"  size      {disk.size} bytes ({show_size(disk.size)})")
-        source = disk.source
-        line(
-            f"  source    {plain(source.kind)} {plain(source.path)} ({plain(source.format)}, "
-            f"{plain(source.consistency)}-consistent)"
-        )
-        line(f"  bitmap    read {plain(disk.bitmap.read or '-')}, started {plain(disk.bitmap.started or '-')}")
-        line(
-            f"  bytes     dirty {show_size(disk.bytes.dirty)}, data {show_size(disk.bytes.data)}, "
-            f"zero {show_size(disk.bytes.zero)}, stored {show_size(disk.bytes.stored)}"
-        )
-        line(
-            f"  data      {disk.data.file} ({plain(disk.data.compression)}, "
-            f"clusters of {show_size(disk.data.cluster_size)})"
-        )
-        chain = chains[disk.name]
-        if isinstance(chain, BackupError):
-            line(f"  chain     broken: {plain(chain.message)}")
-        else:
-            line(f"  chain     {len(chain)} point{'s' if len(chain) > 1 else ''}: {' <- '.join(chain)}")
+def _show_text(point: Manifest, path: Path, chains: Mapping[str, Links]) -> None:
+    pinned = ", pinned" if point.pinned else ""
+    output.line(f"point {point.point} of machine {point.machine}, sequence {point.sequence}{pinned}")
+    output.line(f"  manifest  {plain(path)}")
+    output.line(f"  taken     {plain(point.started)} to {plain(point.finished)} by {plain(point.program)}")
+    for disk in point.disks:
+        for text in _disk_lines(disk, chains[disk.name]):
+            output.line(text)
+
+
+def _disk_lines(disk: DiskEntry, links: Links) -> Iterator[str]:
+    source, stored = disk.source, disk.bytes
+    yield f"disk {disk.name}: {disk.kind} ({plain(disk.reason)})"
+    yield f"  size      {disk.size} bytes ({show_size(disk.size)})"
+    yield (
+        f"  source    {plain(source.kind)} {plain(source.path)} ({plain(source.format)}, "
+        f"{plain(source.consistency)}-consistent)"
+    )
+    yield f"  bitmap    read {plain(disk.bitmap.read or '-')}, started {plain(disk.bitmap.started or '-')}"
+    yield (
+        f"  bytes     dirty {show_size(stored.dirty)}, data {show_size(stored.data)}, zero {show_size(stored.zero)}, "
+        f"stored {show_size(stored.stored)}"
+    )
+    clusters = show_size(disk.data.cluster_size)
+    yield f"  data      {disk.data.file} ({plain(disk.data.compression)}, clusters of {clusters})"
+    if isinstance(links, BackupError):
+        yield f"  chain     broken: {plain(links.message)}"
+    else:
+        yield f"  chain     {counted(len(links), 'point')}: {' <- '.join(links)}"

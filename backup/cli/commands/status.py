@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from backup.cli import find
-from backup.cli import output as render
+from backup.cli import find, json_output, output
 from backup.cli.context import options
-from backup.cli.find import folder_of
-from backup.cli.output import table
-from backup.cli.parameters import (
-    MachineNames,
-    Repo,
-)
+from backup.cli.parameters import MachineNames, Repo
 from backup.errors import NotFound
-from backup.units import show_age, show_size
+from backup.units import parse_duration, show_age, show_size
 
 if TYPE_CHECKING:
     from backup.operations.status import DiskStatus, Trust
@@ -45,56 +39,68 @@ def status(
     """
     from backup.cli import settings
     from backup.operations import status as states
-    from backup.units import parse_duration
 
     limits = states.Limits(datetime.now(UTC), None if max_age is None else parse_duration(max_age))
     config = find.config() if repo is None else find.config_or_default()
-    repository = find.repository(folder_of(repo))
+    repository = find.repository(find.folder_of(repo))
     expected = settings.expected_disks(config, repository.path)
     known = {*repository.machine_names(), *expected}
-    found = []
+    disks: list[DiskStatus] = []
     for name in dict.fromkeys(machines or sorted(known)):
         machine = repository.machine(name) if name in known else find.machines(repository, [name])[0]
-        found += states.look(machine, expected.get(name), limits, named=name in expected or not expected)
-    if not found:
-        raise NotFound(f"the repository {repository.path} has no machine", hint="`pybackup full` makes a first point")
-    code = states.exit_code(found)
+        disks += states.look(machine, expected.get(name), limits, named=name in expected or not expected)
+    if not disks:
+        raise NotFound(
+            f"the repository {repository.path} has no machine", hint="`pybackup full` creates the first point"
+        )
+    code, summary = states.exit_code(disks), states.summary(disks)
     if options.json:
-        render.document(status_object(found, code, states.summary(found), limits.max_age))
+        json_output.write(StatusDocument(code, summary, limits.max_age, disks))
     elif not options.quiet:
-        render.line(render.plain(states.summary(found)))
-        status_table(found, limits.now)
+        output.line(output.plain(summary))
+        _show_table(disks, limits.now)
     if code and (options.json or options.quiet):
-        render.warning(states.summary(found))
+        output.warning(summary)
     raise typer.Exit(code)
 
 
-def status_object(found: Sequence[DiskStatus], code: int, summary: str, max_age: float | None) -> dict[str, Any]:
-    """The state of the disks as scripts see it."""
-    return {"code": code, "summary": summary, "max_age": max_age, "disks": [asdict(status) for status in found]}
+# JSON
 
 
-def status_table(found: Sequence[DiskStatus], now: datetime) -> None:
-    """The state of the disks, a line for each."""
+@dataclass(frozen=True, slots=True)
+class StatusDocument:
+    """The state of the disks; `code` is the exit code, `max_age` the limit of --max-age in seconds."""
+
+    code: int
+    summary: str
+    max_age: float | None
+    disks: Sequence[DiskStatus]
+
+
+# Text
+
+
+def _show_table(disks: Sequence[DiskStatus], now: datetime) -> None:
     rows = [
         (
-            status.machine,
-            status.disk or "-",
-            status.point or "-",
-            "-" if status.age_seconds is None else show_age(status.age_seconds),
-            "-" if status.chain_points is None else str(status.chain_points),
-            "-" if status.stored_bytes is None else show_size(status.stored_bytes),
-            "-" if status.logical_bytes is None else show_size(status.logical_bytes),
-            "-" if status.verified is None else _trust_text(status.verified, now),
-            status.next,
+            disk.machine,
+            disk.disk or "-",
+            disk.point or "-",
+            "-" if disk.age_seconds is None else show_age(disk.age_seconds),
+            "-" if disk.chain_points is None else str(disk.chain_points),
+            "-" if disk.stored_bytes is None else show_size(disk.stored_bytes),
+            "-" if disk.logical_bytes is None else show_size(disk.logical_bytes),
+            "-" if disk.verified is None else _trust_text(disk.verified, now),
+            disk.next,
         )
-        for status in found
+        for disk in disks
     ]
     columns = ("MACHINE", "DISK", "NEWEST", "AGE", "CHAIN", "STORED", "SIZE", "VERIFIED", "NEXT")
-    table(columns, rows, right=(3, 4, 5, 6))
+    output.table(columns, rows, right=(3, 4, 5, 6))
 
 
 def _trust_text(trust: Trust, now: datetime) -> str:
+    """Say when the files of a chain were verified, and how many of them."""
     from backup.model.documents import moment_of
 
     if trust.last is None:

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from backup.cli import find
-from backup.cli import output as render
+from backup.cli import find, json_output, output
 from backup.cli.context import options
-from backup.cli.find import folder_of
-from backup.cli.parameters import (
-    Limit,
-    Repo,
-)
+from backup.cli.json_output import ProblemDocument
+from backup.cli.parameters import Limit, Repo
 from backup.errors import BackupError, UsageError
 from backup.units import counted, show_size
 
 if TYPE_CHECKING:
-    from backup.operations.verify import Choice, Verified
+    from backup.operations.verify import Choice, Problem, Verified
 
 
 def verify(
@@ -57,60 +54,93 @@ def verify(
     from backup.operations import verify as verifying
 
     config = find.config_or_default()
-    workers, most = settings.workers(config), settings.limit(limit, config)
+    workers, bytes_a_second = settings.workers(config), settings.limit(limit, config)
     choice = _choice(older_than, sample, deep=deep)
-    found: list[Verified] = []
-    with render.progress(wanted=not options.quiet) as progress:
-        for machine, points in find.points(what or [], folder_of(repo)):
+    results: list[Verified] = []
+    with output.progress(wanted=not options.quiet) as progress:
+        for machine, points in find.points(what or [], find.folder_of(repo)):
             try:
                 progress.begin(machine.name, verifying.stored_bytes(machine, points, choice, deep=deep))
-                verified = verifying.verify_machine(
+                result = verifying.verify_machine(
                     machine,
                     deep=deep,
                     workers=workers,
                     progress=progress.advance,
                     points=points,
                     choice=choice,
-                    limit=most,
+                    limit=bytes_a_second,
                 )
-            except BackupError as error:  # of this machine's folder; the others are verified all the same
-                verified = verifying.unverified(machine, error)
-            found.append(verified)
-    problems = [problem for result in found for problem in result.problems]
-    names = ("points", "files", "bytes", "skipped", "sampled")
-    sums = {name: sum(getattr(result, name) for result in found) for name in names}
+            except BackupError as error:  # this machine's folder cannot be read; the others are verified all the same
+                result = verifying.unverified(machine, error)
+            results.append(result)
+    problems = [problem for result in results for problem in result.problems]
+    document = VerifyDocument.of(results, problems, deep=deep)
     if options.json:
-        render.document({**sums, "deep": deep, "problems": render.problem_objects(problems)})
+        json_output.write(document)
     elif not options.quiet:
-        render.line(
-            f"verified {verified_text(sums)}: {len(problems) or 'no'} problem{'s' if len(problems) != 1 else ''}"
-        )
-    for why in sorted({result.forgotten for result in found if result.forgotten is not None}):
+        output.line(_verified_line(document))
+    for reason in sorted({result.forgotten for result in results if result.forgotten is not None}):
         if not options.quiet:
-            render.note(f"what was found is not remembered: {why}", to_stderr=True)
+            output.note(f"the result could not be saved for later runs: {reason}", to_stderr=True)
     for problem in problems:
-        render.problem(problem)
+        output.problem(problem)
     raise typer.Exit(verifying.exit_code(problems))
 
 
 def _choice(older_than: str | None, sample: str | None, *, deep: bool) -> Choice:
+    """Read the options that choose what is verified."""
     from backup.operations.verify import Choice
     from backup.units import parse_duration, parse_share
 
     if deep and sample is not None:
-        raise UsageError("--deep together with --sample", hint="a sample is of blocks, whose clusters cross their ends")
+        raise UsageError(
+            "--deep together with --sample",
+            hint="give one of the two: a sample has single blocks, and most clusters lie in two",
+        )
     since = None
     if older_than is not None:
         try:
             since = datetime.now(UTC) - timedelta(seconds=parse_duration(older_than))
         except OverflowError:
-            since = datetime.min.replace(tzinfo=UTC)  # before Christ: all that was ever verified is newer
+            since = datetime.min.replace(tzinfo=UTC)  # every time is later
     return Choice(since, 1.0 if sample is None else parse_share(sample))
 
 
-def verified_text(sums: Mapping[str, int]) -> str:
-    """What was verified."""
-    text = f"{counted(sums['points'], 'point')}, {counted(sums['files'], 'data file')}, {show_size(sums['bytes'])}"
-    if sums["sampled"]:
-        text += f" (a sample of {counted(sums['sampled'], 'file')})"
-    return text + (f", {sums['skipped']} left out" if sums["skipped"] else "")
+# JSON and text
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyDocument:
+    """What was verified of all machines, and what is wrong."""
+
+    points: int
+    files: int
+    bytes: int
+    skipped: int
+    sampled: int
+    deep: bool
+    problems: Sequence[ProblemDocument]
+
+    @classmethod
+    def of(cls, results: Sequence[Verified], problems: Sequence[Problem], *, deep: bool) -> VerifyDocument:
+        """Add up the results of the machines."""
+        return cls(
+            points=sum(result.points for result in results),
+            files=sum(result.files for result in results),
+            bytes=sum(result.bytes for result in results),
+            skipped=sum(result.skipped for result in results),
+            sampled=sum(result.sampled for result in results),
+            deep=deep,
+            problems=json_output.problem_documents(problems),
+        )
+
+
+def _verified_line(verified: VerifyDocument) -> str:
+    sample = f" (a sample of {counted(verified.sampled, 'file')})" if verified.sampled else ""
+    skipped = f", {verified.skipped} skipped" if verified.skipped else ""
+    count = len(verified.problems)
+    problems = counted(count, "problem") if count else "no problems"
+    return (
+        f"verified {counted(verified.points, 'point')}, {counted(verified.files, 'data file')}, "
+        f"{show_size(verified.bytes)}{sample}{skipped}: {problems}"
+    )
