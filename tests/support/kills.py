@@ -64,7 +64,7 @@ class Step:
         return f"{self.module} {self.name} {self.when} {self.nth} {int(number)}"
 
 
-PROGRAMS, IMAGES, SERVERS = "backup.qemu.programs", "backup.qemu.images", "backup.qemu.servers"
+PROGRAMS, IMAGES, SERVERS = "backup.qemu.programs", "backup.qemu.image_bitmaps", "backup.qemu.servers"
 
 
 DATA, REPOSITORY = "backup.repository.data_file_writer", "backup.repository.machine"
