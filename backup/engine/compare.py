@@ -1,4 +1,4 @@
-"""Compare a disk with what its chain holds."""
+"""Comparing a disk with the content of its chain."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from backup.repository.chain_reader import Content
 from backup.runtime.direct_io import pages
 
 _SECTOR = 512
-"""Bytes: differences are told as exactly as this."""
+"""Bytes; differences are reported in whole sectors."""
 MOST_RANGES = 100_000
-"""Ranges of differences that are remembered; beyond that they are only counted."""
+"""Ranges of differences that are kept; further ones are only counted."""
 
 
 def compare(
@@ -28,12 +28,12 @@ def compare(
     """
     Read what is planned of the disk and compare it with the chain's content.
 
-    `progress` is called in this thread with the bytes done so far.
+    `progress` is called in this thread with the number of bytes finished.
 
     Raises
     ------
     NotFound, Damaged
-        The chain is not what was written.
+        A file of the chain is missing or damaged.
     SourceError
         The disk cannot be read.
     """
@@ -43,27 +43,27 @@ def compare(
 
 
 class _Comparison:
-    """The disk's clusters beside the chain's; each thread has its own memory."""
+    """Compares clusters of the disk with those of the chain; each thread has its own memory."""
 
     def __init__(self, content: Content) -> None:
         self.content = content
-        self._hands = threading.local()
+        self._local = threading.local()
 
     def beside(self, clusters: Offsets, data: memoryview) -> Mask:
-        """Which 8 bytes differ, a row for each cluster."""
-        if not hasattr(self._hands, "codec"):
-            self._hands.codec = Codec(self.content.cluster_size, None)
-            self._hands.room = pages(len(data))
-        if len(self._hands.room) < len(data):
-            self._hands.room = pages(len(data))
-        with self._hands.room[: len(data)] as room:
-            self.content.read(clusters, room, self._hands.codec)
+        """Tell which 8-byte words differ, in a row for each cluster."""
+        if not hasattr(self._local, "codec"):
+            self._local.codec = Codec(self.content.cluster_size, None)
+            self._local.room = pages(len(data))
+        if len(self._local.room) < len(data):
+            self._local.room = pages(len(data))
+        with self._local.room[: len(data)] as room:
+            self.content.read(clusters, room, self._local.codec)
             differ: Mask = np.frombuffer(data, np.uint64) != np.frombuffer(room, np.uint64)
         return differ.reshape(len(clusters), -1)
 
 
 class Rescanned:
-    """A sink (`copier.Sink`) that hands on what differs from the chain, and counts it."""
+    """A sink (`copier.Sink`) that passes clusters on to another sink if they differ from the chain, and counts them."""
 
     batch = PART
 
@@ -73,10 +73,10 @@ class Rescanned:
         self._always = cut_cluster(content.size, content.index.chain.size, content.cluster_size)
         self._lock = threading.Lock()
         self.differing = 0
-        """Bytes, in whole clusters, clipped at the disk's size."""
+        """Bytes of the clusters that differ; the last cluster counts only up to the disk's end."""
 
     def write(self, clusters: Offsets, data: memoryview) -> int:
-        """Hand on the clusters that differ; returns how many of these are all zeroes."""
+        """Pass on the clusters that differ; return how many of these are all zeroes."""
         differ = self._comparison.beside(clusters, data).any(axis=1)
         numbers = clusters[differ]
         if len(numbers):
@@ -90,12 +90,12 @@ class Rescanned:
         return self._sink.write(clusters[stored], rows.reshape(-1).data)
 
     def zero(self, first_cluster: int, count: int) -> None:
-        """Hand on: a rescan's plan has zeroes only where the chain holds data."""
+        """Pass the zeroes on: a rescan's plan has zeroes only where the chain holds data."""
         self._count(first_cluster + count, count)
         self._sink.zero(first_cluster, count)
 
     def completed_below(self, cluster: int) -> None:
-        """Hand on."""
+        """Pass the call on."""
         self._sink.completed_below(cluster)
 
     def _count(self, end: int, count: int) -> None:
@@ -106,7 +106,7 @@ class Rescanned:
 
 
 class Differences:
-    """A sink (`copier.Sink`) that stores nothing and collects where the disk differs from the chain."""
+    """A sink (`copier.Sink`) that stores nothing and collects the ranges in which the disk differs from the chain."""
 
     batch = PART
 
@@ -116,29 +116,31 @@ class Differences:
         self._found: list[tuple[Offsets, Offsets]] = []
         self._ranges = 0
         self.bytes = 0
-        """That differ, in whole sectors, clipped at the disk's size."""
+        """Bytes that differ, in whole sectors; the last sector counts only up to the disk's end."""
 
     @property
     def complete(self) -> bool:
-        """Are all differences in `ranges`?"""
+        """Whether `ranges` contains all differences."""
         return self._ranges <= MOST_RANGES
 
     def write(self, clusters: Offsets, data: memoryview) -> int:
-        """Compare."""
+        """Compare clusters with the chain; return 0, since nothing is stored."""
         differ = self._comparison.beside(clusters, data)
         if differ.any():
             self._add(*_ranges(clusters, differ, self._comparison.content))
         return 0
 
     def zero(self, first_cluster: int, count: int) -> None:
-        """Never: what is compared is read."""
+        """Raise ValueError, since a comparison plans no zeroes: it reads everything."""
         raise ValueError(f"clusters {first_cluster} to {first_cluster + count} were planned as zeroes")
 
     def completed_below(self, cluster: int) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def ranges(self) -> list[tuple[int, int]]:
-        """Start and end (bytes) of what differs, ascending, merged; the first that were found, of very many."""
+        """
+        Return start and end (bytes) of the ranges that differ, ascending and merged; incomplete if there are too many.
+        """
         if not self._found:
             return []
         starts = np.concatenate([found[0] for found in self._found])
@@ -150,7 +152,7 @@ class Differences:
         return list(zip(lows.tolist(), highs.tolist(), strict=True))
 
     def clusters(self) -> Offsets:
-        """Numbers of the clusters that differ, ascending."""
+        """Return the numbers of the clusters that differ, ascending."""
         size = self._comparison.content.cluster_size
         spans = [np.arange(low // size, -(-high // size)) for low, high in self.ranges()]
         return distinct(np.concatenate(spans)) if spans else np.empty(0, np.int64)
@@ -164,7 +166,7 @@ class Differences:
 
 
 def _ranges(clusters: Offsets, differ: Mask, content: Content) -> tuple[Offsets, Offsets]:
-    """Starts and ends in bytes of the sectors that differ, neighbours merged."""
+    """Return starts and ends (bytes) of the sectors that differ; neighbours are merged."""
     per = content.cluster_size // _SECTOR
     sectors = np.flatnonzero(differ.reshape(len(clusters) * per, -1).any(axis=1))
     offsets = clusters[sectors // per] * content.cluster_size + sectors % per * _SECTOR

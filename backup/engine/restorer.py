@@ -1,4 +1,4 @@
-"""The threads of a restore: read the newest holder of each cluster, check it, write it to the target."""
+"""The threads of a restore: they read each cluster from its newest holder, verify it and write it to the target."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from backup import qcow2
+from backup.engine.block_jobs import BlockJob, block_jobs
 from backup.engine.targets import Target
-from backup.errors import BackupError
 from backup.model.chain import Chain
 from backup.model.digests import BLOCK
-from backup.model.extents import Offsets, edges, windows
+from backup.model.extents import Mask, Offsets, edges, windows
 from backup.qcow2 import COMPRESSED, Codec
 from backup.repository import salvage
 from backup.repository.cluster_index import NOBODY, Found, Index
@@ -25,24 +24,30 @@ from backup.repository.salvage import Lost, LostRanges, SalvagedFile
 from backup.runtime.direct_io import pages
 from backup.runtime.pace import Pace
 from backup.runtime.progress import Progress
+from backup.runtime.threads import run_threads
 
 _WINDOW = 1 << 20
 """
-Clusters of the disk resolved at once, about 40 bytes of memory each.  Large, so that each file's tables and data are
-passed over few times; 64 GiB of a disk with clusters of 64 KiB.  Whole L2 tables for every size of cluster.
+Clusters of the disk that are resolved together, with about 40 bytes of memory each: 64 GiB of a disk with clusters of
+64 KiB.  The window is large, so that there are few passes over the tables and the data of each file.  It consists of
+whole L2 tables for every cluster size.
 """
 _STAGED = BLOCK
-"""Bytes written at once at most; a multiple of every cluster size."""
+"""Bytes of the largest write; a multiple of every cluster size."""
 _TICK = 0.1
-"""Seconds between looks at progress and signals."""
+"""Seconds between two looks at progress and signals."""
+
+
+_Columns = tuple[Offsets, Offsets, Offsets, Offsets, Mask]
+"""Clusters, and for each the link of the chain, the host offset and length (bytes), and whether it is a zstd frame."""
 
 
 @dataclass(frozen=True, slots=True)
 class Restored:
     """
-    Bytes of the disk, and of these written as data; the others read as zeroes.
+    The result of a restore: the size of the disk, and the bytes that were written as data; all others read as zeroes.
 
-    `lost` are the ranges that a salvage could not prove.
+    `lost` are the ranges that a salvage could not verify.
     """
 
     size: int
@@ -50,70 +55,37 @@ class Restored:
     lost: tuple[Lost, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Job:
-    """Clusters whose stored bytes begin in one block of one file, in the disk's order."""
-
-    number: int
-    block: int
-    clusters: Offsets
-    offsets: Offsets
-    lengths: Offsets
-    kinds: np.ndarray[tuple[int], np.dtype[np.uint8]]
-
-
 @runtime_checkable
 class _Completing(Protocol):
-    """A target that keeps something in memory for what may still be written."""
+    """A target that keeps data in memory as long as more may be written nearby."""
 
     def done_below(self, offset: int) -> None:
-        """Nothing below this byte comes any more, or is under way."""
+        """Take note that no write below this offset (bytes) runs or follows."""
 
 
-def write_out(run: Run, workers: int) -> Restored:
+def write_out(run: RestoreRun, workers: int) -> Restored:
     """
-    Run a restore's threads until the target holds the disk.
+    Run the threads of a restore until the target holds the whole disk.
 
     Raises
     ------
     BackupError
         A thread failed: a block is damaged, or the target cannot be written.
     """
-    # One more than there are cores for: while one waits for the disk, the others decode.
-    threads = [threading.Thread(target=run.work) for _ in range(workers + 1)]
-    try:
-        for thread in threads:
-            thread.start()
-        run.feed(len(threads))
-        for thread in threads:
-            while thread.is_alive() and not run.stop.is_set():
-                thread.join(_TICK)
-                run.show()
-    except BackupError:
-        # A worker's error ends what this thread waits for with an error that only says so.
-        if run.error is None:
-            raise
-    finally:
-        run.stop.set()
-        if any(thread.is_alive() for thread in threads):
-            _abandon(run.target)
-        for thread in threads:
-            if thread.ident is not None:
-                thread.join()
-    if run.error is not None:
-        raise run.error
+    threads = workers + 1  # one more than cores: while one thread waits for the disk, the others decode
+    run_threads(run.work, threads, run.show, run.halt, lambda: run.feed(threads))
     return run.restored()
 
 
 def _abandon(target: Target) -> None:
-    """Have a target that can wait for ever (an NBD server) let go of the threads that write to it."""
+    """Release the threads that write to a target, if the target can wait for ever (an NBD server)."""
     abandon = getattr(target, "abandon", None)
     if abandon is not None:
         abandon()
 
 
-class Run:
-    """What the threads of one restore share."""
+class RestoreRun:
+    """The state that the threads of one restore share."""
 
     def __init__(
         self, chain: Chain, files: Sequence[OpenDataFile], target: Target, progress: Progress, pace: Pace
@@ -129,65 +101,63 @@ class Run:
         self.index = index
         self.limits = chain.limits
         self.stop = threading.Event()
-        self.error: BaseException | None = None
         self.done = 0
         self.data_bytes = 0
         self._lock = threading.Lock()
-        self._jobs: queue.Queue[_Job | None] = queue.Queue(maxsize=64)
-        self._ended: queue.SimpleQueue[None] = queue.SimpleQueue()  # one for each job done
+        self._jobs: queue.Queue[BlockJob | None] = queue.Queue(maxsize=64)
+        self._ended: queue.SimpleQueue[None] = queue.SimpleQueue()  # one for each finished job
 
     def feed(self, workers: int) -> None:
-        """Resolve the disk window by window and hand out the work."""
+        """Resolve the disk, window by window, and queue the jobs; then tell the workers that no more will come."""
         for start, end in windows(0, self.chain.size, _WINDOW * self.chain.cluster_size):
-            jobs = self._hand_out(self._resolved(start, end))
-            # Others are spared the wait, in which the workers run dry.
-            if isinstance(self.target, _Completing) and self._await(jobs):
+            jobs = self._queue_jobs(self._resolved(start, end))
+            # Other targets do not need the wait, in which some workers are idle.
+            if isinstance(self.target, _Completing) and self._wait_for(jobs):
                 self.target.done_below(end)
         for _ in range(workers):
             self._put(None)
 
     def show(self) -> None:
-        """Show how far it is; in the calling thread only."""
+        """Show progress.  Only the calling thread does this."""
         self.progress.advance(min(self.done, self.chain.size))
 
     def work(self) -> None:
-        """Do jobs until there are no more; the first error stops all."""
-        try:
-            hand = _Hand(self.chain.cluster_size, self.target, lambda length: self._pace.keep(length, self.stop))
-            while not self.stop.is_set():
-                try:
-                    job = self._jobs.get(timeout=_TICK)
-                except queue.Empty:
-                    continue
-                if job is None:
-                    return
-                self._do(job, hand)
-                self._ended.put(None)
-        except BaseException as error:  # noqa: BLE001 - carried to the calling thread, which raises it
-            with self._lock:
-                self.error = self.error or error
-            self.stop.set()
-            _abandon(self.target)  # the feeding thread may wait in it for ever
+        """Do jobs until there are no more.  Runs in each thread."""
+        tools = _Tools(self.chain.cluster_size, self.target, lambda length: self._pace.keep(length, self.stop))
+        while not self.stop.is_set():
+            try:
+                job = self._jobs.get(timeout=_TICK)
+            except queue.Empty:
+                continue
+            if job is None:
+                return
+            self._do(job, tools)
+            self._ended.put(None)
 
-    def _resolved(self, start: int, end: int) -> tuple[Offsets, ...]:
-        """Cluster, link, host offset, length and kind of each cluster that holds data; zeroes are written at once."""
+    def halt(self) -> None:
+        """Make all threads return soon; the target may be one in which they would wait for ever."""
+        self.stop.set()
+        _abandon(self.target)
+
+    def _resolved(self, start: int, end: int) -> _Columns:
+        """Return the clusters with data, and what `block_jobs` needs of them; write the zeroes at once."""
         cluster = self.chain.cluster_size
         first = start // cluster
         holders, entries = self._resolve(first, -(-(end - start) // cluster))
         self._write_zeroes(holders == NOBODY, start, end)
-        held = np.flatnonzero(holders != NOBODY)
-        links, found = holders[held], entries[held]
-        offsets, lengths = qcow2.spans(found, cluster)
+        with_data = np.flatnonzero(holders != NOBODY)
+        links, used = holders[with_data], entries[with_data]
+        offsets, lengths = qcow2.spans(used, cluster)
         return (
-            held + first,
+            with_data + first,
             links.astype(np.int64),
             offsets.astype(np.int64),
             lengths.astype(np.int64),
-            qcow2.Reader.kinds(found).astype(np.int64),
+            qcow2.Reader.kinds(used) == COMPRESSED,
         )
 
     def _resolve(self, first: int, count: int) -> Found:
-        """Who holds each of these clusters, and the entry there."""
+        """Return which file of the chain holds each of these clusters, and the L2 entries there."""
         return self.index.resolve(first, count)
 
     def _write_zeroes(self, empty: np.ndarray[tuple[int], np.dtype[np.bool_]], start: int, end: int) -> None:
@@ -202,33 +172,23 @@ class Run:
             if self.stop.is_set():
                 return
 
-    def _hand_out(self, columns: tuple[Offsets, ...]) -> int:
-        """Make jobs of a window and queue them; how many."""
-        # Of one block in the disk's order: the longest writes.
-        order = np.lexsort((columns[0], columns[2] // BLOCK, columns[1]))
-        clusters, links, offsets, lengths, kinds = (column[order] for column in columns)
-        blocks = offsets // BLOCK
-        changes = np.flatnonzero((np.diff(links) != 0) | (np.diff(blocks) != 0)) + 1
-        bounds = [0, *changes.tolist(), len(clusters)]
+    def _queue_jobs(self, columns: _Columns) -> int:
+        """Make jobs of a window's clusters and queue them; return how many."""
+        clusters, links, offsets, lengths, packed = columns
+        # The clusters of a block are in the order of the disk, so that writes are as long as possible.
+        order = np.lexsort((clusters, offsets // BLOCK, links))
         jobs = 0
-        for low, high in pairwise(bounds):
-            if low == high or self.stop.is_set():
+        for job in block_jobs(
+            links=links, clusters=clusters, offsets=offsets, lengths=lengths, packed=packed, order=order
+        ):
+            if self.stop.is_set():
                 break
-            here = slice(low, high)
-            job = _Job(
-                int(links[low]),
-                int(blocks[low]),
-                clusters[here],
-                offsets[here],
-                lengths[here],
-                kinds[here].astype(np.uint8),
-            )
             self._put(job)
             jobs += 1
         return jobs
 
-    def _await(self, jobs: int) -> bool:
-        """Wait until the workers have done so many jobs more; False where an error keeps them from it."""
+    def _wait_for(self, jobs: int) -> bool:
+        """Wait until the workers have finished this many more jobs; False if an error stops them."""
         while jobs and not self.stop.is_set():
             self.show()
             try:
@@ -238,7 +198,7 @@ class Run:
                 continue
         return not self.stop.is_set()
 
-    def _put(self, job: _Job | None) -> None:
+    def _put(self, job: BlockJob | None) -> None:
         while not self.stop.is_set():
             self.show()
             try:
@@ -247,35 +207,35 @@ class Run:
             except queue.Full:
                 continue
 
-    def _do(self, job: _Job, hand: _Hand) -> None:
-        written = hand.staging.written
-        self._place_all(job, hand)
-        hand.staging.flush()
+    def _do(self, job: BlockJob, tools: _Tools) -> None:
+        written = tools.staging.written
+        self._place_all(job, tools)
+        tools.staging.flush()
         with self._lock:
-            self.data_bytes += hand.staging.written - written
+            self.data_bytes += tools.staging.written - written
             self.done += len(job.clusters) * self.chain.cluster_size
 
-    def _place_all(self, job: _Job, hand: _Hand) -> None:
+    def _place_all(self, job: BlockJob, tools: _Tools) -> None:
         begins = (job.offsets - job.block * BLOCK).tolist()
-        columns = zip(job.clusters.tolist(), begins, job.lengths.tolist(), job.kinds.tolist(), strict=True)
-        limit = self.limits[job.number]
-        file = self._files[job.number].file
+        columns = zip(job.clusters.tolist(), begins, job.lengths.tolist(), job.packed.tolist(), strict=True)
+        limit = self.limits[job.link]
+        file = self._files[job.link].file
         with memoryview(file.block(job.block)) as content:
-            for cluster, begin, length, kind in columns:
+            for cluster, begin, length, packed in columns:
                 stored = content[begin : begin + length]
-                if len(stored) < length:  # a frame that crosses into the next block
+                if len(stored) < length:  # a frame that ends in the next block
                     stored = memoryview(file.read_at(job.block * BLOCK + begin, length))
-                self._place(hand, cluster, stored, kind == COMPRESSED, limit)
+                self._place(tools, cluster, stored, packed, limit)
                 stored.release()
 
-    def _place(self, hand: _Hand, cluster: int, stored: memoryview, packed: bool, limit: int) -> None:  # noqa: FBT001
-        """One cluster to where it is written from: cut at the disk's end, and zero from the link's limit on."""
+    def _place(self, tools: _Tools, cluster: int, stored: memoryview, packed: bool, limit: int) -> None:  # noqa: FBT001
+        """Place one cluster in the staging memory: cut at the end of the disk, and zero from the link's limit on."""
         size = self.chain.cluster_size
         start = cluster * size
         length = min(size, self.chain.size - start)
-        room = hand.staging.room(start, length)
+        room = tools.staging.room(start, length)
         if packed:
-            hand.codec.decode_into(stored, room)
+            tools.codec.decode_into(stored, room)
         else:
             room[:] = stored
         visible = limit - start
@@ -283,12 +243,12 @@ class Run:
             room[visible:] = bytes(size - visible)
 
     def restored(self) -> Restored:
-        """What came of it."""
+        """Return the result."""
         return Restored(self.chain.size, self.data_bytes)
 
 
-class SalvageRun(Run):
-    """The same of a chain that is damaged: what is not proven is listed."""
+class SalvageRun(RestoreRun):
+    """The restore of a damaged chain, which lists the ranges that could not be verified."""
 
     def __init__(
         self, chain: Chain, files: Sequence[SalvagedFile], target: Target, progress: Progress, pace: Pace
@@ -298,29 +258,29 @@ class SalvageRun(Run):
         self._lost = LostRanges()
 
     def _resolve(self, first: int, count: int) -> Found:
-        found = self.index.resolve(first, count)
+        resolved = self.index.resolve(first, count)
         with self._lock:
-            salvage.drop_unknown(self.chain, self._salvaged, first, found, self._lost)
-        return found
+            salvage.drop_unknown(self.chain, self._salvaged, first, resolved, self._lost)
+        return resolved
 
-    def _place_all(self, job: _Job, hand: _Hand) -> None:
-        file, limit = self._salvaged[job.number], self.limits[job.number]
-        columns = (job.clusters.tolist(), job.offsets.tolist(), job.lengths.tolist(), job.kinds.tolist())
-        for cluster, offset, length, kind in zip(*columns, strict=True):
-            doubt = file.read(offset, length, hand.codec if kind == COMPRESSED else None, hand.cluster)
-            self._place(hand, cluster, hand.cluster, False, limit)  # noqa: FBT003
+    def _place_all(self, job: BlockJob, tools: _Tools) -> None:
+        file, limit = self._salvaged[job.link], self.limits[job.link]
+        columns = (job.clusters.tolist(), job.offsets.tolist(), job.lengths.tolist(), job.packed.tolist())
+        for cluster, offset, length, packed in zip(*columns, strict=True):
+            doubt = file.read(offset, length, tools.codec if packed else None, tools.cluster)
+            self._place(tools, cluster, tools.cluster, False, limit)  # noqa: FBT003
             if doubt is not None:
                 start, (content, why) = cluster * self.chain.cluster_size, doubt
                 with self._lock:
                     self._lost.add(start, min(start + self.chain.cluster_size, limit), why, content)
 
     def restored(self) -> Restored:
-        """What came of it, with what is lost."""
+        """Return the result, with the lost ranges."""
         return Restored(self.chain.size, self.data_bytes, self._lost.list())
 
 
-class _Hand:
-    """What one thread works with; `before` is called with the bytes of each write before it."""
+class _Tools:
+    """The codec and the memory of one thread; `before` is called before each write, with its length in bytes."""
 
     def __init__(self, cluster_size: int, target: Target, before: Callable[[int], object]) -> None:
         self.codec = Codec(cluster_size, None)
@@ -330,9 +290,10 @@ class _Hand:
 
 class _Staging:
     """
-    Joins neighbouring clusters into one write; a system call for each would cost more than the write.
+    Joins neighbouring clusters into one write, since a system call for each cluster would cost more than the write.
 
-    Its memory begins on a page, as O_DIRECT demands, and is used again: fresh memory costs a page fault for each 4 KiB.
+    The memory begins at a page boundary, as O_DIRECT requires, and is used again, since new memory costs a page fault
+    for each 4 KiB.
     """
 
     def __init__(self, target: Target, cluster_size: int, before: Callable[[int], object]) -> None:
@@ -344,7 +305,7 @@ class _Staging:
         self._start = self._length = 0
 
     def room(self, offset: int, length: int) -> memoryview:
-        """Where a cluster is to be put of which `length` bytes will be written at `offset`."""
+        """Return the memory for a cluster of which `length` bytes will be written at `offset`."""
         if offset != self._start + self._length or self._length + self._cluster_size > _STAGED:
             self.flush()
             self._start = offset
@@ -353,7 +314,7 @@ class _Staging:
         return self._memory[at : at + self._cluster_size]
 
     def flush(self) -> None:
-        """Write what was gathered."""
+        """Write the clusters that were gathered."""
         if self._length:
             self._before(self._length)
             self._target.write(self._start, self._memory[: self._length])

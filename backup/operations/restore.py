@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from backup.engine.restorer import Restored, Run, SalvageRun, write_out
+from backup.engine.restorer import Restored, RestoreRun, SalvageRun, write_out
 from backup.engine.targets import Target, open_target
 from backup.errors import Damaged
 from backup.model.chain import Chain
@@ -48,7 +48,7 @@ def restore_disk(
         The target is refused or cannot be written.
     """
 
-    def write(chain: Chain, run: Callable[[Target, Pace], Run]) -> Restored:
+    def write(chain: Chain, run: Callable[[Target, Pace], RestoreRun]) -> Restored:
         progress.begin(disk, chain.size)
         with open_target(target, chain.size, image_format, cluster_size=chain.cluster_size, force=force) as sink:
             return write_out(run(sink, Pace(limit)), workers)
@@ -61,6 +61,6 @@ def restore_disk(
             chain,
             files,
         ):
-            return write(chain, lambda sink, pace: Run(chain, files, sink, progress, pace))
+            return write(chain, lambda sink, pace: RestoreRun(chain, files, sink, progress, pace))
     except Damaged as error:
         raise salvage.located(error, machine, point, disk) from None

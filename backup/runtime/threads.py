@@ -11,7 +11,13 @@ _TICK = 0.1
 """Seconds between two calls that show progress, and between two chances to notice a signal."""
 
 
-def run_threads(work: Callable[[], None], threads: int, show: Callable[[], None], halt: Callable[[], None]) -> None:
+def run_threads(
+    work: Callable[[], None],
+    threads: int,
+    show: Callable[[], None],
+    halt: Callable[[], None],
+    feed: Callable[[], None] = lambda: None,
+) -> None:
     """
     Call `work` in several threads and wait until all of them have ended.
 
@@ -20,7 +26,9 @@ def run_threads(work: Callable[[], None], threads: int, show: Callable[[], None]
     show : callable
         Shows progress.  Called in this thread, ten times a second.
     halt : callable
-        Makes all threads return soon.  Called at the first error, when a signal interrupts this thread, and at the end.
+        Makes all threads return soon.  Called at the first error, and when an error or a signal interrupts this thread.
+    feed : callable
+        Produces the work.  Called in this thread after the others have started; must return soon after `halt`.
 
     Raises
     ------
@@ -40,13 +48,19 @@ def run_threads(work: Callable[[], None], threads: int, show: Callable[[], None]
     try:
         for thread in pool:
             thread.start()
+        feed()
         for thread in pool:
             # With a time limit, since a thread that waits in join() does not notice signals.
             while thread.is_alive():
                 thread.join(_TICK)
                 show()
+    except Exception:
+        # The error of a thread may be the cause of this one, and is more exact.
+        if not errors:
+            raise
     finally:
-        halt()
+        if any(thread.is_alive() for thread in pool):
+            halt()
         for thread in pool:
             if thread.ident is not None:
                 thread.join()

@@ -449,9 +449,9 @@ def test_a_killed_restore_leaves_nothing_under_the_name(tmp_path):
         # Slowed at its first block, so that the signal is sure to come half-way.
         code = (
             "import os, time; from backup.engine import restorer; from backup.cli import app\n"
-            "real = restorer.Run._do\n"
+            "real = restorer.RestoreRun._do\n"
             "def slow(self, job, codec): real(self, job, codec); os.write(1, b'wrote\\n'); time.sleep(0.5)\n"
-            "restorer.Run._do = slow; app.main()"
+            "restorer.RestoreRun._do = slow; app.main()"
         )
         command = ["restore", "disk/latest", target, "--repo", night.repository]
         with subprocess.Popen(

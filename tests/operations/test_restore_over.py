@@ -131,13 +131,13 @@ def refused_writing(image):
 
 
 def test_no_qemu_can_open_the_image_while_it_is_replaced(night, image, monkeypatch):
-    real, seen = restorer.Run._do, []
+    real, seen = restorer.RestoreRun._do, []
 
     def looking(self, job, hand):
         seen.append(refused_writing(image))
         return real(self, job, hand)
 
-    monkeypatch.setattr(restorer.Run, "_do", looking)
+    monkeypatch.setattr(restorer.RestoreRun, "_do", looking)
     assert restored(night, image, "--format", format_of(image)).rc == 0
     assert seen
     assert all(seen)

@@ -36,8 +36,8 @@ def small(tmp_path, request):
 @pytest.fixture
 def written(monkeypatch):
     """Jobs that a restore began."""
-    began, real = [], restorer.Run._do
-    monkeypatch.setattr(restorer.Run, "_do", lambda self, *args: (began.append(1), real(self, *args))[1])
+    began, real = [], restorer.RestoreRun._do
+    monkeypatch.setattr(restorer.RestoreRun, "_do", lambda self, *args: (began.append(1), real(self, *args))[1])
     return began
 
 
