@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from backup.runtime.threads import in_threads
+from backup.runtime.threads import in_threads, run_threads
 
 
 def test_all_jobs_are_done_once():
@@ -38,3 +38,37 @@ def test_a_signal_in_the_calling_thread_stops_them_too():
     with pytest.raises(KeyboardInterrupt):
         in_threads(range(10**9), lambda job: None, 2, show)
     assert threading.active_count() == before
+
+
+def test_the_error_of_a_thread_is_raised_rather_than_the_one_that_it_causes_while_jobs_are_fed():
+    halted = threading.Event()
+
+    def work():
+        raise ValueError("the cause")
+
+    def feed():
+        assert halted.wait(30)
+        raise OSError("the target was abandoned")
+
+    with pytest.raises(ValueError, match="the cause"):
+        run_threads(work, 1, lambda: None, halted.set, feed)
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_an_error_or_signal_while_jobs_are_fed_halts_the_threads(error):
+    halted = threading.Event()
+
+    def feed():
+        raise error
+
+    before = threading.active_count()
+    with pytest.raises(error):
+        run_threads(lambda: halted.wait(30), 2, lambda: None, halted.set, feed)
+    assert halted.is_set()
+    assert threading.active_count() == before
+
+
+def test_threads_that_ended_by_themselves_are_not_halted():
+    halted = threading.Event()
+    run_threads(lambda: None, 2, lambda: None, halted.set)
+    assert not halted.is_set()
