@@ -631,7 +631,7 @@ def test_a_bitmap_that_qemu_loses_on_full_storage_does_not_cost_the_night(small_
     """The file system said that there is room: a quota, say.  qemu-img ends with 0, and all bitmaps are in use."""
     night = small_storage
     fill(night.image.parent)
-    monkeypatch.setattr(images, "require_room", lambda *_: None)
+    monkeypatch.setattr(image_bitmaps, "require_room", lambda *_: None)
     name = night.own_bitmap
     done = night.incremental()
     assert (done.rc, done.disk["rescan"]) == (3, True), done
