@@ -1021,7 +1021,6 @@ def test_an_image_in_use_is_left_alone(night):
 
 def test_a_short_look_of_another_program_does_not_fail_a_run(night, monkeypatch):
     """Our own lock is asked for again while someone's qemu-img has the image."""
-    from backup.qemu import images
 
     machines = []
     pause = images.time.sleep
@@ -1040,7 +1039,7 @@ def test_a_short_look_of_another_program_does_not_fail_a_run(night, monkeypatch)
 def test_why_a_server_cannot_serve_is_told_when_it_is_started(night):
     """qemu-nbd listens before it opens the image; who only connects meets a refusal later, and never the reason."""
     from backup.errors import SourceError
-    from backup.qemu import images, servers
+    from backup.qemu import servers
 
     with (
         pytest.raises(SourceError, match="Bitmap 'absent' is not found"),
