@@ -56,12 +56,13 @@ def config_or_default() -> Config:
 def repository(repo: Path | None) -> Repository:
     """Open the repository of --repo, or of the configuration."""
     from backup.repository.repository import Repository
+    from backup.storage.choose import storage_at
 
     if repo is not None:
-        return Repository.open(repo)
+        return Repository.open(storage_at(repo))
     from backup.cli import settings
 
-    return Repository.open(settings.repository_path(None, config()))
+    return Repository.open(storage_at(settings.repository_path(None, config())))
 
 
 # Machines and points
@@ -83,7 +84,9 @@ def machines(repository: Repository, names: Sequence[str] | None) -> list[Machin
     for name in names:
         machine = repository.machine(name)
         if not machine.exists():
-            raise NotFound(f"the repository {repository.path} has no machine {name!r}", hint=_machines_hint(repository))
+            raise NotFound(
+                f"the repository {repository.location} has no machine {name!r}", hint=_machines_hint(repository)
+            )
         found.append(machine)
     return found
 
@@ -107,10 +110,13 @@ def point(text: str, repo: Path | None) -> tuple[Machine, Manifest]:
     """
     from backup.repository.machine import Machine
     from backup.repository.manifests import read_manifest
+    from backup.storage.choose import storage_at
 
     path = _manifest_path(text)
     if path is not None:
-        return Machine(Path(os.path.realpath(path.parent))), read_manifest(path)
+        folder = Path(os.path.realpath(path.parent))
+        machine = Machine(storage_at(folder.parent), folder.name)
+        return machine, read_manifest(machine.files, path.name)
     name, slash, wanted = text.partition("/")
     if "/" in wanted or not name:
         raise NotFound(f"there is no manifest {text}", hint=_POINT_HINT)
@@ -161,8 +167,8 @@ def _in_any_machine(repository: Repository, text: str) -> tuple[Machine, str]:
     found = []
     for machine in machines(repository, None):
         try:
-            names = os.listdir(machine.path) if machine.exists() else []
-        except (OSError, BackupError):
+            names = list(machine.listing())
+        except BackupError:
             continue  # the other machines can be searched all the same
         ids = {name.removesuffix(".json") for name in names if name.endswith(".json")}
         found += [(machine, point_id) for point_id in named_point.matching(ids, text)]
@@ -170,7 +176,8 @@ def _in_any_machine(repository: Repository, text: str) -> tuple[Machine, str]:
         raise named_point.ambiguous(text, [f"{machine.name}/{point_id}" for machine, point_id in found])
     if not found:
         raise NotFound(
-            f"the repository {repository.path} has no machine {text!r}, and no point whose id begins or ends with it",
+            f"the repository {repository.location} has no machine {text!r}, "
+            "and no point whose id begins or ends with it",
             hint=_machines_hint(repository),
         )
     return found[0]

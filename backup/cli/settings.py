@@ -14,7 +14,8 @@ from backup.config import settings
 from backup.config.settings import Config
 from backup.errors import UsageError
 from backup.runtime import timeouts
-from backup.storage.folder import Modes
+from backup.storage.base import Storage
+from backup.storage.choose import storage_at
 
 _PLACES = (Path("config.yaml"), Path("/etc/pybackup/config.yaml"))
 
@@ -78,16 +79,16 @@ def repository_path(given: Path | None, config: Config) -> Path:
     return path
 
 
-def expected_disks(config: Config, repository: Path) -> dict[str, tuple[str, ...]]:
+def expected_disks(config: Config, repository: Path | None) -> dict[str, tuple[str, ...]]:
     """Return the machines and disks that, by the configuration, a repository holds; none if it names another one."""
-    if config.repository is not None and config.repository.resolve() != repository.resolve():
+    if repository is not None and config.repository is not None and config.repository.resolve() != repository.resolve():
         return {}
     return {machine.name: tuple(disk.name for disk in machine.disks) for machine in config.machines}
 
 
-def modes(config: Config) -> Modes:
-    """Return the permissions of new files and folders."""
-    return Modes(0o640, 0o750) if config.group_read else Modes()
+def storage(path: Path, config: Config) -> Storage:
+    """Return the storage of a repository, with the permissions that the configuration asks for."""
+    return storage_at(path, group_read=config.group_read)
 
 
 def limit(option: str | None, config: Config) -> int | None:

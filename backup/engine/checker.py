@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from backup.errors import BackupError, DamagedBlock
 from backup.model.digests import block_count
@@ -15,6 +14,7 @@ from backup.repository import checked_file
 from backup.repository.checked_file import BlockCache, CheckedFile
 from backup.runtime.pace import Pace
 from backup.runtime.threads import in_threads
+from backup.storage.base import Files
 
 _WHOLE_BLOCKS = 4
 """
@@ -95,9 +95,9 @@ class Run:
     """
 
     def __init__(
-        self, folder: Path, checks: Sequence[Check], *, deep: bool, progress: Callable[[int], None], pace: Pace
+        self, files: Files, checks: Sequence[Check], *, deep: bool, progress: Callable[[int], None], pace: Pace
     ) -> None:
-        self._folder = folder
+        self._files = files
         self._deep = deep
         self._progress = progress
         self._pace = pace
@@ -142,10 +142,7 @@ class Run:
                 yield check, file, number
 
     def _opened(self, entry: DiskEntry) -> CheckedFile:
-        data = entry.data
-        cache = _Cache(self._stop, self._keep_pace)
-        names = self._folder / data.file, data.size, self._folder / data.digests, data.digest
-        return checked_file.opened(*names, cache, once=True)
+        return checked_file.opened(self._files, entry.data, _Cache(self._stop, self._keep_pace), once=True)
 
     def _do(self, check: Check, file: CheckedFile | None, number: int) -> None:
         read = 0

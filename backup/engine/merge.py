@@ -30,7 +30,7 @@ from backup.model.chain import Chain, Link
 from backup.model.compression import Compression
 from backup.model.digests import BLOCK
 from backup.model.extents import Mask, Offsets, edges, windows
-from backup.model.manifest import NEW, UNFINISHED, DataFile, DiskEntry, Parent, digest_name, generation
+from backup.model.manifest import NEW, DataFile, DiskEntry, Parent, digest_name, generation
 from backup.qcow2 import COMPRESSED, PART, RAW, Codec, Image, Writer
 from backup.repository import data_file
 from backup.repository.cluster_index import NOBODY, ZERO, Index
@@ -126,7 +126,7 @@ def estimate(machine: Machine, merge: Merge) -> Estimate:
     BackupError
         A file of the chain is missing or damaged.
     """
-    with data_file.peeked(machine.path, merge.merged, whole=False) as index:
+    with data_file.peeked(machine.files, merge.merged, whole=False) as index:
         cluster = merge.chain.cluster_size
         data = tables = 0
         for first, count in _windows(merge.chain):
@@ -159,7 +159,7 @@ def consolidate(machine: Machine, merge: Merge, *, workers: int, progress: Progr
         entry = _entry(merge, _write(machine, merge, workers, progress))
         # What it replaces goes soon, so our own mistakes are looked for now; metadata only.
         waiting = replace(entry, data=replace(entry.data, file=merge.file))
-        with closing(PeekedDataFile(machine.path, waiting)) as peeked:
+        with closing(PeekedDataFile(machine.files, waiting)) as peeked:
             qcow2.check(peeked.reader)
     except BaseException:
         discard(machine, merge)
@@ -170,8 +170,8 @@ def consolidate(machine: Machine, merge: Merge, *, workers: int, progress: Progr
 def discard(machine: Machine, merge: Merge) -> None:
     """Remove the files of a merge that did not come to its end, or is not needed; what stays, the next run removes."""
     with suppress(OSError):
-        for name in (merge.file + UNFINISHED, merge.file, merge.digests):
-            (machine.path / name).unlink(missing_ok=True)
+        for name in (merge.file, merge.digests):
+            machine.files.discard(name)
 
 
 def _entry(merge: Merge, data: DataFile) -> DiskEntry:
@@ -195,8 +195,8 @@ def _reason(old: DiskEntry) -> str:
 
 def _write(machine: Machine, merge: Merge, workers: int, progress: Progress) -> DataFile:
     """Write both files, and describe them under the names that they will have."""
-    mode, parent = machine.modes.file, merge.parent
-    with data_file.opened(machine.path, merge.chain) as files:
+    parent = merge.parent
+    with data_file.opened(machine.files, merge.chain) as files:
         compression = _compression(merge, files)
         image = Image(
             size=merge.chain.size,
@@ -204,12 +204,12 @@ def _write(machine: Machine, merge: Merge, workers: int, progress: Progress) -> 
             backing=None if parent is None else parent.entry.data.file,
             zstd=compression.level is not None,
         )
-        with closing(PartFile(machine.path / merge.file, mode)) as part:
+        with closing(PartFile(machine.files, merge.file)) as part:
             writer = Writer(image, part, level=compression.level)
             _Run(merge, files, writer, Codec(image.cluster_size, compression.level)).run(workers, progress)
             size = writer.finish()
             content = part.finish()
-    write_digests(machine.path / merge.digests, content, mode)
+    write_digests(machine.files, merge.digests, content)
     return DataFile(
         file=merge.newest.entry.data.file,
         size=size,

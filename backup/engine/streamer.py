@@ -58,7 +58,7 @@ def stream(
             machine,
             point,
             disk,
-            lambda chain: data_file.opened(machine.path, chain, chain_reader.kept_blocks(chain)),
+            lambda chain: data_file.opened(machine.files, chain, chain_reader.kept_blocks(chain)),
         ) as (chain, files):
             progress.begin(disk, chain.size)
             held = Content(chain, files, chain.size)

@@ -26,6 +26,7 @@ from backup.model.manifest import timestamp
 from backup.repository import data_file
 from backup.repository.machine import Machine
 from backup.repository.opened_chain import open_chain
+from backup.storage.base import require_local_folder
 
 _NOT_MOUNTED = {"swap", "unknown", "crypto_LUKS"}
 _CHUNK = 1 << 16
@@ -153,9 +154,10 @@ def opened(machine: Machine, point: str, disk: str, filesystem: str | None) -> I
     BackupError
         The chain is broken; libguestfs is not installed or does not work.
     """
+    folder = require_local_folder(machine.files)
     with (
-        open_chain(machine, point, disk, lambda chain: data_file.held(machine.path, chain)) as (chain, _),
-        guestfish.started(machine.path / chain.newest.entry.data.file) as fish,
+        open_chain(machine, point, disk, lambda chain: data_file.held(machine.files, chain)) as (chain, _),
+        guestfish.started(folder / chain.newest.entry.data.file) as fish,
     ):
         fish.ask("run")
         yield GuestFiles(fish, mount(fish, mounts(fish, filesystem)))

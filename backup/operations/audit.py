@@ -107,7 +107,7 @@ def audit(repository: Repository, request: Request, progress: Progress) -> Audit
     machine = repository.machine(request.machine)
     if not machine.exists():
         raise NotFound(
-            f"the repository {repository.path} has no machine {request.machine!r}",
+            f"the repository {repository.location} has no machine {request.machine!r}",
             hint=f"it has: {', '.join(repository.machine_names()) or 'none'}",
         )
     # Not for writing: a backup would take away the bitmap that is asked, or be kept from the disks by us.
@@ -195,7 +195,7 @@ class _Run:
 
     def _compared(self, disk: _Disk, opened: Opened, advance: Callable[[int], None]) -> tuple[Differences, Plan]:
         chain = disk.chain
-        with chain_reader.checked(self.machine.path, chain, opened.disk.size) as content:
+        with chain_reader.checked(self.machine.files, chain, opened.disk.size) as content:
             planned = plan.plan_audit(
                 opened.disk, chain.cluster_size, opened.bitmap, parent_size=chain.size, chain=content.index
             )

@@ -21,7 +21,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from pathlib import Path
 
 import backup
 from backup import qcow2
@@ -52,7 +51,7 @@ from backup.planning.plan import Plan
 from backup.planning.sampling import Reservoir
 from backup.repository import chain_reader, data_file, data_file_writer
 from backup.repository.chain_reader import Content
-from backup.repository.machine import Contents, Machine
+from backup.repository.machine import Contents, Machine, manifest_name
 from backup.repository.opened_chain import examine
 from backup.repository.replacement import settle
 from backup.repository.repository import Repository
@@ -92,7 +91,7 @@ class Report:
 
     machine: str
     point: str | None
-    manifest: Path | None
+    manifest: str | None
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
     disks: tuple[DiskReport, ...]
@@ -219,7 +218,7 @@ class _Run:
         self.progress = progress
         self.started_at = datetime.now(UTC)
         self.point = self._new_point()
-        self.published: Path | None = None
+        self.published: str | None = None
         self.warnings = [f"{name} is left out: {error.message}" for name, error in contents.damaged.items()]
         self.refusals: dict[str, Refusal] = {}
         """By disk: why a bitmap could not be started in an earlier attempt of this run."""
@@ -327,7 +326,7 @@ class _Run:
             point=self.point,
             # A dry run's names are nobody's: the next run of any repository may remove what a killed one left.
             short_id="0" * 8 if self.request.dry_run else self._short_id,
-            repository=self.machine.path,
+            repository=self.machine.files.local_folder(),
         )
 
     def _decided(self, *, start_bitmaps: bool) -> list[_Disk]:
@@ -398,7 +397,7 @@ class _Run:
         return self.repository[:8]
 
     def _store_and_publish(self, jobs: Sequence[_Job], moment: Moment) -> list[_Stored]:
-        written: list[Path] = []
+        written: list[str] = []
         try:
             stored = [self._store(job, written, moment) for job in jobs]
             moment.require_sound()
@@ -408,45 +407,44 @@ class _Run:
             # name already (a signal, just then) and goes first: a point must not lose its files.
             self.published = None
             with suppress(OSError):
-                for path in (self.machine.path / f"{self.point}.json", *written):
-                    path.unlink(missing_ok=True)
+                for name in (manifest_name(self.point), *written):
+                    self.machine.files.discard(name)
             raise
         return stored
 
-    def _store(self, job: _Job, written: list[Path], moment: Moment) -> _Stored:
+    def _store(self, job: _Job, written: list[str], moment: Moment) -> _Stored:
         if not job.disk.decision.rescan:
             return self._copied(job, written, moment)
-        tried: list[Path] = []
+        tried: list[str] = []
         try:
             return self._rescanned(job, tried, moment)
         except (Damaged, NotFound) as error:  # of the chain, which is verified as it is read
-            for path in tried:
-                path.unlink(missing_ok=True)
+            for name in tried:
+                self.machine.files.discard(name)
             disk, planned = self._planned(self._instead(job.disk, decide.broken(error)), job.opened, moment)
             return self._copied(replace(job, disk=disk, planned=planned), written, moment)
         finally:
             written.extend(tried)
 
-    def _rescanned(self, job: _Job, written: list[Path], moment: Moment) -> _Stored:
+    def _rescanned(self, job: _Job, written: list[str], moment: Moment) -> _Stored:
         """Store what differs from the parent, and nothing else."""
         parent = job.disk.decision.parent
         assert parent is not None
-        with chain_reader.checked(self.machine.path, parent, job.planned.size) as content:
+        with chain_reader.checked(self.machine.files, parent, job.planned.size) as content:
             return self._copied(job, written, moment, content)
 
-    def _copied(self, job: _Job, written: list[Path], moment: Moment, content: Content | None = None) -> _Stored:
+    def _copied(self, job: _Job, written: list[str], moment: Moment, content: Content | None = None) -> _Stored:
         """Make the data file of what is planned; with `content`, only of what differs from the chain."""
         began = time.monotonic()
         disk, planned = job.disk, job.planned
         self.progress.begin(disk.name, planned.totals.data)
         made = data_file_writer.DataFileMaker(
-            self.machine.path,
+            self.machine.files,
             f"{disk.name}.{self.point}",
             size=planned.size,
             cluster_size=planned.cluster_size,
             backing=disk.decision.parent.newest.entry.data.file if disk.decision.parent else None,
             level=self.request.level,
-            mode=self.machine.modes.file,
             written=written,
         )
         sink = made if content is None else Rescanned(content, made)
@@ -493,13 +491,13 @@ class _Run:
         return self._planned(self._instead(disk, instead), opened, moment)
 
     def _plan_rescan(self, source: OpenDisk, parent: Chain) -> Plan:
-        with chain_reader.checked(self.machine.path, parent, source.size) as content:
+        with chain_reader.checked(self.machine.files, parent, source.size) as content:
             return plan.plan_rescan(source, parent.cluster_size, content.index)
 
     def _plan_incremental(self, disk: _Disk, source: OpenDisk, bitmap: str, parent: Chain) -> tuple[Plan, str | None]:
         """The plan; and why the bitmap is not to be trusted, where planning or a spot check shows that."""
         sampler = Reservoir(0 if self.request.dry_run else self.request.spot_check, _draw)
-        with data_file.peeked(self.machine.path, parent) as index:
+        with data_file.peeked(self.machine.files, parent) as index:
             planned = plan.plan_incremental(
                 source,
                 parent.cluster_size,
@@ -516,7 +514,7 @@ class _Run:
         """Why the bitmap is not to be trusted, where one of the sampled clusters shows that."""
         clusters = sampler.chosen()
         try:
-            lies = spot_check.differing(source, clusters, self.machine.path, parent, self.request.copying)
+            lies = spot_check.differing(source, clusters, self.machine.files, parent, self.request.copying)
         except SourceError as error:
             # A bad sector where nothing changed must not keep what did change from being backed up.
             self.warnings.append(f"disk {disk.name}: the spot check could not be made: {error.message}")

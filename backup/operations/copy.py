@@ -8,12 +8,10 @@ Only `make_second` (`pybackup init --copy-of`) makes a second place: a disk that
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from backup.errors import BackupError, Damaged, Failed, Interrupted, NotFound, UsageError
 from backup.model import chain as chains
@@ -21,15 +19,15 @@ from backup.model.manifest import DataFile, Manifest, encode
 from backup.operations.verify import Problem
 from backup.repository import checked_file
 from backup.repository.checked_file import BlockCache, CheckedFile
-from backup.repository.data_file_writer import PartFile, part_name, write_digests
-from backup.repository.machine import Contents, Machine
+from backup.repository.data_file_writer import PartFile, write_digests
+from backup.repository.machine import Contents, Machine, manifest_name
 from backup.repository.manifests import as_stored, read_manifest_whole
 from backup.repository.opened_chain import KeptChanging, open_unchanged
-from backup.repository.repository import Repository, require_outside
+from backup.repository.repository import Repository
 from backup.runtime.pace import Pace
-from backup.runtime.shortage import free_bytes
 from backup.runtime.threads import in_threads
-from backup.storage.folder import Modes, explained
+from backup.storage.base import Files, Storage
+from backup.storage.refusals import explained
 from backup.units import counted, show_size
 
 _MARGIN = 4 << 20
@@ -46,7 +44,7 @@ class Replicated:
     problems: tuple[Problem, ...]
 
 
-def make_second(path: Path, source: Repository, modes: Modes) -> Repository:
+def make_second(place: Storage, source: Repository) -> Repository:
     """
     Make an empty repository with the source's id, to copy to.
 
@@ -55,10 +53,10 @@ def make_second(path: Path, source: Repository, modes: Modes) -> Repository:
     UsageError, Failed
         As `Repository.create`.
     """
-    return Repository.create(path, modes, source.identity)
+    return Repository.create(place, source.identity)
 
 
-def open_second(path: Path, source: Repository, modes: Modes) -> Repository:
+def open_second(place: Storage, source: Repository) -> Repository:
     """
     Open the repository to copy to.
 
@@ -69,18 +67,19 @@ def open_second(path: Path, source: Repository, modes: Modes) -> Repository:
     NotFound
         There is none: `make_second` makes it, and nothing else does.
     """
-    if os.path.realpath(path) == os.path.realpath(source.path):
-        raise UsageError(f"{path} is the repository itself", hint="name another folder")
-    require_outside(path)
-    make = f"`pybackup init --copy-of {source.path} {path}`"
+    if place.is_same_place(source.storage):
+        raise UsageError(f"{place.location} is the repository itself", hint="name another folder")
+    place.require_outside()
+    make = f"`pybackup init --copy-of {source.location} {place.location}`"
     try:
-        second = Repository.open(path, modes)
+        second = Repository.open(place)
     except NotFound as error:
         hint = f"mount its disk if that is missing; {make} makes a second place in a new or empty folder"
         raise NotFound(error.message, hint=hint) from None
     if second.identity != source.identity:
         raise UsageError(
-            f"{path} is another repository (its id is {second.identity[:8]}..., not {source.identity[:8]}...)",
+            f"{place.location} is another repository "
+            f"(its id is {second.identity[:8]}..., not {source.identity[:8]}...)",
             hint="copy to an earlier copy of this repository; `pybackup init --copy-of` makes a new one",
         )
     return second
@@ -169,7 +168,7 @@ def replicate(
             try:
                 run.copy(manifest.point)
             except _Unreadable as error:
-                if manifest.point == point or os.path.lexists(source.path / f"{manifest.point}.json"):
+                if manifest.point == point or source.has_point(manifest.point):
                     problems.append(Problem(source.name, manifest.point, None, error.reason))
             except Interrupted as stopped:
                 stopped.hint = "the points that were copied are whole and stay; run the command again to go on"
@@ -206,7 +205,7 @@ def _planned(source: Machine, second: Machine, held: Contents, point: str | None
     contents = source.contents()
     wanted = list(contents.manifests) if point is None else [point]
     todo = missing(contents.manifests, held.manifests, wanted)
-    _require_room(second.path, todo)
+    _require_room(second, todo)
     unreadable = [Problem(source.name, None, None, error) for error in contents.damaged.values() if point is None]
     return _Planned(todo, tuple(sorted(set(wanted) & set(held.manifests))), tuple(unreadable))
 
@@ -215,24 +214,23 @@ def _stored(points: Iterable[Manifest]) -> int:
     return sum(disk.data.size for manifest in points for disk in manifest.disks)
 
 
-def _require_room(folder: Path, points: Collection[Manifest]) -> None:
+def _require_room(second: Machine, points: Collection[Manifest]) -> None:
     """Refuse to begin what cannot end, before anything is written."""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    with explained(there):
-        free = free_bytes(there)
+    with explained(second.files.location):
+        free = second.files.free_bytes()
     needed = _stored(points) + _MARGIN
-    if points and needed > free:
+    if points and free is not None and needed > free:
         raise Failed(
             f"to copy {counted(len(points), 'point')} takes {needed} bytes ({show_size(needed)}), and {free} "
-            f"({show_size(free)}) are free at {folder}",
+            f"({show_size(free)}) are free at {second.files.location}",
             hint="free or add space there, or copy less: MACHINE/POINT is one point and what it builds on",
         )
 
 
-def _read(path: Path) -> tuple[Manifest, bytes]:
+def _read(files: Files, point: str) -> tuple[Manifest, bytes]:
     """A manifest and its bytes; while prune exchanges a data file, as of the file that has the name now."""
-    raw, content = read_manifest_whole(path)
-    stored = as_stored(path.parent, raw)
+    raw, content = read_manifest_whole(files, manifest_name(point))
+    stored = as_stored(files, raw)
     return stored, content if stored == raw else encode(stored)
 
 
@@ -268,25 +266,26 @@ class _Run:
         with ExitStack() as stack:
             manifest, content, files = self._open(stack, point)
             self._require_parents(manifest)
-            written: list[Path] = []
+            written: list[str] = []
             try:
                 for data, file in files:
                     self._copy_file(data, file, written)
                 self._second.publish(manifest, content)
             except BaseException:
                 # A signal may come when the point is published already: then it is whole, and stays.
-                if not os.path.lexists(self._second.path / f"{point}.json"):
-                    for path in written:
+                if not self._second.has_point(point):
+                    for name in written:
                         with suppress(OSError):
-                            path.unlink()
+                            self._second.files.discard(name)
                 raise
         self._held[point] = manifest
         self.copied.append(point)
 
     def _open(self, stack: ExitStack, point: str) -> tuple[Manifest, bytes, list[tuple[DataFile, CheckedFile]]]:
         """Open all files of a point; a consolidation may swap them between reading the manifest and opening them."""
-        path = self._source.path / f"{point}.json"
-        opened = open_unchanged(f"point {point}", lambda: _read(path), lambda read: self._opened(read[0]))
+        opened = open_unchanged(
+            f"point {point}", lambda: _read(self._source.files, point), lambda read: self._opened(read[0])
+        )
         try:
             (manifest, content), files = stack.enter_context(opened)
         except (Damaged, NotFound, KeptChanging) as error:
@@ -299,9 +298,7 @@ class _Run:
             yield [(disk.data, stack.enter_context(self._opened_file(disk.data))) for disk in manifest.disks]
 
     def _opened_file(self, data: DataFile) -> closing[CheckedFile]:
-        folder = self._source.path
-        names = folder / data.file, data.size, folder / data.digests, data.digest
-        return closing(checked_file.opened(*names, BlockCache(1), once=True))
+        return closing(checked_file.opened(self._source.files, data, BlockCache(1), once=True))
 
     def _require_parents(self, manifest: Manifest) -> None:
         """A point must not come into being where its chain is not."""
@@ -318,11 +315,11 @@ class _Run:
             except BackupError as error:
                 raise _Unreadable(error) from None
 
-    def _copy_file(self, data: DataFile, source: CheckedFile, written: list[Path]) -> None:
-        folder, mode = self._second.path, self._second.modes.file
+    def _copy_file(self, data: DataFile, source: CheckedFile, written: list[str]) -> None:
+        files = self._second.files
         stop = threading.Event()
-        written += [part_name(folder / data.file), folder / data.file]
-        with closing(PartFile(folder / data.file, mode)) as target:
+        written.append(data.file)
+        with closing(PartFile(files, data.file)) as target:
 
             def move(number: int) -> None:
                 try:
@@ -337,5 +334,5 @@ class _Run:
             in_threads(range(1, source.blocks), move, self._workers, lambda: self._advance(self.done), stop)
             move(0)  # last: a file without its head is nothing
             listed = target.finish()
-        written.append(folder / data.digests)
-        write_digests(folder / data.digests, listed, mode)
+        written.append(data.digests)
+        write_digests(files, data.digests, listed)

@@ -18,6 +18,7 @@ from backup.planning import decision as decide
 from backup.planning.decision import Decision, Refusal
 from backup.repository import data_file
 from backup.repository.machine import Contents, Machine
+from backup.repository.repository import machine_with
 from backup.repository.verified import known_damage, recall
 from backup.sources.base import DiskRequest
 
@@ -165,8 +166,8 @@ def _origin(machine: Machine, contents: Contents, disk: str, point: str) -> str 
     """Whose point it is, in the words of `decide`; None: there is no such point."""
     manifest = contents.manifests.get(point)
     if manifest is None:
-        others = sorted(machine.path.parent.glob(f"*/{point}.json"))
-        return f"machine {others[0].parent.name}" if others else None
+        other = machine_with(machine.storage, sorted(machine.storage.machines()), point)
+        return None if other is None else f"machine {other}"
     if manifest.disk(disk) is not None:
         return decide.ITSELF
     return f"disk {' or '.join(entry.name for entry in manifest.disks)} of this machine"
@@ -187,7 +188,7 @@ def _last_chain(machine: Machine, contents: Contents, point: str, disk: str) -> 
     except BackupError as error:
         return error
     try:
-        with data_file.peeked_files(machine.path, chain):
+        with data_file.peeked_files(machine.files, chain):
             return known_damage(recall(machine), [link.entry.data for link in chain.links]) or chain
     except (Damaged, NotFound) as error:
         return error

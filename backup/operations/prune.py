@@ -23,14 +23,13 @@ from backup.model.manifest import Manifest
 from backup.planning import retention
 from backup.planning.prune_steps import Remove, Rewrite, Thinning, dated_point, thin
 from backup.planning.retention import DISORDER, FUTURE, UNCONFIRMED, Batch, Policy
-from backup.repository.machine import Contents, Machine
+from backup.repository.machine import Contents, Machine, manifest_name
 from backup.repository.manifests import read_manifest
 from backup.repository.opened_chain import examine
 from backup.repository.replacement import exchange, settle
 from backup.runtime.progress import Progress
-from backup.runtime.shortage import free_bytes
-from backup.storage.folder import explained
-from backup.storage.locks import UNTOLD
+from backup.storage.base import UNTOLD
+from backup.storage.refusals import explained
 from backup.units import counted, show_size
 
 _log = logging.getLogger(__name__)
@@ -118,10 +117,15 @@ def prune(machine: Machine, request: Request, progress: Progress) -> Report:
     Failed
         The disk is full or fails, or there is less space than a rewrite needs: what was done before stays done.
     """
-    if request.dry_run or not any(machine.path.glob("*.json*")):
+    if request.dry_run or not _has_points(machine):
         return _rehearse(machine, request)  # of a folder that is no machine's, too: not even a lock is made in it
     with settled(machine) as contents:
         return Thinner(machine, request, contents, _wanted(request, contents)).run(progress)
+
+
+def _has_points(machine: Machine) -> bool:
+    """Tell whether the machine's folder holds any manifest, also one of another name."""
+    return any(".json" in name for name in machine.listing())
 
 
 @contextmanager
@@ -283,8 +287,10 @@ class Thinner:
 
     def lacking(self) -> _Lacking | None:
         """The first step for which there is less space than it needs, after what the steps before it free."""
-        with explained(self.machine.path):
-            free = free_bytes(self.machine.path)
+        with explained(self.machine.files.location):
+            free = self.machine.files.free_bytes()
+        if free is None:
+            return None
         for number, step in enumerate(self.thinning.steps):
             if isinstance(step, Remove):
                 free += sum(disk.data.size for disk in self.all[step.point].disks)
@@ -370,7 +376,7 @@ def set_pin(machine: Machine, point: str, *, pinned: bool) -> bool:
     """
     with machine.lock():
         settle(machine)
-        manifest = read_manifest(machine.path / f"{point}.json")
+        manifest = read_manifest(machine.files, manifest_name(point))
         if manifest.pinned == pinned:
             return False
         machine.rewrite(replace(manifest, pinned=pinned))

@@ -10,9 +10,7 @@ from and reads everything; `Removal.notes` says so before anything is removed.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from backup.errors import BackupError, Damaged, Failed, Locked, NotFound
@@ -24,8 +22,8 @@ from backup.repository import verified
 from backup.repository.machine import SEQUENCE, Contents, Machine
 from backup.repository.opened_chain import examine
 from backup.runtime.progress import Progress
-from backup.storage.folder import explained, sync_folder
-from backup.storage.locks import UNTOLD
+from backup.storage.base import TEMPORARY, UNTOLD
+from backup.storage.refusals import explained
 
 _KEPT = ("not named",)
 
@@ -164,30 +162,24 @@ def _remove_machine(machine: Machine, contents: Contents, planned: Removal) -> R
             if why_not is not None:
                 raise _in_use(machine, point, why_not)
             machine.remove_point(manifest)
-    with explained(machine.path):
+    with explained(machine.files.location):
         for name in found.damaged:
-            os.unlink(machine.path / name)
-        sync_folder(machine.path)
+            machine.files.remove(name)
+        machine.files.barrier()
     machine.remove_leftovers(Contents({}, {}))
     others = _remove_folder(machine)
     if others:
-        note = f"the folder {machine.path} stays, as it holds what is not pybackup's: {', '.join(others[:5])}"
+        note = f"the folder {machine.files.location} stays, as it holds what is not pybackup's: {', '.join(others[:5])}"
         found = replace(found, notes=(*found.notes, note))
     return found
 
 
 def _remove_folder(machine: Machine) -> list[str]:
     """Remove the folder of a machine without points; the names in it that are not ours, for which it stays."""
-    with explained(machine.path):
-        for name in (verified.NAME, f"{verified.NAME}.tmp", SEQUENCE):
-            (machine.path / name).unlink(missing_ok=True)
-        others = sorted(name for name in os.listdir(machine.path) if name != "lock")
-        if not others:
-            os.unlink(machine.path / "lock")
-            with suppress(OSError):  # something came in meanwhile: it stays, and the folder with it
-                os.rmdir(machine.path)
-            sync_folder(machine.path.parent)
-    return others
+    with explained(machine.files.location):
+        for name in (verified.NAME, verified.NAME + TEMPORARY, SEQUENCE):
+            machine.files.discard(name)
+        return machine.files.remove_folder()
 
 
 def _require_unpinned(machine: Machine, manifests: Mapping[str, Manifest]) -> None:

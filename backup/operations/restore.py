@@ -57,10 +57,7 @@ def restore_disk(
         with salvage.opened(machine, point, disk) as (chain, salvaged):
             return write(chain, lambda sink, pace: SalvageRun(chain, salvaged, sink, progress, pace))
     try:
-        with open_chain(machine, point, disk, lambda chain: data_file.opened(machine.path, chain)) as (
-            chain,
-            files,
-        ):
+        with open_chain(machine, point, disk, lambda chain: data_file.opened(machine.files, chain)) as (chain, files):
             return write(chain, lambda sink, pace: RestoreRun(chain, files, sink, progress, pace))
     except Damaged as error:
         raise salvage.located(error, machine, point, disk) from None

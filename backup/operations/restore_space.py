@@ -78,7 +78,7 @@ def _compresses(folder: Path) -> bool:
 
 def _data_bytes(machine: Machine, point: Manifest, disk: str) -> int:
     """Bytes in clusters that hold data, by the chain's tables alone."""
-    with open_chain(machine, point.point, disk, lambda chain: data_file.peeked(machine.path, chain)) as (chain, index):
+    with open_chain(machine, point.point, disk, lambda chain: data_file.peeked(machine.files, chain)) as (chain, index):
         size = chain.cluster_size
         held = (
             int(index.holds_data(start // size, -(-(end - start) // size)).sum())

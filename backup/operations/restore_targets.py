@@ -138,9 +138,10 @@ def made(folder: Path | None) -> Iterator[None]:
 
 def _refuse_repository(machine: Machine, target: str) -> None:
     """Refuse to restore over backups or between them, whatever way the target is written."""
+    ours = machine.files.local_folder()
     for place in real_places(target):
         for folder in (place, *place.parents):
-            beside = os.path.exists(folder) and machine.exists() and folder.samefile(machine.path)
+            beside = ours is not None and os.path.exists(folder) and machine.exists() and folder.samefile(ours)
             if beside or os.path.lexists(folder / MARKER):
                 raise UsageError(
                     f"{target} lies among the backups in {folder}", hint="restore to a place outside of it"

@@ -22,6 +22,7 @@ from backup.qemu.servers import Address, PointServer
 from backup.repository import data_file
 from backup.repository.machine import Machine
 from backup.repository.opened_chain import open_chain
+from backup.storage.base import require_local_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +89,14 @@ def serving(machine: Machine, point: str, disk: str, where: Address | None, *, w
     BackupError
         The chain is not what was written as far as its heads tell, or cannot be served, or the address is taken.
     """
+    folder = require_local_folder(machine.files)
     with ExitStack() as outer:
         address = where or Address(outer.enter_context(folders.private_folder()) / "nbd")
 
         @contextmanager
         def started(chain: Chain) -> Iterator[tuple[bool, PointServer]]:
-            with data_file.held(machine.path, chain) as protected, ExitStack() as stack:
-                yield protected, _start(stack, machine.path, chain, address, writable=writable)
+            with data_file.held(machine.files, chain) as protected, ExitStack() as stack:
+                yield protected, _start(stack, folder, chain, address, writable=writable)
 
         with open_chain(machine, point, disk, started) as (chain, (protected, server)):
             export_size = -(-chain.size // 512) * 512

@@ -8,7 +8,6 @@ No name shows that a bitmap was cleared, or disabled and enabled again after wri
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from backup.engine import compare, copier
 from backup.model.chain import Chain
@@ -16,6 +15,7 @@ from backup.model.extents import Offsets
 from backup.model.open_disk import OpenDisk
 from backup.planning import plan
 from backup.repository import chain_reader
+from backup.storage.base import Files
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +26,9 @@ class Lies:
     first: int
 
 
-def differing(disk: OpenDisk, clusters: Offsets, folder: Path, chain: Chain, settings: copier.Settings) -> Lies:
+def differing(disk: OpenDisk, clusters: Offsets, files: Files, chain: Chain, settings: copier.Settings) -> Lies:
     """
-    Which of these clusters (ascending) of the disk are not what the chain in `folder` says.
+    Which of these clusters (ascending) of the disk are not what the chain in `files` says.
 
     Each is compared with what lies in the chain's files, which a frame's own checksum covers.  What differs is compared
     again, with every block of the files held against its digest: only then it is the bitmap that lied.
@@ -43,12 +43,12 @@ def differing(disk: OpenDisk, clusters: Offsets, folder: Path, chain: Chain, set
     if not len(clusters):
         return Lies(0, 0)
     planned = plan.plan_of(clusters, disk.size, chain.cluster_size)
-    with chain_reader.glanced(folder, chain, disk.size, clusters) as content:
+    with chain_reader.glanced(files, chain, disk.size, clusters) as content:
         suspected = compare.compare(disk, planned, content, settings, _unwatched).clusters()
     if not len(suspected):
         return Lies(0, 0)
     planned = plan.plan_of(suspected, disk.size, chain.cluster_size)
-    with chain_reader.checked(folder, chain, disk.size) as content:
+    with chain_reader.checked(files, chain, disk.size) as content:
         differences = compare.compare(disk, planned, content, settings, _unwatched)
     return Lies(len(differences.clusters()), differences.ranges()[0][0]) if differences.bytes else Lies(0, 0)
 

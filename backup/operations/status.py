@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from pathlib import Path
 
 from backup.errors import BackupError, Damaged, NotFound, UsageError, merged_exit_code
 from backup.model import chain as chains
@@ -23,6 +22,7 @@ from backup.planning.retention import DISORDER, FUTURE, DatedPoint, doubts
 from backup.repository.machine import Contents, Machine
 from backup.repository.opened_chain import examine
 from backup.repository.verified import Memory, recall, record_of
+from backup.storage.base import Files, Listing
 from backup.units import counted, show_age
 
 TOLERANCE = 300.0
@@ -110,7 +110,8 @@ def look(machine: Machine, expected: Collection[str] | None, limits: Limits, *, 
     """
 
     def look_at(contents: Contents) -> list[DiskStatus]:
-        evidence = Evidence(contents, recall(machine), lambda chain: files_problem(machine.path, chain))
+        listing = machine.listing()
+        evidence = Evidence(contents, recall(machine), lambda chain: files_problem(machine.files, listing, chain))
         return assess(machine.name, evidence, expected, limits, named=named)
 
     try:
@@ -181,9 +182,9 @@ def newest_by_disk(manifests: Mapping[str, Manifest]) -> dict[str, Manifest]:
     return found
 
 
-def files_problem(folder: Path, chain: Chain) -> BackupError | None:
+def files_problem(files: Files, listing: Listing, chain: Chain) -> BackupError | None:
     """What is wrong with a chain's files as far as their names and lengths tell; None: nothing."""
-    found = (glance(folder, link.entry.data) for link in chain.links)
+    found = (glance(files, listing, link.entry.data) for link in chain.links)
     return next((problem for problem in found if problem is not None), None)
 
 

@@ -14,11 +14,9 @@ others hash.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 from backup.engine.checker import Check, Run
 from backup.errors import BackupError, Damaged, DamagedBlock, Failed, NotFound, merged_exit_code
@@ -31,6 +29,7 @@ from backup.repository.machine import Contents, Machine
 from backup.repository.opened_chain import examine
 from backup.repository.verified import Memory, Record
 from backup.runtime.pace import Pace
+from backup.storage.base import Files, Listing
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +105,7 @@ def stored_bytes(machine: Machine, points: Sequence[str] | None, choice: Choice 
     """About how many bytes will be read: of all data files, or those of the points named and their chains."""
     contents = machine.contents()
     manifests = contents.manifests
+    listing = machine.listing()
     wanted = [manifests[point] for point in points if point in manifests] if points is not None else manifests.values()
     memory = {} if choice.since is None else memories.recall(machine)
     sizes = {}
@@ -116,7 +116,7 @@ def stored_bytes(machine: Machine, points: Sequence[str] | None, choice: Choice 
             else [(link.point, link.entry) for link in result.links]
         )
         due = [link for link in links if is_due(memories.record_of(memory, link[1].data), choice, deep=deep)]
-        there = [link for link in due if glance(machine.path, link[1].data) is None]
+        there = [link for link in due if glance(machine.files, listing, link[1].data) is None]
         sizes.update({(point, entry.name): entry.data.size for point, entry in there})
     return round(sum(sizes.values()) * choice.share)
 
@@ -146,17 +146,18 @@ def draw(blocks: Sequence[int], share: float, chance: Callable[[], float]) -> li
     return [None if len(some) == count else some for some, count in zip(drawn, blocks, strict=True)]
 
 
-def glance(folder: Path, data: DataFile) -> BackupError | None:
-    """What is wrong with a data file as far as names and lengths tell; None: nothing."""
+def glance(files: Files, listing: Listing, data: DataFile) -> BackupError | None:
+    """Return what is wrong with a data file as far as names and lengths tell, or None."""
     try:
-        size = os.stat(folder / data.file, follow_symlinks=False).st_size
-        os.stat(folder / data.digests, follow_symlinks=False)
+        size = listing.stat(data.file).size
+        listing.stat(data.digests)
     except (FileNotFoundError, NotADirectoryError) as error:
         return NotFound(f"{error.filename} is missing", hint=_FROM_COPY)
     except OSError as error:
         return Failed(f"{error.filename} cannot be looked at: {error.strerror}", hint="run as the repository's owner")
     if size != data.size:
-        return Damaged(f"{folder / data.file} has {size} bytes where its manifest says {data.size}", hint=_FROM_COPY)
+        path = files.path(data.file)
+        return Damaged(f"{path} has {size} bytes where its manifest says {data.size}", hint=_FROM_COPY)
     return None
 
 
@@ -234,21 +235,22 @@ def _verify(
     for check in checks:
         check.skipped = not is_due(memories.record_of(memory, check.entry.data), choice, deep=deep)
     due = [check for check in checks if not check.skipped]
+    listing = machine.listing()
     for check in checks:
         unread = check.skipped or choice.share < 1
-        if unread and (problem := glance(machine.path, check.entry.data)) is not None:
+        if unread and (problem := glance(machine.files, listing, check.entry.data)) is not None:
             check.wrong[0] = problem
             check.blocks = []
     # A manifest may claim any length; lots are drawn only where the file has it.
     _sample([check for check in due if not check.wrong], choice.share)
-    run = Run(machine.path, due, deep=deep, progress=progress, pace=pace)
+    run = Run(machine.files, due, deep=deep, progress=progress, pace=pace)
     try:
         run.run(workers)
     finally:  # also of a run that was interrupted: the next one need not begin again
         found = _records(checks, memory, timestamp(began), deep=deep)
         forgotten = memories.remember(machine, found, _present(contents)) if found else None
     problems += [
-        Problem(machine.name, check.point, check.entry.name, _located(machine.path, check))
+        Problem(machine.name, check.point, check.entry.name, _located(machine.files, check))
         for check in checks
         if check.wrong
     ]
@@ -258,14 +260,14 @@ def _verify(
     return Verified(len(wanted), len(read), run.done, skipped, sampled, tuple(problems), forgotten)
 
 
-def _located(folder: Path, check: Check) -> BackupError:
+def _located(files: Files, check: Check) -> BackupError:
     """What is wrong with a data file first, and where in it there is damage which ranges of the disk that affects."""
     errors = [check.wrong[number] for number in sorted(check.wrong)]
     if not isinstance(errors[0], DamagedBlock):
         return errors[0]
     from backup.repository import salvage  # noqa: PLC0415 - see the module's docstring
 
-    return salvage.located_in_file(folder, check.entry, check.parent, errors)
+    return salvage.located_in_file(files, check.entry, check.parent, errors)
 
 
 def _sample(checks: Sequence[Check], share: float) -> None:

@@ -15,7 +15,7 @@ from backup.qcow2.layout import (
     spans,
 )
 from backup.qcow2.parts import PartSink
-from backup.qcow2.reader import Reader, read_header
+from backup.qcow2.reader import Reader
 from backup.qcow2.writer import Writer
 
 __all__ = [
@@ -34,7 +34,6 @@ __all__ = [
     "frame_length",
     "frame_lengths",
     "parse_header",
-    "read_header",
     "require_writable",
     "spans",
 ]

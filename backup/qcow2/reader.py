@@ -7,10 +7,8 @@ allocation is larger than the 32 MiB that QEMU allows for an L1 table.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from io import RawIOBase
 
 import numpy as np
 import numpy.typing as npt
@@ -25,20 +23,6 @@ _READ_TOGETHER = 512 << 10
 Bytes of L2 tables that are read and checked together.  Most tables of a large disk have few entries, so that numpy's
 overhead for each call would exceed the work.
 """
-
-
-def read_header(file: RawIOBase, name: str) -> Header:
-    """
-    Read the header of an open file, which messages call `name`.  No digest is verified.
-
-    Raises
-    ------
-    Damaged
-        pybackup does not write such a file.
-    OSError
-        The file cannot be read.
-    """
-    return layout.parse_header(file.read(HEADER_BYTES) or b"", os.fstat(file.fileno()).st_size, name)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -15,7 +15,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -26,6 +25,7 @@ from backup.qcow2 import COMPRESSED, Codec, Reader
 from backup.repository import data_file
 from backup.repository.checked_file import CACHED
 from backup.repository.cluster_index import NOBODY, Found, Index
+from backup.storage.base import Files
 
 _MOST_CACHED = 64
 """Checked blocks (4 MiB each) kept at most: of a long chain one for each file that a batch reads from."""
@@ -154,7 +154,7 @@ def kept_blocks(chain: Chain) -> int:
 
 
 @contextmanager
-def checked(folder: Path, chain: Chain, size: int) -> Iterator[Content]:
+def checked(files: Files, chain: Chain, size: int) -> Iterator[Content]:
     """
     A chain's content, to be read in the disk's order, with every block held against its digest first.
 
@@ -163,12 +163,12 @@ def checked(folder: Path, chain: Chain, size: int) -> Iterator[Content]:
     NotFound, Damaged
         A file of the chain is not what was written.
     """
-    with data_file.opened(folder, chain, kept_blocks(chain)) as files:
-        yield Content(chain, files, size)
+    with data_file.opened(files, chain, kept_blocks(chain)) as opened_files:
+        yield Content(chain, opened_files, size)
 
 
 @contextmanager
-def glanced(folder: Path, chain: Chain, size: int, clusters: Offsets) -> Iterator[Content]:
+def glanced(files: Files, chain: Chain, size: int, clusters: Offsets) -> Iterator[Content]:
     """A few clusters (ascending) of a chain's content, for a look: of a difference `checked` must be asked."""
-    with data_file.peeked_files(folder, chain) as files:
-        yield Content(chain, files, size, clusters)
+    with data_file.peeked_files(files, chain) as peeked_at:
+        yield Content(chain, peeked_at, size, clusters)

@@ -7,19 +7,19 @@ The last block may be short.  The manifest holds the digest over the `.b3` (FORM
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from pathlib import Path
+from contextlib import closing
 
 from backup.errors import Damaged, DamagedBlock
 from backup.model.digests import BLOCK, LENGTH, block_count, digest
-from backup.runtime.direct_io import ReadOnce
-from backup.storage.folder import open_plain
+from backup.model.manifest import DataFile
+from backup.storage.base import Files
+from backup.storage.refusals import open_file
 
 
-def load(path: Path, expected: str, blocks: int) -> bytes:
+def load(files: Files, name: str, expected: str, blocks: int) -> bytes:
     """
     Read a `.b3` file and hold it against the manifest.
 
@@ -30,16 +30,14 @@ def load(path: Path, expected: str, blocks: int) -> bytes:
     Damaged
         Its length or its digest (64 hex digits in `expected`) is another.
     """
-    fd = open_plain(path)
-    try:
+    path = files.path(name)
+    with closing(open_file(files, name)) as file:
         # The length comes first: a hostile manifest may name a size that no memory holds.
-        fits = os.fstat(fd).st_size == blocks * LENGTH
-        with open(fd, "rb", closefd=False) as file:
-            content = file.read(blocks * LENGTH) if fits else b""
-    except OSError as error:
-        raise Damaged(f"{path} cannot be read: {error.strerror}", hint=_FROM_COPY) from None
-    finally:
-        os.close(fd)
+        fits = file.size == blocks * LENGTH
+        try:
+            content = bytes(file.read_at(0, file.size)) if fits else b""
+        except OSError as error:
+            raise Damaged(f"{path} cannot be read: {error.strerror}", hint=_FROM_COPY) from None
     if not fits or digest(content).hex() != expected:
         raise Damaged(f"{path} is not the digest file that the manifest names", hint=_FROM_COPY)
     return content
@@ -117,18 +115,25 @@ class CheckedFile:
     """
 
     def __init__(
-        self, path: Path, size: int, digests: bytes, cache: BlockCache, *, once: bool = False, whole: bool = True
+        self,
+        files: Files,
+        name: str,
+        size: int,
+        digests: bytes,
+        cache: BlockCache,
+        *,
+        once: bool = False,
+        whole: bool = True,
     ) -> None:
-        self.path = path
+        self.path = files.path(name)
         self.size = size
         self._digests = digests
         self._cache = cache
-        self._fd = open_plain(path)
-        self._once = ReadOnce(self._fd, BLOCK) if once else None
-        actual = os.fstat(self._fd).st_size
+        self._file = open_file(files, name, once=BLOCK if once else 0)
+        actual = self._file.size
         if whole and actual != size:
             self.close()
-            raise Damaged(f"{path} has {actual} bytes where its manifest says {size}", hint=_FROM_COPY)
+            raise Damaged(f"{self.path} has {actual} bytes where its manifest says {size}", hint=_FROM_COPY)
 
     @property
     def blocks(self) -> int:
@@ -150,7 +155,7 @@ class CheckedFile:
         """
         start, length = number * BLOCK, min(BLOCK, self.size - number * BLOCK)
         try:
-            content = self._once.read(start, length) if self._once else os.pread(self._fd, length, start)
+            content = self._file.read_at(start, length)
         except OSError as error:
             raise self._damaged(start, length, f"cannot be read at {start}: {error.strerror}") from None
         if len(content) != length or digest(content) != self.listed(number):
@@ -167,7 +172,7 @@ class CheckedFile:
             The disk fails, or the file ends before.
         """
         try:
-            content = os.pread(self._fd, length, offset)
+            content = bytes(self._file.read_at(offset, length))
         except OSError as error:
             raise self._damaged(offset, length, f"cannot be read at {offset}: {error.strerror}") from None
         if len(content) != length:
@@ -175,7 +180,7 @@ class CheckedFile:
         return content
 
     def _damaged(self, start: int, length: int, what: str) -> Damaged:
-        return DamagedBlock(str(self.path), start, start + length, message=f"{self.path} {what}", hint=_FROM_COPY)
+        return DamagedBlock(self.path, start, start + length, message=f"{self.path} {what}", hint=_FROM_COPY)
 
     def block(self, number: int) -> bytes:
         """A checked block, from the cache where it is there."""
@@ -196,18 +201,17 @@ class CheckedFile:
 
     def close(self) -> None:
         """Close the file."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._file.close()
 
 
-def opened(path: Path, size: int, listed: Path, expected: str, cache: BlockCache, *, once: bool = False) -> CheckedFile:
+def opened(files: Files, data: DataFile, cache: BlockCache, *, once: bool = False) -> CheckedFile:
     """
-    Open a data file of `size` bytes and the `.b3` file `listed`, whose digest is `expected` (64 hex digits).
+    Open a data file and the digest file that belongs to it.
 
     Raises
     ------
     NotFound, Damaged
         One of them is missing, or not what the manifest names.
     """
-    return CheckedFile(path, size, load(listed, expected, block_count(size)), cache, once=once)
+    listed = load(files, data.digests, data.digest, block_count(data.size))
+    return CheckedFile(files, data.file, data.size, listed, cache, once=once)

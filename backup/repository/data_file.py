@@ -4,11 +4,8 @@ Data files in a machine's folder: written in parts with digests on the way, open
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from pathlib import Path
 
 from backup import qcow2
 from backup.errors import Damaged
@@ -17,7 +14,8 @@ from backup.model.manifest import DiskEntry
 from backup.repository import checked_file
 from backup.repository.checked_file import CACHED, BlockCache, CheckedFile
 from backup.repository.cluster_index import Index
-from backup.storage.folder import open_plain
+from backup.storage.base import Files
+from backup.storage.refusals import open_file, opening
 
 _FROM_COPY = "bring the file back from a copy of the repository, or restore another point"
 
@@ -25,11 +23,11 @@ _FROM_COPY = "bring the file back from a copy of the repository, or restore anot
 class OpenDataFile:
     """A data file opened for reading, every byte held against its digest first."""
 
-    def __init__(self, folder: Path, entry: DiskEntry, cache: BlockCache) -> None:
+    def __init__(self, files: Files, entry: DiskEntry, cache: BlockCache) -> None:
         data = entry.data
-        self.file = checked_file.opened(folder / data.file, data.size, folder / data.digests, data.digest, cache)
+        self.file = checked_file.opened(files, data, cache)
         try:
-            self.reader = qcow2.Reader(self.file.read_at, data.size, str(self.file.path))
+            self.reader = qcow2.Reader(self.file.read_at, data.size, self.file.path)
         except BaseException:
             self.close()
             raise
@@ -48,26 +46,27 @@ class PeekedDataFile:
     A data file opened unchecked: for planning, where `verify` has the last word, and for a look at few of its clusters.
     """
 
-    def __init__(self, folder: Path, entry: DiskEntry) -> None:
-        path = folder / entry.data.file
-        self._fd = open_plain(path)
+    def __init__(self, files: Files, entry: DiskEntry) -> None:
+        data = entry.data
+        path = files.path(data.file)
+        self._file = open_file(files, data.file)
         try:
-            actual = os.fstat(self._fd).st_size
-            if actual != entry.data.size:
-                raise Damaged(f"{path} has {actual} bytes where its manifest says {entry.data.size}", hint=_FROM_COPY)
-            if not (folder / entry.data.digests).is_file():
-                raise Damaged(f"{folder / entry.data.digests} is missing", hint=_FROM_COPY)
-            self.reader = qcow2.Reader(self.read_at, actual, str(path))
-            check_head(self.reader, entry, str(path))
+            if self._file.size != data.size:
+                raise Damaged(
+                    f"{path} has {self._file.size} bytes where its manifest says {data.size}", hint=_FROM_COPY
+                )
+            if not files.has(data.digests):
+                raise Damaged(f"{files.path(data.digests)} is missing", hint=_FROM_COPY)
+            self.reader = qcow2.Reader(self.read_at, data.size, path)
+            check_head(self.reader, entry, path)
         except BaseException:
             self.close()
             raise
-        self._path = path
 
     def read_at(self, offset: int, length: int) -> bytes:
         """Bytes [offset, offset + length), unchecked."""
         try:
-            content = os.pread(self._fd, length, offset)
+            content = bytes(self._file.read_at(offset, length))
         except OSError as error:
             raise Damaged(f"a data file cannot be read: {error.strerror}", hint=_FROM_COPY) from None
         if len(content) != length:
@@ -76,13 +75,11 @@ class PeekedDataFile:
 
     def close(self) -> None:
         """Close the file."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._file.close()
 
 
 @contextmanager
-def opened(folder: Path, chain: Chain, cached: int = CACHED) -> Iterator[list[OpenDataFile]]:
+def opened(files: Files, chain: Chain, cached: int = CACHED) -> Iterator[list[OpenDataFile]]:
     """
     Open all data files of a chain, newest first, and hold their heads against the manifests.
 
@@ -90,54 +87,46 @@ def opened(folder: Path, chain: Chain, cached: int = CACHED) -> Iterator[list[Op
     """
     cache = BlockCache(cached)
     with ExitStack() as stack:
-        files = [stack.enter_context(closing(OpenDataFile(folder, link.entry, cache))) for link in chain.links]
-        check_heads(chain, [file.reader for file in files])
-        yield files
+        opened_files = [stack.enter_context(closing(OpenDataFile(files, link.entry, cache))) for link in chain.links]
+        check_heads(chain, [file.reader for file in opened_files])
+        yield opened_files
 
 
 @contextmanager
-def peeked_files(folder: Path, chain: Chain, *, whole: bool = True) -> Iterator[list[PeekedDataFile]]:
+def peeked_files(files: Files, chain: Chain, *, whole: bool = True) -> Iterator[list[PeekedDataFile]]:
     """
     Open all data files of a chain, newest first; existence, sizes and heads are checked, contents are not.
 
     With `whole` off it may be a part of a chain, whose last link is no full.
     """
     with ExitStack() as stack:
-        files = [stack.enter_context(closing(PeekedDataFile(folder, link.entry))) for link in chain.links]
+        peeked_at = [stack.enter_context(closing(PeekedDataFile(files, link.entry))) for link in chain.links]
         if whole:
-            check_heads(chain, [file.reader for file in files])
-        yield files
+            check_heads(chain, [file.reader for file in peeked_at])
+        yield peeked_at
 
 
 @contextmanager
-def peeked(folder: Path, chain: Chain, *, whole: bool = True) -> Iterator[Index]:
+def peeked(files: Files, chain: Chain, *, whole: bool = True) -> Iterator[Index]:
     """Open a chain's metadata for planning, as `peeked_files`."""
-    with peeked_files(folder, chain, whole=whole) as files:
-        yield Index(chain, [file.reader for file in files])
+    with peeked_files(files, chain, whole=whole) as peeked_at:
+        yield Index(chain, [file.reader for file in peeked_at])
 
 
 @contextmanager
-def held(folder: Path, chain: Chain) -> Iterator[bool]:
+def held(files: Files, chain: Chain) -> Iterator[bool]:
     """
     Keep `prune` from a chain's files, which are checked as by `peeked`; False where the file system has no locks.
 
     What is held may have been changed just before: the manifests are to be read again.  The locks are on the digest
     files, which QEMU does not open: on NFS an flock is one of fcntl's, and would keep QEMU from the data files.
     """
-    with peeked_files(folder, chain):
+    with peeked_files(files, chain):
         pass
     with ExitStack() as stack:
-        yield all(_hold(stack, folder / link.entry.data.digests) for link in chain.links)
-
-
-def _hold(stack: ExitStack, path: Path) -> bool:
-    fd = open_plain(path)
-    stack.callback(os.close, fd)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH)  # a prune that replaces the file just now ends in a moment
-    except OSError:
-        return False
-    return True
+        with opening(files.location):
+            protected = stack.enter_context(files.hold([link.entry.data.digests for link in chain.links]))
+        yield protected
 
 
 def check_head(reader: qcow2.Reader, entry: DiskEntry, name: str, parent: DiskEntry | None = None) -> None:
@@ -178,6 +167,6 @@ def check_structure(file: CheckedFile, entry: DiskEntry, parent: DiskEntry | Non
     Damaged
         The first thing that is wrong.
     """
-    reader = qcow2.Reader(file.read_at, file.size, str(file.path))
+    reader = qcow2.Reader(file.read_at, file.size, file.path)
     check_head(reader, entry, entry.data.file, parent)
     qcow2.check(reader, qcow2.Codec(entry.data.cluster_size, None) if deep else None)

@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import re
-import stat
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from backup.errors import BackupError, Damaged, NotFound, UsageError
+from backup.errors import BackupError, Damaged, NotFound
 from backup.model import documents
 from backup.model import manifest as manifests
 from backup.model.manifest import DiskEntry, Manifest
 from backup.repository.manifests import as_stored, exchanged_files, read_raw
-from backup.storage.folder import (
-    TEMPORARY,
-    Modes,
-    explained,
-    make_folder,
-    read,
-    sync_folder,
-    write_whole,
-)
-from backup.storage.locks import alone, flock, has_name
-from backup.storage.plain_file import allow, open_file
+from backup.storage.base import NO_FILES, TEMPORARY, Listing, Storage
+from backup.storage.refusals import explained, opening
 
 ATTEMPTS = 50
 """How often a reader starts again while a prune changes what it reads; each step of a prune takes some fsyncs."""
-_LOCK_ATTEMPTS = 20
-"""How often the lock is taken again because its file lost its name meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,53 +34,52 @@ class Contents:
 
 
 class Machine:
-    """One machine's folder."""
+    """
+    One machine of a repository.
 
-    def __init__(self, path: Path, modes: Modes = Modes()) -> None:
-        self.path = path
-        self.name = path.name
-        self.modes = modes
+    Attributes
+    ----------
+    files : Files
+        The files of the machine's folder, which need not exist.
+    """
+
+    def __init__(self, storage: Storage, name: str) -> None:
+        self.name = name
+        self.storage = storage
+        self.files = storage.files(name)
 
     def exists(self) -> bool:
         """
-        Is the folder there?
+        Tell whether the machine has a folder.
 
         Raises
         ------
-        Damaged
-            A link has its name, which would lead out of the repository.
-        UsageError
-            Its name is another: the file system does not tell upper from lower case, for example.  Two machines would
-            share one folder.
-        Failed
-            The folder cannot be looked at.
+        Damaged, UsageError, Failed
+            Something else has the folder's name; see `Files.exists`.
         """
-        with explained(self.path):
-            try:
-                mode = os.lstat(self.path).st_mode
-            except (FileNotFoundError, NotADirectoryError):
-                return False
-            if stat.S_ISLNK(mode):
-                raise Damaged(f"the folder {self.path} of machine {self.name} is a link", hint=NO_LINKS)
-            if not stat.S_ISDIR(mode):
-                return False
-            self._require_exact_name()
-        return True
+        return self.files.exists()
 
-    def _require_exact_name(self) -> None:
-        try:
-            names = os.listdir(self.path.parent)
-        except PermissionError:  # a folder of others', in which a manifest was named by its path
-            return
-        if self.name in names or not os.path.lexists(self.path):
-            return
-        ours = os.lstat(self.path)
-        real = next((name for name in names if os.path.samestat(ours, os.lstat(self.path.parent / name))), "another")
-        raise UsageError(
-            f"machine {self.name} has no folder of its own: on this file system, {self.path} is the folder {real}",
-            hint=f"if it is the same machine, name it {real}; else choose a name that differs in more than upper and "
-            "lower case",
-        )
+    def listing(self) -> Listing:
+        """
+        List the machine's files; none where the machine has no folder.
+
+        Raises
+        ------
+        Failed
+            The folder cannot be read.
+        """
+        if not self.exists():
+            return NO_FILES
+        with explained(self.files.location):
+            return self.files.listing()
+
+    def location(self, point: str) -> str:
+        """Return the path or URL of a point's manifest, for people."""
+        return self.files.path(manifest_name(point))
+
+    def has_point(self, point: str) -> bool:
+        """Tell whether a manifest has this point's name, damaged or not."""
+        return self.files.has(manifest_name(point))
 
     def contents(self, *, raw: bool = False) -> Contents:
         """
@@ -120,17 +105,13 @@ class Machine:
         found: dict[str, Manifest] = {}
         damaged: dict[str, BackupError] = {}
         exchanged: set[str] = set()
-        if not self.exists():
-            return Contents(found, damaged)
-        with explained(self.path):
-            names = sorted(os.listdir(self.path))
-        for name in names:
+        for name in self.listing():
             point = name.removesuffix(".json")
             if point == name or not manifests.is_point_id(point):
                 continue
             try:
-                read = read_raw(self.path / name)
-                found[point] = read if raw else as_stored(self.path, read)
+                read = read_raw(self.files, name)
+                found[point] = read if raw else as_stored(self.files, read)
                 exchanged.update(exchanged_files(read))
             except BackupError as error:
                 damaged[name] = error
@@ -139,59 +120,26 @@ class Machine:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """
-        Hold the machine's lock; its folder is made when it is missing.
-
-        The kernel frees an flock when its holder dies, however it dies.
+        Hold the machine's lock; the machine's folder is made when it is missing.
 
         Raises
         ------
         Locked
             Another run holds it.
         """
-        fd = self._take_lock()
-        for _ in range(_LOCK_ATTEMPTS):  # a file system may number one file differently each time
-            if has_name(fd, self.path / "lock"):
-                break
-            os.close(fd)  # its holder removed the machine, and the lock with it
-            fd = self._take_lock()
-        try:
+        with self.files.lock():
             yield
-        finally:
-            os.close(fd)
-
-    def _take_lock(self) -> int:
-        with explained(self.path):
-            if not self.exists():
-                make_folder(self.path, self.modes.folder)
-                sync_folder(self.path.parent)
-            fd = open_file(self.path / "lock", os.O_RDWR | os.O_CREAT, self.modes.file, sole=True)
-        try:
-            allow(fd, self.modes.file)
-            with explained(self.path / "lock"):
-                flock(fd, self.name)
-        except BaseException:
-            os.close(fd)
-            raise
-        return fd
 
     def require_free(self) -> None:
         """
-        Make sure that no run has the machine's lock, and leave what it says as it is.
+        Make sure that no run has the machine's lock.
 
         Raises
         ------
         Locked
-            One has it.
+            A run has it.
         """
-        with explained(self.path / "lock"):
-            try:
-                fd = open_file(self.path / "lock", os.O_RDONLY)
-            except FileNotFoundError:
-                return
-            try:
-                flock(fd, self.name, shared=True)
-            finally:
-                os.close(fd)
+        self.files.require_unlocked()
 
     def points_in_use(self) -> dict[str, str]:
         """
@@ -201,15 +149,11 @@ class Machine:
         Who needs a chain holds a shared flock on each of its digest files, and then reads the manifests again; older
         programs hold the data files.
         """
-        if not self.exists():
-            return {}
-        with explained(self.path):
-            names = sorted(os.listdir(self.path))  # digest files first
         used: dict[str, str] = {}
-        for name in names:
+        for name in self.listing():  # sorted: digest files first
             point = manifests.point_of(name)
             if point is not None and point not in used:
-                with alone([self.path / name]) as why_not:
+                with self._alone([name]) as why_not:
                     if why_not is not None:
                         used[point] = why_not
         return used
@@ -224,7 +168,14 @@ class Machine:
         """
         # The digest file first: once it is ours, no reader starts a QEMU, whom a lock on the data file might disturb.
         names = [name for disk in disks for name in (disk.data.digests, disk.data.file)]
-        with alone([self.path / name for name in names]) as why_not:
+        with self._alone(names) as why_not:
+            yield why_not
+
+    @contextmanager
+    def _alone(self, names: Sequence[str]) -> Iterator[str | None]:
+        with ExitStack() as stack:
+            with opening(self.files.location):
+                why_not = stack.enter_context(self.files.alone(names))
             yield why_not
 
     def remove_leftovers(self, contents: Contents) -> list[str]:
@@ -241,16 +192,16 @@ class Machine:
             for disk in point.disks
             for name in (disk.data.file, disk.data.digests)
         } | contents.exchanged
-        with explained(self.path):
+        with explained(self.files.location):
             leftovers = [
                 name
-                for name in sorted(os.listdir(self.path))
+                for name in self.files.listing()
                 if (name not in named and manifests.is_data_name(name))
                 or name == SEQUENCE + TEMPORARY
                 or (name.endswith(TEMPORARY) and manifests.is_point_id(name.removesuffix(".json" + TEMPORARY)))
             ]
             for name in leftovers:
-                os.unlink(self.path / name)
+                self.files.remove(name)
         return leftovers
 
     def next_sequence(self, contents: Contents) -> int:
@@ -278,19 +229,19 @@ class Machine:
 
         A second place may still hold the removed point, and the later one must be its latest.
         """
-        with explained(self.path):
-            write_whole(self.path / SEQUENCE, f"{sequence}\n".encode(), self.modes.file)
+        with explained(self.files.location):
+            self.files.publish(SEQUENCE, f"{sequence}\n".encode())
 
     def _highest_removed(self) -> int:
         """What `note_removed` noted; 0 where it did not, or something else has the name."""
         try:
-            found = re.fullmatch(rb"[1-9][0-9]{0,19}\n", read(self.path / SEQUENCE, 32))
+            found = re.fullmatch(rb"[1-9][0-9]{0,19}\n", self.files.read(SEQUENCE, 32))
         except OSError:
             return 0
         sequence = int(found[0]) if found else 0
         return sequence if sequence <= documents.MAX_NUMBER else 0
 
-    def publish(self, manifest: Manifest, content: bytes | None = None) -> Path:
+    def publish(self, manifest: Manifest, content: bytes | None = None) -> str:
         """
         Make a point exist; its data files are written and fsynced already.
 
@@ -299,28 +250,28 @@ class Machine:
 
         Returns
         -------
-        Path
-            The manifest's path.
+        str
+            The manifest's location, for people.
 
         Raises
         ------
         BackupError
             Nothing was published: the disk is full, for example.
         """
-        path = self.path / f"{manifest.point}.json"
+        name = manifest_name(manifest.point)
         content = manifests.encode(manifest) if content is None else content
         # A point that no reader would take (a sequence beyond the largest) must not pass for a backup.
-        manifests.decode(content, path.name)
+        manifests.decode(content, name)
         try:
-            with explained(self.path):
-                sync_folder(self.path)
-                write_whole(path, content, self.modes.file)
-                sync_folder(self.path.parent)
+            with explained(self.files.location):
+                self.files.barrier()
+                self.files.publish(name, content)
+                self.storage.files().barrier()
         except BaseException:
             # It may have its name already; the caller removes the data files, so the manifest must go first.
             self.withdraw(manifest.point)
             raise
-        return path
+        return self.files.path(name)
 
     def rewrite(self, manifest: Manifest) -> None:
         """
@@ -331,11 +282,11 @@ class Machine:
         Failed
             It cannot be written; the one or the other is there.
         """
-        path = self.path / f"{manifest.point}.json"
+        name = manifest_name(manifest.point)
         content = manifests.encode(manifest)
-        manifests.decode(content, path.name)
-        with explained(self.path):
-            write_whole(path, content, stat.S_IMODE(os.stat(path).st_mode))
+        manifests.decode(content, name)
+        with explained(self.files.location):
+            self.files.publish(name, content, replace=True)
 
     def remove_point(self, manifest: Manifest) -> None:
         """
@@ -346,24 +297,25 @@ class Machine:
         Failed
             Something could not be removed; what is left without a manifest, the next run removes.
         """
-        with explained(self.path):
-            os.unlink(self.path / f"{manifest.point}.json")
-            sync_folder(self.path)
+        with explained(self.files.location):
+            self.files.remove(manifest_name(manifest.point))
+            self.files.barrier()
             for disk in manifest.disks:
                 for name in (disk.data.file, disk.data.digests):
-                    (self.path / name).unlink(missing_ok=True)
-            sync_folder(self.path)
+                    self.files.discard(name)
+            self.files.barrier()
 
     def withdraw(self, point: str) -> None:
         """Take back a point that was just published, or not yet: its run failed, and its data files go next."""
         with suppress(OSError):
-            os.unlink(self.path / f"{point}.json")
-            sync_folder(self.path)
+            self.files.remove(manifest_name(point))
+            self.files.barrier()
 
 
 SEQUENCE = "sequence"
 """File of a machine whose newest point was removed: the highest sequence that there was."""
-NO_LINKS = (
-    "nothing was changed; move the real folder into the repository, or mount it there if it has its own disk "
-    "(mount --bind)"
-)
+
+
+def manifest_name(point: str) -> str:
+    """Return the name of a point's manifest."""
+    return f"{point}.json"

@@ -16,7 +16,6 @@ takes back as well what somebody has begun to use meanwhile.
 from __future__ import annotations
 
 import logging
-import os
 from contextlib import closing
 from dataclasses import replace
 
@@ -27,7 +26,7 @@ from backup.repository import checked_file
 from backup.repository.checked_file import BlockCache, CheckedFile
 from backup.repository.machine import Contents, Machine
 from backup.repository.manifests import is_exchanged
-from backup.storage.folder import explained, sync_folder
+from backup.storage.refusals import explained
 
 _log = logging.getLogger(__name__)
 
@@ -53,15 +52,14 @@ def exchange(machine: Machine, manifest: Manifest, entry: DiskEntry) -> Manifest
     assert former is not None
     replaces = Former(former.kind, former.reason, former.parent, former.data)
     done = manifest.with_disk(entry)
-    path = machine.path / entry.data.file
-    with explained(machine.path):
-        sync_folder(machine.path)
+    files = machine.files
+    with explained(files.location):
+        files.barrier()
         machine.rewrite(manifest.with_disk(replace(entry, replaces=replaces)))
-        os.rename(path.with_name(path.name + NEW), path)
-        sync_folder(machine.path)
+        files.take_name(entry.data.file + NEW, entry.data.file)
         machine.rewrite(done)
-        os.unlink(machine.path / former.data.digests)
-        sync_folder(machine.path)
+        files.remove(former.data.digests)
+        files.barrier()
     return done
 
 
@@ -95,21 +93,19 @@ def _settle(machine: Machine, manifest: Manifest) -> None:
 
 def _settled(machine: Machine, disk: DiskEntry) -> DiskEntry:
     """Bring the file of an exchange that was cut off to its place, or leave the former one; the entry that holds."""
-    path = machine.path / disk.data.file
-    if not is_exchanged(machine.path, disk) and not (_waits(machine, disk) and _take_place(machine, disk)):
-        _log.info("%s: took back the exchange of %s, which was cut off", machine.name, path.name)
+    name = disk.data.file
+    if not is_exchanged(machine.files, disk) and not (_waits(machine, disk) and _take_place(machine, disk)):
+        _log.info("%s: took back the exchange of %s, which was cut off", machine.name, name)
         return disk.restored()
-    _log.info("%s: completed the exchange of %s, which was cut off", machine.name, path.name)
+    _log.info("%s: completed the exchange of %s, which was cut off", machine.name, name)
     return replace(disk, replaces=None)
 
 
 def _take_place(machine: Machine, disk: DiskEntry) -> bool:
     """Let the file that waits take the former one's name, unless somebody uses that."""
-    path = machine.path / disk.data.file
-    with machine.unused(disk.restored()) as why_not, explained(machine.path):
+    with machine.unused(disk.restored()) as why_not, explained(machine.files.location):
         if why_not is None:
-            os.rename(path.with_name(path.name + NEW), path)
-            sync_folder(machine.path)
+            machine.files.take_name(disk.data.file + NEW, disk.data.file)
     return why_not is None
 
 
@@ -117,8 +113,8 @@ def _waits(machine: Machine, disk: DiskEntry) -> bool:
     """Is the file that is to take the place there, as its digests say?"""
     data = disk.data
     try:
-        listed = checked_file.load(machine.path / data.digests, data.digest, digests.block_count(data.size))
-        with closing(CheckedFile(machine.path / (data.file + NEW), data.size, listed, BlockCache())) as file:
+        listed = checked_file.load(machine.files, data.digests, data.digest, digests.block_count(data.size))
+        with closing(CheckedFile(machine.files, data.file + NEW, data.size, listed, BlockCache())) as file:
             for number in range(file.blocks):
                 file.check_block(number)
     except (Damaged, NotFound):

@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,17 +29,8 @@ from backup.model import documents
 from backup.model.documents import RANDOM, BadDocument, Fields
 from backup.model.names import MARKER, RECOVERY, check_name, name_problem
 from backup.repository.machine import Machine
-from backup.storage.folder import (
-    TEMPORARY,
-    Modes,
-    explained,
-    is_folder,
-    make_folder,
-    read,
-    sync_folder,
-    write_temporary,
-    write_whole,
-)
+from backup.storage.base import TEMPORARY, Storage
+from backup.storage.refusals import explained
 
 FORMAT = "pybackup repository"
 VERSION = 1
@@ -47,15 +39,19 @@ _UNFINISHED_MARKER = re.compile(re.escape(MARKER) + r"\.[0-9a-f]{8}" + re.escape
 
 
 class Repository:
-    """A folder of machines, with a marker that names it."""
+    """A storage of machines, with a marker that names the repository."""
 
-    def __init__(self, path: Path, identity: str, modes: Modes) -> None:
-        self.path = path
+    def __init__(self, storage: Storage, identity: str) -> None:
+        self.storage = storage
         self.identity = identity
-        self.modes = modes
+
+    @property
+    def location(self) -> str:
+        """The repository's path or URL, for people."""
+        return self.storage.location
 
     @classmethod
-    def open(cls, path: Path, modes: Modes = Modes()) -> Repository:
+    def open(cls, storage: Storage) -> Repository:
         """
         Open an existing repository.
 
@@ -66,9 +62,11 @@ class Repository:
         Damaged, Failed
             The marker cannot be understood, or a newer program wrote it.
         """
-        marker = path / MARKER
+        path = storage.location
+        root = storage.files()
+        marker = root.path(MARKER)
         try:
-            content = read(marker, _MAX_MARKER)
+            content = root.read(MARKER, _MAX_MARKER)
         except (FileNotFoundError, NotADirectoryError):
             raise NotFound(
                 f"there is no repository at {path} (no {MARKER} in it)",
@@ -77,12 +75,12 @@ class Repository:
             ) from None
         except OSError as error:
             raise Failed(f"{marker} cannot be read: {error.strerror}", hint="run as the repository's owner") from None
-        return cls(path, _identity(content, marker), modes)
+        return cls(storage, _identity(content, marker))
 
     @classmethod
-    def create(cls, path: Path, modes: Modes = Modes(), identity: str | None = None) -> Repository:
+    def create(cls, storage: Storage, identity: str | None = None) -> Repository:
         """
-        Make a repository in a new or empty folder, with `identity` or a random id.  Only `pybackup init` does.
+        Make a repository in a new or empty place, with `identity` or a random id.  Only `pybackup init` does.
 
         Raises
         ------
@@ -91,11 +89,11 @@ class Repository:
         Failed
             It cannot be made.
         """
-        require_outside(path)
-        with explained(path):
-            _require_free(path)
-            _make(path, modes, identity or os.urandom(16).hex())
-        made = cls.open(path, modes)
+        storage.require_outside()
+        with explained(storage.location):
+            _require_free(storage)
+            _make(storage, identity or os.urandom(16).hex())
+        made = cls.open(storage)
         made.tidy()
         return made
 
@@ -106,58 +104,45 @@ class Repository:
         Only writers call this.  What cannot be done is done by the next one.
         """
         with suppress(OSError):
-            for name in os.listdir(self.path):
+            root = self.storage.files()
+            for name in root.listing():
                 if _UNFINISHED_MARKER.fullmatch(name):
-                    os.unlink(self.path / name)
-            if not os.path.lexists(self.path / RECOVERY):
-                text = Path(__file__).parent.with_name(RECOVERY).read_bytes()
-                write_whole(self.path / RECOVERY, text, self.modes.file)
+                    root.remove(name)
+            if not root.has(RECOVERY):
+                root.publish(RECOVERY, Path(__file__).parent.with_name(RECOVERY).read_bytes())
 
     def machine_names(self) -> list[str]:
         """Names of the machines' folders, sorted; a folder that can be no machine's (lost+found) is none."""
-        with explained(self.path), os.scandir(self.path) as entries:
-            folders = [entry.name for entry in entries if is_folder(entry)]
+        with explained(self.location):
+            folders = self.storage.machines()
         return sorted(name for name in folders if name_problem("machine", name) is None)
 
     def machine(self, name: str) -> Machine:
         """The folder of a machine, which need not exist yet."""
-        return Machine(self.path / check_name("machine", name), self.modes)
+        return Machine(self.storage, check_name("machine", name))
 
     def ownership(self, machine: str | None) -> Ownership:
         """What is this repository's in a running QEMU; `machine` is the one whose lock is held, if any is."""
         return Ownership(self, machine)
 
 
-def require_outside(path: Path) -> None:
-    """
-    Refuse a folder for a repository that lies in another repository.
-
-    Raises
-    ------
-    UsageError
-        It does.
-    """
-    for folder in Path(os.path.realpath(path)).parents:
-        if os.path.lexists(folder / MARKER):
-            raise UsageError(f"{path} lies in the repository {folder}", hint="name a folder outside of it")
+def machine_with(storage: Storage, machines: Iterable[str], point: str) -> str | None:
+    """Return the first of these machines that has a manifest of this point's name, damaged or not."""
+    return next((name for name in machines if Machine(storage, name).has_point(point)), None)
 
 
-def _require_free(path: Path) -> None:
-    """Accept a path where nothing is, and an empty folder; the root of a fresh file system is empty too."""
-    if os.path.lexists(path / MARKER):
-        raise _exists_already(path)
-    if not os.path.lexists(path):
-        return
-    if not path.is_dir():
-        raise UsageError(f"{path} is no folder", hint=_NEW_FOLDER)
-    other = sorted(name for name in os.listdir(path) if name != "lost+found" and not _UNFINISHED_MARKER.fullmatch(name))
+def _require_free(storage: Storage) -> None:
+    """Accept a place where nothing is, and an empty one."""
+    if storage.files().has(MARKER):
+        raise _exists_already(storage.location)
+    other = [name for name in storage.occupants() if not _UNFINISHED_MARKER.fullmatch(name)]
     if other:
-        raise UsageError(f"{path} is not empty: it holds {other[0]}", hint=_NEW_FOLDER)
+        raise UsageError(f"{storage.location} is not empty: it holds {other[0]}", hint=_NEW_FOLDER)
 
 
-def _exists_already(path: Path) -> UsageError:
+def _exists_already(location: str) -> UsageError:
     return UsageError(
-        f"there is a repository at {path} already; nothing was changed",
+        f"there is a repository at {location} already; nothing was changed",
         hint="use it as it is, or name a new or empty folder",
     )
 
@@ -165,39 +150,17 @@ def _exists_already(path: Path) -> UsageError:
 _NEW_FOLDER = "name a new or empty folder; pybackup mixes its files with no others"
 
 
-def _make(path: Path, modes: Modes, identity: str) -> None:
-    """Make a repository where there is none, and the folders that lead to it; all their names last."""
-    # The repository's folder counts as new where it is there: a first `init` may have been cut off before it lasted.
-    new = [folder for folder in path.absolute().parents if not os.path.lexists(folder)]
-    for folder in (*reversed(new), path):
-        if not os.path.lexists(folder):
-            make_folder(folder, modes.folder)
-    document = {"format": FORMAT, "version": VERSION, "id": identity}
-    _write_marker(path / MARKER, (json.dumps(document, indent=2) + "\n").encode(), modes.file)
-    for folder in (path, *new):
-        with suppress(PermissionError):  # a folder of others', which we may write to and not read
-            sync_folder(folder.parent)
-
-
-def _write_marker(path: Path, content: bytes, mode: int) -> None:
+def _make(storage: Storage, identity: str) -> None:
     """Write the marker, unless another `init` was faster: its id may be in bitmaps' names already."""
-    temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}{TEMPORARY}")
-    try:
-        write_temporary(temporary, content, mode)
+    document = {"format": FORMAT, "version": VERSION, "id": identity}
+    with storage.new():
         try:
-            os.link(temporary, path)
+            storage.files().publish_first(MARKER, (json.dumps(document, indent=2) + "\n").encode())
         except FileExistsError:
-            raise _exists_already(path.parent) from None
-        except OSError:  # a file system without links, or a run of the other's repository that tidied up
-            if os.path.lexists(path):
-                raise _exists_already(path.parent) from None
-            os.rename(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+            raise _exists_already(storage.location) from None
 
 
-def _identity(content: bytes, marker: Path) -> str:
+def _identity(content: bytes, marker: str) -> str:
     try:
         document = documents.parse(content)
         if document.get("format") != FORMAT:
@@ -233,8 +196,7 @@ class Ownership:
 
     def has_point(self, point: str) -> bool:
         """Is it a point of any machine?  A damaged manifest counts."""
-        names = self.repository.machine_names()
-        return any(os.path.lexists(self.repository.path / name / f"{point}.json") for name in names)
+        return machine_with(self.repository.storage, self.repository.machine_names(), point) is not None
 
     def require_alone(self) -> None:
         """

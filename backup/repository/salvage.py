@@ -16,11 +16,9 @@ the 4 MiB will be right, so that they are written as they are stored; they are l
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +37,8 @@ from backup.repository.cluster_index import NOBODY, Index
 from backup.repository.data_file import check_head
 from backup.repository.machine import Contents, Machine
 from backup.repository.opened_chain import open_unchanged
-from backup.storage.folder import open_plain
+from backup.storage.base import Files
+from backup.storage.refusals import open_file
 
 U64 = npt.NDArray[np.uint64]
 
@@ -108,7 +107,7 @@ class SalvagedFile:
     `spans` are for what is known.  Not for several threads, but for `read`.
     """
 
-    def __init__(self, folder: Path, entry: DiskEntry, parent: DiskEntry | None, cache: BlockCache) -> None:
+    def __init__(self, files: Files, entry: DiskEntry, parent: DiskEntry | None, cache: BlockCache) -> None:
         self.entry = entry
         self.why = ""
         self._parent = parent
@@ -117,8 +116,8 @@ class SalvagedFile:
         self._accounts: bool | None = None
         data = entry.data
         try:
-            path = folder / data.file
-            self._file = CheckedFile(path, data.size, _listed(folder, data), cache, whole=False)
+            listed = _listed(files, data)
+            self._file = CheckedFile(files, data.file, data.size, listed, cache, whole=False)
             self._reader = self._read_head()
         except (Damaged, NotFound) as error:  # others say nothing about the file: no rights, too many open files
             self.why = error.message
@@ -251,7 +250,7 @@ def _fill(stored: bytes, codec: qcow2.Codec | None, cluster: memoryview) -> None
         codec.decode_into(memoryview(stored), cluster)
 
 
-def _listed(folder: Path, data: DataFile) -> bytes:
+def _listed(files: Files, data: DataFile) -> bytes:
     """
     The digests of a data file's blocks; none where neither the digest file nor the data file proves them.
 
@@ -259,41 +258,34 @@ def _listed(folder: Path, data: DataFile) -> bytes:
     """
     blocks = block_count(data.size)
     try:
-        return checked_file.load(folder / data.digests, data.digest, blocks)
+        return checked_file.load(files, data.digests, data.digest, blocks)
     except (Damaged, NotFound):
         pass
-    made = _made(folder / data.file, data.size, blocks)
-    stored = _stored(folder / data.digests, blocks)
+    made = _made(files, data.file, data.size, blocks)
+    stored = _stored(files, data.digests, blocks)
     return next((mix for mix in _mixes(made, stored) if digests.digest(mix).hex() == data.digest), b"")
 
 
-def _made(path: Path, size: int, blocks: int) -> bytes:
+def _made(files: Files, name: str, size: int, blocks: int) -> bytes:
     """The digests that the data file's blocks have now; zeroes for those that cannot be read."""
     made = bytearray(blocks * LENGTH)
-    fd = open_plain(path)
-    try:
-        for number in range(min(blocks, block_count(os.fstat(fd).st_size))):
+    with closing(open_file(files, name)) as file:
+        for number in range(min(blocks, block_count(file.size))):
             try:
-                content = os.pread(fd, min(BLOCK, size - number * BLOCK), number * BLOCK)
+                content = file.read_at(number * BLOCK, min(BLOCK, size - number * BLOCK))
             except OSError:
                 continue
             made[number * LENGTH : (number + 1) * LENGTH] = digests.digest(content)
-    finally:
-        os.close(fd)
     return bytes(made)
 
 
-def _stored(path: Path, blocks: int) -> bytes | None:
+def _stored(files: Files, name: str, blocks: int) -> bytes | None:
+    """The content of a digest file that has the right length; None where it has not, or cannot be read."""
     try:
-        fd = open_plain(path)
-    except (Damaged, NotFound):
+        with closing(open_file(files, name)) as file:
+            return bytes(file.read_at(0, file.size)) if file.size == blocks * LENGTH else None
+    except (Damaged, NotFound, OSError):
         return None
-    with open(fd, "rb") as file:
-        try:
-            content = file.read(blocks * LENGTH + 1)
-        except OSError:
-            return None
-    return content if len(content) == blocks * LENGTH else None
 
 
 def _mixes(made: bytes, stored: bytes | None) -> Iterator[bytes]:
@@ -326,7 +318,7 @@ def opened(
 
     @contextmanager
     def built(contents: Contents) -> Iterator[tuple[Chain, list[SalvagedFile]]]:
-        with closing(_Builder(machine.path, contents, disk, BlockCache(cached))) as builder:
+        with closing(_Builder(machine.files, contents, disk, BlockCache(cached))) as builder:
             yield builder.build(point)
 
     with open_unchanged(f"the chain of point {point}", machine.contents, built) as (_, opened_files):
@@ -336,7 +328,7 @@ def opened(
 class _Builder:
     """Follows a disk's chain down to a full, as far as manifests or data files tell."""
 
-    def __init__(self, folder: Path, contents: Contents, disk: str, cache: BlockCache) -> None:
+    def __init__(self, folder: Files, contents: Contents, disk: str, cache: BlockCache) -> None:
         self._folder = folder
         self._contents = contents
         self._disk = disk
@@ -390,26 +382,27 @@ class _Builder:
         return None if entry is None else Link(wanted.point, 0, entry)
 
 
-def _by_data_file(folder: Path, name: str, child: DiskEntry, wanted: Parent) -> DiskEntry | None:
+def _by_data_file(files: Files, name: str, child: DiskEntry, wanted: Parent) -> DiskEntry | None:
     """The entry of a point without a manifest, of its data file and a digest file that agrees with the file's head."""
     if manifest.point_of(name) != wanted.point:
         return None
     try:
-        size = os.stat(folder / name, follow_symlinks=False).st_size
-        others = sorted(os.listdir(folder), key=manifest.generation, reverse=True)
+        listing = files.listing()
+        size = listing.stat(name).size
+        others = sorted(listing, key=manifest.generation, reverse=True)
     except OSError:
         return None
     blocks = block_count(size)
     for listed in others:
         if manifest.point_of(listed) != wanted.point or not listed.startswith(f"{child.name}.") or listed == name:
             continue
-        content = _stored(folder / listed, blocks)
+        content = _stored(files, listed, blocks)
         if content is None:
             continue
         entry = _stand_in(
             child, DataFile(name, size, listed, digests.digest(content).hex(), child.data.cluster_size, "")
         )
-        image = _head(folder, entry.data)
+        image = _head(files, entry.data)
         if image is not None:
             older = None if image.backing is None else manifest.point_of(image.backing)
             if image.cluster_size != child.data.cluster_size or (image.backing is not None and older is None):
@@ -418,11 +411,11 @@ def _by_data_file(folder: Path, name: str, child: DiskEntry, wanted: Parent) -> 
     return None
 
 
-def _head(folder: Path, data: DataFile) -> qcow2.Image | None:
+def _head(files: Files, data: DataFile) -> qcow2.Image | None:
     """What a data file is of, where its first block agrees with its digest file."""
     try:
-        listed = checked_file.load(folder / data.digests, data.digest, block_count(data.size))
-        with closing(CheckedFile(folder / data.file, data.size, listed, BlockCache(1))) as file:
+        listed = checked_file.load(files, data.digests, data.digest, block_count(data.size))
+        with closing(CheckedFile(files, data.file, data.size, listed, BlockCache(1))) as file:
             head = file.read_at(0, min(qcow2.HEADER_BYTES, data.size))
             return qcow2.parse_header(head, data.size, data.file).image
     except (Damaged, NotFound):
@@ -486,16 +479,17 @@ def located(error: Damaged, machine: Machine, point: str, disk: str) -> Damaged:
     try:
         with opened(machine, point, disk) as (chain, files):
             names = [file.entry.data.file for file in files]
-            if Path(error.path).name not in names:
+            name = error.path.rpartition("/")[2]
+            if name not in names:
                 return error
-            number = names.index(Path(error.path).name)
+            number = names.index(name)
             return with_ranges(error, _doubtful(chain, files, number, [(error.start, error.end)]))
     except BackupError:
         return error
 
 
 def located_in_file(
-    folder: Path, entry: DiskEntry, parent: DiskEntry | None, errors: Sequence[BackupError]
+    files: Files, entry: DiskEntry, parent: DiskEntry | None, errors: Sequence[BackupError]
 ) -> BackupError:
     """
     The first error of those of one data file, with the ranges of the disk that all of its damaged blocks hold.
@@ -506,7 +500,7 @@ def located_in_file(
         return first
     chain = Chain(entry.name, (Link("", 0, entry),))
     try:
-        with closing(SalvagedFile(folder, entry, parent, BlockCache())) as file:
+        with closing(SalvagedFile(files, entry, parent, BlockCache())) as file:
             ranges = _doubtful(chain, [file], 0, blocks)
     except BackupError:
         return first

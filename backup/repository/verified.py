@@ -8,24 +8,17 @@ now (its digest tells) means no more than that the file is verified again.
 from __future__ import annotations
 
 import errno
-import fcntl
 import io
 import json
-import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from pathlib import Path
 
-from backup.errors import BackupError, Damaged, NotFound
+from backup.errors import Damaged, NotFound
 from backup.model import digests, documents
 from backup.model.documents import DIGEST, BadDocument, Fields, moment_of, shown
 from backup.model.manifest import DataFile, is_data_name
 from backup.repository.machine import Machine
-from backup.storage import folder
-from backup.storage.folder import sync_folder
-from backup.storage.plain_file import allow, open_file
 
 NAME = "verified"
 FORMAT = "pybackup verified"
@@ -88,15 +81,10 @@ def known_damage(memory: Memory, files: Iterable[DataFile]) -> Damaged | None:
 def recall(machine: Machine) -> Memory:
     """What is remembered of a machine's data files; nothing where it cannot be read, whatever the reason."""
     try:
-        fd = folder.open_plain(machine.path / NAME)
-    except BackupError:
-        return {}
-    try:
-        with open(fd, "rb") as file:
-            size = os.fstat(fd).st_size
-            return decode(file.read(size)) if size <= _MAX_BYTES else {}
+        content = machine.files.read(NAME, _MAX_BYTES)
     except OSError:
         return {}
+    return decode(content) if len(content) <= _MAX_BYTES else {}
 
 
 def remember(machine: Machine, found: Memory, present: Collection[str] | None) -> str | None:
@@ -108,52 +96,19 @@ def remember(machine: Machine, found: Memory, present: Collection[str] | None) -
     str or None
         Why that was not possible (a read-only repository, a full disk); None: it was.
     """
+
+    def merged() -> bytes:
+        known = {**recall(machine), **found}
+        content = encode({name: record for name, record in known.items() if present is None or name in present})
+        if len(content) > _MAX_BYTES:
+            raise OSError(errno.EFBIG, f"it takes {len(content)} bytes, more than {_MAX_BYTES}")
+        return content
+
     try:
-        with _alone(machine.path / f"{NAME}.tmp", machine.modes.file) as fd:
-            known = {**recall(machine), **found}
-            content = encode({name: record for name, record in known.items() if present is None or name in present})
-            if len(content) > _MAX_BYTES:
-                raise OSError(errno.EFBIG, f"it takes {len(content)} bytes, more than {_MAX_BYTES}")
-            os.ftruncate(fd, 0)
-            with open(fd, "wb", closefd=False) as file:
-                file.write(content)
-            os.fsync(fd)
-            os.rename(machine.path / f"{NAME}.tmp", machine.path / NAME)
-        sync_folder(machine.path)
+        machine.files.update(NAME, merged)
     except OSError as error:
         return str(error.strerror)
     return None
-
-
-@contextmanager
-def _alone(path: Path, mode: int) -> Iterator[int]:
-    """
-    Open the file that is about to become the memory, when no other run is writing it.
-
-    Two runs that verify a machine at once write one after the other, and each keeps what the other found.
-    """
-    while True:
-        fd = open_file(path, os.O_RDWR | os.O_CREAT, mode, sole=True)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            if _is_still(path, fd):
-                try:
-                    allow(fd, mode)
-                    yield fd
-                except BaseException:
-                    path.unlink(missing_ok=True)  # under the lock still: a full disk keeps no half of it
-                    raise
-                return
-        finally:
-            os.close(fd)
-
-
-def _is_still(path: Path, fd: int) -> bool:
-    """Does the name still mean this file?  Who had the lock before us has renamed it."""
-    try:
-        return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(fd))
-    except FileNotFoundError:
-        return False
 
 
 def encode(memory: Memory) -> bytes:

@@ -1,53 +1,427 @@
-"""Files in a folder: small ones written whole or not at all, and folders made durable."""
+"""A storage in a folder of this host: fsync and rename for durability, flock for locks."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from backup.errors import Damaged, Failed, NotFound
-from backup.runtime.shortage import NOT_DAMAGE
-from backup.storage.plain_file import HINT, NotPlainError, allow, create_file, open_file
+from backup.errors import Damaged, UsageError
+from backup.model.manifest import UNFINISHED
+from backup.model.names import MARKER
+from backup.runtime.direct_io import Output, ReadOnce
+from backup.runtime.shortage import free_bytes
+from backup.storage import locks
+from backup.storage.base import TEMPORARY, Stat, Storage
+from backup.storage.plain_file import allow, create_file, open_file
+from backup.storage.refusals import explained
 
-
-def open_plain(path: Path) -> int:
-    """
-    Open a file of the repository for reading and return its descriptor; never a link, a pipe or a device.
-
-    Raises
-    ------
-    NotFound
-        There is no such file.
-    Damaged
-        Something else than a file has its name, or the disk fails.
-    Failed
-        This process may not open it, or not so many files: nothing is known to be damaged.
-    """
-    try:
-        return open_file(path, os.O_RDONLY)
-    except FileNotFoundError:
-        raise NotFound(f"{path} is missing", hint="bring the file back from a copy of the repository") from None
-    except OSError as error:
-        if error.errno in NOT_DAMAGE:
-            raise Failed(
-                f"{path} cannot be opened: {error.strerror}",
-                hint="run as the repository's owner; a chain needs as many open files as it has points (ulimit -n)",
-            ) from None
-        raise Damaged(f"{path} cannot be opened: {error.strerror}", hint=HINT) from None
-
-
-TEMPORARY = ".tmp"
+LOCK = "lock"
+"""Name of the file whose flock is the writer's lock."""
+_LOCK_ATTEMPTS = 20
+"""How often the lock is taken again because its file lost its name meanwhile."""
+NO_LINKS = (
+    "nothing was changed; move the real folder into the repository, or mount it there if it has its own disk "
+    "(mount --bind)"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Modes:
-    """Permissions of what is made: a backup holds everything the machine held."""
+    """Permissions of new files and folders: a backup holds everything that the machine held."""
 
     file: int = 0o600
     folder: int = 0o700
+
+
+class FolderStorage:
+    """A repository's place in a folder; a `base.Storage`."""
+
+    def __init__(self, path: Path, modes: Modes = Modes()) -> None:
+        self.folder = path
+        self.modes = modes
+        self.location = str(path)
+
+    def is_same_place(self, other: Storage) -> bool:
+        """Tell whether another storage is this folder, by whatever path."""
+        return isinstance(other, FolderStorage) and os.path.realpath(self.folder) == os.path.realpath(other.folder)
+
+    def machines(self) -> list[str]:
+        """Return the names of the folders; a link that leads in a circle is none, and hides none."""
+        with os.scandir(self.folder) as entries:
+            return [entry.name for entry in entries if _is_folder(entry)]
+
+    def files(self, folder: str = "") -> FolderFiles:
+        """Return the files of a folder in this one, or this folder's own."""
+        return FolderFiles(self.folder / folder if folder else self.folder, self.modes)
+
+    def require_outside(self) -> None:
+        """
+        Make sure that the folder does not lie within another repository.
+
+        Raises
+        ------
+        UsageError
+            It does.
+        """
+        for folder in Path(os.path.realpath(self.folder)).parents:
+            if os.path.lexists(folder / MARKER):
+                raise UsageError(
+                    f"{self.folder} lies in the repository {folder}", hint="name a folder outside of that repository"
+                )
+
+    def occupants(self) -> list[str]:
+        """
+        Return the names in the folder; the root of a fresh file system counts as empty.
+
+        Raises
+        ------
+        UsageError
+            Something else than a folder has the name.
+        """
+        if not os.path.lexists(self.folder):
+            return []
+        if not self.folder.is_dir():
+            raise UsageError(
+                f"{self.folder} is no folder",
+                hint="name a new or empty folder; pybackup mixes its files with no others",
+            )
+        return sorted(name for name in os.listdir(self.folder) if name != "lost+found")
+
+    @contextmanager
+    def new(self) -> Iterator[None]:
+        """Make the folder, and the folders that lead to it; all their names are durable when the block ends."""
+        # The folder itself counts as new where it exists: a first `init` may have been cut off before it was durable.
+        new = [folder for folder in self.folder.absolute().parents if not os.path.lexists(folder)]
+        for folder in (*reversed(new), self.folder):
+            if not os.path.lexists(folder):
+                make_folder(folder, self.modes.folder)
+        yield
+        for folder in (self.folder, *new):
+            with suppress(PermissionError):  # a folder of another user, which we may write to but not read
+                sync_folder(folder.parent)
+
+
+class FolderFiles:
+    """The files of one folder; a `base.Files`."""
+
+    def __init__(self, path: Path, modes: Modes) -> None:
+        self._path = path
+        self._modes = modes
+        self.location = str(path)
+
+    def path(self, name: str) -> str:
+        """Return a file's path."""
+        return str(self._path / name)
+
+    def local_folder(self) -> Path | None:
+        """Return the folder."""
+        return self._path
+
+    def exists(self) -> bool:
+        """
+        Tell whether the folder exists.
+
+        Raises
+        ------
+        Damaged
+            A link has its name, which would lead out of the repository.
+        UsageError
+            The folder's real name is another: the file system does not tell upper from lower case, for example.  Two
+            machines would share one folder.
+        Failed
+            The folder cannot be examined.
+        """
+        with explained(self.location):
+            try:
+                mode = os.lstat(self._path).st_mode
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+            if stat.S_ISLNK(mode):
+                raise Damaged(f"the folder {self._path} of machine {self._path.name} is a link", hint=NO_LINKS)
+            if not stat.S_ISDIR(mode):
+                return False
+            self._require_exact_name()
+        return True
+
+    def _require_exact_name(self) -> None:
+        parent, ours = self._path.parent, self._path.name
+        try:
+            names = os.listdir(parent)
+        except PermissionError:  # a folder of another user, in which a manifest was named by its path
+            return
+        if ours in names or not os.path.lexists(self._path):
+            return
+        status = os.lstat(self._path)
+        real = next((name for name in names if os.path.samestat(status, os.lstat(parent / name))), "another")
+        raise UsageError(
+            f"machine {ours} has no folder of its own: on this file system, {self._path} is the folder {real}",
+            hint=f"if it is the same machine, name it {real}; else choose a name that differs in more than upper and "
+            "lower case",
+        )
+
+    def listing(self) -> FolderListing:
+        """List the folder."""
+        return FolderListing(self._path)
+
+    def has(self, name: str) -> bool:
+        """Tell whether anything has this name."""
+        return os.path.lexists(self._path / name)
+
+    def free_bytes(self) -> int | None:
+        """Return the free space (bytes) of the file system in which the folder lies, or will lie."""
+        absolute = self._path.absolute()
+        return free_bytes(next(place for place in (absolute, *absolute.parents) if place.exists()))
+
+    def read(self, name: str, limit: int) -> bytes:
+        """
+        Read a plain file, at most `limit` bytes and one; never through a link, never waiting for a pipe's writer.
+
+        A run reads each manifest of a machine.  So no file object is made, and no more memory is asked for than the
+        file has: to get megabytes for a kilobyte, and give them back, takes longer than to read it.
+        """
+        fd = open_file(self._path / name, os.O_RDONLY)
+        try:
+            left = min(os.fstat(fd).st_size, limit + 1)
+            parts = []
+            while left and (part := os.read(fd, left)):
+                parts.append(part)
+                left -= len(part)
+        finally:
+            os.close(fd)
+        return b"".join(parts)
+
+    def open(self, name: str, *, once: int = 0) -> FileReader:
+        """Open a plain file for reading ranges; with `once`, past the kernel's page cache where that is possible."""
+        return FileReader(open_file(self._path / name, os.O_RDONLY), once)
+
+    def create(self, name: str, part: int) -> FilePartWriter:
+        """Create a file in parts of `part` bytes, called `name` with `.part` until it is finished."""
+        return FilePartWriter(self._path / name, self._modes.file, part)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a new file under its own name, and fsync it."""
+        _write_new(self._path / name, content, self._modes.file)
+
+    def publish(self, name: str, content: bytes, *, replace: bool = False) -> None:
+        """Write a file under a temporary name, fsync and rename it, and fsync the folder."""
+        path = self._path / name
+        write_whole(path, content, stat.S_IMODE(os.stat(path).st_mode) if replace else self._modes.file)
+
+    def publish_first(self, name: str, content: bytes) -> None:
+        """Publish a file unless another process was faster; a link tells, as it replaces nothing."""
+        path = self._path / name
+        temporary = path.with_name(f"{name}.{os.urandom(4).hex()}{TEMPORARY}")
+        try:
+            write_temporary(temporary, content, self._modes.file)
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                raise
+            except OSError:  # a file system without links, or a run of the other's repository that tidied up
+                if os.path.lexists(path):
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+                os.rename(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_folder(self._path)
+
+    def update(self, name: str, change: Callable[[], bytes]) -> None:
+        """Write `change`'s content to the temporary file under an flock on that file, fsync and rename it."""
+        temporary = self._path / f"{name}{TEMPORARY}"
+        with _alone_in_update(temporary, self._modes.file) as fd:
+            content = change()
+            os.ftruncate(fd, 0)
+            with open(fd, "wb", closefd=False) as file:
+                file.write(content)
+            os.fsync(fd)
+            os.rename(temporary, self._path / name)
+        self.barrier()
+
+    def take_name(self, waiting: str, name: str) -> None:
+        """Rename a file, and fsync the folder."""
+        os.rename(self._path / waiting, self._path / name)
+        self.barrier()
+
+    def remove(self, name: str) -> None:
+        """Remove a file."""
+        os.unlink(self._path / name)
+
+    def discard(self, name: str) -> None:
+        """Remove a file, and what is unfinished of it, where they exist."""
+        for path in (_part_path(self._path / name), self._path / name):
+            path.unlink(missing_ok=True)
+
+    def barrier(self) -> None:
+        """Fsync the folder."""
+        sync_folder(self._path)
+
+    def remove_folder(self) -> list[str]:
+        """Remove the lock and the folder, and fsync its parent, unless it holds other files: return their names."""
+        others = sorted(name for name in os.listdir(self._path) if name != LOCK)
+        if not others:
+            os.unlink(self._path / LOCK)
+            with suppress(OSError):  # something came in meanwhile: it stays, and the folder with it
+                os.rmdir(self._path)
+            sync_folder(self._path.parent)
+        return others
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """
+        Hold an flock on the folder's lock file; the kernel frees it when its holder dies, however it dies.
+
+        Raises
+        ------
+        Locked
+            Another process holds it.
+        """
+        fd = self._take_lock()
+        for _ in range(_LOCK_ATTEMPTS):  # a file system may number one file differently each time
+            if locks.has_name(fd, self._path / LOCK):
+                break
+            os.close(fd)  # its holder removed the machine, and the lock with it
+            fd = self._take_lock()
+        try:
+            yield
+        finally:
+            os.close(fd)
+
+    def _take_lock(self) -> int:
+        with explained(self.location):
+            if not self.exists():
+                make_folder(self._path, self._modes.folder)
+                sync_folder(self._path.parent)
+            fd = open_file(self._path / LOCK, os.O_RDWR | os.O_CREAT, self._modes.file, sole=True)
+        try:
+            allow(fd, self._modes.file)
+            with explained(self.path(LOCK)):
+                locks.flock(fd, self._path.name)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def require_unlocked(self) -> None:
+        """
+        Make sure that no process has the lock, and leave the lock file's content as it is.
+
+        Raises
+        ------
+        Locked
+            A process has it.
+        """
+        with explained(self.path(LOCK)):
+            try:
+                fd = open_file(self._path / LOCK, os.O_RDONLY)
+            except FileNotFoundError:
+                return
+            try:
+                locks.flock(fd, self._path.name, shared=True)
+            finally:
+                os.close(fd)
+
+    @contextmanager
+    def hold(self, names: Sequence[str]) -> Iterator[bool]:
+        """Hold a shared flock on each file; waits for a prune that replaces one just now."""
+        with ExitStack() as stack:
+            yield all(self._hold(stack, name) for name in names)
+
+    def _hold(self, stack: ExitStack, name: str) -> bool:
+        fd = open_file(self._path / name, os.O_RDONLY)
+        stack.callback(os.close, fd)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH)
+        except OSError:
+            return False
+        return True
+
+    @contextmanager
+    def alone(self, names: Sequence[str]) -> Iterator[str | None]:
+        """Hold an exclusive flock on each file that exists; never waits."""
+        with locks.alone([self._path / name for name in names]) as why_not:
+            yield why_not
+
+
+class FolderListing:
+    """The names in a folder, sorted; a file's size and tag are asked for when they are needed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._names = sorted(os.listdir(path))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def stat(self, name: str) -> Stat:
+        """Return a file's size, and its inode and modification time as the tag; a link is not followed."""
+        status = os.stat(self._path / name, follow_symlinks=False)
+        return Stat(status.st_size, f"{status.st_ino}-{status.st_mtime_ns}")
+
+
+class FileReader:
+    """A file of a folder, open for reading; a `base.RangeReader`."""
+
+    def __init__(self, fd: int, once: int) -> None:
+        self._fd = fd
+        self.size = os.fstat(fd).st_size
+        self._once = ReadOnce(fd, once) if once else None
+
+    def read_at(self, offset: int, length: int) -> bytes | memoryview:
+        """Return bytes [offset, offset + length), fewer where the file ends before."""
+        return os.pread(self._fd, length, offset) if self._once is None else self._once.read(offset, length)
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class FilePartWriter:
+    """A file of a folder that is written in parts, past the page cache where possible; a `base.PartWriter`."""
+
+    def __init__(self, path: Path, mode: int, part: int) -> None:
+        self._path = path
+        self._part = part
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        self._fd = create_file(_part_path(path), mode)
+        self._output = Output(self._fd, _part_path(path), grows=True)
+
+    def put(self, number: int, data: bytes | bytearray | memoryview) -> None:
+        """Write part `number`."""
+        self._output.write(number * self._part, data)
+
+    def finish(self) -> None:
+        """Fsync the file and give it its name."""
+        os.fsync(self._fd)
+        os.rename(_part_path(self._path), self._path)
+        self.close()
+
+    def close(self) -> None:
+        """Close the file, finished or not."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        self._output.close()
+
+
+def _part_path(path: Path) -> Path:
+    """What a file is called until it is complete."""
+    return path.with_name(path.name + UNFINISHED)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def write_whole(path: Path, content: bytes, mode: int) -> None:
@@ -62,14 +436,6 @@ def write_whole(path: Path, content: bytes, mode: int) -> None:
     sync_folder(path.parent)
 
 
-def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Is it a folder, or a link to one?  A link that leads in a circle is none, and hides none."""
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False
-
-
 def make_folder(path: Path, mode: int) -> None:
     """Make a folder of this mode, whatever the umask; another first run may have been faster."""
     path.mkdir(mode=mode, exist_ok=True)
@@ -77,35 +443,20 @@ def make_folder(path: Path, mode: int) -> None:
 
 
 def write_temporary(path: Path, content: bytes, mode: int) -> None:
-    """Write a new file that lasts; what has its name is a leftover, and goes."""
+    """Write a new file that lasts; a file that has its name already is a leftover, and is removed."""
     try:
-        fd = create_file(path, mode)
+        _write_new(path, content, mode)
     except FileExistsError:
         path.unlink()
-        fd = create_file(path, mode)
+        _write_new(path, content, mode)
+
+
+def _write_new(path: Path, content: bytes, mode: int) -> None:
+    fd = create_file(path, mode)
     with open(fd, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def read(path: Path, limit: int) -> bytes:
-    """
-    Read a plain file, at most `limit` bytes and one; not through a link, and never waiting for a pipe's writer.
-
-    A run reads each manifest of a machine.  So no file object is made for it, and no more memory is asked for than the
-    file has: to get megabytes for a kilobyte, and give them back, takes longer than to read it.
-    """
-    fd = open_file(path, os.O_RDONLY)
-    try:
-        left = min(os.fstat(fd).st_size, limit + 1)
-        parts = []
-        while left and (part := os.read(fd, left)):
-            parts.append(part)
-            left -= len(part)
-    finally:
-        os.close(fd)
-    return b"".join(parts)
 
 
 def sync_folder(path: Path) -> None:
@@ -118,14 +469,23 @@ def sync_folder(path: Path) -> None:
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turn an operating system's refusal into two lines.  `path` is named where the error names none."""
-    try:
-        yield
-    except NotPlainError as error:
-        raise Failed(f"{error.filename} cannot be opened: {error.strerror}", hint=HINT) from None
-    except OSError as error:
-        raise Failed(
-            f"{error.filename or path}: {error.strerror}",
-            hint="check the repository's space and permissions; nothing published before was changed",
-        ) from None
+def _alone_in_update(path: Path, mode: int) -> Iterator[int]:
+    """
+    Open the temporary file of an update when no other process is writing it.
+
+    Two processes that update one file write one after the other, and each sees what the other wrote.
+    """
+    while True:
+        fd = open_file(path, os.O_RDWR | os.O_CREAT, mode, sole=True)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            if locks.has_name(fd, path):  # else the process that had the lock before has renamed the file
+                try:
+                    allow(fd, mode)
+                    yield fd
+                except BaseException:
+                    path.unlink(missing_ok=True)  # under the lock still: a full disk keeps no half of it
+                    raise
+                return
+        finally:
+            os.close(fd)

@@ -10,15 +10,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from backup.errors import Locked, NotFound
-from backup.storage.folder import (
-    open_plain,
-)
+from backup.errors import Locked
+from backup.storage.base import IN_USE, UNTOLD
 from backup.storage.plain_file import open_file
 
-IN_USE = "in use"
-UNTOLD = "no telling whether it is in use"
-"""Why a point stays that would go: somebody serves it or looks into it; the file system does not say (and why)."""
 _PATIENCE = 0.5
 """Seconds to wait for a machine's lock: another machine's run may only be looking whether anybody has it."""
 
@@ -35,7 +30,7 @@ def _why_held(path: Path, stack: ExitStack) -> str | None:
     """Lock a file until the stack ends; why not, where somebody else has a lock on it, or there is no telling."""
     try:
         fd = _open_to_lock(path)
-    except NotFound:
+    except FileNotFoundError:
         return None
     stack.callback(os.close, fd)
     try:
@@ -49,7 +44,7 @@ def _open_to_lock(path: Path) -> int:
     try:
         return open_file(path, os.O_RDWR)
     except OSError:
-        return open_plain(path)
+        return open_file(path, os.O_RDONLY)
 
 
 def has_name(fd: int, path: Path) -> bool:

@@ -9,10 +9,10 @@ import sys
 import pytest
 from forge import rewrite
 from lab import KIB, MIB, PYBACKUP, Night, call_pybackup, make_image, restore_and_cmp, run, run_pybackup, write
+from places import machine_at
 
 from backup.operations import verify
 from backup.qemu.truncation import may_be_truncated
-from backup.repository.machine import Machine
 
 ESCAPE = "\x1b[2J\x1b]0;owned\x07"
 
@@ -263,7 +263,7 @@ def test_a_hostile_manifest_with_a_valid_digest_gets_nowhere(copied, tmp_path, k
 def test_a_length_that_no_file_has_holds_up_no_sample_and_no_progress_bar(copied):
     path = copied.repository / "disk" / f"{copied.newest['point']}.json"
     rewrite(path, set_data(size=HUGE))
-    machine = Machine(copied.repository / "disk")
+    machine = machine_at(copied.repository / "disk")
     for choice in (verify.ALL, verify.Choice(share=0.05)):
         assert verify.stored_bytes(machine, None, choice) < 1 << 30
     # In a process of its own, which can be ended: the loop that this is about has no end.

@@ -25,6 +25,7 @@ from lab import (
     run_pybackup,
     write,
 )
+from places import create_repository
 
 import backup
 
@@ -306,9 +307,8 @@ def make_config(tmp_path):
 def test_list_as_json(tmp_path):
     night = Night.of(tmp_path)
     (tmp_path / "empty").mkdir()
-    from backup.repository.repository import Repository
 
-    Repository.create(tmp_path / "empty")
+    create_repository(tmp_path / "empty")
     done = run_pybackup(["list", "--json", "--repo", tmp_path / "empty"])
     assert (done.rc, done.stdout, done.stderr) == (0, "[]\n", "")
     taken = [night.full().machine, night.incremental().machine]

@@ -6,6 +6,7 @@ import re
 import sys
 
 import pytest
+from places import files_at
 
 from backup import errors
 from backup.cli import output
@@ -14,7 +15,7 @@ from backup.errors import BackupError, Interrupted
 from backup.qemu import programs
 from backup.repository.manifests import read_manifest
 from backup.runtime import shortage
-from backup.storage.folder import open_plain
+from backup.storage.refusals import open_file
 
 CLASSES = [value for value in vars(errors).values() if isinstance(value, type) and BackupError in value.__bases__]
 
@@ -115,6 +116,6 @@ def test_a_file_that_cannot_be_opened_for_want_of_something_is_not_called_damage
         raise OSError(number, os.strerror(number), str(path))
 
     monkeypatch.setattr(os, "open", refused)
-    for read in (read_manifest, open_plain):
+    for read in (read_manifest, open_file):
         with pytest.raises(errors.Failed, match=os.strerror(number)):
-            read(path)
+            read(files_at(path.parent), path.name)

@@ -13,6 +13,7 @@ from forge import flipped, replaced
 from histories import History, assert_same
 from hypothesis import given
 from hypothesis import strategies as st
+from places import folder_of
 from qcow2_oracles import entries_of
 
 from backup import qcow2
@@ -71,7 +72,7 @@ class Built(History):
     def kinds(self, entry: DiskEntry) -> list[int]:
         """What a data file holds of each cluster."""
         with data_file.peeked(
-            self.machine.path, chains.Chain("vda", (chains.Link("", 1, entry),)), whole=False
+            self.machine.files, chains.Chain("vda", (chains.Link("", 1, entry),)), whole=False
         ) as index:
             [file] = index._files
             return file.kinds(entries_of(file, 0, -(-entry.size // self.cluster))).tolist()
@@ -144,7 +145,7 @@ def test_a_disk_that_shrank_for_good_keeps_no_tail_in_its_last_cluster(built):
     newest = built.take(2 * CLUSTER + 100, {})
     entry = built.merge(newest, 2)
     assert built.kinds(entry) == [COMPRESSED] * 3
-    with data_file.opened(built.machine.path, chains.build(built.manifests(), newest, "vda")) as [file]:
+    with data_file.opened(built.machine.files, chains.build(built.manifests(), newest, "vda")) as [file]:
         reader = file.reader
         offset, length = (int(value[0]) for value in reader.spans(entries_of(reader, 2, 1)))
         content = bytearray(CLUSTER)
@@ -179,7 +180,7 @@ def frames(built: Built, point: str) -> list[bytes]:
     """The stored frame of each cluster of a point."""
     found = []
     chain = chains.build(built.manifests(), point, "vda")
-    with data_file.opened(built.machine.path, chain) as files:
+    with data_file.opened(built.machine.files, chain) as files:
         holders, entries = Index(chain, [file.reader for file in files]).resolve(0, 64)
         offsets, lengths = files[0].reader.spans(entries)
         for holder, offset, length in zip(holders.tolist(), offsets.tolist(), lengths.tolist(), strict=True):
@@ -230,14 +231,14 @@ def test_files_of_many_blocks_and_windows(tmp_path, monkeypatch):
 def test_damage_in_what_is_read_stops_the_merge_and_leaves_nothing(built):
     full = built.take(4 * CLUSTER, {0: 1, 1: "noise"}, full=True)
     newest = built.take(4 * CLUSTER, {2: 1})
-    before = sorted(built.machine.path.iterdir())
-    path = built.machine.path / f"vda.{full}.qcow2"
+    before = sorted(folder_of(built.machine).iterdir())
+    path = folder_of(built.machine) / f"vda.{full}.qcow2"
     content = path.read_bytes()
     with replaced(path, flipped(content, len(content) - 5 * CLUSTER, 3)), built.machine.lock():
         merge = Merge(chains.build(built.manifests(), newest, "vda"), 2)
         with pytest.raises(Damaged, match="is damaged between bytes"):
             consolidate(built.machine, merge, workers=2, progress=Quiet())
-    assert sorted(built.machine.path.iterdir()) == before
+    assert sorted(folder_of(built.machine).iterdir()) == before
     built.require_whole()
 
 
@@ -253,7 +254,7 @@ def test_a_file_that_waits_and_is_damaged_is_taken_back(built):
         replaces = consolidating_former(former)
         built.machine.rewrite(manifests[newest].with_disk(replace(entry, replaces=replaces)))
     built.require_whole()
-    waiting = built.machine.path / merge.file
+    waiting = folder_of(built.machine) / merge.file
     waiting.write_bytes(flipped(waiting.read_bytes(), 3 * CLUSTER, 0))
     with built.machine.lock():
         settle(built.machine)
@@ -273,7 +274,7 @@ def test_a_reader_of_a_chain_reads_on_while_the_chain_is_merged_and_its_parents_
     built.take(4 * CLUSTER, {0: 1, 1: "noise", 2: 5}, full=True)
     newest = built.take(4 * CLUSTER, {2: 1})
     with opened_chain.open_chain(
-        built.machine, newest, "vda", lambda chain: data_file.opened(built.machine.path, chain)
+        built.machine, newest, "vda", lambda chain: data_file.opened(built.machine.files, chain)
     ) as (chain, files):
         built.merge(newest, 2)
         first, *_ = built.manifests()

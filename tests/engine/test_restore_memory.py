@@ -7,6 +7,7 @@ from itertools import count
 import pytest
 from forge import point_id, store
 from lab import GIB, KIB, MIB, call_pybackup, run
+from places import create_repository, folder_of
 
 from backup.engine import restorer
 from backup.engine.targets import Qcow2File
@@ -14,7 +15,6 @@ from backup.errors import Failed, Interrupted
 from backup.qcow2 import Writer
 from backup.repository import checked_file
 from backup.repository.checked_file import BlockCache
-from backup.repository.repository import Repository
 
 C = 64 * KIB
 TABLES = 48
@@ -25,10 +25,10 @@ SIZE = TABLES * 512 * MIB
 def sparse(tmp_path, monkeypatch):
     """A point of 24 GiB with one cluster in every L2 table, restored in windows of 4 tables."""
     monkeypatch.setattr(restorer, "_WINDOW", 4 * C // 8)
-    folder = Repository.create(tmp_path / "repo").machine("m")
+    folder = create_repository(tmp_path / "repo").machine("m")
     with folder.lock():
         store(folder, 1, None, SIZE, {8192 * n + n: bytes([n + 1]) * C for n in range(TABLES)})
-    return folder.path / f"{point_id(1)}.json"
+    return folder_of(folder) / f"{point_id(1)}.json"
 
 
 def test_the_tables_of_a_qcow2_leave_memory_window_by_window(sparse, tmp_path, monkeypatch):

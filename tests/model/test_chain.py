@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from forge import entry, manifest, point_id, store
 from lab import KIB, MIB, Night, call_pybackup, raw_copy, require_identical, run, write
+from places import create_repository, folder_of
 
 from backup.errors import Damaged, NotFound
 from backup.model.chain import Chain, Link, build, newest_manifest
 from backup.repository.cluster_index import NOBODY, Index
-from backup.repository.repository import Repository
 
 C = 64 * KIB
 
@@ -149,16 +149,16 @@ def test_an_old_tail_does_not_come_back_when_a_disk_shrinks_and_grows(tmp_path):
 
 def require_restored(folder, link, expected):
     """QEMU's reading of the newest file, and a restore onto a used file, are the expected raw file."""
-    require_identical(expected, raw_copy(folder.path / link.data.file, expected.with_name("qemu.raw")))
+    require_identical(expected, raw_copy(folder_of(folder) / link.data.file, expected.with_name("qemu.raw")))
     target = expected.with_name("r.raw")
     target.write_bytes(b"old" * 100)
-    done = call_pybackup(["restore", folder.path / f"{link.data.file.split('.')[1]}.json", target, "--force"])
+    done = call_pybackup(["restore", folder_of(folder) / f"{link.data.file.split('.')[1]}.json", target, "--force"])
     assert done.rc == 0, done.stderr
     require_identical(expected, target)
 
 
 def test_a_cluster_that_a_shorter_point_cuts_is_zero_behind_the_cut(tmp_path):
-    folder = Repository.create(tmp_path / "repo").machine("m")
+    folder = create_repository(tmp_path / "repo").machine("m")
     size, cut = 4 * MIB, 2 * MIB + 512
     with folder.lock():
         full = store(folder, 1, None, size, dict.fromkeys(range(size // C), b"\xaa" * C))
@@ -172,7 +172,7 @@ def test_a_cluster_that_a_shorter_point_cuts_is_zero_behind_the_cut(tmp_path):
 
 def test_sixty_points_open_in_qemu_and_restore(tmp_path):
     random = Random(60)
-    folder = Repository.create(tmp_path / "repo").machine("m")
+    folder = create_repository(tmp_path / "repo").machine("m")
     disk = [bytes(C)] * 128
     link = None
     with folder.lock():

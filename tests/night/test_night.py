@@ -10,6 +10,7 @@ from typing import Self
 
 import pytest
 from memory_source import MemoryHost, MemorySource
+from places import create_repository, repository_at
 
 from backup.config.settings import Config, Retention
 from backup.errors import BackupError, Failed, SourceError
@@ -17,7 +18,6 @@ from backup.night.night import Night, Outcome, exit_code
 from backup.operations.request import Request
 from backup.planning.decision import FULL
 from backup.planning.retention import Batch, Policy
-from backup.repository.repository import Repository
 from backup.runtime.progress import Quiet
 
 SIZE = 256 << 10
@@ -48,7 +48,7 @@ def disks() -> list[MemorySource]:
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    Repository.create(tmp_path / "repository")
+    create_repository(tmp_path / "repository")
     return tmp_path / "repository"
 
 
@@ -59,7 +59,7 @@ def unwatched() -> Iterator[Quiet]:
 
 def night(repository: Path, *, after_backup: bool = False) -> Night:
     retention = Retention(Policy(last=1), Batch(1), after_backup=after_backup)
-    return Night(partial(Repository.open, repository), Config(retention=retention), 1, unwatched)
+    return Night(partial(repository_at, repository), Config(retention=retention), 1, unwatched)
 
 
 def test_machines_come_in_their_order_and_none_keeps_the_others_from_their_backups(repository):
@@ -93,7 +93,7 @@ def test_a_machine_is_pruned_after_its_backup_where_that_is_configured(repositor
     for _ in range(2):
         [outcome] = night(repository, after_backup=after_backup).run([request("machine", host)])
     assert (outcome.pruned is not None) == after_backup
-    points = Repository.open(repository).machine("machine").contents().manifests
+    points = repository_at(repository).machine("machine").contents().manifests
     assert len(points) == (1 if after_backup else 2)
     assert exit_code([outcome]) == 0
 
@@ -105,7 +105,7 @@ def test_nothing_is_pruned_after_a_failure_or_on_a_dry_run(repository):
     pruning = night(repository, after_backup=True)
     outcomes = [*pruning.run([request("machine", Unreachable(disks())), request("machine", host, dry_run=True)])]
     assert [outcome.pruned for outcome in outcomes] == [None, None]
-    assert len(Repository.open(repository).machine("machine").contents().manifests) == 2
+    assert len(repository_at(repository).machine("machine").contents().manifests) == 2
 
 
 def test_a_prune_that_fails_is_a_warning_and_the_point_stands(repository, monkeypatch):

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from forge import flipped, replaced, rewrite
-from kills import DATA, DRIVER, REPOSITORY, Step
+from kills import DATA, DRIVER, FOLDER, REPOSITORY, Step
 from lab import (
     MIB,
     Night,
@@ -26,11 +26,12 @@ from lab import (
     run_pybackup,
     write,
 )
+from places import machine_at, repository_at
 
 from backup.errors import Failed
 from backup.model.names import MARKER
 from backup.operations import copy as replicate
-from backup.repository.machine import Machine
+from backup.storage.folder import FolderStorage
 
 
 @pytest.fixture(scope="module")
@@ -304,17 +305,15 @@ def test_a_point_that_is_stored_otherwise_there_is_kept_and_built_upon(night, tm
 
 def test_it_waits_for_nobody_there(night, tmp_path):
     other = tmp_path / "other"
-    with replicate.make_second(other, _opened(night), _opened(night).modes).machine("disk").lock():
+    with replicate.make_second(FolderStorage(other), _opened(night)).machine("disk").lock():
         assert copy(night, "disk", other).rc == 11
     # The first place may be locked: it is only read.
-    with Machine(night.repository / "disk").lock():
+    with machine_at(night.repository / "disk").lock():
         assert copy(night, "disk", other).rc == 0
 
 
 def _opened(night):
-    from backup.repository.repository import Repository
-
-    return Repository.open(night.repository)
+    return repository_at(night.repository)
 
 
 def test_a_full_disk_there_leaves_whole_points_and_nothing_else(night, tmp_path, monkeypatch):
@@ -387,9 +386,9 @@ def test_a_machine_of_which_no_manifest_can_be_read_is_damaged_and_not_empty(nig
 def test_a_point_that_is_swapped_while_it_is_opened_is_opened_again(night, tmp_path, monkeypatch):
     read, calls = replicate.read_manifest_whole, []
 
-    def reading(path):
-        manifest, content = read(path)
-        calls.append(path)
+    def reading(files, name):
+        manifest, content = read(files, name)
+        calls.append(name)
         return manifest, content + b" " * (len(calls) == 1)
 
     monkeypatch.setattr(replicate, "read_manifest_whole", reading)
@@ -403,7 +402,7 @@ def test_a_point_that_prune_is_exchanging_is_copied_as_it_is_stored(night, tmp_p
     """Its manifest lists two files, of which one has the name; the copy's lists that one."""
     repository, other = tmp_path / "repo", tmp_path / "other"
     run("cp", "-r", night.repository, repository)
-    spec = Step("backup.repository.replacement", "os.rename", when, nth=3).spec(signal.SIGKILL)
+    spec = Step(FOLDER, "os.rename", when, nth=3).spec(signal.SIGKILL)
     prune = ["prune", "disk", "--keep-last", "1", "--batch", "1", "--repo", repository]
     subprocess.run([sys.executable, "-c", DRIVER, spec, *prune], check=False, capture_output=True, timeout=60)
     assert any(json.loads(path.read_bytes())["disks"][0].get("replaces") for path in manifests(repository))
@@ -423,10 +422,10 @@ STEPS = [
     Step("backup.operations.copy", "write_digests", "before", 2),
     Step("backup.operations.copy", "write_digests", "after"),
     Step(REPOSITORY, "Machine.publish", "before", 2),
-    Step(REPOSITORY, "os.rename", "before"),  # of a data file, which is complete
-    Step(REPOSITORY, "os.rename", "after"),
-    Step(REPOSITORY, "os.rename", "before", 2),  # of a manifest
-    Step(REPOSITORY, "os.rename", "after", 2),
+    Step(FOLDER, "os.rename", "before"),  # of a data file, which is complete
+    Step(FOLDER, "os.rename", "after"),
+    Step(FOLDER, "os.rename", "before", 2),  # of a manifest
+    Step(FOLDER, "os.rename", "after", 2),
     Step(REPOSITORY, "Machine.publish", "after", 2),
 ]
 

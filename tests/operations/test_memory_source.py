@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from memory_source import MemoryHost, MemorySource
+from places import create_repository, repository_at
 
 from backup.cli.output import Quiet
 from backup.model.chain import build
@@ -17,7 +18,6 @@ from backup.operations.request import Request
 from backup.planning.decision import FULL, INCREMENTAL, RESCAN
 from backup.qcow2 import Codec
 from backup.repository import chain_reader
-from backup.repository.repository import Repository
 
 KIB, MIB = 1 << 10, 1 << 20
 CLUSTER = 64 * KIB
@@ -28,7 +28,7 @@ class Machine:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "repository"
-        Repository.create(self.folder)
+        create_repository(self.folder)
         self.disk = MemorySource(2 * MIB)
         self.host = MemoryHost([self.disk])
         self.warnings: tuple[str, ...] = ()
@@ -38,22 +38,22 @@ class Machine:
 
     def back_up(self, wanted: str, spot_check: int = 64) -> DiskReport:
         """Take a backup; its point must hold exactly what the disk holds."""
-        report = create(partial(Repository.open, self.folder), self.request(wanted, spot_check), Quiet())
+        report = create(partial(repository_at, self.folder), self.request(wanted, spot_check), Quiet())
         self.warnings = report.warnings
         assert self.stored() == bytes(self.disk.content)
         return report.disks[0]
 
     def audit(self) -> Audit:
-        return audit(Repository.open(self.folder), self.request(INCREMENTAL), Quiet())
+        return audit(repository_at(self.folder), self.request(INCREMENTAL), Quiet())
 
     def stored(self) -> bytes:
         """What the newest point holds of the disk, read through its chain."""
-        machine = Repository.open(self.folder).machine("machine")
+        machine = repository_at(self.folder).machine("machine")
         manifests = machine.contents().manifests
         newest = max(manifests.values(), key=lambda manifest: manifest.sequence)
         chain = build(manifests, newest.point, "vd0")
         room = bytearray(chain.size)
-        with chain_reader.checked(machine.path, chain, chain.size) as content:
+        with chain_reader.checked(machine.files, chain, chain.size) as content:
             clusters = np.arange(chain.size // chain.cluster_size)
             content.read(clusters, memoryview(room), Codec(chain.cluster_size, None))
         return bytes(room)

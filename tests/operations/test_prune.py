@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from histories import History, counted, killed_before
+from places import folder_of
 
 from backup.cli.output import Quiet
 from backup.errors import Failed, Interrupted
@@ -116,7 +117,7 @@ def total(scene: History, folder: Path) -> tuple[int, Report, set[str]]:
 
 
 def files(history: History) -> dict[str, tuple[int, int]]:
-    return {path.name: (path.stat().st_size, path.stat().st_ino) for path in history.machine.path.iterdir()}
+    return {path.name: (path.stat().st_size, path.stat().st_ino) for path in folder_of(history.machine).iterdir()}
 
 
 def test_sigkill_before_any_change_leaves_every_point_whole_and_the_next_prune_goes_on(scene, tmp_path):

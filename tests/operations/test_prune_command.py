@@ -11,6 +11,7 @@ import pytest
 from forge import replaced
 from histories import History
 from lab import Night, call_pybackup, check_repository, restore_and_cmp, write
+from places import folder_of
 
 POINT_FIELDS = ["point", "sequence", "created", "action", "reasons"]
 REWRITE_FIELDS = ["point", "disk", "kind", "merged", "read_bytes", "stored_before", "stored_after"]
@@ -28,7 +29,7 @@ def history(tmp_path) -> History:
 
 
 def prune(history: History, *options: str):
-    return call_pybackup(["prune", "--repo", history.machine.path.parent, *options])
+    return call_pybackup(["prune", "--repo", folder_of(history.machine).parent, *options])
 
 
 def points(history: History) -> list[str]:
@@ -36,7 +37,9 @@ def points(history: History) -> list[str]:
 
 
 def files(history: History) -> dict[str, tuple[int, int]]:
-    return {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in history.machine.path.glob("*.*")}
+    return {
+        path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder_of(history.machine).glob("*.*")
+    }
 
 
 def test_a_dry_run_says_what_a_run_then_does(history):
@@ -94,23 +97,23 @@ def test_a_dry_run_for_people_has_a_line_for_each_point_and_each_rewrite(history
 
 
 def test_a_pinned_point_stays_until_it_is_unpinned(history, tmp_path):
-    names, repo = points(history), history.machine.path.parent
+    names, repo = points(history), folder_of(history.machine).parent
     assert (
         call_pybackup(["pin", f"m/{names[1]}", "--repo", repo]).stdout == f"point {names[1]} of machine m is pinned\n"
     )
-    again = call_pybackup(["pin", history.machine.path / f"{names[1]}.json"])
+    again = call_pybackup(["pin", folder_of(history.machine) / f"{names[1]}.json"])
     assert again.stdout == f"point {names[1]} of machine m is pinned already\n"
     history.require_tidy()
     copy = history.copied(tmp_path / "elsewhere")
     assert prune(copy, "--keep-last", "1", "--batch", "1").rc == 0
     assert points(copy) == [names[1], names[5]]
     copy.require_whole()
-    listed = call_pybackup(["list", "--repo", copy.machine.path.parent, "--json"]).document
+    listed = call_pybackup(["list", "--repo", folder_of(copy.machine).parent, "--json"]).document
     assert [point["pinned"] for point in listed] == [True, False]
-    listed = call_pybackup(["list", "--repo", copy.machine.path.parent]).stdout.splitlines()
+    listed = call_pybackup(["list", "--repo", folder_of(copy.machine).parent]).stdout.splitlines()
     assert ["pinned;" in line for line in listed] == [False, True, False]
-    assert "pinned" in call_pybackup(["show", f"m/{names[1]}", "--repo", copy.machine.path.parent]).stdout
-    assert call_pybackup(["unpin", f"m/{names[1]}", "--repo", copy.machine.path.parent]).rc == 0
+    assert "pinned" in call_pybackup(["show", f"m/{names[1]}", "--repo", folder_of(copy.machine).parent]).stdout
+    assert call_pybackup(["unpin", f"m/{names[1]}", "--repo", folder_of(copy.machine).parent]).rc == 0
     assert prune(copy, "--keep-last", "1", "--batch", "1").rc == 0
     assert points(copy) == [names[5]]
     copy.require_whole()
@@ -139,7 +142,7 @@ def test_wrong_usage_is_2_and_removes_nothing(history, options, what):
 
 def test_a_damaged_manifest_anywhere_refuses_the_machine(history):
     names = points(history)
-    path = history.machine.path / f"{names[0]}.json"
+    path = folder_of(history.machine) / f"{names[0]}.json"
     with replaced(path, path.read_bytes().replace(b"test", b"tes!")):
         before = files(history)
         for options in (["--dry-run"], []):
@@ -152,7 +155,7 @@ def test_a_damaged_manifest_anywhere_refuses_the_machine(history):
 
 def test_a_broken_chain_refuses_the_machine(history):
     names = points(history)
-    (history.machine.path / f"{names[2]}.json").unlink()
+    (folder_of(history.machine) / f"{names[2]}.json").unlink()
     before = files(history)
     done = prune(history, "--keep-last", "1", "--dry-run", "--json")
     assert done.rc == 10
@@ -162,7 +165,7 @@ def test_a_broken_chain_refuses_the_machine(history):
 
 def test_damage_in_a_file_that_is_merged_removes_nothing(history):
     names = points(history)
-    path = history.machine.path / f"vda.{names[4]}.qcow2"
+    path = folder_of(history.machine) / f"vda.{names[4]}.qcow2"
     content = bytearray(path.read_bytes())
     content[4096 + 100] ^= 1
     before = files(history)
@@ -173,7 +176,7 @@ def test_damage_in_a_file_that_is_merged_removes_nothing(history):
 
 
 def test_other_machines_are_pruned_when_one_cannot_be(history):
-    other = history.machine.path.parent / "a"
+    other = folder_of(history.machine).parent / "a"
     other.mkdir()
     (other / "20260101T010000Z-00000001.json").write_text("{}")
     done = prune(history, "--keep-last", "1", "--batch", "1", "--json")
@@ -185,7 +188,7 @@ def test_other_machines_are_pruned_when_one_cannot_be(history):
 
 
 def test_a_folder_without_points_is_left_alone(history):
-    other = history.machine.path.parent / "notes"
+    other = folder_of(history.machine).parent / "notes"
     other.mkdir()
     (other / "a.txt").write_text("a")
     assert prune(history, "--keep-last", "9").rc == 0
@@ -198,7 +201,7 @@ def test_too_little_space_is_said_before_a_rewrite_and_what_needs_none_goes(hist
     names = points(history)
     monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=1000, f_frsize=4096))
     options = ["--keep-last", "1", "--batch", "1"]
-    call_pybackup(["pin", f"m/{names[2]}", "--repo", history.machine.path.parent])
+    call_pybackup(["pin", f"m/{names[2]}", "--repo", folder_of(history.machine).parent])
     planned = prune(history, "--dry-run", *options)
     assert planned.rc == 3
     assert "bytes" in planned.stderr
@@ -219,7 +222,7 @@ def test_a_locked_machine_is_11(history):
     with history.machine.lock():
         assert prune(history, "--keep-last", "1").rc == 11
         assert prune(history, "--keep-last", "1", "--dry-run").rc == 0
-        assert call_pybackup(["pin", f"m/{points(history)[0]}", "--repo", history.machine.path.parent]).rc == 11
+        assert call_pybackup(["pin", f"m/{points(history)[0]}", "--repo", folder_of(history.machine).parent]).rc == 11
 
 
 def test_the_configurations_words_and_a_machines_own(history, tmp_path):

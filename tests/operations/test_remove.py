@@ -16,6 +16,7 @@ import pytest
 from forge import signed
 from histories import History, counted, killed_before
 from lab import PYBACKUP, Night, call_pybackup, run_pybackup, write
+from places import folder_of
 
 from backup.cli.output import Quiet
 from backup.errors import BackupError, Failed
@@ -73,7 +74,7 @@ def state(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def command(history: History, what: str, *options: str):
-    return call_pybackup(["remove", what, "--repo", history.machine.path.parent, *options])
+    return call_pybackup(["remove", what, "--repo", folder_of(history.machine).parent, *options])
 
 
 @pytest.mark.parametrize("number", range(6))
@@ -87,7 +88,7 @@ def test_whichever_point_goes_all_others_restore_bit_for_bit(copied, number):
     ]
     assert done.notes == planned.notes
     copied.require_whole()
-    copied.machine.path.joinpath(SEQUENCE).unlink(missing_ok=number != 5)
+    folder_of(copied.machine).joinpath(SEQUENCE).unlink(missing_ok=number != 5)
     copied.require_tidy()
 
 
@@ -111,7 +112,9 @@ def test_sigkill_before_any_change_leaves_whole_what_is_left_and_the_next_remova
     for nth in range(1, changes + 1):
         history = scene.copied(tmp_path / "cut")
         assert killed_before(nth, lambda history=history: take_away(history.machine, point))
-        left = frozenset(path.name for path in history.machine.path.glob("*")) if history.machine.exists() else None
+        left = (
+            frozenset(path.name for path in folder_of(history.machine).glob("*")) if history.machine.exists() else None
+        )
         found = (left, left and history.listing())
         if found in states:
             continue
@@ -129,7 +132,7 @@ def test_sigkill_before_any_change_leaves_whole_what_is_left_and_the_next_remova
             assert set(history.manifests()) == set(ids) - {point}
             if len(states) % 3 == 0:
                 history.require_whole(deep=False)
-            history.machine.path.joinpath(SEQUENCE).unlink(missing_ok=number != 2)
+            folder_of(history.machine).joinpath(SEQUENCE).unlink(missing_ok=number != 2)
             history.require_tidy()
         elif history.machine.exists():
             assert points(history) == ids[: len(points(history))], "the newest go first"
@@ -165,11 +168,11 @@ def test_the_newest_point_may_go_and_what_follows_is_said_before(tmp_path):
 
 
 def test_a_whole_machine_goes_with_its_folder(copied):
-    before = set(os.listdir(copied.machine.path.parent))
+    before = set(os.listdir(folder_of(copied.machine).parent))
     done = command(copied, "m", "--yes", "--json")
     assert (done.rc, done.document["removed"]) == (0, points_of(done))
     assert len(done.document["removed"]) == 6
-    assert set(os.listdir(copied.machine.path.parent)) == before - {"m"}
+    assert set(os.listdir(folder_of(copied.machine).parent)) == before - {"m"}
     assert command(copied, "m", "--yes").rc == 10
 
 
@@ -178,12 +181,12 @@ def points_of(done) -> list[str]:
 
 
 def test_a_dry_run_changes_nothing_and_says_what_a_run_does(copied):
-    before = state(copied.machine.path)
+    before = state(folder_of(copied.machine))
     point = points(copied)[3]
     planned = command(copied, f"m/{point}", "--dry-run", "--json")
     assert (planned.rc, planned.stderr, list(planned.document)) == (0, "", FIELDS)
     assert command(copied, "m", "--dry-run").stdout.startswith("m: would remove the machine with 6 points, ")
-    assert state(copied.machine.path) == before
+    assert state(folder_of(copied.machine)) == before
     done = command(copied, f"m/{point}", "--yes", "--json")
     assert done.rc == 0
     assert [rewrite["point"] for rewrite in done.document["rewrites"]] == [
@@ -193,44 +196,44 @@ def test_a_dry_run_changes_nothing_and_says_what_a_run_does(copied):
 
 def test_a_pinned_point_and_its_machine_are_refused(copied):
     point = points(copied)[2]
-    assert call_pybackup(["pin", f"m/{point}", "--repo", copied.machine.path.parent]).rc == 0
-    before = state(copied.machine.path)
+    assert call_pybackup(["pin", f"m/{point}", "--repo", folder_of(copied.machine).parent]).rc == 0
+    before = state(folder_of(copied.machine))
     for what in (f"m/{point}", "m"):
         done = command(copied, what, "--yes")
         assert done.rc == 1
         assert f"point {point} of machine m is pinned" in done.stderr
         assert f"pybackup unpin m/{point}" in done.stderr
-    assert state(copied.machine.path) == before
+    assert state(folder_of(copied.machine)) == before
 
 
 def test_a_point_that_is_served_and_a_machine_that_is_locked_are_refused(copied):
     ids = points(copied)
-    before = state(copied.machine.path)
-    [digests] = copied.machine.path.glob(f"vda.{ids[3]}*.b3")
+    before = state(folder_of(copied.machine))
+    [digests] = folder_of(copied.machine).glob(f"vda.{ids[3]}*.b3")
     with open(digests, "rb") as held:
         fcntl.flock(held, fcntl.LOCK_SH)
         for what in (f"m/{ids[3]}", "m"):
             done = command(copied, what, "--yes")
             assert (done.rc, "stays: in use" in done.stderr) == (11, True), done
-    with open(copied.machine.path / "lock", "rb") as held:
+    with open(folder_of(copied.machine) / "lock", "rb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         assert command(copied, f"m/{ids[3]}", "--yes").rc == 11
         assert command(copied, "m", "--yes").rc == 11
-    assert state(copied.machine.path) == before
+    assert state(folder_of(copied.machine)) == before
 
 
 def test_what_names_no_point_or_machine(copied):
-    before = state(copied.machine.path)
+    before = state(folder_of(copied.machine))
     for what, code in (("m/", 2), ("m/latest", 2), ("m/20200101T000000Z-00000000", 10), ("nobody", 10), ("../m", 2)):
         assert command(copied, what, "--yes").rc == code, what
-    assert state(copied.machine.path) == before
+    assert state(folder_of(copied.machine)) == before
 
 
 def test_without_a_terminal_it_asks_for_yes(copied):
-    before = state(copied.machine.path)
-    done = run_pybackup(["remove", "m", "--repo", copied.machine.path.parent])
+    before = state(folder_of(copied.machine))
+    done = run_pybackup(["remove", "m", "--repo", folder_of(copied.machine).parent])
     assert (done.rc, "--yes" in done.stderr, done.stdout) == (2, True, "")
-    assert state(copied.machine.path) == before
+    assert state(folder_of(copied.machine)) == before
 
 
 @pytest.mark.parametrize(("answer", "code"), [(b"n\n", 1), (b"\n", 1), (b"\x04", 1), (b"\x03", 130), (b"y\n", 0)])
@@ -238,7 +241,7 @@ def test_on_a_terminal_it_asks(copied, answer, code):
     ours, theirs = pty.openpty()
     point = points(copied)[5]
     process = subprocess.Popen(
-        [PYBACKUP, "remove", f"m/{point}", "--repo", copied.machine.path.parent],
+        [PYBACKUP, "remove", f"m/{point}", "--repo", folder_of(copied.machine).parent],
         stdin=theirs,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -260,32 +263,32 @@ def test_on_a_terminal_it_asks(copied, answer, code):
 
 def test_a_damaged_manifest_keeps_points_but_not_the_machine(copied):
     ids = points(copied)
-    with open(copied.machine.path / f"{ids[4]}.json", "ab") as file:
+    with open(folder_of(copied.machine) / f"{ids[4]}.json", "ab") as file:
         file.write(b"x")
-    before = state(copied.machine.path)
+    before = state(folder_of(copied.machine))
     for point in (ids[0], ids[4]):
         assert command(copied, f"m/{point}", "--yes").rc == 12
-    assert state(copied.machine.path) == before
+    assert state(folder_of(copied.machine)) == before
     done = command(copied, "m", "--yes")
     assert (done.rc, "5 points and 1 damaged manifest" in done.stdout) == (0, True), done
     assert not copied.machine.exists()
 
 
 def test_a_newer_programs_point_is_not_removed(copied):
-    path = copied.machine.path / f"{points(copied)[5]}.json"
+    path = folder_of(copied.machine) / f"{points(copied)[5]}.json"
     document = json.loads(path.read_bytes())
     path.write_bytes(signed({**document, "version": 99}))
-    before = state(copied.machine.path)
+    before = state(folder_of(copied.machine))
     assert command(copied, "m", "--yes").rc == 1
-    assert state(copied.machine.path) == before
+    assert state(folder_of(copied.machine)) == before
 
 
 def test_a_folder_with_other_peoples_files_stays(copied):
-    (copied.machine.path / "README").write_text("mine")
+    (folder_of(copied.machine) / "README").write_text("mine")
     done = command(copied, "m", "--yes")
     assert done.rc == 0
     assert "stays, as it holds what is not pybackup's: README" in done.stdout
-    assert sorted(os.listdir(copied.machine.path)) == ["README", "lock"]
+    assert sorted(os.listdir(folder_of(copied.machine))) == ["README", "lock"]
 
 
 def test_points_that_came_after_the_question_are_not_removed(copied):
@@ -304,17 +307,17 @@ def test_who_waits_for_the_lock_of_a_machine_that_is_removed_gets_one_that_count
     def back_up() -> None:
         waiting.set()
         try:
-            with machine.lock(), open(machine.path / "lock", "rb") as other, pytest.raises(BlockingIOError):
+            with machine.lock(), open(folder_of(machine) / "lock", "rb") as other, pytest.raises(BlockingIOError):
                 fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BackupError as error:
             failed.append(error)
 
     thread = threading.Thread(target=back_up)
-    with open(machine.path / "lock", "rb") as held:
+    with open(folder_of(machine) / "lock", "rb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         thread.start()
         waiting.wait()
         threading.Event().wait(0.2)  # it has opened the file, and waits for the lock
-        (machine.path / "lock").unlink()
+        (folder_of(machine) / "lock").unlink()
     thread.join()
     assert not failed

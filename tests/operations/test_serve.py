@@ -14,9 +14,9 @@ from urllib.parse import quote
 import pytest
 from forge import flipped, replaced
 from lab import MIB, PYBACKUP, Night, call_pybackup, check_repository, make_image, raw_copy, run, write
+from places import machine_at
 
 from backup.operations.serve import address, commands
-from backup.repository.machine import Machine
 
 FIELDS = ["machine", "point", "disk", "uri", "size", "export_size", "writable", "commands"]
 ODD = 3 * MIB + 1000
@@ -250,12 +250,12 @@ def test_a_machine_with_two_disks_is_asked_which(tmp_path):
         run("nbdcopy", server.uri, tmp_path / "copy.raw")
         run("cmp", tmp_path / "copy.raw", raw_copy(images[1], tmp_path / "b.raw"))
         # Only b's files are held, but a point is pruned whole.
-        assert len(Machine(repository / "m").points_in_use()) == 1
+        assert len(machine_at(repository / "m").points_in_use()) == 1
         server.end()
 
 
 def test_a_kill_takes_the_server_along_and_frees_the_points(night, tmp_path):
-    machine = Machine(night.repository / "disk")
+    machine = machine_at(night.repository / "disk")
     first, second, _ = points(night)
     assert machine.points_in_use() == {}
     for options in ([], ["--writable"]):
@@ -289,7 +289,7 @@ def test_the_next_run_removes_what_a_kill_left_and_nothing_that_is_used(night, t
 
 
 def test_two_servers_of_one_point_hold_it_until_the_last_ends(night):
-    machine = Machine(night.repository / "disk")
+    machine = machine_at(night.repository / "disk")
     first, *_ = points(night)
     with serving(f"disk/{first}", "--repo", night.repository) as one:
         with serving(f"disk/{first}", "--repo", night.repository) as other:
@@ -308,14 +308,14 @@ def test_prune_keeps_off_what_is_served(night, tmp_path):
         done = call_pybackup(prune)
         assert done.rc == 0, done
         assert "in use" in done.stdout
-        assert Machine(tmp_path / "repo" / "disk").points_in_use().keys() == {first, second}
+        assert machine_at(tmp_path / "repo" / "disk").points_in_use().keys() == {first, second}
         run("nbdcopy", server.uri, tmp_path / "copy.raw")
         run("cmp", tmp_path / "copy.raw", night.image.with_name("1.raw"))
         server.end()
-    left = Machine(tmp_path / "repo" / "disk").contents().manifests
+    left = machine_at(tmp_path / "repo" / "disk").contents().manifests
     assert set(left) == {first, second, third}
     assert call_pybackup(prune).rc == 0
-    assert set(Machine(tmp_path / "repo" / "disk").contents().manifests) == {third}
+    assert set(machine_at(tmp_path / "repo" / "disk").contents().manifests) == {third}
     run("qemu-img", "convert", "-O", "raw", tmp_path / "repo" / "disk" / f"disk.{third}.qcow2", tmp_path / "left.raw")
     run("cmp", tmp_path / "left.raw", night.image.with_name("2.raw"))
     check_repository(tmp_path / "repo")
@@ -370,7 +370,7 @@ def test_a_chain_that_changed_meanwhile_is_opened_again(night, monkeypatch):
         return original(manifests, points(night)[0] if len(asked) == 1 else point, *more)
 
     monkeypatch.setattr(chain, "build", changing)
-    machine = Machine(night.repository / "disk")
+    machine = machine_at(night.repository / "disk")
     with serve.serving(machine, points(night)[2], "disk", None, writable=False) as served:
         assert len(asked) == 3
         assert machine.points_in_use().keys() == set(points(night))

@@ -8,10 +8,10 @@ import time
 import pytest
 from forge import bless, flipped, replaced, rewrite
 from lab import KIB, MIB, Night, call_pybackup, raw_copy, run, write
+from places import machine_at
 
 from backup.errors import Damaged, Failed, NotFound
 from backup.operations.verify import Problem, exit_code, verify_machine
-from backup.repository.machine import Machine
 
 
 def verify(night, *what, deep=False):
@@ -85,7 +85,7 @@ def test_a_flipped_bit_anywhere_is_found_and_never_restored(small, tmp_path, num
     damaged = points(small)[number] if kind == "manifest" else files(points(small)[number], kind)
     content = damaged.read_bytes()
     expected = small.image.with_name("source.raw").read_bytes()
-    machine = Machine(newest.parent)
+    machine = machine_at(newest.parent)
     for at in interesting(content, 90):
         with replaced(damaged, flipped(content, at, random.Random(at).randrange(8))):
             found = verify_machine(machine, deep=False, workers=1, progress=lambda _: None)
@@ -287,7 +287,7 @@ def test_a_large_file_is_checked_by_several_threads_and_each_fault_is_told(tmp_p
     night.full()
     manifest = points(night)[0]
     data = files(manifest)
-    machine = Machine(manifest.parent)
+    machine = machine_at(manifest.parent)
     size = data.stat().st_size
     for workers in (1, 2, 5):
         told = []
@@ -321,7 +321,7 @@ def test_an_interrupted_verify_ends_at_once_and_closes_its_files(tmp_path, monke
     monkeypatch.setattr("backup.qcow2.check", endless)
     before = set(os.listdir("/proc/self/fd"))
     with pytest.raises(KeyboardInterrupt):
-        verify_machine(Machine(points(night)[0].parent), deep=True, workers=2, progress=interrupt)
+        verify_machine(machine_at(points(night)[0].parent), deep=True, workers=2, progress=interrupt)
     assert set(os.listdir("/proc/self/fd")) == before
 
 
@@ -331,4 +331,4 @@ def test_a_fault_of_the_program_in_a_worker_is_raised_and_no_damage(small, monke
 
     monkeypatch.setattr("backup.qcow2.check", fault)
     with pytest.raises(MemoryError):
-        verify_machine(Machine(points(small)[0].parent), deep=False, workers=2, progress=lambda _: None)
+        verify_machine(machine_at(points(small)[0].parent), deep=False, workers=2, progress=lambda _: None)

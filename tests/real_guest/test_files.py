@@ -15,10 +15,10 @@ import pytest
 from initrd import CACHE, System
 from lab import MIB, PYBACKUP, Result, call_pybackup, make_image, run
 from live import private_tmp
+from places import machine_at
 
 from backup.guest import files
 from backup.model.manifest import Manifest
-from backup.repository.machine import Machine
 
 pytestmark = pytest.mark.timeout(600)  # an emulated machine, on cores that others use as well
 
@@ -69,7 +69,7 @@ class Point:
     machine: str
 
     def opened(self, filesystem: str | None = None, point: str | None = None):
-        folder = Machine(self.repository / self.machine)
+        folder = machine_at(self.repository / self.machine)
         found: list[Manifest] = sorted(folder.contents().manifests.values(), key=lambda each: each.sequence)
         return files.opened(folder, point or found[-1].point, self.machine, filesystem)
 
@@ -164,7 +164,7 @@ def test_an_ext4_without_partitions_at_two_points(works, tmp_path, point_of):
                 guest.get(path, tmp_path / "got nothing")
         assert not (tmp_path / "got nothing").exists()
         assert not list(tmp_path.glob(".pybackup-*"))
-        assert Machine(point.repository / "disk").points_in_use().keys() == {first.machine["point"]}
+        assert machine_at(point.repository / "disk").points_in_use().keys() == {first.machine["point"]}
     assert not list(Path().glob("pwned"))
 
 

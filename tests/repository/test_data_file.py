@@ -9,6 +9,7 @@ import stat
 from pathlib import Path
 
 import pytest
+from places import files_at
 
 from backup.errors import Failed
 from backup.model import digests
@@ -26,7 +27,7 @@ def part(seed: int, length: int = digests.BLOCK) -> memoryview:
 
 
 def write(path: Path, parts: list[memoryview]) -> bytes:
-    file = PartFile(path, 0o600)
+    file = PartFile(files_at(path.parent), path.name)
     for number in reversed(range(len(parts))):
         file.put(number, parts[number])
     return file.finish()
@@ -106,12 +107,12 @@ def test_writing_goes_past_the_page_cache(real_path):
     except OSError:
         pytest.skip("no O_DIRECT on this file system")
     real_path.unlink()
-    file = PartFile(real_path, 0o600)
+    file = PartFile(files_at(real_path.parent), real_path.name)
     try:
-        assert file._output._direct is not None
+        assert file._file._output._direct is not None
     finally:
         file.close()
-    assert file._output._direct is None
+    assert file._file._output._direct is None
 
 
 def test_a_file_has_its_name_only_when_it_is_complete_and_lasts(tmp_path, monkeypatch):
@@ -119,7 +120,7 @@ def test_a_file_has_its_name_only_when_it_is_complete_and_lasts(tmp_path, monkey
     fsync, rename = os.fsync, os.rename
     monkeypatch.setattr(os, "fsync", lambda fd: (done.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
     monkeypatch.setattr(os, "rename", lambda old, new: (done.append((old, new)), rename(old, new)))
-    file = PartFile(path, 0o600)
+    file = PartFile(files_at(path.parent), path.name)
     file.put(0, part(0))
     file.close()
     assert os.listdir(tmp_path) == ["vda.qcow2.part"]
@@ -134,5 +135,5 @@ def test_what_is_there_is_never_overwritten(tmp_path, taken):
     """Two disks whose names differ in case only have one data file, where the file system knows no case."""
     (tmp_path / taken).write_text("mine")
     with pytest.raises(Failed, match="File exists"):
-        PartFile(tmp_path / "vda.qcow2", 0o600)
+        PartFile(files_at(tmp_path), "vda.qcow2")
     assert (os.listdir(tmp_path), (tmp_path / taken).read_text()) == ([taken], "mine")

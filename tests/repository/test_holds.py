@@ -17,6 +17,7 @@ from contextlib import ExitStack
 import pytest
 from histories import History
 from lab import call_pybackup, make_image
+from places import folder_of
 
 from backup.cli.output import Quiet
 from backup.errors import Failed, NotFound
@@ -62,7 +63,7 @@ def serving(history: History, point: str):
 
 
 def holding(history: History, point: str):
-    return data_file.held(history.machine.path, chain.build(history.manifests(), point, "vda"))
+    return data_file.held(history.machine.files, chain.build(history.manifests(), point, "vda"))
 
 
 def actions(report: prune.Report) -> list[tuple[str, tuple[str, ...]]]:
@@ -118,7 +119,7 @@ def test_a_prune_needs_no_right_to_write_to_the_files_it_removes(history, monkey
 
 def test_what_an_older_program_serves_stays(history):
     first = points(history)[0]
-    with open(history.machine.path / f"vda.{first}.qcow2", "rb") as data:
+    with open(folder_of(history.machine) / f"vda.{first}.qcow2", "rb") as data:
         fcntl.flock(data, fcntl.LOCK_SH)
         report = prune.prune(history.machine, NEWEST, Quiet())
     assert actions(report)[0] == ("keep", ("in use",))
@@ -142,7 +143,7 @@ def no_locks(monkeypatch) -> None:
 def test_points_of_which_there_is_no_telling_stay_with_a_warning(history, monkeypatch):
     no_locks(monkeypatch)
     before = history.listing()
-    done = call_pybackup(["prune", "--keep-last", "1", "--batch", "1", "--repo", history.machine.path.parent])
+    done = call_pybackup(["prune", "--keep-last", "1", "--batch", "1", "--repo", folder_of(history.machine).parent])
     assert done.rc == 3, done
     [warning] = done.stderr.splitlines()
     assert warning == (
@@ -220,7 +221,7 @@ def test_a_reader_that_comes_in_an_exchange_waits_and_sees_its_end(history, monk
     def read() -> None:
         started.set()
         with ExitStack() as held:
-            data_file._hold(held, history.machine.path / before.newest.entry.data.digests)
+            held.enter_context(history.machine.files.hold([before.newest.entry.data.digests]))
             order.append("held")
 
     started = threading.Event()
@@ -268,7 +269,7 @@ def test_an_exchange_that_was_cut_off_is_taken_back_where_somebody_uses_the_form
     real = os.rename
 
     def waiting():
-        return history.machine.path.glob("*.new")
+        return folder_of(history.machine).glob("*.new")
 
     def rename(source, target):
         if str(source).endswith(".qcow2.new"):
@@ -281,7 +282,7 @@ def test_an_exchange_that_was_cut_off_is_taken_back_where_somebody_uses_the_form
         with pytest.raises(Exception, match="Input/output error"):
             prune.prune(history.machine, NEWEST, Quiet())
     assert len(list(waiting())) == 1
-    data = history.machine.path / f"vda.{newest}.qcow2"
+    data = folder_of(history.machine) / f"vda.{newest}.qcow2"
     with holding(history, newest), history.machine.lock():
         inode = data.stat().st_ino
         settle(history.machine)
@@ -313,7 +314,7 @@ def test_the_digest_file_is_locked_before_the_data_file_and_where_it_is_held_the
         assert why_not is None
     assert asked == [name for disk in disks for name in (disk.data.digests, disk.data.file)]
     asked.clear()
-    with open(history.machine.path / disks[0].data.digests, "rb") as held:
+    with open(folder_of(history.machine) / disks[0].data.digests, "rb") as held:
         fcntl.flock(held, fcntl.LOCK_SH)
         asked.clear()
         with history.machine.unused(disks[0]) as why_not:

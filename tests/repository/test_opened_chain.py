@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 import numpy as np
 import pytest
 from histories import History, assert_same
+from places import folder_of, repository_at
 
 from backup.cli.output import Quiet
 from backup.engine import streamer
@@ -25,7 +26,7 @@ from backup.qcow2 import Codec
 from backup.repository import chain_reader, data_file
 from backup.repository.machine import ATTEMPTS
 from backup.repository.opened_chain import KeptChanging, examine, open_chain, open_unchanged
-from backup.repository.repository import Repository
+from backup.storage.folder import FolderStorage
 
 NEWEST = Request(Policy(last=1), Batch(1), workers=1)
 
@@ -47,7 +48,7 @@ def newest(history: History) -> str:
 
 
 def restored(history: History, *, salvaging: bool = False) -> None:
-    target = history.machine.path.parent.parent / "target.raw"
+    target = folder_of(history.machine).parent.parent / "target.raw"
     done = restore.restore_disk(
         history.machine,
         newest(history),
@@ -64,7 +65,7 @@ def restored(history: History, *, salvaging: bool = False) -> None:
 
 
 def streamed(history: History) -> None:
-    path = history.machine.path.parent.parent / "stream.raw"
+    path = folder_of(history.machine).parent.parent / "stream.raw"
     with path.open("wb") as file:
         streamer.stream(history.machine, newest(history), "vda", file.fileno(), workers=1, progress=Quiet())
     assert_same(path.read_bytes(), history.contents[newest(history), "vda"], "streamed")
@@ -77,11 +78,11 @@ def salvaged(history: History) -> None:
 def held_chain(history: History) -> None:
     """As `serve` and `files` do before QEMU opens the chain."""
     opened = open_chain(
-        history.machine, newest(history), "vda", lambda chain: data_file.held(history.machine.path, chain)
+        history.machine, newest(history), "vda", lambda chain: data_file.held(history.machine.files, chain)
     )
     with opened as (chain, protected):
         assert protected
-        with chain_reader.checked(history.machine.path, chain, chain.size) as content:
+        with chain_reader.checked(history.machine.files, chain, chain.size) as content:
             clusters = np.arange(-(-chain.size // 4096))
             room = memoryview(bytearray(len(clusters) * 4096))
             content.read(clusters, room, Codec(4096, None))
@@ -89,11 +90,10 @@ def held_chain(history: History) -> None:
 
 
 def copied(history: History) -> None:
-    source = Repository.open(history.machine.path.parent)
-    path = history.machine.path.parent.parent / "second"
-    second = (
-        copy.open_second(path, source, source.modes) if path.exists() else copy.make_second(path, source, source.modes)
-    )
+    source = repository_at(folder_of(history.machine).parent)
+    path = folder_of(history.machine).parent.parent / "second"
+    place = FolderStorage(path)
+    second = copy.open_second(place, source) if path.exists() else copy.make_second(place, source)
     done = copy.replicate(
         history.machine, second.machine("m"), None, workers=1, begin=lambda _: None, advance=lambda _: None
     )

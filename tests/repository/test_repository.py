@@ -26,12 +26,13 @@ from lab import (
     run_pybackup,
     write,
 )
+from places import create_repository, files_at, folder_of, repository_at
 
 from backup.errors import Damaged, Failed, Interrupted, Locked, UsageError
 from backup.model.names import MARKER, RECOVERY
-from backup.repository import manifests, repository
-from backup.repository.repository import Repository
-from backup.storage.folder import Modes, open_plain
+from backup.repository import repository
+from backup.storage.folder import Modes
+from backup.storage.refusals import open_file
 
 
 def modes(folder):
@@ -198,7 +199,7 @@ def test_a_run_removes_what_a_killed_init_left_beside_the_marker(tmp_path):
 
 def test_a_set_group_id_folder_keeps_its_bit_and_hands_it_on(tmp_path):
     tmp_path.chmod(0o2755)
-    Repository.create(tmp_path / "repo", Modes(0o640, 0o750))
+    create_repository(tmp_path / "repo", Modes(0o640, 0o750))
     assert modes(tmp_path / "repo") == {".": 0o2750, MARKER: 0o640, RECOVERY: 0o640}
 
 
@@ -214,8 +215,8 @@ def test_a_folder_that_holds_other_things_is_never_made_a_repository(tmp_path):
 def test_a_fresh_file_system_and_what_a_killed_first_run_left_count_as_empty(tmp_path):
     (tmp_path / "lost+found").mkdir()
     (tmp_path / f"{MARKER}.0123abcd.tmp").write_text("{")
-    Repository.create(tmp_path)
-    assert Repository.open(tmp_path).machine_names() == []
+    create_repository(tmp_path)
+    assert repository_at(tmp_path).machine_names() == []
 
 
 @pytest.mark.parametrize("there", ["", "a", "a/b/repo"], ids=["no folder", "some", "left by a killed run"])
@@ -228,7 +229,7 @@ def test_the_names_of_all_new_folders_last_in_theirs(tmp_path, monkeypatch, ther
         real(fd)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    Repository.create(tmp_path / "a/b/repo")
+    create_repository(tmp_path / "a/b/repo")
     new = {"": ["a/b", "a", ""], "a": ["a/b", "a"], "a/b/repo": ["a/b"]}[there]
     assert {str(tmp_path / folder) for folder in new} <= set(synced)
 
@@ -239,7 +240,7 @@ def test_of_several_inits_at_the_same_time_one_makes_the_repository(tmp_path):
     def first_run():
         start.wait()
         try:
-            found.append(Repository.create(tmp_path / "repo").identity)
+            found.append(create_repository(tmp_path / "repo").identity)
         except UsageError as error:
             refused.append(error)
 
@@ -249,7 +250,7 @@ def test_of_several_inits_at_the_same_time_one_makes_the_repository(tmp_path):
     for thread in threads:
         thread.join()
     assert (len(found), len(refused)) == (1, 7)
-    assert found == [Repository.open(tmp_path / "repo").identity]
+    assert found == [repository_at(tmp_path / "repo").identity]
     assert sorted(os.listdir(tmp_path / "repo")) == [RECOVERY, MARKER]
 
 
@@ -258,15 +259,15 @@ def test_a_file_system_without_links_gets_its_marker_too(tmp_path, monkeypatch):
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", no_links)
-    identity = Repository.create(tmp_path / "repo").identity
-    assert Repository.open(tmp_path / "repo").identity == identity
+    identity = create_repository(tmp_path / "repo").identity
+    assert repository_at(tmp_path / "repo").identity == identity
     with pytest.raises(UsageError):
-        Repository.create(tmp_path / "repo")
+        create_repository(tmp_path / "repo")
     assert sorted(os.listdir(tmp_path / "repo")) == [RECOVERY, MARKER]
 
 
 def test_the_second_writer_is_told_the_first_ones_host_and_pid(tmp_path):
-    machine = Repository.create(tmp_path / "repo").machine("web1")
+    machine = create_repository(tmp_path / "repo").machine("web1")
     with machine.lock(), pytest.raises(Locked, match=rf"host \S+ pid {os.getpid()}\b"), machine.lock():
         pass
 
@@ -284,22 +285,22 @@ def test_a_run_against_a_held_lock_ends_with_11_and_changes_nothing(tmp_path):
 
 
 def test_a_look_whether_other_machines_are_locked_writes_nothing(tmp_path):
-    repository = Repository.create(tmp_path / "repo")
+    repository = create_repository(tmp_path / "repo")
     first = repository.machine("web1")
     with first.lock():
         repository.ownership("web1").require_alone()
-    (first.path / "lock").write_text("host far pid 1\n")
+    (folder_of(first) / "lock").write_text("host far pid 1\n")
     repository.ownership("web2").require_alone()
-    assert (first.path / "lock").read_text() == "host far pid 1\n"
+    assert (folder_of(first) / "lock").read_text() == "host far pid 1\n"
     with first.lock(), pytest.raises(Locked, match="web1 is locked"):
         repository.ownership("web2").require_alone()
 
 
 def test_a_lock_that_somebody_only_looks_at_is_waited_for(tmp_path):
-    machine = Repository.create(tmp_path / "repo").machine("web1")
+    machine = create_repository(tmp_path / "repo").machine("web1")
     with machine.lock():
         pass
-    fd = os.open(machine.path / "lock", os.O_RDONLY)
+    fd = os.open(folder_of(machine) / "lock", os.O_RDONLY)
     fcntl.flock(fd, fcntl.LOCK_SH)
     looking = threading.Timer(0.1, os.close, [fd])
     looking.start()
@@ -309,14 +310,16 @@ def test_a_lock_that_somebody_only_looks_at_is_waited_for(tmp_path):
 
 def test_a_killed_holders_lock_is_free(tmp_path):
     path = tmp_path / "repo"
-    Repository.create(path)
+    create_repository(path)
     code = (
         "import sys, time; from pathlib import Path; from backup.repository.repository import Repository\n"
-        f"with Repository.open(Path({str(path)!r})).machine('web1').lock(): print('held', flush=True); time.sleep(60)"
+        "from backup.storage.folder import FolderStorage\n"
+        f"with Repository.open(FolderStorage(Path({str(path)!r}))).machine('web1').lock():\n"
+        "    print('held', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([PYBACKUP.with_name("python"), "-c", code], stdout=subprocess.PIPE) as holder:
         assert holder.stdout.readline() == b"held\n"
-        machine = Repository.open(path).machine("web1")
+        machine = repository_at(path).machine("web1")
         with pytest.raises(Locked, match=f"pid {holder.pid}"), machine.lock():
             pass
         holder.kill()
@@ -530,7 +533,7 @@ def test_the_lock_holds_on_a_full_disk(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", full)
-    machine = Repository.create(tmp_path / "repo").machine("web1")
+    machine = create_repository(tmp_path / "repo").machine("web1")
     with machine.lock(), pytest.raises(Locked), machine.lock():
         pass
 
@@ -538,9 +541,9 @@ def test_the_lock_holds_on_a_full_disk(tmp_path, monkeypatch):
 @pytest.mark.parametrize("failing", [1, 2, 3, 4])
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), Interrupted(15)], ids=["error", "signal"])
 def test_a_publish_that_fails_leaves_no_manifest_behind(tmp_path, monkeypatch, failing, error):
-    machine = Repository.create(tmp_path / "repo").machine("web1")
+    machine = create_repository(tmp_path / "repo").machine("web1")
     with machine.lock():
-        before = sorted(os.listdir(machine.path))
+        before = sorted(os.listdir(folder_of(machine)))
         calls, real = [], os.fsync
 
         def fsync(fd):
@@ -553,11 +556,11 @@ def test_a_publish_that_fails_leaves_no_manifest_behind(tmp_path, monkeypatch, f
         with pytest.raises((Failed, Interrupted)):
             machine.publish(manifest(1, entry(1)))
         assert len(calls) >= failing
-        assert sorted(os.listdir(machine.path)) == before
+        assert sorted(os.listdir(folder_of(machine))) == before
 
 
 def test_publish_syncs_the_folder_before_and_after_the_manifest_gets_its_name(tmp_path, monkeypatch):
-    machine = Repository.create(tmp_path / "repo").machine("web1")
+    machine = create_repository(tmp_path / "repo").machine("web1")
     done = []
     real_fsync, real_rename = os.fsync, os.rename
     monkeypatch.setattr(os, "fsync", lambda fd: (done.append(os.readlink(f"/proc/self/fd/{fd}")), real_fsync(fd)))
@@ -566,11 +569,11 @@ def test_publish_syncs_the_folder_before_and_after_the_manifest_gets_its_name(tm
         done.clear()
         path = machine.publish(manifest(1, entry(1)))
     assert done == [
-        str(machine.path),
+        str(folder_of(machine)),
         f"{path}.tmp",
         f"to {path}",
-        str(machine.path),
-        str(machine.path.parent),
+        str(folder_of(machine)),
+        str(folder_of(machine).parent),
     ]
 
 
@@ -778,21 +781,21 @@ def test_a_signal_while_manifests_are_read_is_not_taken_for_a_damaged_one(tmp_pa
     def stopped(*_):
         raise Interrupted(15)
 
-    machine = Repository.create(tmp_path / "repo").machine("web1")
+    machine = create_repository(tmp_path / "repo").machine("web1")
     with machine.lock():
         machine.publish(manifest(1, entry(1)))
-    monkeypatch.setattr(manifests, "read_raw", stopped)
+    monkeypatch.setattr("backup.repository.machine.read_raw", stopped)
     with pytest.raises(Interrupted):
         machine.contents()
 
 
 def test_a_point_that_no_reader_would_take_is_not_published(tmp_path):
-    machine = Repository.create(tmp_path / "repo").machine("web1")
+    machine = create_repository(tmp_path / "repo").machine("web1")
     with machine.lock():
-        before = os.listdir(machine.path)
+        before = os.listdir(folder_of(machine))
         with pytest.raises(Damaged):
             machine.publish(manifest(1, entry(1), sequence=(1 << 62) + 1))
-        assert os.listdir(machine.path) == before
+        assert os.listdir(folder_of(machine)) == before
 
 
 def test_a_pipe_with_a_writer_is_no_file_of_the_repository(tmp_path):
@@ -800,11 +803,11 @@ def test_a_pipe_with_a_writer_is_no_file_of_the_repository(tmp_path):
     with (tmp_path / "pipe").open("r+b", buffering=0) as writer:
         writer.write(b"x")
         with pytest.raises(Damaged, match="no plain file"):
-            open_plain(tmp_path / "pipe")
+            open_file(files_at(tmp_path), "pipe")
 
 
 def test_sequence_is_one_more_than_the_highest(tmp_path):
-    machine = Repository.create(tmp_path / "repo").machine("web1")
+    machine = create_repository(tmp_path / "repo").machine("web1")
     with machine.lock():
         for number in (5, 2):
             machine.publish(manifest(number, entry(number)))
@@ -812,9 +815,9 @@ def test_sequence_is_one_more_than_the_highest(tmp_path):
 
 
 def test_a_renamed_manifest_is_damage(tmp_path):
-    machine = Repository.create(tmp_path / "repo").machine("web1")
+    machine = create_repository(tmp_path / "repo").machine("web1")
     with machine.lock():
-        machine.publish(manifest(1, entry(1))).rename(machine.path / "20261122T010000Z-00000009.json")
+        Path(machine.publish(manifest(1, entry(1)))).rename(folder_of(machine) / "20261122T010000Z-00000009.json")
     [error] = machine.contents().damaged.values()
     assert error.exit_code == 12
     assert repository.VERSION == 1

@@ -11,11 +11,11 @@ import pytest
 from forge import flipped, replaced
 from lab import MIB, PYBACKUP, Night, call_pybackup, check_repository, write
 from lies import data_file, flip
+from places import machine_at
 
 from backup.model.manifest import timestamp
 from backup.operations.verify import draw, verify_machine
 from backup.repository import verified
-from backup.repository.machine import Machine
 from backup.repository.verified import Record
 
 
@@ -164,11 +164,11 @@ def test_files_that_are_gone_are_forgotten_but_not_while_a_manifest_is_damaged(n
     newest.write_bytes(content[:-1])
     assert verify(night).rc == 12
     newest.write_bytes(content)
-    assert len(verified.recall(Machine(folder(night)))) == 3
+    assert len(verified.recall(machine_at(folder(night)))) == 3
     gone = json.loads(content)["disks"][0]["data"]["file"]
     newest.unlink()
     verify(night)
-    assert sorted(verified.recall(Machine(folder(night)))) == sorted(
+    assert sorted(verified.recall(machine_at(folder(night)))) == sorted(
         path.name for path in data_files(night) if path.name != gone
     )
 
@@ -184,7 +184,7 @@ def test_a_broken_chains_files_are_not_remembered_as_sound(night):
 
 
 def test_two_runs_at_once_keep_what_both_found(night):
-    machine = Machine(folder(night))
+    machine = machine_at(folder(night))
     names = [f"vda.20261122T010000Z-{number:08x}.qcow2" for number in range(40)]
 
     def remember(name):
@@ -216,9 +216,9 @@ def test_an_interrupted_verify_remembers_what_it_had_done(night, monkeypatch):
 
     monkeypatch.setattr(datafile, "check_structure", slow)
     with pytest.raises(KeyboardInterrupt):
-        verify_machine(Machine(folder(night)), deep=False, workers=1, progress=interrupt)
+        verify_machine(machine_at(folder(night)), deep=False, workers=1, progress=interrupt)
     monkeypatch.undo()
-    assert 0 < len(verified.recall(Machine(folder(night)))) < 3
+    assert 0 < len(verified.recall(machine_at(folder(night)))) < 3
     assert read_and_skipped(verify(night, "--older-than", "30d"))[1] > 0
 
 
@@ -231,7 +231,7 @@ def test_a_sample_is_a_share_of_the_blocks_and_no_verification(night):
     assert (done.rc, done.document["files"]) == (0, 1), "at least one block"
     if done.document["sampled"]:
         assert done.document["bytes"] <= 4 * MIB
-        assert verified.recall(Machine(folder(night))) == {}
+        assert verified.recall(machine_at(folder(night))) == {}
         assert status(night)["verified"]["last"] is None
     else:
         assert done.document["bytes"] in sizes
@@ -248,11 +248,11 @@ def test_a_file_that_was_read_in_part_is_not_remembered_as_verified(night, monke
     monkeypatch.setattr(verifying, "draw", lambda blocks, *_: [drawn[count] for count in blocks])
     done = verify(night, "--sample", "40%")
     assert (read_and_skipped(done), done.document["sampled"]) == ((3, 0), 1)
-    assert sorted(verified.recall(Machine(folder(night)))) == sorted(path.name for path in data_files(night)[1:])
+    assert sorted(verified.recall(machine_at(folder(night)))) == sorted(path.name for path in data_files(night)[1:])
     verify(night)
-    assert len(verified.recall(Machine(folder(night)))) == 3
+    assert len(verified.recall(machine_at(folder(night)))) == 3
     verify(night, "--sample", "40%")
-    assert len(verified.recall(Machine(folder(night)))) == 3, "what was known stays"
+    assert len(verified.recall(machine_at(folder(night)))) == 3, "what was known stays"
 
 
 def test_damage_that_a_sample_meets_is_told_and_remembered(night):

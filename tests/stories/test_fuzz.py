@@ -14,10 +14,10 @@ from forge import bless, replaced, signed, signed_bytes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lab import MIB, Night, call_pybackup, run, write
+from places import machine_at
 
 from backup.model import digests
 from backup.repository import verified as memory
-from backup.repository.machine import Machine
 
 EXAMPLES = int(os.environ.get("FUZZ", "20"))
 """FUZZ=500 looks further, and elsewhere in each run; without it all runs are the same."""
@@ -192,7 +192,7 @@ def test_a_memory_that_was_changed_is_none_or_another_and_no_fault(night, data):
     head = b"\n".join(lines[:-1]) + b"\n"
     with replaced(path, head + json.dumps({"digest": digests.digest(head).hex()}).encode() + b"\n"):
         require_the_others(night.repository)
-        found = memory.recall(Machine(night.repository / "a"))
+        found = memory.recall(machine_at(night.repository / "a"))
         assert all(record.code in {0, 10, 12} for record in found.values())
 
 

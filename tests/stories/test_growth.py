@@ -21,7 +21,8 @@ from backup.operations import backup, prune
 from backup.operations.prune import Request
 from backup.planning.retention import Policy
 from backup.qcow2 import Reader
-from backup.repository import checked_file, repository
+from backup.storage import locks
+from backup.storage.folder import FolderFiles
 
 AS = ["--machine", "m", "--disk", "vda"]
 
@@ -31,17 +32,17 @@ class Costs:
 
     def __init__(self, monkeypatch) -> None:
         self.count: Counter[str] = Counter()
-        self._watch(monkeypatch, repository, "_read", lambda path, _: Path(path).suffix)
-        self._watch(monkeypatch, checked_file, "open_plain", lambda path: Path(path).suffix)
+        self._watch(monkeypatch, FolderFiles, "read", lambda _files, name, _: Path(name).suffix)
+        self._watch(monkeypatch, FolderFiles, "open", lambda _files, name: Path(name).suffix)
         self._watch(monkeypatch, Reader, "allocated", lambda *_: "tables")
-        self._watch(monkeypatch, repository, "_why_held", lambda *_: "held")
+        self._watch(monkeypatch, locks, "_why_held", lambda *_: "held")
 
     def _watch(self, monkeypatch, owner, name: str, kind) -> None:
         real = getattr(owner, name)
 
-        def watched(*args):
+        def watched(*args, **keywords):
             self.count[kind(*args)] += 1
-            return real(*args)
+            return real(*args, **keywords)
 
         monkeypatch.setattr(owner, name, watched)
 

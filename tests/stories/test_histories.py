@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 from lab import call_pybackup, run
+from places import machine_at
 from stories import (
     CALLS,
     Ended,
@@ -618,7 +619,7 @@ def test_a_reader_that_is_overtaken_by_a_prune_at_any_open_sees_whole_points(sce
 def test_what_was_read_of_a_machine_before_a_prune_is_no_damage_after_it(scene, tmp_path, monkeypatch, words):
     """Of the overtaken readers those that once took the prune for damage, without strace."""
     story = scene.copied(tmp_path / "here")
-    stale = [Machine(story.machine).contents()]
+    stale = [machine_at(story.machine).contents()]
     story.prune(*SCENE_PRUNE).require(0)
     read = Machine.contents
     monkeypatch.setattr(Machine, "contents", lambda self, **how: stale.pop() if stale else read(self, **how))

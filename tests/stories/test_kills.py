@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import pytest
-from kills import DATA, DRIVER, IMAGES, PROGRAMS, REPOSITORY, SERVERS, Step
+from kills import DATA, DRIVER, FOLDER, IMAGES, PROGRAMS, REPOSITORY, SERVERS, Step
 from lab import (
     PYBACKUP,
     Night,
@@ -51,11 +51,11 @@ STEPS = [
     Step(DATA, "write_digests", "before"),
     Step(DATA, "write_digests", "after"),
     Step(REPOSITORY, "Machine.publish", "before"),
-    Step(REPOSITORY, "os.rename", "before"),  # of the data file, which is complete
-    Step(REPOSITORY, "os.rename", "after"),
-    Step(REPOSITORY, "os.rename", "before", 2),  # of the manifest
-    Step(REPOSITORY, "os.rename", "after", 2, published=True),
-    Step(REPOSITORY, "sync_folder", "after", 2, published=True),
+    Step(FOLDER, "os.rename", "before"),  # of the data file, which is complete
+    Step(FOLDER, "os.rename", "after"),
+    Step(FOLDER, "os.rename", "before", 2),  # of the manifest
+    Step(FOLDER, "os.rename", "after", 2, published=True),
+    Step(FOLDER, "sync_folder", "after", 2, published=True),
     Step(REPOSITORY, "Machine.publish", "after", published=True),
     Step(IMAGES, "remove_bitmap", "before", published=True),
     Step(PROGRAMS, "popen", "after", 6, published=True),  # qemu-img bitmap --remove has just begun

@@ -102,13 +102,12 @@ def store(folder, number, parent, size, clusters):
     """Publish a point that holds these clusters (number: bytes), without a source, which would cost a second."""
     link = entry(number, None if parent is None else number - 1, size)
     maker = DataFileMaker(
-        folder.path,
+        folder.files,
         f"vda.{point_id(number)}",
         size=size,
         cluster_size=64 * KIB,
         backing=None if parent is None else parent.data.file,
         level=1,
-        mode=0o600,
         written=[],
     )
     with maker:

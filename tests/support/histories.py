@@ -18,12 +18,13 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from places import create_repository, folder_of, repository_at
+
 from backup.cli.output import Quiet
 from backup.model.manifest import BitmapRecord, ByteCounts, DiskEntry, Manifest, Parent, SourceRecord, new_point_id
 from backup.operations import restore as restoring
 from backup.repository import data_file_writer
 from backup.repository.machine import Machine
-from backup.repository.repository import Repository
 
 
 @dataclass
@@ -42,7 +43,7 @@ class History:
     @classmethod
     def of(cls, folder: Path, seed: object, cluster: int | None = None) -> History:
         rng = random.Random(f"history {seed}")
-        repository = Repository.create(folder / "repo")
+        repository = create_repository(folder / "repo")
         machine = repository.machine("m")
         with machine.lock():
             pass
@@ -52,8 +53,8 @@ class History:
         """A copy in another folder, made anew where there is one."""
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(self.machine.path.parent, folder / "repo")
-        return replace(self, machine=Repository.open(folder / "repo").machine("m"), newest=dict(self.newest))
+        shutil.copytree(folder_of(self.machine).parent, folder / "repo")
+        return replace(self, machine=repository_at(folder / "repo").machine("m"), newest=dict(self.newest))
 
     def listing(self) -> str:
         """What all manifests say, as they are."""
@@ -95,13 +96,12 @@ class History:
         parent = None if before is None else Parent(before[0], before[1].identity)
         level = self.any_level()
         made = data_file_writer.DataFileMaker(
-            self.machine.path,
+            self.machine.files,
             f"{disk}.{point}",
             size=size,
             cluster_size=self.cluster,
             backing=None if before is None else before[1].data.file,
             level=level,
-            mode=0o600,
             written=[],
         )
         with made:
@@ -160,19 +160,19 @@ class History:
                 self.require_converted(point, disk.name, expected)
                 if deep:
                     self.require_restored(point, disk.name, expected)
-                checked = run("qemu-img", "check", "-f", "qcow2", str(self.machine.path / disk.data.file))
+                checked = run("qemu-img", "check", "-f", "qcow2", str(folder_of(self.machine) / disk.data.file))
                 assert "No errors were found" in checked
 
     def require_restored(self, point: str, disk: str, expected: bytes) -> None:
-        target = self.machine.path.parent.parent / "restored.raw"
+        target = folder_of(self.machine).parent.parent / "restored.raw"
         restoring.restore_disk(
             self.machine, point, disk, str(target), image_format="raw", force=True, workers=1, progress=Quiet()
         )
         assert_same(target.read_bytes(), expected, f"{point} {disk} by pybackup")
 
     def require_converted(self, point: str, disk: str, expected: bytes) -> None:
-        target = self.machine.path.parent.parent / "converted.raw"
-        run("qemu-img", "convert", "-O", "raw", str(self.machine.path / f"{disk}.{point}.qcow2"), str(target))
+        target = folder_of(self.machine).parent.parent / "converted.raw"
+        run("qemu-img", "convert", "-O", "raw", str(folder_of(self.machine) / f"{disk}.{point}.qcow2"), str(target))
         content = target.read_bytes()
         assert len(content) == -(-len(expected) // 512) * 512
         assert_same(content[: len(expected)], expected, f"{point} {disk} by qemu-img")
@@ -180,14 +180,14 @@ class History:
     def require_tidy(self) -> None:
         """Nothing lies about that no manifest names, and no exchange is under way."""
         named = {"lock"}
-        for path in self.machine.path.glob("*.json"):
+        for path in folder_of(self.machine).glob("*.json"):
             named.add(path.name)
             document = json.loads(path.read_bytes())
             for disk in document["disks"]:
                 assert disk["replaces"] is None
                 named.update((disk["data"]["file"], disk["data"]["digests"]))
-        assert {path.name for path in self.machine.path.iterdir()} == named
-        for path in self.machine.path.iterdir():
+        assert {path.name for path in folder_of(self.machine).iterdir()} == named
+        for path in folder_of(self.machine).iterdir():
             assert path.stat().st_mode & 0o777 == 0o600, path
 
 

@@ -68,3 +68,4 @@ PROGRAMS, IMAGES, SERVERS = "backup.qemu.programs", "backup.qemu.image_bitmaps",
 
 
 DATA, REPOSITORY = "backup.repository.data_file_writer", "backup.repository.machine"
+FOLDER = "backup.storage.folder"

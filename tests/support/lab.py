@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from places import create_repository, repository_at
+
 from backup.config import reader as configuration
 from backup.errors import BackupError
 from backup.model.names import MARKER
-from backup.repository.repository import Repository
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 CLUSTER = 64 * KIB
@@ -84,9 +85,9 @@ def init(args: Sequence[str | Path], cwd: Path | None = None) -> None:
     for place in places:
         with contextlib.suppress(BackupError):
             if not os.path.lexists(place / MARKER):
-                Repository.create(place, identity=identity)
+                create_repository(place, identity=identity)
             if len(places) > 1:
-                identity = Repository.open(place).identity
+                identity = repository_at(place).identity
 
 
 def _named_repository(words: Sequence[str]) -> str | None:

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import IO
 
 from lab import bitmaps, init, run
+from places import machine_at
 
 import backup.engine.merge
 import backup.operations.audit
@@ -42,7 +43,6 @@ import backup.operations.verify
 from backup.cli import app
 from backup.cli.output import Quiet
 from backup.planning.retention import DatedPoint, first_after_jump
-from backup.repository.machine import Machine
 
 KIB = 1 << 10
 EPOCH = datetime(2026, 1, 1, 0, 30, tzinfo=UTC)
@@ -597,7 +597,14 @@ class Story:
     def _require_restored(self, point: str, disk: str, expected: Path) -> None:
         target = self.folder / "restored.raw"
         backup.operations.restore.restore_disk(
-            Machine(self.machine), point, disk, str(target), image_format="raw", force=True, workers=1, progress=Quiet()
+            machine_at(self.machine),
+            point,
+            disk,
+            str(target),
+            image_format="raw",
+            force=True,
+            workers=1,
+            progress=Quiet(),
         )
         assert same(target, expected), f"pybackup restores {point} {disk} to something else"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -220,7 +219,7 @@ def _back_up(given: Options, repo: str | None) -> None:
     config = find.config()
     find.require_format(*given.image_formats)
     path = settings.repository_path(find.folder_of(repo), config)
-    open_repository = partial(Repository.open, path, settings.modes(config))
+    open_repository = partial(Repository.open, settings.storage(path, config))
     missing: BackupError | None = None
     try:
         repository = open_repository()
@@ -304,7 +303,7 @@ class MachineDocument:
 
     machine: str
     point: str | None
-    manifest: Path | None
+    manifest: str | None
     warnings: Sequence[str]
     error: BackupError | None
     disks: Sequence[DiskReport]

@@ -49,11 +49,11 @@ def copy_(
     [(machine, points)] = find.points([what], find.folder_of(repo))
     config = find.config_or_default()
     bytes_a_second = settings.limit(limit, config)
-    source = Repository.open(machine.path.parent)
+    source = Repository.open(machine.storage)
     contents = machine.contents()
     if not contents.manifests and not contents.damaged:
         raise NotFound(f"machine {machine.name} has no point", hint="see: `pybackup list`")
-    second = copy.open_second(Path(check_folder(other)), source, settings.modes(config))
+    second = copy.open_second(settings.storage(Path(check_folder(other)), config), source)
     if not dry_run:
         second.tidy()
     target, point = second.machine(machine.name), points[0] if points else None

@@ -36,19 +36,20 @@ def init(
     from backup.cli import settings
     from backup.operations import copy
     from backup.repository.repository import Repository
+    from backup.storage.choose import storage_at
 
     path = Path(check_folder(repo))
-    modes = settings.modes(find.config_or_default())
+    storage = settings.storage(path, find.config_or_default())
     if copy_of is None:
-        created = Repository.create(path, modes)
+        created = Repository.create(storage)
     else:
-        created = copy.make_second(path, Repository.open(Path(check_folder(copy_of))), modes)
+        created = copy.make_second(storage, Repository.open(storage_at(Path(check_folder(copy_of)))))
     document = InitDocument(
         repository=path,
         id=created.identity,
         copy_of=copy_of,
-        file_system=_mount_point(created.path),
-        free_bytes=shutil.disk_usage(created.path).free,
+        file_system=_mount_point(path),
+        free_bytes=shutil.disk_usage(path).free,
     )
     if options.json:
         json_output.write(document)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -23,18 +22,18 @@ def list_(machines: MachineNames = None, repo: Repo = None) -> None:
     """List the points of the repository."""
     from backup.repository.machine import Contents
 
-    listed: list[tuple[Manifest, Path]] = []
+    listed: list[tuple[Manifest, str]] = []
     damaged = False
     for machine in find.machines(find.repository(find.folder_of(repo)), machines):
         try:
             contents = machine.contents()
         except BackupError as unreadable:  # this machine's folder; the others are listed all the same
-            contents = Contents({}, {machine.path.name: unreadable})
+            contents = Contents({}, {machine.name: unreadable})
         for error in contents.damaged.values():
             damaged = True
             output.warning(error.message)
         ordered = sorted(contents.manifests.values(), key=lambda manifest: manifest.sequence)
-        listed.extend((manifest, machine.path / f"{manifest.point}.json") for manifest in ordered)
+        listed.extend((manifest, machine.location(manifest.point)) for manifest in ordered)
     if options.json:
         json_output.write([PointDocument.of(manifest, path) for manifest, path in listed])
     elif listed:
@@ -73,13 +72,13 @@ class PointDocument:
     machine: str
     point: str
     sequence: int
-    manifest: Path
+    manifest: str
     created: str
     pinned: bool
     disks: Sequence[DiskDocument]
 
     @classmethod
-    def of(cls, manifest: Manifest, path: Path) -> PointDocument:
+    def of(cls, manifest: Manifest, path: str) -> PointDocument:
         """Return the document of a point."""
         return cls(
             machine=manifest.machine,

@@ -93,8 +93,9 @@ def prune(
 
 def _machine_names(repository: Path, machines: Sequence[str] | None) -> list[str]:
     from backup.repository.repository import Repository
+    from backup.storage.choose import storage_at
 
-    return [machine.name for machine in find.machines(Repository.open(repository), machines)]
+    return [machine.name for machine in find.machines(Repository.open(storage_at(repository)), machines)]
 
 
 def _prune_machine(repository: Path, machine: str, retention: Retention, config: Config, *, dry_run: bool) -> Report:
@@ -102,7 +103,7 @@ def _prune_machine(repository: Path, machine: str, retention: Retention, config:
     from backup.repository.repository import Repository
 
     request = pruning.Request(retention.policy, retention.batch, settings.workers(config), dry_run)
-    opened = Repository.open(repository, settings.modes(config)).machine(machine)
+    opened = Repository.open(settings.storage(repository, config)).machine(machine)
     with output.progress(wanted=not options.quiet) as progress:
         return pruning.prune(opened, request, progress)
 

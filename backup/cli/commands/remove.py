@@ -47,7 +47,7 @@ def remove(
         raise UsageError("remove asks before it removes, and there is no terminal", hint="give --yes or --dry-run")
     config = find.config() if repo is None else find.config_or_default()
     path = settings.repository_path(find.folder_of(repo), config)
-    [machine] = find.machines(Repository.open(path, settings.modes(config)), [name])
+    [machine] = find.machines(Repository.open(settings.storage(path, config)), [name])
     workers = settings.workers(config)
     removal = removing.plan(machine, point or None, workers=workers)
     if not dry_run:

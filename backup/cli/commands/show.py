@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from backup.cli import find, json_output, output
@@ -33,7 +32,7 @@ def show(manifest: PointName, repo: Repo = None) -> None:
             chains[disk.name] = [link.point for link in links]
         except BackupError as error:
             chains[disk.name] = user_error(error)
-    path = machine.path / f"{point.point}.json"
+    path = machine.location(point.point)
     if options.json:
         # The fields of the manifest, as docs/json.md and FORMAT.md describe them, and two more.
         json_output.write({**json_output.fields_of(point), "manifest": path, "chains": chains})
@@ -41,7 +40,7 @@ def show(manifest: PointName, repo: Repo = None) -> None:
         _show_text(point, path, chains)
 
 
-def _show_text(point: Manifest, path: Path, chains: Mapping[str, Links]) -> None:
+def _show_text(point: Manifest, path: str, chains: Mapping[str, Links]) -> None:
     pinned = ", pinned" if point.pinned else ""
     output.line(f"point {point.point} of machine {point.machine}, sequence {point.sequence}{pinned}")
     output.line(f"  manifest  {plain(path)}")

@@ -43,7 +43,7 @@ def status(
     limits = states.Limits(datetime.now(UTC), None if max_age is None else parse_duration(max_age))
     config = find.config() if repo is None else find.config_or_default()
     repository = find.repository(find.folder_of(repo))
-    expected = settings.expected_disks(config, repository.path)
+    expected = settings.expected_disks(config, find.folder_of(repo))
     known = {*repository.machine_names(), *expected}
     disks: list[DiskStatus] = []
     for name in dict.fromkeys(machines or sorted(known)):
@@ -51,7 +51,7 @@ def status(
         disks += states.look(machine, expected.get(name), limits, named=name in expected or not expected)
     if not disks:
         raise NotFound(
-            f"the repository {repository.path} has no machine", hint="`pybackup full` creates the first point"
+            f"the repository {repository.location} has no machine", hint="`pybackup full` creates the first point"
         )
     code, summary = states.exit_code(disks), states.summary(disks)
     if options.json:
