@@ -75,7 +75,7 @@ def back_up(story: Story) -> None:
     wanted = rng.choice(["incremental"] * 7 + ["rescan", "rescan", "full"])
     disks = [rng.choice(list(story.images))] if rng.random() < 0.3 else []
     if any(story.images[name].regrown for name in disks or story.images):
-        wanted = rng.choice(["rescan", "full"])  # docs/bitmaps.md, "What no name shows"
+        wanted = rng.choice(["rescan", "full"])  # docs/bitmaps.md, "What pybackup cannot notice"
     if rng.random() < 0.3:
         ended = story.back_up(wanted, disks, **any_strike(rng, qemu=True))
         assert ended.rc < 0 or ended.struck or ended.rc in {0, 3}, ended

@@ -15,7 +15,7 @@ def pin(manifest: PointName, repo: Repo = None) -> None:
 
 
 def unpin(manifest: PointName, repo: Repo = None) -> None:
-    """Let prune and remove take a point again."""
+    """Allow prune and remove to remove a point again."""
     _set_pin(manifest, repo, pinned=False)
 
 

@@ -50,7 +50,7 @@ def prune(
         typer.Option(
             "--batch",
             metavar="N",
-            help="Rewrite a full when N points before it can be removed at once.  Default: `batch` in the "
+            help="Merge points into a full only when N points can be removed at once.  Default: `batch` in the "
             "configuration, else 7.",
         ),
     ] = None,
@@ -60,7 +60,7 @@ def prune(
     """
     Remove the points that no --keep option keeps.
 
-    The points that stay keep all their data: what they share with a removed point is merged into them first.
+    The other points keep all their data: what they need from a removed point is merged into them first.
 
     The --keep options, all together, replace those of `retention` in the configuration.
     """

@@ -34,7 +34,7 @@ def remove(
     """
     Remove a point, or a machine with all its points.
 
-    The points that stay keep all their data: what they share with the removed point is merged into them first.
+    The other points keep all their data: what they need from the removed point is merged into them first.
     """
     from backup.cli import settings
     from backup.operations import remove as removing
