@@ -167,7 +167,7 @@ def copy(
     int
         Bytes of the clusters that were read as data and consist of zeroes.
     """
-    run = _Run(plan, sink, settings, lanes, max_request=max_request, smallest=smallest_request)
+    run = _CopyRun(plan, sink, settings, lanes, max_request=max_request, smallest=smallest_request)
     run_threads(run.work, run.threads, lambda: progress(run.done), run.halt)
     if run.done != plan.totals.data:
         raise RuntimeError(f"{run.done} bytes were stored of {plan.totals.data}")
@@ -247,7 +247,7 @@ class _Jobs:
             self._jobs.put(None)
 
 
-class _Run:
+class _CopyRun:
     """The state that the threads of one copy share."""
 
     def __init__(

@@ -199,7 +199,7 @@ def _require_force(name: str, image_format: str, what: str, *, force: bool) -> N
 def _require_room(name: str, room: int, size: int) -> None:
     if room < size:
         raise Failed(
-            f"{name} has {room} bytes and the disk has {size}", hint="name a larger target; nothing was written"
+            f"{name} has {room} bytes, but the disk has {size}", hint="name a larger target; nothing was written"
         )
 
 

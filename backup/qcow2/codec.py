@@ -201,4 +201,4 @@ def _damaged(what: str) -> Damaged:
 
 
 def _cut(data: Buffer) -> Damaged:
-    return _damaged(f"ends beyond the {len(data)} bytes at hand")
+    return _damaged(f"is not complete in the {len(data)} bytes that were read")

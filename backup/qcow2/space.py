@@ -116,7 +116,8 @@ class Space:
         first, self.cursor = self.cursor, self.cursor + count
         if self.cursor > self._limit:
             raise Failed(
-                f"a data file with clusters of {self._size} bytes ends at {self._limit * self._size} bytes",
+                f"a data file with clusters of {self._size} bytes cannot be larger than "
+                f"{self._limit * self._size} bytes",
                 hint="set a larger cluster_size and make a full backup (--full)",
             )
         return first

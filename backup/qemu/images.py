@@ -160,7 +160,7 @@ def require_not_truncated(path: Path) -> None:
     errors = json.loads(report).get("corruptions", 0)
     if errors:
         raise SourceError(
-            f"{path} is damaged: it refers to {errors} clusters that are not in its {size} bytes; is the file cut off?",
+            f"{path} is damaged: it refers to {errors} clusters that are not in its {size} bytes; was it truncated?",
             hint=f"run: qemu-img check {path}; restore the image from an earlier point",
         )
 

@@ -30,7 +30,7 @@ class _Odd(Exception):
 def _text(most: int) -> Shape:
     def check(value: object, where: str) -> None:
         if type(value) is not str:
-            raise _Odd(f"{where} is no text")
+            raise _Odd(f"{where} is not a text")
         if len(value) > most:
             raise _Odd(f"{where} has {len(value)} characters")
         # The operating system accepts neither in a name.
@@ -43,7 +43,7 @@ def _text(most: int) -> Shape:
 def _number(low: int, high: int) -> Shape:
     def check(value: object, where: str) -> None:
         if type(value) is not int:
-            raise _Odd(f"{where} is no whole number")
+            raise _Odd(f"{where} is not a whole number")
         if not low <= value <= high:
             raise _Odd(f"{where} is not between {low} and {high}")
 
@@ -58,7 +58,7 @@ def _flag(value: object, where: str) -> None:
 def _each(shape: Shape) -> Shape:
     def check(value: object, where: str) -> None:
         if type(value) is not list:
-            raise _Odd(f"{where} is no list")
+            raise _Odd(f"{where} is not a list")
         if len(value) > _MOST_ENTRIES:
             raise _Odd(f"{where} has {len(value)} entries")
         for number, entry in enumerate(value):
@@ -70,7 +70,7 @@ def _each(shape: Shape) -> Shape:
 def _object(needed: Mapping[str, Shape], optional: Mapping[str, Shape] | None = None) -> Shape:
     def check(value: object, where: str) -> None:
         if type(value) is not dict:
-            raise _Odd(f"{where} is no object")
+            raise _Odd(f"{where} is not an object")
         for key, shape in needed.items():
             if key not in value:
                 raise _Odd(f"{where} has no {key!r}")
@@ -159,6 +159,6 @@ def _require(shape: Shape, value: object, what: str) -> None:
         shape(value, what)
     except _Odd as odd:
         raise SourceError(
-            f"the QMP peer's answer is not one of QEMU's: {odd}",
+            f"the QMP peer's answer does not have the form of QEMU's: {odd}",
             hint=NOT_QEMU,
         ) from None

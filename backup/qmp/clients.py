@@ -63,7 +63,7 @@ class Clients:
         """
         with self._lock, socket.socket(socket.AF_UNIX) as connection:
             if self._over:
-                raise SourceError("QEMU's NBD server is being ended", hint="run the command again")
+                raise SourceError("QEMU's NBD server is being stopped", hint="run the command again")
             try:
                 connection.connect(self._address)
             except OSError as error:

@@ -270,7 +270,7 @@ class Instant:
         ended = [job for job in self._jobs if states.get(job) not in {"running", "paused", "standby"}]
         if ended:
             raise SourceError(
-                f"QEMU's job {ended[0]} ended while the disk was read: what was read is no instant of it",
+                f"QEMU's job {ended[0]} ended while the disk was read, so the data is not of one instant",
                 hint="did someone cancel the job? run the command again",
             )
         self.lost = self.lost or self._lost_copy()
@@ -521,7 +521,7 @@ class Instant:
             return
         self.lost = SourceError(
             f"the scratch folder {folder} ran out of space ({free} bytes left) while the guest wrote; "
-            "the backup was ended, and the guest goes on",
+            "the backup was stopped, and the guest continues",
             hint="free some space, name another folder with --scratch, or back up when the guest writes less",
         )
         self._remove()
@@ -530,7 +530,7 @@ class Instant:
 def _lost(folder: Path, why: str) -> SourceError:
     return SourceError(
         f"the scratch folder {folder} lost what the guest overwrote ({why}); "
-        "the backup was ended, and the guest goes on",
+        "the backup was stopped, and the guest continues",
         hint="free some space, name another folder with --scratch, or back up when the guest writes less",
     )
 

@@ -245,7 +245,7 @@ class Monitor:
         except (NoAnswer, TimeoutError, TimedOut):
             connection.close()
             raise SourceError(
-                f"QEMU does not greet on {self.path} within {_GREETING_SECONDS:.0f} s; is another program connected?",
+                f"QEMU sent no greeting on {self.path} within {_GREETING_SECONDS:.0f} s; is another program connected?",
                 hint="a QMP socket serves one client at a time: give the machine a second one, "
                 "-qmp unix:PATH,server=on,wait=off",
             ) from None

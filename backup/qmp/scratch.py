@@ -218,5 +218,5 @@ def _lost_copy(event: Event, own: str) -> LostCopy | None:
     digits = node.removeprefix(own)[1:]
     if not node.startswith(own) or re.fullmatch("[0-9]{1,6}", digits) is None:
         return None
-    access, error = str(event.data.get("type", "access")), str(event.data.get("error", "no error told"))
+    access, error = str(event.data.get("type", "access")), str(event.data.get("error", "no reason given"))
     return LostCopy(int(digits), access[:_MOST_SHOWN], error[:_MOST_SHOWN])

@@ -42,8 +42,8 @@ class Told:
     [
         ("QUORUM_REPORT_BAD", BAD, LostCopy(2, "write", "No space left on device")),
         ("QUORUM_REPORT_BAD", {**BAD, "type": "read"}, LostCopy(2, "read", "No space left on device")),
-        ("QUORUM_REPORT_BAD", {"type": "flush", "node-name": f"{OWN}s0"}, LostCopy(0, "flush", "no error told")),
-        ("QUORUM_FAILURE", {"reference": f"{OWN}q11", "sector-num": 1}, LostCopy(11, "access", "no error told")),
+        ("QUORUM_REPORT_BAD", {"type": "flush", "node-name": f"{OWN}s0"}, LostCopy(0, "flush", "no reason given")),
+        ("QUORUM_FAILURE", {"reference": f"{OWN}q11", "sector-num": 1}, LostCopy(11, "access", "no reason given")),
         ("QUORUM_REPORT_BAD", {**BAD, "node-name": "pybackup-0a1b2c3d-ffffffff-s2"}, None),
         ("QUORUM_REPORT_BAD", {**BAD, "node-name": "mirror0"}, None),
         ("QUORUM_REPORT_BAD", {}, None),
