@@ -1,4 +1,4 @@
-"""The threads of a verify: read data files block by block and compare each block with its digest."""
+"""The threads of a verify: they read data files block by block and compare each block with its digest."""
 
 from __future__ import annotations
 
@@ -18,25 +18,28 @@ from backup.storage.base import Files
 
 _WHOLE_BLOCKS = 4
 """
-A file of up to so many blocks is checked by one thread, which reads each block once; a chain may have a thousand such.
+Files with at most this many blocks are checked by one thread, which reads each block once.  A chain may have a thousand
+such files.
 """
 
 
 @dataclass(slots=True, eq=False)
 class Check:
     """
-    One data file: what is to be checked, and what was found.
+    The check of one data file: its extent and its result.
 
     Attributes
     ----------
     blocks : list of int or None
-        The blocks that are read; None: all, and the structure.
-    skipped, done : bool
-        It was not due; it was read to its end.
+        The numbers of the blocks to read.  None: all blocks, and the structure.
+    skipped : bool
+        Whether the file was left out because it is not due.
+    done : bool
+        Whether everything that was to be read was read.
     left : int
-        Units that are not done.
+        Number of units that are not finished.
     wrong : dict
-        The first thing wrong with each part of it, by the part's number: blocks in order, then the structure.
+        The first fault of each part of the file, by the number of the part: blocks in order, then the structure.
     """
 
     point: str
@@ -50,26 +53,31 @@ class Check:
 
     @property
     def is_unread(self) -> bool:
-        """Is nothing of it read?  It was left out, or not what it should be at a glance, or no lot fell on it."""
+        """Whether nothing of the file is read: it is left out, or the sample contains none of its blocks."""
         return self.skipped or self.blocks == []
 
     @property
     def is_proven(self) -> bool:
-        """Was all of it read, and held against its parent, without fault?"""
+        """Whether the whole file was read and compared with its parent, without a fault."""
         whole = self.blocks is None and (self.parent is not None or self.entry.parent is None)
         return whole and self.done and not self.wrong
 
 
 _Unit = tuple[Check, CheckedFile | None, int]
-"""A check; of a large file, the open file and the number of one block, or of blocks: the structure."""
+"""
+A unit of work: the check of a small file with None; or, for a large file, the open file and the number of a block.  The
+number after the last block means the structure.
+"""
 
 
 class _Stopped(BaseException):
-    """Ends a long check in a worker when the others have ended."""
+    """Ends a long check in a thread after the run was stopped."""
 
 
 class _Cache(BlockCache):
-    """Blocks of one file; tells `read` how many bytes came from the disk, and gives none when the run was stopped."""
+    """
+    Blocks of one file.  Reports to `read` how many bytes were read from the disk; raises after the run was stopped.
+    """
 
     def __init__(self, stop: threading.Event, read: Callable[[int], None]) -> None:
         super().__init__(_WHOLE_BLOCKS)
@@ -87,11 +95,12 @@ class _Cache(BlockCache):
         return super().get(key, loaded)
 
 
-class Run:
+class CheckRun:
     """
-    Checks data files in several threads: small ones whole, of large ones each block by whichever thread is free.
+    Checks data files in several threads: a small file in one thread, and each block of a large file in any free thread.
 
-    Any number of files keeps all threads busy, and a large one's structure is checked while its blocks are read.
+    So all threads are busy with any number of files.  The structure of a large file is checked while its blocks are
+    read.
     """
 
     def __init__(
@@ -108,7 +117,7 @@ class Run:
         self.done = 0
 
     def run(self, workers: int) -> None:
-        """Check them all; the first error that is no file's fault is raised here."""
+        """Check all files; raise the first error that is not the fault of a file."""
         try:
             in_threads(self._units, lambda unit: self._do(*unit), workers, self._show, self._stop)
         finally:
@@ -137,7 +146,7 @@ class Run:
             numbers = range(blocks) if check.blocks is None else check.blocks
             check.left = len(numbers) + (check.blocks is None)
             if check.blocks is None:
-                yield check, file, blocks  # first, as it takes longest
+                yield check, file, blocks  # first, since it takes the longest
             for number in numbers:
                 yield check, file, number
 
@@ -166,12 +175,12 @@ class Run:
                 file.close()
 
     def _keep_pace(self, read: int) -> None:
-        """After so many bytes were read, wait for as long as the limit wants it."""
+        """Wait as long as the rate limit requires after so many bytes were read."""
         if not self._pace.keep(read, self._stop):
             raise _Stopped
 
     def _whole(self, check: Check) -> int:
-        """Check a small file; its bytes."""
+        """Check a small file; return its size in bytes."""
         with closing(self._opened(check.entry)) as file:
             for number in range(file.blocks):
                 try:
@@ -184,7 +193,7 @@ class Run:
             return file.size
 
     def _structure(self, check: Check, file: CheckedFile) -> None:
-        """Check a file's head, tables and refcounts, and with `deep` its frames."""
-        from backup.repository.data_file import check_structure  # noqa: PLC0415 - see the module's docstring
+        """Check the header, tables and refcounts of a file, and with `deep` its frames."""
+        from backup.repository.data_file import check_structure  # noqa: PLC0415 - numpy is slow to import
 
         check_structure(file, check.entry, check.parent, deep=self._deep)

@@ -1,22 +1,23 @@
 """
-Several links of a chain as one: the newest of them gets what all of them hold, and restores to what it did.
+Merging several links of a chain into one: the newest one gets the data of all, and restores to the same content.
 
     before    N ---- R2 ---- R1 ---- K ---- ...        N, R2 and R1 are merged: depth 3
-    after     N' ------------------- K ---- ...        without K, a full
+    after     N' ------------------- K ---- ...        a full if there is no K
 
-Compressed clusters are copied as they are stored: frames keep their bytes and get other places.  Every byte that is
-read is held against its digest first.
+Compressed clusters are copied as they are stored: frames keep their bytes and get new places.  Every block is compared
+with its digest before its bytes are used.
 
-A link between that was shorter than an older one hides the older one's tail (FORMAT.md, "What a chain means").  When it
-goes, zero clusters take the tail's place over a parent that may hold one, and a cluster that such an end cuts is
-encoded anew: at most one for each link.  A full needs no zero clusters.
+A merged link that was shorter than an older one hides the end of the older one (FORMAT.md, "What a chain means").  When
+the shorter link disappears, zero clusters must hide data of the parent in its place.  A cluster in which such a link
+ends is compressed anew; there is at most one for each link.  A full needs no zero clusters.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -24,12 +25,13 @@ import numpy as np
 import numpy.typing as npt
 
 from backup import qcow2
+from backup.engine.block_jobs import BlockJob, block_jobs
 from backup.errors import UsageError
 from backup.model import digests
 from backup.model.chain import Chain, Link
 from backup.model.compression import Compression
 from backup.model.digests import BLOCK
-from backup.model.extents import Mask, Offsets, edges, windows
+from backup.model.extents import Offsets, edges, windows
 from backup.model.manifest import NEW, DataFile, DiskEntry, Parent, digest_name, generation
 from backup.qcow2 import COMPRESSED, PART, RAW, Codec, Image, Writer
 from backup.repository import data_file
@@ -37,20 +39,27 @@ from backup.repository.cluster_index import NOBODY, ZERO, Index
 from backup.repository.data_file import OpenDataFile, PeekedDataFile
 from backup.repository.data_file_writer import PartFile, write_digests
 from backup.repository.machine import Machine
+from backup.runtime.ignoring import ignoring
 from backup.runtime.progress import Progress
 from backup.runtime.threads import in_threads
+
+_log = logging.getLogger(__name__)
 
 Holders = npt.NDArray[np.int16]
 U64 = npt.NDArray[np.uint64]
 U8 = npt.NDArray[np.uint8]
 
+_MERGED = "; merged with older points by prune"
+"""The end of a merged point's reason."""
 _WINDOW = 1 << 19
-"""Clusters of the disk merged at once, about 80 bytes of memory each; whole L2 tables for every size of cluster."""
+"""
+Clusters of the disk that are merged together, about 80 bytes of memory each; whole L2 tables for any cluster size.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """The newest `depth` links (at least two) of a chain, to become its newest one."""
+    """A merge of the newest `depth` links (at least two) of a chain."""
 
     chain: Chain
     depth: int
@@ -67,59 +76,47 @@ class Merge:
 
     @property
     def parent(self) -> Link | None:
-        """What the newest link builds on afterwards; None: it becomes a full."""
+        """The link on which the newest one builds after the merge; None if it becomes a full."""
         return self.chain.links[self.depth] if self.depth < len(self.chain.links) else None
 
     @property
     def file(self) -> str:
-        """Name of the data file that is written."""
+        """The name of the data file that is written."""
         return self.newest.entry.data.file + NEW
 
     @property
     def digests(self) -> str:
-        """Name of its digest file."""
+        """The name of the digest file that is written."""
         entry = self.newest.entry
         return digest_name(entry.name, self.newest.point, generation(entry.data.digests) + 1)
 
     @property
     def hides_from(self) -> int | None:
         """
-        From this byte on a link that goes hides what the parent holds, where only it did; None: from nowhere.
+        The offset (bytes) from which only a merged link hides data of the parent; None if there is no such data.
 
-        Beyond the newest link's own end nothing has to be hidden.
+        Nothing must be hidden beyond the end of the newest link.
         """
         end = self.merged.limits[-1]
         return None if end >= min(self.parent_size, self.newest.entry.size) else end
 
     @property
     def parent_size(self) -> int:
-        """Bytes of the disk at the parent; 0 without one."""
+        """The size of the disk (bytes) at the parent; 0 without a parent."""
         return 0 if self.parent is None else self.parent.entry.size
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Bytes that a merge reads, and that its file will have, at most by a few clusters more; from tables alone."""
+    """The bytes that a merge reads, and the size of its file (bytes) to a few clusters; computed from the tables."""
 
     reads: int
     writes: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Job:
-    """Clusters that are copied as they are, whose stored bytes begin in one block of one file, in the file's order."""
-
-    number: int
-    block: int
-    clusters: Offsets
-    offsets: Offsets
-    lengths: Offsets
-    packed: Mask
-
-
 def estimate(machine: Machine, merge: Merge) -> Estimate:
     """
-    Look at the tables of the links to be merged.
+    Estimate the cost of a merge from the tables of its links.
 
     Raises
     ------
@@ -136,28 +133,28 @@ def estimate(machine: Machine, merge: Merge) -> Estimate:
             tables += len(np.unique(held // (cluster // 8)))
     covered = cluster * (cluster // 8)
     hidden = 0 if merge.hides_from is None else -(-(merge.parent_size - merge.hides_from) // covered) + 1
-    # Header, L1 table, refcounts, what is encoded anew; and what the last run of frames leaves free.
+    # Header, L1 table, refcounts, clusters that are compressed anew, and the unused end of the last run of frames.
     clusters = 4 + tables + hidden + merge.depth + 8 * merge.chain.size // covered // cluster
     return Estimate(data, data + clusters * cluster + data // (cluster // 2) + min(PART, data // 8))
 
 
 def consolidate(machine: Machine, merge: Merge, *, workers: int, progress: Progress) -> DiskEntry:
     """
-    Write the merged data file and its digest file; it waits under its name with `.new`, fsynced.
+    Write the merged data file and its digest file.  The data file waits, fsynced, under its name with `.new`.
 
     Returns
     -------
     DiskEntry
-        The newest link's entry with that file, for `exchange`.  Size, identity and content are what they were.
+        The newest link's entry with the new file, for `exchange`.  Size, identity and content are unchanged.
 
     Raises
     ------
     BackupError
-        A file of the chain is damaged, or the disk is full: what was written is removed again.
+        A file of the chain is damaged, or the disk is full.  Everything that was written is removed again.
     """
     try:
         entry = _entry(merge, _write(machine, merge, workers, progress))
-        # What it replaces goes soon, so our own mistakes are looked for now; metadata only.
+        # The files that it replaces will be removed soon, so the structure of the new one is checked now.
         waiting = replace(entry, data=replace(entry.data, file=merge.file))
         with closing(PeekedDataFile(machine.files, waiting)) as peeked:
             qcow2.check(peeked.reader)
@@ -168,8 +165,8 @@ def consolidate(machine: Machine, merge: Merge, *, workers: int, progress: Progr
 
 
 def discard(machine: Machine, merge: Merge) -> None:
-    """Remove the files of a merge that did not come to its end, or is not needed; what stays, the next run removes."""
-    with suppress(OSError):
+    """Remove the files of a merge that failed or is not needed.  The next run removes what cannot be removed now."""
+    with ignoring(_log, f"removal of {merge.file}", OSError):
         for name in (merge.file, merge.digests):
             machine.files.discard(name)
 
@@ -186,15 +183,12 @@ def _entry(merge: Merge, data: DataFile) -> DiskEntry:
     )
 
 
-_MERGED = "; merged with older points by prune"
-
-
 def _reason(old: DiskEntry) -> str:
     return old.reason if old.reason.endswith(_MERGED) else f"{old.kind}: {old.reason}{_MERGED}"
 
 
 def _write(machine: Machine, merge: Merge, workers: int, progress: Progress) -> DataFile:
-    """Write both files, and describe them under the names that they will have."""
+    """Write both files; return their description, with their final names."""
     parent = merge.parent
     with data_file.opened(machine.files, merge.chain) as files:
         compression = _compression(merge, files)
@@ -206,7 +200,7 @@ def _write(machine: Machine, merge: Merge, workers: int, progress: Progress) -> 
         )
         with closing(PartFile(machine.files, merge.file)) as part:
             writer = Writer(image, part, level=compression.level)
-            _Run(merge, files, writer, Codec(image.cluster_size, compression.level)).run(workers, progress)
+            _MergeRun(merge, files, writer, Codec(image.cluster_size, compression.level)).run(workers, progress)
             size = writer.finish()
             content = part.finish()
     write_digests(machine.files, merge.digests, content)
@@ -221,25 +215,25 @@ def _write(machine: Machine, merge: Merge, workers: int, progress: Progress) -> 
 
 
 def _compression(merge: Merge, files: Sequence[OpenDataFile]) -> Compression:
-    """The newest link's that may have frames: what is encoded anew is encoded as these were."""
+    """Return the compression of the newest link with frames, for the clusters that are compressed anew."""
     for link, file in zip(merge.merged.links, files, strict=False):
         if file.reader.image.zstd:
             try:
                 return Compression.parse(link.entry.data.compression)
             except UsageError:
-                return Compression(1)  # a level that this program does not offer
+                return Compression(1)  # a level that this version does not support
     return Compression(None)
 
 
 def _windows(chain: Chain) -> Iterator[tuple[int, int]]:
-    """First cluster and number of clusters of each window of the disk."""
+    """Yield first cluster and number of clusters for each window of the disk."""
     cluster = chain.cluster_size
     for start, end in windows(0, chain.size, _WINDOW * cluster):
         yield start // cluster, -(-(end - start) // cluster)
 
 
-class _Run:
-    """What the threads of one merge share."""
+class _MergeRun:
+    """The state that the threads of one merge share."""
 
     def __init__(self, merge: Merge, files: list[OpenDataFile], writer: Writer, codec: Codec) -> None:
         self.merge = merge
@@ -266,7 +260,7 @@ class _Run:
             self.done = (first + count) * self._cluster
 
     def _record_zeroes(self, first: int, holders: Holders, entries: U64) -> None:
-        """Over a parent, zero clusters stay zero clusters, and hide what was hidden before."""
+        """Write the zero clusters that hide data of the parent; a merge without a parent needs none."""
         if self.merge.parent is None:
             return
         zero = (holders != NOBODY) & (entries == ZERO)
@@ -279,7 +273,7 @@ class _Run:
             self.writer.zero(first + low, high - low)
 
     def _encode_cuts(self, first: int, holders: Holders, entries: U64) -> None:
-        """Write the clusters of a window of which a link's end hides the rest, and take them off the others."""
+        """Write the clusters of a window in which a link ends, and remove them from `entries`."""
         ends = {limit // self._cluster for limit in self._limits[: self.merge.depth] if limit % self._cluster}
         for cluster in sorted(ends):
             at = cluster - first
@@ -287,12 +281,12 @@ class _Run:
                 entries[at] = 0
 
     def _encode_cut(self, cluster: int, holder: int, entry: U64) -> bool:
-        """Write a cluster of which a limit hides the rest, if one does; whether it was written."""
+        """Write a cluster if the end of a link hides its rest; return whether it was written."""
         if holder == NOBODY:
-            found = self._below_cut(cluster)
-            if found is None:
+            below = self._below_cut(cluster)
+            if below is None:
                 return False
-            holder, entry = found
+            holder, entry = below
         limit = self._limits[holder] - cluster * self._cluster
         stored = self.merge.chain.links[holder].entry.size - cluster * self._cluster
         if int(entry[0]) <= ZERO or limit >= min(stored, self._cluster):
@@ -304,7 +298,7 @@ class _Run:
         return True
 
     def _below_cut(self, cluster: int) -> tuple[int, U64] | None:
-        """The link below the merged ones whose cluster is cut by one of those, and its entry there."""
+        """Return the link below the merged ones that holds a cluster in which one of them ends, and its L2 entry."""
         hides_from = self.merge.hides_from
         if hides_from is None or hides_from // self._cluster != cluster:
             return None
@@ -321,51 +315,47 @@ class _Run:
         else:
             self._codec.decode_into(memoryview(stored), content)
 
-    def _jobs(self, first: int, holders: Holders, entries: U64) -> Iterator[_Job]:
-        """The clusters of a window that are copied as they are, a job for each block in which some begin."""
-        held = np.flatnonzero((holders != NOBODY) & (entries > ZERO))
-        found = entries[held]
+    def _jobs(self, first: int, holders: Holders, entries: U64) -> Iterator[BlockJob]:
+        """Yield the jobs for the clusters of a window that are copied unchanged."""
+        with_data = np.flatnonzero((holders != NOBODY) & (entries > ZERO))
+        used = entries[with_data]
         reader = self.files[0].reader
-        offsets, lengths = (column.astype(np.int64) for column in reader.spans(found))
-        links = holders[held].astype(np.int64)
-        packed = reader.kinds(found) == COMPRESSED
-        order = np.lexsort((offsets, links))
-        clusters = held[order] + first
-        links, offsets, lengths, packed = links[order], offsets[order], lengths[order], packed[order]
-        blocks = offsets // BLOCK
-        changes = np.flatnonzero((np.diff(links) != 0) | (np.diff(blocks) != 0)) + 1
-        for low, high in pairwise([0, *changes.tolist(), len(order)]):
-            if low < high:
-                here = slice(low, high)
-                yield _Job(
-                    int(links[low]), int(blocks[low]), clusters[here], offsets[here], lengths[here], packed[here]
-                )
+        offsets, lengths = (column.astype(np.int64) for column in reader.spans(used))
+        links = holders[with_data].astype(np.int64)
+        return block_jobs(
+            links=links,
+            clusters=with_data + first,
+            offsets=offsets,
+            lengths=lengths,
+            packed=reader.kinds(used) == COMPRESSED,
+            order=np.lexsort((offsets, links)),
+        )
 
-    def _copy(self, job: _Job) -> None:
-        """Copy a block's clusters; every byte of the block is held against its digest first."""
-        block = np.frombuffer(self.files[job.number].file.block(job.block), np.uint8)
+    def _copy(self, job: BlockJob) -> None:
+        """Copy the clusters of a block, which is compared with its digest first."""
+        block = np.frombuffer(self.files[job.link].file.block(job.block), np.uint8)
         self._copy_raw(job, block)
         self._copy_frames(job, block)
         with self._lock:
             self.done += len(job.clusters) * self._cluster
 
-    def _copy_raw(self, job: _Job, block: U8) -> None:
+    def _copy_raw(self, job: BlockJob, block: U8) -> None:
         raw = np.flatnonzero(~job.packed)
         indices = ((job.offsets[raw] - job.block * BLOCK) // self._cluster).tolist()
-        # A whole part at once would go to the disk from where it is, which is no memory for writes past the cache.
+        # In two calls, since a whole part would be written without a copy, from memory that O_DIRECT does not accept.
         half = len(raw) // 2 if len(raw) * self._cluster == PART else 0
-        for some in (slice(0, half), slice(half, None)):
-            self.writer.copy_raw(job.clusters[raw[some]], indices[some], block)
+        for part in (slice(0, half), slice(half, None)):
+            self.writer.copy_raw(job.clusters[raw[part]], indices[part], block)
 
-    def _copy_frames(self, job: _Job, block: U8) -> None:
+    def _copy_frames(self, job: BlockJob, block: U8) -> None:
         packed = np.flatnonzero(job.packed)
         clusters, spans = job.clusters[packed], job.lengths[packed]
         begins = job.offsets[packed] - job.block * BLOCK
-        inside = begins + spans <= len(block)  # all but the last, perhaps
+        inside = begins + spans <= len(block)  # the last one may end in the next block
         lengths = qcow2.frame_lengths(block, begins[inside].astype(np.uint64), self._cluster)
         runs = list(_joined(block, begins[inside], lengths.astype(np.int64)))
         for offset, span in zip(job.offsets[packed][~inside].tolist(), spans[~inside].tolist(), strict=True):
-            stored = self.files[job.number].file.read_at(offset, span)
+            stored = self.files[job.link].file.read_at(offset, span)
             length = qcow2.frame_length(stored)
             lengths = np.append(lengths, np.uint64(length))
             runs.append(np.frombuffer(stored, np.uint8)[:length])
@@ -373,7 +363,7 @@ class _Run:
 
 
 def _joined(block: U8, begins: Offsets, lengths: Offsets) -> Iterator[U8]:
-    """Pieces of a block, neighbours in one."""
+    """Yield pieces of a block; neighbouring ones are joined."""
     ends = begins + lengths
     breaks = np.flatnonzero(ends[:-1] != begins[1:]) + 1
     for low, high in pairwise([0, *breaks.tolist(), len(begins)]):

@@ -1,22 +1,22 @@
 """
-A point's disk as a raw stream, in the disk's order, for a pipe: pybackup restore web1 - | ssh host 'cat >/dev/vg/web1'.
+A point's disk as a raw stream for a pipe: pybackup restore web1 - | ssh host 'cat >/dev/vg/web1'.
 
-    batches of the disk -> threads read, check and decode several ahead -> written one after the other
+    batches of the disk, in order -> threads read, verify and decode several of them ahead -> one thread writes
 
-Every block is verified against its digest before a byte of it is written, but a stream cannot be taken back: where the
-chain turns out to be damaged half-way, the stream ends early, and so does the run, with 12.
+Every block is compared with its digest before any of its bytes are written.  But a stream cannot be undone: if a part
+of the chain turns out to be damaged, the stream ends there, and the command exits with 12.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import select
 import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 
 import numpy as np
 
@@ -29,8 +29,11 @@ from backup.repository.chain_reader import Content
 from backup.repository.machine import Machine
 from backup.repository.opened_chain import open_chain
 from backup.runtime.direct_io import pages
+from backup.runtime.ignoring import ignoring
 from backup.runtime.pace import Pace
 from backup.runtime.progress import Progress
+
+_log = logging.getLogger(__name__)
 
 
 def stream(
@@ -44,14 +47,14 @@ def stream(
     limit: int | None = None,
 ) -> Restored:
     """
-    Write one disk of a point to a descriptor, from its first byte to its last, zeroes included.
+    Write a disk of a point to a descriptor, from the first byte to the last, including zeroes.
 
     Raises
     ------
     Damaged, NotFound
-        The chain or a data file is not what was written; what was written so far is right.
+        A file of the chain is missing or damaged.  What was written so far is correct.
     Failed
-        The reader is gone, or the descriptor cannot be written.
+        The reader has closed the pipe, or the descriptor cannot be written.
     """
     try:
         with open_chain(
@@ -61,27 +64,29 @@ def stream(
             lambda chain: data_file.opened(machine.files, chain, chain_reader.kept_blocks(chain)),
         ) as (chain, files):
             progress.begin(disk, chain.size)
-            held = Content(chain, files, chain.size)
-            _write_all(held, fd, workers, progress, Pace(limit))
+            content = Content(chain, files, chain.size)
+            _write_all(content, fd, workers, progress, Pace(limit))
             return Restored(chain.size, chain.size)
     except Damaged as error:
         raise salvage.located(error, machine, point, disk) from None
 
 
-def _write_all(held: Content, fd: int, workers: int, progress: Progress, pace: Pace) -> None:
+def _write_all(content: Content, fd: int, workers: int, progress: Progress, pace: Pace) -> None:
     never = threading.Event()
     done = 0
-    for batch in _in_order(_Batches(held), workers + 1):
+    for batch in _in_order(_Batches(content), workers + 1):
         pace.keep(len(batch), never)
         _write(fd, batch, done)
         done += len(batch)
         progress.advance(done)
-    with suppress(OSError):
-        os.fsync(fd)  # a file, where the shell opened one; a pipe refuses
+    with ignoring(_log, "fsync of standard output", OSError):
+        os.fsync(fd)  # works if the descriptor is a file; a pipe has no fsync
 
 
 def _in_order(batches: _Batches, ahead: int) -> Iterator[memoryview]:
-    """Yield each batch in turn, while some more are read; its memory is used again once the next is asked for."""
+    """
+    Yield the batches in order, while threads read the next ones.  A batch is valid until the next one is requested.
+    """
     pool = ThreadPoolExecutor(ahead)
     try:
         waiting: deque[Future[memoryview]] = deque()
@@ -99,20 +104,20 @@ def _in_order(batches: _Batches, ahead: int) -> Iterator[memoryview]:
 
 
 class _Batches:
-    """The disk in pieces of 4 MiB."""
+    """The disk, divided into batches of 4 MiB."""
 
-    def __init__(self, held: Content) -> None:
-        self._held = held
+    def __init__(self, content: Content) -> None:
+        self._content = content
         self._spare: deque[memoryview] = deque()
         self._threads = threading.local()
 
     def starts(self) -> Iterator[tuple[int, int]]:
-        """Start and end (bytes) of each, in order."""
-        yield from windows(0, self._held.size, PART)
+        """Yield start and end (bytes) of each batch, in order."""
+        yield from windows(0, self._content.size, PART)
 
     def read(self, start: int, end: int) -> memoryview:
-        """One of them, checked; to be given back."""
-        size = self._held.cluster_size
+        """Read and verify a batch; the caller gives it back."""
+        size = self._content.cluster_size
         codec = getattr(self._threads, "codec", None)
         if codec is None:
             codec = self._threads.codec = Codec(size, None)
@@ -121,7 +126,7 @@ class _Batches:
         except IndexError:
             room = pages(PART)
         clusters = np.arange(start // size, -(-end // size))
-        self._held.read(clusters, room[: len(clusters) * size], codec)
+        self._content.read(clusters, room[: len(clusters) * size], codec)
         return room[: end - start]
 
     def give_back(self, batch: memoryview) -> None:
@@ -131,7 +136,7 @@ class _Batches:
 
 
 def _write(fd: int, batch: memoryview, done: int) -> None:
-    """Write all of it; a reader that does not wait (O_NONBLOCK) is waited for."""
+    """Write a whole batch, also to a non-blocking descriptor; `done` is the number of bytes written before."""
     while batch:
         try:
             written = os.write(fd, batch)
@@ -139,10 +144,10 @@ def _write(fd: int, batch: memoryview, done: int) -> None:
             select.select([], [fd], [])
             continue
         except OSError as error:
-            why = "its reader has gone" if isinstance(error, BrokenPipeError) else error.strerror
+            why = "the reader has closed it" if isinstance(error, BrokenPipeError) else error.strerror
             raise Failed(
                 f"standard output cannot be written after {done} bytes: {why}",
-                hint="see what the reading program says; what it got so far is not a whole disk",
+                hint="see the messages of the reading program; what it received is not a whole disk",
             ) from None
         done += written
         batch = batch[written:]

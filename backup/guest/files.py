@@ -1,42 +1,49 @@
 """
-The files in a guest's disk at a point: listed, and brought back one by one, through libguestfs.
+The files on a guest's disk at a point: listing them, and copying single ones back, with libguestfs.
 
-libguestfs mounts the guest's file systems in a small virtual machine: no root, no mount on the host, and a hostile file
-system can harm that machine only.  Nor is what comes out of it trusted: names are never a command's words, no link is
-followed on the host, and neither devices nor set-user-id bits are made.
+libguestfs mounts the guest's file systems in a small virtual machine.  This needs no root and no mount on the host, and
+a hostile file system can harm only that machine.  Its output is not trusted either: no name becomes part of a command,
+no link is followed on the host, and no devices and set-user-ID bits are created.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import stat
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import IO, Protocol, cast
 
-from backup.errors import BackupError, Damaged, Failed, NotFound, UsageError
+from backup.errors import BackupError, Damaged, Failed, NotFound, UsageError, os_errors_as
 from backup.guest import guestfish
 from backup.guest.guestfish import Guestfish, GuestfishError
 from backup.model.manifest import timestamp
 from backup.repository import data_file
 from backup.repository.machine import Machine
 from backup.repository.opened_chain import open_chain
+from backup.runtime.ignoring import ignoring
 from backup.storage.base import require_local_folder
 
+_log = logging.getLogger(__name__)
+
+_NOT_WRITTEN_HINT = "check the space and the permissions there"
 _NOT_MOUNTED = {"swap", "unknown", "crypto_LUKS"}
 _CHUNK = 1 << 16
 _ZEROES = bytes(_CHUNK)
+_NOWHERE = ("No such file or directory", "Not a directory", "Too many levels of symbolic links")
+"""Messages of the guest's kernel that mean that a path does not exist."""
 _KINDS = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "link"}
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A file of the guest; `size` in bytes, `mode` its permission bits, `modified` UTC, `target` a link's."""
+    """A file of the guest: size in bytes, permission bits, time of modification in UTC; `target` only for a link."""
 
     name: str
     kind: str
@@ -48,7 +55,9 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """What was brought back: files and their bytes; and what was left out, such as devices and sockets."""
+    """
+    What was copied: the number of files and their bytes; `left_out` names what was not, such as devices and sockets.
+    """
 
     files: int
     bytes: int
@@ -56,14 +65,14 @@ class Fetched:
 
 
 class Readable(Protocol):
-    """Bytes as they come."""
+    """A stream of bytes."""
 
     def read(self, size: int, /) -> bytes:
-        """At most so many; none at the end."""
+        """Return at most `size` bytes, and b"" at the end."""
 
 
 class GuestFiles:
-    """A guest's mounted file systems; `unmounted` says which of them could not be mounted, and why."""
+    """The mounted file systems of a guest; `unmounted` has a line for each that could not be mounted."""
 
     def __init__(self, fish: Guestfish, unmounted: Sequence[str] = ()) -> None:
         self._fish = fish
@@ -71,18 +80,18 @@ class GuestFiles:
 
     def list(self, path: str) -> list[Entry]:
         """
-        The entries of a folder, by name; of a file, itself.
+        Return the entries of a folder, sorted by name; for a file, its own entry.
 
         Raises
         ------
         NotFound, Failed
-            There is no such path; it cannot be read.
+            The path does not exist, or cannot be read.
         """
         path = absolute(path)
         try:
             is_folder = stat.S_ISDIR(self._facts(path, follow=True)["mode"])
         except BackupError:
-            is_folder = False  # a link that leads nowhere, unless nothing is there at all
+            is_folder = False  # a link to a missing file, or nothing at all
         if not is_folder:
             return [self._entry(path, PurePosixPath(path).name)]
         names = [os.fsdecode(name) for name in self._ask("ls0", path, "-").split(b"\0") if name]
@@ -90,19 +99,19 @@ class GuestFiles:
 
     def get(self, path: str, target: Path) -> Fetched:
         """
-        Bring a file, or a folder with all that is in it, to `target`, which must not exist.
+        Copy a file, or a folder with everything in it, to `target`, which must not exist.
 
-        Contents, permissions, times and links come back, and owners, by number, where this process is root's.  It
-        appears under its name when it is whole.
+        Content, permissions, times and links are kept, and so are numeric owners if this process is root.  The target
+        gets its name when the copy is complete.
 
         Raises
         ------
         NotFound, Failed
-            There is no such path; it cannot be read, or the target not be written.
+            The path does not exist or cannot be read, or the target cannot be written.
         """
         path = absolute(path)
         facts = self._facts(path, follow=True)
-        with _explained(target), _beside(target) as made:
+        with os_errors_as(f"{target} cannot be written", hint=_NOT_WRITTEN_HINT), _beside(target) as made:
             if stat.S_ISDIR(facts["mode"]):
                 with self._fish.stream("tar-out", path) as archive:
                     fetched = unpack(archive, made)
@@ -124,8 +133,8 @@ class GuestFiles:
         return Entry(name, kind, facts["size"], stat.S_IMODE(facts["mode"]), modified, target)
 
     def _facts(self, path: str, *, follow: bool) -> Mapping[str, int]:
-        said = self._ask("statns" if follow else "lstatns", path).decode()
-        pairs = [line.partition(": ") for line in said.splitlines()]
+        text = self._ask("statns" if follow else "lstatns", path).decode()
+        pairs = [line.partition(": ") for line in text.splitlines()]
         return {name.removeprefix("st_"): int(value) for name, _, value in pairs}
 
     def _ask(self, command: str, path: str, *more: str) -> bytes:
@@ -139,18 +148,15 @@ class GuestFiles:
             raise
 
 
-_NOWHERE = ("No such file or directory", "Not a directory", "Too many levels of symbolic links")
-
-
 @contextmanager
-def opened(machine: Machine, point: str, disk: str, filesystem: str | None) -> Iterator[GuestFiles]:
+def open_files(machine: Machine, point: str, disk: str, filesystem: str | None) -> Iterator[GuestFiles]:
     """
-    Mount what a disk holds: the file system that is named, the only one, or those of the only operating system.
+    Mount the file systems of a disk: the named one, the only one, or those of the only operating system.
 
     Raises
     ------
     UsageError
-        There are several, and none is named, or not one of them.
+        There are several file systems, and `filesystem` names none of them.
     BackupError
         The chain is broken; libguestfs is not installed or does not work.
     """
@@ -164,33 +170,34 @@ def opened(machine: Machine, point: str, disk: str, filesystem: str | None) -> I
 
 
 def mounts(fish: Guestfish, wanted: str | None) -> list[tuple[str, str]]:
-    """What to mount where, in order: (place, device) for each; see `opened`."""
-    found = {name: kind for name, kind in _pairs(fish.ask("list-filesystems")) if kind not in _NOT_MOUNTED}
+    """Return what to mount, in order: (mount point, device) for each file system; see `open_files`."""
+    kinds = {name: kind for name, kind in _pairs(fish.ask("list-filesystems")) if kind not in _NOT_MOUNTED}
     if wanted is not None:
-        if wanted not in found:
-            raise UsageError(f"the disk has no file system {wanted}", hint=_choices(found))
+        if wanted not in kinds:
+            raise UsageError(f"the disk has no file system {wanted}", hint=_choices(kinds))
         return [("/", wanted)]
-    if len(found) == 1:
-        return [("/", next(iter(found)))]
-    if not found:
-        raise UsageError("the disk has no file system that can be mounted", hint=_choices(found))
+    if len(kinds) == 1:
+        return [("/", next(iter(kinds)))]
+    if not kinds:
+        raise UsageError("the disk has no file system that can be mounted", hint=_choices(kinds))
     roots = fish.ask("inspect-os").decode(errors="surrogateescape").split("\n")[:-1]
     if len(roots) != 1:
-        many = f"{len(found)} file systems and {len(roots)} operating systems"
-        raise UsageError(f"the disk has {many}", hint=_choices(found))
+        many = f"{len(kinds)} file systems and {len(roots)} operating systems"
+        raise UsageError(f"the disk has {many}", hint=_choices(kinds))
     places = _pairs(fish.ask("inspect-get-mountpoints", roots[0]))
-    # By length, so that each is mounted below what it lies in; of other disks' file systems there is nothing here.
-    return sorted(((place, device) for place, device in places if device in found), key=lambda pair: len(pair[0]))
+    # Sorted by length, so that each is mounted after the one that contains its mount point.  File systems of other
+    # disks are not available here.
+    return sorted(((place, device) for place, device in places if device in kinds), key=lambda pair: len(pair[0]))
 
 
 def mount(fish: Guestfish, places: Sequence[tuple[str, str]]) -> list[str]:
     """
-    Mount file systems; which of them could not be, and why: a damaged /home keeps nobody from /etc.
+    Mount file systems; return a line for each that cannot be mounted, since a damaged /home should not hide /etc.
 
     Raises
     ------
     Failed
-        The first, which the others lie in, cannot be mounted.
+        The first one, which contains the others, cannot be mounted.
     """
     failed = []
     for number, (place, device) in enumerate(places):
@@ -200,55 +207,55 @@ def mount(fish: Guestfish, places: Sequence[tuple[str, str]]) -> list[str]:
             if not number:
                 raise Failed(
                     f"{device} cannot be mounted: {error.text}",
-                    hint="is it damaged, or of a kind that only its guest knows? see `pybackup serve --help`",
+                    hint="is it damaged, or of a type that only its guest supports? see `pybackup serve --help`",
                 ) from None
             failed.append(f"{device} is not mounted at {place}: {error.text}")
     return failed
 
 
-def _choices(found: Mapping[str, str]) -> str:
-    listed = ", ".join(f"{device} ({kind})" for device, kind in found.items())
+def _choices(kinds: Mapping[str, str]) -> str:
+    listed = ", ".join(f"{device} ({kind})" for device, kind in kinds.items())
     return (
         f"name one with --filesystem: {listed}" if listed else "an encrypted or empty disk? see `pybackup serve --help`"
     )
 
 
-def _pairs(said: bytes) -> list[tuple[str, str]]:
-    lines = (line.rpartition(b": ") for line in said.splitlines())
+def _pairs(output: bytes) -> list[tuple[str, str]]:
+    lines = (line.rpartition(b": ") for line in output.splitlines())
     return [(os.fsdecode(name), os.fsdecode(value)) for name, _, value in lines]
 
 
 def target_of(path: str, dest: Path) -> Path:
-    """Where a path of the guest is put: in `dest`, where that is a folder, or under that name."""
+    """Return the target of a path in the guest: inside `dest` if that is a folder, otherwise `dest` itself."""
     name = PurePosixPath(absolute(path)).name
     return dest / name if name not in {"", ".."} and os.path.isdir(dest) else dest
 
 
 def require_new(target: Path) -> None:
     """
-    Make sure that nothing has the target's name, and that it can be made.
+    Make sure that the target does not exist and can be made.
 
     Raises
     ------
     UsageError, Failed
-        Something has; its folder is missing, or not to be written.
+        The target exists, or its folder is missing or cannot be written.
     """
     if os.path.lexists(target):
-        raise UsageError(f"{target} exists", hint="name what does not exist yet, or a folder to put it in")
+        raise UsageError(f"{target} exists", hint="name a path that does not exist, or an existing folder")
     if not os.path.isdir(target.parent):
-        raise UsageError(f"there is no folder {target.parent}", hint="make it first, or name another")
+        raise UsageError(f"there is no folder {target.parent}", hint="make the folder first, or name another one")
     if not os.access(target.parent, os.W_OK | os.X_OK):
         raise Failed(f"{target.parent} cannot be written", hint="check the permissions there, or name another folder")
 
 
 def absolute(path: str) -> str:
     """
-    Check that a path begins at the guest's root.
+    Return a path of the guest if it begins at the root.
 
     Raises
     ------
     UsageError
-        It does not.
+        The path is relative, or contains a null character.
     """
     if "\0" in path or not path.startswith("/"):
         raise UsageError(f"{path!r} is not a path in the guest", hint="begin with a slash: /etc/fstab")
@@ -259,26 +266,26 @@ def _time(seconds: int) -> str:
     try:
         return timestamp(datetime.fromtimestamp(seconds, UTC))
     except (OverflowError, ValueError, OSError):
-        return str(seconds)  # the guest may say anything
+        return str(seconds)  # the guest can set any number
 
 
 def unpack(archive: Readable, target: Path) -> Fetched:
     """
-    Unpack a tar archive that nobody vouches for, as it comes, into a new folder.
+    Unpack an untrusted tar archive, as it arrives, into a new folder.
 
-    Each entry goes into a folder that came out of the archive before it, under a name that nothing has; so no link can
-    lead outside.  What is no file, folder or link, and what has no place, is left out.
+    Each entry must lie in a folder that the archive contained before, and must have a new name; so no link can lead out
+    of the target.  All other entries are left out, and so is everything except files, folders and links.
 
     Raises
     ------
     Damaged
-        It is no archive.
+        The stream is not a valid archive.
     """
     target.mkdir(0o700)
     folders: dict[PurePosixPath, tarfile.TarInfo | None] = {PurePosixPath(): None}
     files, size, left_out = set(), 0, []
     try:
-        stream = cast("IO[bytes]", archive)  # in mode "r|" it is only read
+        stream = cast("IO[bytes]", archive)  # mode "r|" only reads it
         with tarfile.open(fileobj=stream, mode="r|", bufsize=_CHUNK, errors="surrogateescape") as tar:
             for member in tar:
                 place = _place(member.name)
@@ -304,7 +311,7 @@ def unpack(archive: Readable, target: Path) -> Fetched:
                     left_out.append(member.name)
     except tarfile.TarError as error:
         raise Damaged(f"libguestfs' archive cannot be read: {error}", hint="run the command again") from None
-    for place, entry in reversed(folders.items()):  # last: a folder may forbid writing, and writing changes its time
+    for place, entry in reversed(folders.items()):  # last: writing changes a folder's time, and its mode may forbid it
         if entry is not None:
             _finish_as(target / place, entry)
     return Fetched(len(files), size, tuple(left_out))
@@ -315,7 +322,7 @@ def _place(name: str) -> PurePosixPath:
 
 
 def _write(content: Readable, path: Path) -> int:
-    """Write a new file, with holes for its zeroes: a guest's sparse file may be larger than our disk.  Its bytes."""
+    """Write a new file, with holes for zeroes, since a sparse file may be larger than our disk; return its size."""
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb") as file:
         while chunk := content.read(_CHUNK):
             if chunk == _ZEROES[: len(chunk)]:
@@ -338,14 +345,14 @@ def _finish_as(path: Path, member: tarfile.TarInfo) -> None:
 
 def _finish(path: Path, mode: int, modified: int, owner: tuple[int, int]) -> None:
     """
-    Give a file its owner, as far as we may, its permissions, and its time.
+    Set the owner of a file if this process is root, its permissions, and its time.
 
-    Of the permissions those that lend another's rights are not among.
+    Set-user-ID, set-group-ID and sticky bits are dropped.
     """
     if os.geteuid() == 0:
-        with suppress(OSError, OverflowError):  # a file system without owners
+        with ignoring(_log, f"owner of {path}", OSError, OverflowError):  # a file system without owners
             os.chown(path, *owner, follow_symlinks=False)
-    with suppress(OSError, OverflowError):
+    with ignoring(_log, f"time of {path}", OSError, OverflowError):
         os.utime(path, (modified, modified), follow_symlinks=False)
     if not path.is_symlink():
         os.chmod(path, stat.S_IMODE(mode) & 0o777)
@@ -353,7 +360,7 @@ def _finish(path: Path, mode: int, modified: int, owner: tuple[int, int]) -> Non
 
 @contextmanager
 def _beside(target: Path) -> Iterator[Path]:
-    """A name beside a path for what is to get that path's; what has the name at the end is removed."""
+    """Yield a temporary name in the same folder; whatever has this name at the end of the block is removed."""
     made = target.with_name(f".pybackup-{os.urandom(8).hex()}.part")
     try:
         yield made
@@ -362,15 +369,3 @@ def _beside(target: Path) -> Iterator[Path]:
             shutil.rmtree(made, ignore_errors=True)
         else:
             made.unlink(missing_ok=True)
-
-
-@contextmanager
-def _explained(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except BackupError:
-        raise
-    except OSError as error:
-        raise Failed(
-            f"{target} cannot be written: {error.strerror}", hint="check the space and the permissions there"
-        ) from None

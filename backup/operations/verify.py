@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
-from backup.engine.checker import Check, Run
+from backup.engine.checker import Check, CheckRun
 from backup.errors import BackupError, Damaged, DamagedBlock, Failed, NotFound, merged_exit_code
 from backup.model import chain as chains
 from backup.model.chain import Chain
@@ -243,7 +243,7 @@ def _verify(
             check.blocks = []
     # A manifest may claim any length; lots are drawn only where the file has it.
     _sample([check for check in due if not check.wrong], choice.share)
-    run = Run(machine.files, due, deep=deep, progress=progress, pace=pace)
+    run = CheckRun(machine.files, due, deep=deep, progress=progress, pace=pace)
     try:
         run.run(workers)
     finally:  # also of a run that was interrupted: the next one need not begin again

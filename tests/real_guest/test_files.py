@@ -71,7 +71,7 @@ class Point:
     def opened(self, filesystem: str | None = None, point: str | None = None):
         folder = machine_at(self.repository / self.machine)
         found: list[Manifest] = sorted(folder.contents().manifests.values(), key=lambda each: each.sequence)
-        return files.opened(folder, point or found[-1].point, self.machine, filesystem)
+        return files.open_files(folder, point or found[-1].point, self.machine, filesystem)
 
     def run(self, command: str, *args: str | Path) -> Result:
         given = [PYBACKUP, command, f"{self.machine}/latest", *args, "--repo", self.repository, "--json"]

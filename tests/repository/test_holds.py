@@ -257,7 +257,7 @@ def test_files_of_a_chain_that_a_prune_changes_just_then_are_not_called_missing(
     monkeypatch.setattr(guestfish, "started", started)
     with (
         pytest.raises(Failed if number else NotFound) as stopped,
-        files.opened(history.machine, point, "vda", None),
+        files.open_files(history.machine, point, "vda", None),
     ):
         pass
     assert stopped.value.message == f"started on vda.{point}.qcow2" if number else point in stopped.value.message

@@ -218,7 +218,7 @@ def test_serve_and_files_open_the_chain_by_the_same_rule(built, tmp_path, monkey
     with pytest.raises(KeptChanging), serve.serving(history.machine, newest(history), "vda", None, writable=False):
         pass
     changes = iter(range(ATTEMPTS + 5))
-    with pytest.raises(KeptChanging), files.opened(history.machine, newest(history), "vda", None):
+    with pytest.raises(KeptChanging), files.open_files(history.machine, newest(history), "vda", None):
         pass
 
 

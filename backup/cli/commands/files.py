@@ -43,7 +43,7 @@ def files(
 
     guest_files.absolute(path)
     machine, point = find.point(manifest, find.folder_of(repo))
-    with guest_files.opened(machine, point.point, choose_disk(point, disk), filesystem) as guest:
+    with guest_files.open_files(machine, point.point, choose_disk(point, disk), filesystem) as guest:
         entries = guest.list(path)
     _warn(guest.unmounted)
     if options.json:
@@ -92,7 +92,7 @@ def get(
     machine, point = find.point(manifest, find.folder_of(repo))
     target = guest_files.target_of(path, Path(dest))
     guest_files.require_new(target)
-    with guest_files.opened(machine, point.point, choose_disk(point, disk), filesystem) as guest:
+    with guest_files.open_files(machine, point.point, choose_disk(point, disk), filesystem) as guest:
         fetched = guest.get(path, target)
     left_out = [f"not copied, as it is no file, folder or link: {name}" for name in fetched.left_out]
     warnings = [*guest.unmounted, *left_out]
