@@ -66,7 +66,7 @@ def test_a_reader_that_goes_is_a_failure_of_two_lines(night):
         said = writer.stderr.read()
     assert writer.returncode == 1
     assert len(said.splitlines()) == 2
-    assert "its reader has gone" in said
+    assert "the reader has closed it" in said
 
 
 def test_a_full_disk_behind_it_is_a_failure_of_two_lines(night):
