@@ -167,7 +167,8 @@ def test_files_are_listed_and_fetched_by_the_command_line(night, guest, tmp_path
     assert run_pybackup(["get", "disk/latest", tree / "gone", to, *repo], env=guest).rc == 10
     for folder in (to, to / "other"):
         done = run_pybackup(["get", "disk/latest", tree / "sub", folder, *repo], env=guest)
-        assert (done.rc, done.stderr) == (3, "pybackup: warning: left out, being no file, folder or link: ./pipe\n")
+        warning = "pybackup: warning: not copied, as it is no file, folder or link: ./pipe\n"
+        assert (done.rc, done.stderr) == (3, warning)
     again = run_pybackup(["get", "disk/latest", tree / "sub", to, *repo], env=guest)
     assert (again.rc, again.stderr.splitlines()[0]) == (2, f"pybackup: error: {to / 'sub'} exists")
     one = run_pybackup(["get", "disk/latest", tree / "sub" / "\x1b[31mred", to, "--json", *repo], env=guest)
