@@ -1,12 +1,12 @@
 """
-An audit: one instant of a machine's disks, held against their newest point and what changed since.
+An audit: compare one instant of a machine's disks with their newest points.
 
-    clean by the bitmap  -> must be what the chain says     a difference: the chain or the bitmap lies
-    dirty                -> left out: it changed, and the next backup takes it
-    no usable bitmap     -> all is compared                 no difference: the truth; else nobody can tell a lie from
-                                                            a change, and what differs is listed
+    clean in the bitmap   compared with the chain: a difference means that the chain or the bitmap is wrong
+    dirty in the bitmap   left out: the data has changed, and the next backup stores it
+    no usable bitmap      everything is compared: without a difference the chain is right; otherwise the differences may
+                          be changes or errors, and are listed
 
-Nothing is changed: no bitmap begins or ends, and no file of the repository is written.
+An audit changes nothing: it starts and removes no bitmap, and writes no file of the repository.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from backup.engine.compare import Differences
 from backup.errors import Damaged, NotFound, SourceError
 from backup.model import chain as chains
 from backup.model.chain import Chain
-from backup.operations.preflight import consider, recognised
+from backup.operations.preflight import preflight, recognised
 from backup.operations.request import Names, Request
 from backup.planning import decision, plan
 from backup.planning.plan import Plan
@@ -33,22 +33,22 @@ from backup.runtime.progress import Progress
 from backup.sources.base import Capture, DiskRequest, Moment, Moved, Opened
 
 TRUE, LIES, UNKNOWN = "true", "lies", "unknown"
-"""Verdicts: what must be equal is equal; it is not; what differs may have changed or not, nobody can tell."""
+"""Verdicts: all that must be equal is equal; something differs; something differs that may have changed since."""
 
 _TRIES = 5
-"""How often it begins again because a disk changed between a look at it and its instant."""
+"""How often an audit starts again because a disk changed between its inspection and its instant."""
 _UNBOUNDED = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
 class DiskAudit:
     """
-    What an audit found of one disk.  Bytes and seconds.
+    The result of the audit of one disk.  Bytes and seconds.
 
-    `point` is its newest; `bitmap` the exact name of the one that was asked, or None, and then `why` says why none
-    could be.  `dirty_bytes` changed since by the bitmap, or grew, and were left out; `read_bytes` were read: the others
-    are zero on both sides.  `differences` are starts and ends, ascending and apart, of whole sectors of 512 bytes;
-    `complete`: all of them.
+    `point` is the disk's newest point.  `bitmap` is the exact name of the bitmap that was used; without one, `why` says
+    why.  `dirty_bytes` were left out: they are dirty in the bitmap, or the disk has grown by them.  `read_bytes`
+    were read; all others are zero on both sides.  `differences` are starts and ends of whole sectors of 512 bytes,
+    ascending and not adjacent; `complete`: no difference is missing in them.
     """
 
     name: str
@@ -74,7 +74,7 @@ class DiskAudit:
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """What an audit found of one machine."""
+    """The result of the audit of one machine."""
 
     machine: str
     disks: tuple[DiskAudit, ...]
@@ -83,7 +83,7 @@ class Audit:
 
 @dataclass(frozen=True, slots=True)
 class _Disk:
-    """A disk to be audited."""
+    """A disk to be audited; `why` says why no bitmap can be used."""
 
     request: DiskRequest
     capture: Capture
@@ -93,14 +93,14 @@ class _Disk:
 
 def audit(repository: Repository, request: Request, progress: Progress) -> Audit:
     """
-    Audit one machine; of the request count the machine, its disks, the bitmaps' family and how to read.
+    Audit one machine.  Of the request, only the machine, its disks, the bitmaps' family and `copying` are used.
 
     Raises
     ------
     NotFound
         A disk has no point.
     NotFound, Damaged
-        A chain is not what was written.
+        A file of a chain is missing or damaged.
     SourceError
         A disk cannot be read.
     """
@@ -110,36 +110,36 @@ def audit(repository: Repository, request: Request, progress: Progress) -> Audit
             f"the repository {repository.location} has no machine {request.machine!r}",
             hint=f"it has: {', '.join(repository.machine_names()) or 'none'}",
         )
-    # Not for writing: a backup would take away the bitmap that is asked, or be kept from the disks by us.
+    # Locked although nothing is written: a backup meanwhile would remove the bitmap, or find the disks in use.
     with machine.lock(), request.host:
-        run = _Run(machine, repository.identity[:8], request.complete(), progress)
+        run = _Audit(machine, repository.identity[:8], request.complete(), progress)
         for _ in range(_TRIES):
             try:
                 return run.attempt()
             except Moved:
                 continue
     raise SourceError(
-        f"the disks of machine {request.machine} kept changing between a look at them and their audit",
+        f"the disks of machine {request.machine} kept changing between their inspection and their audit",
         hint="run the command again",
     )
 
 
-class _Run:
-    """One audit: what is there, and the steps."""
+class _Audit:
+    """One audit of one machine: its contents, and the steps."""
 
     def __init__(self, machine: Machine, short_id: str, request: Request, progress: Progress) -> None:
         self.machine = machine
         self.short_id = short_id
         self.progress = progress
         self.contents: Contents = machine.contents()
-        # A disk that the user names must be there by that name.
+        # A disk that the user names must have a point under that name.
         self.request = request if request.names is Names.GIVEN else recognised(request, self.contents)[0]
 
     def attempt(self) -> Audit:
-        disks = [self._considered(disk) for disk in self.request.disks]
+        disks = [self._prepared(disk) for disk in self.request.disks]
         with self._instant(disks) as moment:
             audits = [self._audited(disk, opened, moment) for disk, opened in zip(disks, moment.disks, strict=True)]
-            moment.require_sound()  # else differences would be of no instant
+            moment.require_sound()  # otherwise the differences would belong to no instant
         left_out = [f"{name} is left out: {error.message}" for name, error in self.contents.damaged.items()]
         return Audit(self.machine.name, tuple(audits), (*left_out, *moment.warnings))
 
@@ -148,11 +148,11 @@ class _Run:
             [disk.capture for disk in disks],
             self.request.copying.connections,
             point=f"audit-{os.urandom(4).hex()}",
-            short_id="0" * 8,  # nobody's: the next run of any repository may remove what a killed audit left
+            short_id="0" * 8,  # of no repository: the next run of any one may remove what a killed audit left
             repository=None,
         )
 
-    def _considered(self, disk: DiskRequest) -> _Disk:
+    def _prepared(self, disk: DiskRequest) -> _Disk:
         asked = replace(
             self.request,
             wanted=decision.INCREMENTAL,
@@ -160,11 +160,11 @@ class _Run:
             max_chain=_UNBOUNDED,
             bitmap_family=self.request.bitmap_family or self._family(disk.name),
         )
-        seen = consider(self.machine, self.contents, asked, disk, self.short_id)
+        seen = preflight(self.machine, self.contents, asked, disk, self.short_id)
         if seen.last is None:
             raise NotFound(
-                f"disk {disk.name} of machine {self.machine.name} has no point to be held against",
-                hint="take a backup first; see `pybackup list` for the points that there are",
+                f"disk {disk.name} of machine {self.machine.name} has no point to compare with",
+                hint="take a backup first; `pybackup list` shows the points of each machine",
             )
         if not isinstance(seen.last, Chain):
             raise seen.last
@@ -173,7 +173,7 @@ class _Run:
         return _Disk(disk, Capture(seen.state, read, None), seen.last, why)
 
     def _family(self, disk: str) -> str | None:
-        """The family of the bitmap that the disk's newest point started: a name that nobody needs to give again."""
+        """The family of the bitmap that the disk's newest point started, which the user need not name again."""
         newest = chains.newest_manifest(self.contents.manifests.values(), disk)
         entry = None if newest is None else newest.disk(disk)
         started = None if entry is None else entry.bitmap.started

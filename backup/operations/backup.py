@@ -1,15 +1,15 @@
 """
 One backup of one machine, from the request to the published point.
 
-The order of steps is the promise (design.md, "The bitmap's life"); N is the new point:
+The order of the steps is the promise (design.md, "The bitmap's life").  N is the new point:
 
-1. add N's bitmap, recording, and only then
-2. fix the point in time: all the machine's images are locked before any byte is read; N's bitmap must be wholly clean
-3. read through the old bitmap, check some of what it calls clean, store, fsync, publish N
-4. remove the old bitmap and every other one of ours but N's; what cannot be removed is tried again next time
+1. Add N's bitmap, which records from then on.
+2. Only then fix the instant: lock all images of the machine before any byte is read; N's bitmap must still be clean.
+3. Read what the old bitmap calls dirty, check some of what it calls clean, store, fsync, and publish N.
+4. Remove the old bitmap and all other bitmaps of this repository but N's; the next run retries what cannot be removed.
 
-Nothing is ever cleared, so nothing can be cleared too early.  Killed at any instant, the next run tells from the names
-alone what happened.
+No bitmap is ever cleared, so that none can be cleared too early.  Whenever a run is killed, the names of the bitmaps
+tell the next run what happened.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
@@ -42,7 +42,7 @@ from backup.model.manifest import (
 )
 from backup.model.open_disk import OpenDisk
 from backup.operations import spot_check
-from backup.operations.preflight import consider, known_name, recognised
+from backup.operations.preflight import known_name, preflight, recognised
 from backup.operations.request import Request
 from backup.planning import decision as decide
 from backup.planning import plan
@@ -55,22 +55,23 @@ from backup.repository.machine import Contents, Machine, manifest_name
 from backup.repository.opened_chain import examine
 from backup.repository.replacement import settle
 from backup.repository.repository import Repository
+from backup.runtime.ignoring import ignoring
 from backup.runtime.progress import Progress
 from backup.sources.base import Capture, DiskRequest, Moment, Moved, NotStarted, Opened, Source
 
 _log = logging.getLogger(__name__)
 
 _SETTLE_TRIES = 5
-"""How often a run begins again because a machine started between adding the bitmaps and locking the images."""
+"""How often a run starts again because a machine started between step 1 and step 2."""
 
 
 @dataclass(frozen=True, slots=True)
 class DiskReport:
     """
-    What was done, or on a dry run would be done, for one disk.  Bytes and seconds.
+    What was done for one disk or, on a dry run, would be done.  Bytes and seconds.
 
-    `rescan`: an incremental that was found by comparing everything with the chain.  Its `dirty_bytes` are what differs;
-    of a dry run, which compares nothing, the disk's size.
+    `rescan`: an incremental for which the whole disk was compared with the chain.  Then `dirty_bytes` is what differs;
+    on a dry run, which compares nothing, `dirty_bytes` is the disk's size.
     """
 
     name: str
@@ -87,7 +88,7 @@ class DiskReport:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What came of one machine's backup; `point` and `manifest` are None on a dry run."""
+    """The result of one machine's backup; `point` and `manifest` are None on a dry run."""
 
     machine: str
     point: str | None
@@ -99,21 +100,23 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class _Disk:
-    """One disk of a run: the request, what its source showed, and what was decided."""
+    """
+    One disk of a run: the request, the disk's state, and the decision.
+
+    `started` is the bitmap that records from the new point on; None: none is started.  `granularity` (bytes) is that of
+    `started`, known after the instant.  `why_none` says why no bitmap is started, where one was wanted and the disk's
+    bitmaps are pybackup's.  `warned`: the reason lasts, and an earlier point has warned of it.  `refused`: the reason
+    appeared only in the attempt to add the bitmap.
+    """
 
     request: DiskRequest
     state: DiskState
     decision: Decision
     started: str | None
-    """The bitmap that records since the new point, where one is started."""
     why_none: str | None
-    """Why none is started, where one was wanted and the disk's bitmaps are ours."""
     warned: bool
-    """Is that a reason which lasts, and did an earlier point warn of it?"""
     refused: bool
-    """Was the reason found only when the bitmap was to be added?"""
     granularity: int | None = None
-    """Bytes; of `started`, known once it is there."""
 
     @property
     def name(self) -> str:
@@ -130,7 +133,7 @@ class _Disk:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A disk that is open at the instant, and its plan; planning took so many seconds."""
+    """A disk that is open at the instant, and its plan, which took `seconds` to make."""
 
     disk: _Disk
     opened: Opened
@@ -140,7 +143,7 @@ class _Job:
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """A disk whose data file is complete; what its backup was may differ from what it was planned to be."""
+    """A disk whose data file is complete; `disk` has the final decision, which may differ from the planned one."""
 
     disk: _Disk
     entry: DiskEntry
@@ -154,7 +157,7 @@ def create(open_repository: Callable[[], Repository], request: Request, progress
     Parameters
     ----------
     open_repository : callable
-        Opens the repository.  It must be open to each machine anew: its disk may be gone since the last one's backup.
+        Opens the repository.  Each machine opens it anew: its disk may be gone since the machine before.
 
     Raises
     ------
@@ -167,20 +170,22 @@ def create(open_repository: Callable[[], Repository], request: Request, progress
         _require_sources(machine, repository.identity, request, progress)
     if request.dry_run:
         with request.host:
-            # A broken chain is a warning of a rehearsal, too.
+            # A rehearsal, too, warns of a broken chain.
             return examine(
                 machine,
-                lambda contents: _Run(machine, contents, repository.identity, request.complete(), progress).rehearse(),
+                lambda contents: _Backup(
+                    machine, contents, repository.identity, request.complete(), progress
+                ).rehearse(),
                 doubtful=lambda report: bool(report.warnings),
             )
-    run: _Run | None = None
+    run: _Backup | None = None
     try:
         with machine.lock(), request.host:
             contents = settle(machine)
-            run = _Run(machine, contents, repository.identity, request.complete(), progress)
+            run = _Backup(machine, contents, repository.identity, request.complete(), progress)
             removed = request.host.recover(repository.ownership(request.machine))
             if removed:
-                run.notes.append(f"removed what a run that was cut off had left in QEMU: {', '.join(removed)}")
+                run.notes.append(f"removed from QEMU what an interrupted run had left: {', '.join(removed)}")
             return run.take()
     except Interrupted as stopped:
         stopped.hint = _after_stop(request.machine, run)
@@ -189,23 +194,23 @@ def create(open_repository: Callable[[], Repository], request: Request, progress
 
 def _require_sources(machine: Machine, repository: str, request: Request, progress: Progress) -> None:
     """
-    Make sure that the disks of a new machine can be opened and backed up, before its folder is made.
+    Make sure that the disks of a new machine can be opened and backed up, before the machine's folder is made.
 
-    A mistyped image must leave no machine behind.
+    A mistyped image must leave no machine in the repository.
     """
     with request.host:
-        _Run(machine, Contents({}, {}), repository, request.complete(), progress).require_disks()
+        _Backup(machine, Contents({}, {}), repository, request.complete(), progress).require_disks()
 
 
-def _after_stop(machine: str, run: _Run | None) -> str:
-    """What a run that a signal stopped has left, for people."""
+def _after_stop(machine: str, run: _Backup | None) -> str:
+    """Tell the user what a run that a signal stopped has left."""
     if run is not None and run.published is not None:
-        return f"point {run.point} is published; what it replaces is removed by the next run"
+        return f"point {run.point} is published; the next run removes the bitmaps that it replaces"
     return f"no point was published of machine {machine}, and earlier ones are untouched; run the command again"
 
 
-class _Run:
-    """One run: what is there, what is asked, and the steps."""
+class _Backup:
+    """One backup of one machine: its contents, the request, and the steps."""
 
     def __init__(
         self, machine: Machine, contents: Contents, repository: str, request: Request, progress: Progress
@@ -221,19 +226,19 @@ class _Run:
         self.published: str | None = None
         self.warnings = [f"{name} is left out: {error.message}" for name, error in contents.damaged.items()]
         self.refusals: dict[str, Refusal] = {}
-        """By disk: why a bitmap could not be started in an earlier attempt of this run."""
+        """By the disk's name: why its bitmap could not be started in an earlier attempt of this run."""
 
     def _new_point(self) -> str:
         return new_point_id(self.started_at, os.urandom(4).hex())
 
     def require_disks(self) -> None:
         """
-        Look at all disks, and change nothing.
+        Inspect all disks, and change nothing.
 
         Raises
         ------
         BackupError
-            One of them cannot be backed up.
+            A disk cannot be backed up.
         """
         self._decided(start_bitmaps=False)
 
@@ -250,9 +255,9 @@ class _Run:
         """
         Take the backup.
 
-        A machine could start, write and stop between steps 1 and 2.  Then N's bitmap is not clean, or the image looks
-        another, and both steps are done again.  They are also done again where a bitmap could not be started: a disk
-        without room for one is backed up without it.
+        A machine can start, write and stop between steps 1 and 2.  Then N's bitmap is not clean, or the image has
+        changed, and both steps are repeated.  They are also repeated if a bitmap could not be started: a disk without
+        room for a bitmap is backed up without one.
         """
         self._recognise()
         moves = 0
@@ -260,22 +265,22 @@ class _Run:
             try:
                 return self._attempt()
             except Moved as moved:
-                _log.info("%s: %s; once more", self.request.machine, moved.message)
+                _log.info("%s: %s; trying again", self.request.machine, moved.message)
                 moves += 1
-            except NotStarted as refused:  # which happens twice at most for each disk
-                _log.info("%s: %s; once more", self.request.machine, refused.message)
-            # A copy of the image may hold this try's bitmap, which must not be taken for one of the next try's point.
+            except NotStarted as refused:  # at most twice for each disk
+                _log.info("%s: %s; trying again", self.request.machine, refused.message)
+            # A copy of the image may hold this attempt's bitmap, which must not pass for the next attempt's.
             self.point = self._new_point()
         raise SourceError(
-            f"the disks of machine {self.request.machine} kept changing between a look at them and their backup",
+            f"the disks of machine {self.request.machine} kept changing between their inspection and their backup",
             hint="an image must not be written to while it is backed up: back up the machine while it is off",
         )
 
     def _recognise(self) -> None:
         """
-        Give the disks the names that the machine's points know.
+        Give the disks the names by which the machine's points know them.
 
-        It may ask QEMU, and so it comes after the host has thawed a guest that an earlier run left frozen.
+        That may ask QEMU, and so comes after the host has thawed a guest that an earlier run left frozen.
         """
         self.request, notes = recognised(self.request, self.contents)
         self.notes.extend(notes)
@@ -292,15 +297,15 @@ class _Run:
         finally:
             if self.published is None:
                 _forget(disks)
-        disks = [each.disk for each in stored]
+        disks = [done.disk for done in stored]
         self._retire(disks)
-        return self._report(disks, [each.report for each in stored], moment)
+        return self._report(disks, [done.report for done in stored], moment)
 
     def _refused(self, disk: _Disk, refused: NotStarted) -> None:
         """
         Remember why a disk gets no bitmap.
 
-        Where the attempt made bitmaps of ours inconsistent, their removal may leave room for the new one: once.
+        If the attempt made bitmaps of this repository inconsistent, their removal may leave room for a second attempt.
         """
         earlier = self.refusals.get(disk.name)
         lost = disk.decision.read if earlier is None else earlier.lost
@@ -308,10 +313,10 @@ class _Run:
         self.refusals[disk.name] = Refusal(refused.why, refused.lasting, lost, final=not again)
 
     def _removed_inconsistent(self, disk: _Disk) -> bool:
-        """Remove our bitmaps that can continue nothing any more; was there one?"""
+        """Remove this repository's inconsistent bitmaps, which no point can use; tell whether there were any."""
         try:
-            found = [bitmap.name for bitmap in disk.source.inspect().bitmaps if bitmap.inconsistent]
-            useless = own_bitmaps(found, self._short_id, keep=None)
+            inconsistent = [bitmap.name for bitmap in disk.source.inspect().bitmaps if bitmap.inconsistent]
+            useless = own_bitmaps(inconsistent, self._short_id, keep=None)
             for name in useless:
                 disk.source.remove_bitmap(name)
         except BackupError as error:
@@ -324,7 +329,7 @@ class _Run:
             [disk.capture for disk in disks],
             self.request.copying.connections,
             point=self.point,
-            # A dry run's names are nobody's: the next run of any repository may remove what a killed one left.
+            # A dry run's names belong to no repository, so that the next run of any repository may remove what it left.
             short_id="0" * 8 if self.request.dry_run else self._short_id,
             repository=self.machine.files.local_folder(),
         )
@@ -348,8 +353,8 @@ class _Run:
                 hint="run it without --no-fallback, or run `pybackup rescan` or `pybackup full`",
             )
 
-    def _instead(self, disk: _Disk, decision: Decision) -> _Disk:
-        """The disk with what its backup becomes where planning or copying showed that it cannot be what it was."""
+    def _redecided(self, disk: _Disk, decision: Decision) -> _Disk:
+        """Return the disk with another decision, after planning or copying showed that the first one cannot hold."""
         changed = replace(disk, decision=decision)
         self._require_allowed(changed)
         self._require_writable(disk.state, decision)
@@ -357,7 +362,7 @@ class _Run:
 
     def _decide(self, disk: DiskRequest, *, start_bitmaps: bool) -> _Disk:
         refusal = self.refusals.get(disk.name)
-        seen = consider(self.machine, self.contents, self.request, disk, self._short_id, refusal=refusal)
+        seen = preflight(self.machine, self.contents, self.request, disk, self._short_id, refusal=refusal)
         state, decision = seen.state, seen.decision
         self._require_writable(state, decision)
         given_up = refusal if refusal is not None and refusal.final else None
@@ -378,16 +383,16 @@ class _Run:
         )
 
     def _entries(self, disk: str, kind: str) -> list[DiskEntry]:
-        """The disk's entries that were read from a source of this kind, from the oldest."""
+        """The disk's entries, from the oldest, that were read from this kind of source."""
         entries = [entry for manifest in self._by_age() if (entry := manifest.disk(disk)) is not None]
         return [entry for entry in entries if entry.source.kind == kind]
 
     def _by_age(self) -> list[Manifest]:
-        """The machine's points, from the oldest."""
+        """The machine's manifests, from the oldest."""
         return sorted(self.contents.manifests.values(), key=lambda manifest: manifest.sequence)
 
     def _require_writable(self, state: DiskState, decision: Decision) -> None:
-        """Refuse a disk that no data file can hold; its clusters are the chain's, and only a full's the configured."""
+        """Refuse a disk that no data file can hold; a chain keeps its cluster size, a full takes the configured one."""
         parent = decision.parent
         cluster_size = self.request.cluster_size if parent is None else parent.cluster_size
         qcow2.require_writable(qcow2.Image(state.size, cluster_size, None, zstd=self.request.level is not None))
@@ -401,12 +406,12 @@ class _Run:
         try:
             stored = [self._store(job, written, moment) for job in jobs]
             moment.require_sound()
-            self.published = self.machine.publish(self._manifest([each.entry for each in stored]))
+            self.published = self.machine.publish(self._manifest([done.entry for done in stored]))
         except BaseException:
-            # What a kill leaves here, the next run removes; a failure tidies up at once.  The manifest may have its
-            # name already (a signal, just then) and goes first: a point must not lose its files.
+            # After a kill the next run removes the files; after a failure they are removed at once.  The manifest may
+            # have its name already (a signal came just then) and goes first: a point must not lose its files.
             self.published = None
-            with suppress(OSError):
+            with ignoring(_log, "removing the files of a point that was not published", OSError):
                 for name in (manifest_name(self.point), *written):
                     self.machine.files.discard(name)
             raise
@@ -415,19 +420,19 @@ class _Run:
     def _store(self, job: _Job, written: list[str], moment: Moment) -> _Stored:
         if not job.disk.decision.rescan:
             return self._copied(job, written, moment)
-        tried: list[str] = []
+        attempted: list[str] = []
         try:
-            return self._rescanned(job, tried, moment)
-        except (Damaged, NotFound) as error:  # of the chain, which is verified as it is read
-            for name in tried:
+            return self._rescanned(job, attempted, moment)
+        except (Damaged, NotFound) as error:  # errors of the chain, which is verified while it is read
+            for name in attempted:
                 self.machine.files.discard(name)
-            disk, planned = self._planned(self._instead(job.disk, decide.broken(error)), job.opened, moment)
+            disk, planned = self._planned(self._redecided(job.disk, decide.broken(error)), job.opened, moment)
             return self._copied(replace(job, disk=disk, planned=planned), written, moment)
         finally:
-            written.extend(tried)
+            written.extend(attempted)
 
     def _rescanned(self, job: _Job, written: list[str], moment: Moment) -> _Stored:
-        """Store what differs from the parent, and nothing else."""
+        """Store only what differs from the parent."""
         parent = job.disk.decision.parent
         assert parent is not None
         with chain_reader.checked(self.machine.files, parent, job.planned.size) as content:
@@ -458,7 +463,7 @@ class _Run:
             found_zero = copier.copy_disk(planned, job.opened.disk, sink, self.request.copying, advance)
             data = made.finish(self.request.compression)
         if isinstance(sink, Rescanned):
-            job = _found(job, sink.differing)
+            job = _with_difference(job, sink.differing)
         entry = self._entry(job.disk, job.planned, data, found_zero, moment.consistency)
         return _Stored(job.disk, entry, _disk_report(job, data.size, time.monotonic() - began))
 
@@ -469,10 +474,10 @@ class _Run:
 
     def _planned(self, disk: _Disk, opened: Opened, moment: Moment) -> tuple[_Disk, Plan]:
         """
-        The disk's plan.
+        Plan a disk; return the plan, and the disk with the decision that the plan follows.
 
-        Where planning shows what no name did, the disk is given another decision and planned again: an incremental
-        may become a rescan or a full, a rescan a full.
+        If planning shows that the decision cannot hold, the disk gets another decision and another plan: an incremental
+        may become a rescan or a full, and a rescan may become a full.
         """
         decision = disk.decision
         try:
@@ -482,20 +487,20 @@ class _Run:
                 return disk, self._plan_rescan(opened.disk, decision.parent)
             assert opened.bitmap is not None
             planned, why_not = self._plan_incremental(disk, opened.disk, opened.bitmap, decision.parent)
-        except (Damaged, NotFound) as error:  # of the chain: a source's errors are others
-            return self._planned(self._instead(disk, decide.broken(error)), opened, moment)
+        except (Damaged, NotFound) as error:  # errors of the chain: a source raises others
+            return self._planned(self._redecided(disk, decide.broken(error)), opened, moment)
         if why_not is None:
             return disk, planned
-        moment.require_sound()  # else it may be the instant that is lost, and no lie
+        moment.require_sound()  # otherwise the instant may be lost, and the bitmap right
         instead = decide.instead(why_not, decision.parent, self.request.unusable)
-        return self._planned(self._instead(disk, instead), opened, moment)
+        return self._planned(self._redecided(disk, instead), opened, moment)
 
     def _plan_rescan(self, source: OpenDisk, parent: Chain) -> Plan:
         with chain_reader.checked(self.machine.files, parent, source.size) as content:
             return plan.plan_rescan(source, parent.cluster_size, content.index)
 
     def _plan_incremental(self, disk: _Disk, source: OpenDisk, bitmap: str, parent: Chain) -> tuple[Plan, str | None]:
-        """The plan; and why the bitmap is not to be trusted, where planning or a spot check shows that."""
+        """Return the plan, and why the bitmap cannot be trusted if planning or a spot check shows that."""
         sampler = Reservoir(0 if self.request.dry_run else self.request.spot_check, _draw)
         with data_file.peeked(self.machine.files, parent) as index:
             planned = plan.plan_incremental(
@@ -511,20 +516,22 @@ class _Run:
         return planned, self._spot_checked(disk, source, parent, sampler)
 
     def _spot_checked(self, disk: _Disk, source: OpenDisk, parent: Chain, sampler: Reservoir) -> str | None:
-        """Why the bitmap is not to be trusted, where one of the sampled clusters shows that."""
+        """Explain why the bitmap cannot be trusted, if one of the sampled clusters differs from the chain."""
         clusters = sampler.chosen()
         try:
-            lies = spot_check.differing(source, clusters, self.machine.files, parent, self.request.copying)
+            difference = spot_check.differing(source, clusters, self.machine.files, parent, self.request.copying)
         except SourceError as error:
-            # A bad sector where nothing changed must not keep what did change from being backed up.
+            # A bad sector where nothing changed must not prevent the backup of what changed.
             self.warnings.append(f"disk {disk.name}: the spot check could not be made: {error.message}")
             return None
         _log.info(
             "%s/%s: %d of %d clean clusters checked", self.request.machine, disk.name, len(clusters), sampler.seen
         )
-        if not lies.clusters:
+        if not difference.clusters:
             return None
-        return decide.why_wrong(disk.decision.read or "", parent.newest.point, lies.clusters, len(clusters), lies.first)
+        return decide.why_wrong(
+            disk.decision.read or "", parent.newest.point, difference.clusters, len(clusters), difference.first
+        )
 
     def _manifest(self, entries: Sequence[DiskEntry]) -> Manifest:
         return Manifest(
@@ -566,10 +573,10 @@ class _Run:
 
     def _retire(self, disks: Sequence[_Disk]) -> None:
         """
-        Step 4: N is published, so that its bitmap alone is needed.
+        Step 4: remove this repository's other bitmaps, since N is published and needs only its own.
 
-        An image that takes no new bitmap is left alone: QEMU would store all other programs' bitmaps anew, and may lose
-        them where it has no room.  A later run removes ours.
+        An image that refused the new bitmap is not changed: QEMU would store all bitmaps again, also those of other
+        programs, and may lose them where it has no room.  A later run removes this repository's.
         """
         for disk in disks:
             if disk.state.owns_bitmaps and not disk.refused:
@@ -582,26 +589,26 @@ class _Run:
                         self.warnings.extend(self._lost(disk))
 
     def _lost(self, disk: _Disk) -> list[str]:
-        """That the new bitmap is not there any more, where QEMU lost it while it stored all of the image's anew."""
+        """Warn that the new bitmap is gone, if QEMU lost it while it stored all bitmaps of the image again."""
         if disk.started is None:
             return []
         try:
-            found = disk.source.inspect().bitmap(disk.started)
+            bitmap = disk.source.inspect().bitmap(disk.started)
         except BackupError as error:
             _log.info("%s/%s: %s", self.request.machine, disk.name, error.message)
             return []
-        if found is not None and found.recording and not found.inconsistent:
+        if bitmap is not None and bitmap.recording and not bitmap.inconsistent:
             return []
         return [f"disk {disk.name}: the new bitmap was lost; the next backup is a {self.request.unusable}"]
 
     def _known_otherwise(self, disk: _Disk) -> list[str]:
-        """What shows that a disk which has no point yet is one that the machine has by another name."""
+        """Warn if a disk that has no point yet is a disk that the machine has under another name."""
         manifests = self.contents.manifests
         known = known_name(manifests, disk.name, disk.state.path, given=True)
         if known != disk.name:  # which only a name of the configuration can be
             return [f"disk {disk.name}: {disk.state.path} was disk {known} until now, and a new chain begins"]
         names = {bitmap.name for bitmap in disk.state.bitmaps}
-        last = {entry.name: entry for found in self._by_age() for entry in found.disks}
+        last = {entry.name: entry for manifest in self._by_age() for entry in manifest.disks}
         moved = [entry.name for entry in last.values() if entry.bitmap.started in names]
         if not moved:
             return []
@@ -650,21 +657,21 @@ def _note(disk: _Disk, request: Request) -> list[str]:
 
 
 def _forget(disks: Sequence[_Disk]) -> None:
-    """Remove N's bitmaps: the point was not made.  What stays behind, the next run's step 4 removes."""
+    """Remove N's bitmaps, since the point was not made; step 4 of the next run removes what stays."""
     for disk in disks:
         if disk.started is not None:
-            with suppress(BackupError):
+            with ignoring(_log, f"removing the bitmap of disk {disk.name}", BackupError):
                 if disk.source.inspect().bitmap(disk.started) is not None:
                     disk.source.remove_bitmap(disk.started)
 
 
 def _draw() -> float:
-    """A number from [0, 1) that nobody foresees, as random.SystemRandom draws it, whose module is slow to import."""
+    """Draw an unpredictable number from [0, 1), as random.SystemRandom does, whose module is slow to import."""
     return (int.from_bytes(os.urandom(7)) >> 3) * 2**-53
 
 
-def _found(job: _Job, differing: int) -> _Job:
-    """A rescan with what it found: so many bytes that differ from the parent."""
+def _with_difference(job: _Job, differing: int) -> _Job:
+    """Add to a rescan the number of bytes that differ from the parent."""
     disk = replace(job.disk, decision=job.disk.decision.with_difference(differing))
     planned = replace(job.planned, totals=replace(job.planned.totals, dirty=differing))
     return replace(job, disk=disk, planned=planned)

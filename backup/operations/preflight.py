@@ -1,5 +1,5 @@
 """
-What is asked for, and what becomes of it: a request's disks, each looked at and held against its newest point.
+Before a backup or an audit: recognise a request's disks, inspect each, and decide what its backup can be.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from backup.sources.base import DiskRequest
 
 def recognised(request: Request, contents: Contents) -> tuple[Request, list[str]]:
     """
-    The request with the names that the machine's disks have already; and what the user may want to know of that.
+    Give the request's disks the names by which the machine's points know them; return notes for the user as well.
 
-    Call it when the host is connected.
+    The host must be connected.
 
     Raises
     ------
     UsageError
-        Two of its disks are one and the same.
+        Two of the disks are the same one.
     """
     if request.names is Names.CONFIGURED or not contents.manifests:
         return request, []
@@ -42,7 +42,7 @@ def recognised(request: Request, contents: Contents) -> tuple[Request, list[str]
     for disk in request.disks:
         given = request.names is Names.GIVEN
         if given and disk.path is None and chains.newest_manifest(contents.manifests.values(), disk.name):
-            # Nodes can mean other images after a restart: the backup says so, where the user names the disk.
+            # A node can mean another image after a restart: a backup of a disk that the user has named warns of that.
             disks.append(disk)
             continue
         path = disk.path or disk.source.inspect().path
@@ -53,20 +53,21 @@ def recognised(request: Request, contents: Contents) -> tuple[Request, list[str]
             )
         if any(other.name == name for other in disks):
             raise UsageError(
-                f"two disks are named {name}: {path} is known as that one",
+                f"two disks are named {name}: the machine's points know {path} by that name",
                 hint=f"see `pybackup list {request.machine} --long` for the disks of the machine",
             )
         if name != disk.name and given:
-            notes.append(f"{path} is disk {name} of machine {request.machine} already and keeps that name")
+            notes.append(f"{path} is already disk {name} of machine {request.machine} and keeps that name")
         disks.append(replace(disk, name=name))
     return replace(request, disks=tuple(disks)), notes
 
 
 def known_name(manifests: Mapping[str, Manifest], name: str, path: str, *, given: bool) -> str:
     """
-    What a disk that is read from `path` is called in the machine's points; `name` where they don't know the path.
+    The name by which the machine's points know the disk at `path`; `name` if they do not know the path.
 
-    Where they know it by several names, a `given` one of those holds, else the one that was used last.
+    If they know it by several names, `name` counts if the user has `given` it and it is one of them; otherwise the name
+    that was used last counts.
     """
     newest: dict[str, DiskEntry] = {}
     for manifest in sorted(manifests.values(), key=lambda manifest: manifest.sequence):
@@ -85,11 +86,11 @@ def is_same_source(recorded: SourceRecord, path: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Considered:
+class Preflight:
     """
-    A disk as it was seen, and what its backup can be.
+    The state of a disk, and what its backup can be.
 
-    `last` is the chain of its newest point, what is wrong with that, or None where it has no point.
+    `last` is the chain of the disk's newest point, or what is wrong with that chain; None: the disk has no point.
     """
 
     state: DiskState
@@ -97,7 +98,7 @@ class Considered:
     decision: Decision
 
 
-def consider(
+def preflight(
     machine: Machine,
     contents: Contents,
     request: Request,
@@ -105,18 +106,18 @@ def consider(
     short_id: str,
     *,
     refusal: Refusal | None = None,
-) -> Considered:
+) -> Preflight:
     """
-    Look at a disk and decide what its backup can be; `short_id` is of the repository.
+    Inspect a disk and decide what its backup can be; `short_id` is the repository's.
 
-    `refusal`: why a new bitmap could not be started a moment ago.
+    `refusal` says why an earlier attempt of this run could not start a new bitmap.
 
     Raises
     ------
     SourceError
-        It cannot be looked at, or is no longer what it was.
+        The disk cannot be inspected, or has lost its qcow2 header.
     UsageError, NotFound
-        What was said of it cannot be.
+        What the user said about the disk cannot be right.
     """
     newest = chains.newest_manifest(contents.manifests.values(), disk.name)
     _check_claim(disk, newest, contents)
@@ -127,8 +128,8 @@ def consider(
     state = disk.source.inspect()
     if state.plaintext and not (request.allow_plaintext or disk.allow_plaintext):
         raise UsageError(
-            f"disk {disk.name} is encrypted (LUKS), and QEMU would decrypt it: the backup would hold plaintext",
-            hint="allow this where the repository and the scratch folder are protected otherwise: --allow-plaintext "
+            f"disk {disk.name} is encrypted (LUKS), and QEMU would decrypt it: the backup would contain plaintext",
+            hint="if the repository and the scratch folder are protected in another way, allow it: --allow-plaintext "
             "(`allow_plaintext: true`)",
         )
     if request.named_by_path:
@@ -152,18 +153,18 @@ def consider(
             own_bitmaps((bitmap.name for bitmap in state.bitmaps), short_id, keep=None),
         ),
     )
-    return Considered(state, last, decision)
+    return Preflight(state, last, decision)
 
 
 def _origins(machine: Machine, contents: Contents, disk: str, bitmaps: Iterable[str]) -> dict[str, str]:
-    """Whose points this repository's bitmaps start from, in the words of `decide`; only of points that there are."""
-    found = {name.rpartition(".")[2]: None for name in bitmaps}
-    origins = {point: _origin(machine, contents, disk, point) for point in found}
+    """Tell for the existing points of these bitmaps whose points they are, as `decide` words it."""
+    points = dict.fromkeys(name.rpartition(".")[2] for name in bitmaps)
+    origins = {point: _origin(machine, contents, disk, point) for point in points}
     return {point: whose for point, whose in origins.items() if whose is not None}
 
 
 def _origin(machine: Machine, contents: Contents, disk: str, point: str) -> str | None:
-    """Whose point it is, in the words of `decide`; None: there is no such point."""
+    """Tell whose point it is, as `decide` words it; None: there is no such point."""
     manifest = contents.manifests.get(point)
     if manifest is None:
         other = machine_with(machine.storage, sorted(machine.storage.machines()), point)
@@ -175,13 +176,14 @@ def _origin(machine: Machine, contents: Contents, disk: str, point: str) -> str 
 
 def _last_chain(machine: Machine, contents: Contents, point: str, disk: str) -> Chain | BackupError:
     """
-    The chain of the disk's newest point, its files looked at; or what is wrong with it, as far as that shows, or a
-    verify has found it.
+    Build the chain of the disk's newest point and open its files; return the chain, or what is wrong with it.
+
+    Damage counts that the files show when they are opened, and damage that a verify has found.
 
     Raises
     ------
     Failed
-        This process may not open the files, or not so many: that says nothing about them.
+        This process may not open the files, or may not open so many: that tells nothing about them.
     """
     try:
         chain = chains.build(contents.manifests, point, disk, contents.damaged)
@@ -196,9 +198,9 @@ def _last_chain(machine: Machine, contents: Contents, point: str, disk: str) -> 
 
 def _other_disk(disk: DiskRequest, newest: Manifest, state: DiskState) -> str | None:
     """
-    The other disk that the image in state was at the newest point.
+    The other disk that the image was at the newest point; None: it was this disk, or none.
 
-    Names of nodes may mean other images after a restart of the machine, and disks of a configuration can be exchanged.
+    A node's name may mean another image after a restart of the machine, and a configuration may exchange disks.
     """
     paths = {entry.name: os.path.realpath(entry.source.path) for entry in newest.disks}
     now = os.path.realpath(state.path)
@@ -212,28 +214,28 @@ def _check_claim(disk: DiskRequest, newest: Manifest | None, contents: Contents)
     if since is None or (newest is not None and newest.point == since):
         return
     if newest is None or since not in contents.manifests:
-        newest_point = "it has none at all" if newest is None else f"its newest is {newest.point}"
+        newest_point = "it has no point" if newest is None else f"its newest point is {newest.point}"
         raise NotFound(
-            f"disk {disk.name} has no point {since}: {newest_point}", hint="without --since everything is read"
+            f"disk {disk.name} has no point {since}: {newest_point}", hint="without --since the whole disk is read"
         )
     raise UsageError(
         f"--since {since} is not the newest point of disk {disk.name}, which is {newest.point}",
-        hint="a chain grows only at its end; without --since everything is read",
+        hint="a chain grows only at its end; without --since the whole disk is read",
     )
 
 
 def _check_first_format(disk: DiskRequest) -> None:
     """
-    Refuse to begin a chain with the bytes of a container, such as a vmdk, that holds the disk.
+    Refuse to start a chain with the bytes of a container, such as a vmdk, that contains the disk.
 
-    Later a raw disk may begin with what its guest likes.
+    At later points a raw disk may begin with any bytes, since its guest writes them.
     """
-    found = disk.source.foreign_format()
-    if found is not None:
+    foreign = disk.source.foreign_format()
+    if foreign is not None:
         raise UsageError(
-            f"the image of disk {disk.name} looks like a {found}, and pybackup reads qcow2 and raw images",
-            hint=f"serve the disk that is in it, qemu-nbd -r -t -f {found} IMAGE, and name that with --nbd; or say "
-            "that the bytes of the file are the disk: --image-format raw (`format: raw`)",
+            f"the image of disk {disk.name} looks like a {foreign}, and pybackup reads qcow2 and raw images",
+            hint=f"serve the disk in it with qemu-nbd -r -t -f {foreign} IMAGE, and name the server with --nbd; or, if "
+            "the bytes of the file are the disk, give --image-format raw (`format: raw`)",
         )
 
 
@@ -241,8 +243,8 @@ def _check_format(disk: DiskRequest, newest: Manifest) -> None:
     """
     Refuse a raw image that has become a qcow2, and a qcow2 that has lost its header.
 
-    A guest can write a qcow2 header, with any backing file of the host, into its raw disk; so this is asked before QEMU
-    opens the image and the files that its header names.
+    A guest can write a qcow2 header that names any file of the host as backing file into its raw disk.  So this check
+    comes before QEMU opens the image and the files that the header names.
     """
     entry = newest.disk(disk.name)
     assert entry is not None
@@ -252,16 +254,16 @@ def _check_format(disk: DiskRequest, newest: Manifest) -> None:
     if guessed == "raw":
         raise SourceError(
             f"the image of disk {disk.name} was a qcow2 at point {newest.point} and has no qcow2 header now",
-            hint="it is damaged, or was converted: then say --image-format raw (`format:` in the configuration)",
+            hint="the image is damaged; or it was converted: then give --image-format raw (`format:` in the configuration)",
         )
     raise UsageError(
         f"the image of disk {disk.name} was raw at point {newest.point} and begins with a qcow2 header now",
-        hint="say --image-format raw, or qcow2 if it was converted (`format:` in the configuration)",
+        hint="give --image-format raw, or qcow2 if the image was converted (`format:` in the configuration)",
     )
 
 
 def _check_path(disk: DiskRequest, state: DiskState, contents: Contents) -> None:
-    """A machine's name that was taken from the image's must not bring two machines into one folder."""
+    """Refuse to mix two machines in one folder, whose name was only derived from an image's name."""
     newest = chains.newest_manifest(contents.manifests.values(), disk.name)
     newest = newest or chains.newest_manifest(contents.manifests.values())
     if newest is None:
@@ -269,6 +271,6 @@ def _check_path(disk: DiskRequest, state: DiskState, contents: Contents) -> None
     recorded = [entry.source for entry in newest.disks if entry.name == disk.name or not newest.disk(disk.name)]
     if not any(is_same_source(source, state.path) for source in recorded):
         raise UsageError(
-            f"machine {newest.machine} was backed up from {recorded[0].path}, and this is {state.path}",
-            hint=f"name the machine: --machine {newest.machine} if it is the same one, another name if it is not",
+            f"machine {newest.machine} was backed up from {recorded[0].path}, and this image is {state.path}",
+            hint=f"name the machine: --machine {newest.machine} if it is the same machine, otherwise another name",
         )

@@ -1,4 +1,4 @@
-"""What is asked of a backup: a machine, its disks, and how."""
+"""The request of a backup or an audit: a machine, its disks, and how they are read and stored."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from backup.sources.base import DiskRequest, Host
 
 class Names(Enum):
     """
-    Where the names of a request's disks come from: the configuration, --disk, or what names their sources.
+    Where the names of a request's disks come from: the configuration, --disk, or the names of their sources.
 
-    A name of the configuration holds.  Else a disk that the machine has already, by another name, keeps that.
+    A name from the configuration always counts.  Otherwise a disk that the machine's points know keeps its name there.
     """
 
     CONFIGURED = auto()
@@ -25,15 +25,32 @@ class Names(Enum):
 @dataclass(frozen=True, slots=True)
 class Request:
     """
-    What to back up and how.
+    What to back up, and how.
 
-    `wanted` is decide.FULL, INCREMENTAL or RESCAN; `unusable` (FULL or RESCAN) what an incremental becomes where no
-    bitmap continues a sound chain, unless `fallback` forbids it; `begin` allows a disk's first full in its place;
-    `spot_check` the number of clean clusters that an incremental reads again.  `host` holds the disks' sources, in the
-    order of `disks`, to which `complete` adds those that the host discovers.  `bitmap_family` names the bitmaps to keep
-    (None: none); `level` is zstd's, None for no compression; `cluster_size` in bytes counts for fulls; `named_by_path`
-    says that the machine's name was taken from the image's, not given; `allow_plaintext` lets a running QEMU decrypt
-    disks.
+    Parameters
+    ----------
+    host, disks
+        The host of the disks' sources, and the disks in the same order; `complete` adds those that the host discovers.
+    wanted : str
+        decision.FULL, INCREMENTAL or RESCAN.
+    bitmap_family : str or None
+        Family of the bitmaps that pybackup keeps on the disks; None: it keeps none.
+    level : int or None
+        zstd's compression level; None: no compression.
+    cluster_size : int
+        Bytes; only a full takes it.
+    spot_check : int
+        Number of clean clusters that an incremental reads again.
+    unusable : str
+        What an incremental becomes if no bitmap continues a sound chain: decision.RESCAN or FULL.
+    fallback : bool
+        Allow `unusable`; without it such an incremental fails.
+    begin : bool
+        Allow the first full of a disk in place of an incremental.
+    named_by_path : bool
+        The machine's name was derived from an image's name, and not given.
+    allow_plaintext : bool
+        Allow a running QEMU to decrypt the disks.
     """
 
     machine: str

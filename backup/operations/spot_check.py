@@ -1,8 +1,8 @@
 """
-The spot check: a few clusters that the bitmap calls clean, read from the disk and held against the chain.
+The spot check: read a few clusters that the bitmap calls clean, and compare them with the chain.
 
-No name shows that a bitmap was cleared, or disabled and enabled again after writes, or that something wrote past QEMU
-(trap 47); this finds it with a probability that grows with the lie.
+A bitmap's name does not show that the bitmap was cleared, or disabled during writes, or that something wrote to the
+image without QEMU (trap 47).  A spot check finds that with a probability that grows with what the bitmap missed.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from backup.storage.base import Files
 
 
 @dataclass(frozen=True, slots=True)
-class Lies:
-    """How many of the clusters differ, and the first byte (a sector's first) that does; 0 and 0 where none differs."""
+class Difference:
+    """The number of clusters that differ, and the offset of the first sector that does; 0 and 0: none differs."""
 
     clusters: int
     first: int
 
 
-def differing(disk: OpenDisk, clusters: Offsets, files: Files, chain: Chain, settings: copier.Settings) -> Lies:
+def differing(disk: OpenDisk, clusters: Offsets, files: Files, chain: Chain, settings: copier.Settings) -> Difference:
     """
-    Which of these clusters (ascending) of the disk are not what the chain in `files` says.
+    Compare these clusters (ascending) of the disk with the chain in `files`.
 
-    Each is compared with what lies in the chain's files, which a frame's own checksum covers.  What differs is compared
-    again, with every block of the files held against its digest: only then it is the bitmap that lied.
+    The first comparison checks only the frames' own checksums.  What differs is compared again, and this time every
+    block of the chain's files is verified against its digest: only then the bitmap is wrong, and not the chain.
 
     Raises
     ------
@@ -41,17 +41,19 @@ def differing(disk: OpenDisk, clusters: Offsets, files: Files, chain: Chain, set
         The disk cannot be read.
     """
     if not len(clusters):
-        return Lies(0, 0)
+        return Difference(0, 0)
     planned = plan.plan_of(clusters, disk.size, chain.cluster_size)
     with chain_reader.glanced(files, chain, disk.size, clusters) as content:
         suspected = compare.compare(disk, planned, content, settings, _unwatched).clusters()
     if not len(suspected):
-        return Lies(0, 0)
+        return Difference(0, 0)
     planned = plan.plan_of(suspected, disk.size, chain.cluster_size)
     with chain_reader.checked(files, chain, disk.size) as content:
         differences = compare.compare(disk, planned, content, settings, _unwatched)
-    return Lies(len(differences.clusters()), differences.ranges()[0][0]) if differences.bytes else Lies(0, 0)
+    return (
+        Difference(len(differences.clusters()), differences.ranges()[0][0]) if differences.bytes else Difference(0, 0)
+    )
 
 
 def _unwatched(_done: int) -> None:
-    """It takes moments."""
+    """Ignore the progress of a comparison that takes moments."""

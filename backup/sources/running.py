@@ -4,11 +4,12 @@ The disks of a running machine: nodes of its QEMU, spoken to through QMP, read a
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -26,8 +27,11 @@ from backup.qmp.agent import Agent, AgentError
 from backup.qmp.blocks import OURS, BlockGraph, Device, Node
 from backup.qmp.instant import Instant, InstantDisk, Room
 from backup.qmp.monitor import Monitor, Refused
+from backup.runtime.ignoring import ignoring
 from backup.runtime.signals import to_the_end
 from backup.sources.base import NO_FREEZE, Capture, Freeze, Moved, NotStarted, Opened, Owner, Source
+
+_log = logging.getLogger(__name__)
 
 _THAW_TRIES = 3
 _STORAGE_SECONDS = 60.0
@@ -314,7 +318,7 @@ class Running:
             return []
         known = {source.node.name for source in self.sources}
         for text in self._exclude:
-            with suppress(SourceError):  # a disk that is gone need not be excluded any more
+            with ignoring(_log, f"excluded disk {text}", SourceError):  # a disk that is gone needs no exclusion
                 known.add(blocks.resolve(text, self.same_file).name)
         warnings = []
         for device, node in blocks.disks():

@@ -58,7 +58,7 @@ def dirty(machine: Machine) -> None:
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_disk_that_takes_no_new_bitmap_costs_neither_its_night_nor_its_neighbours(nights, monkeypatch, which):
     """QEMU refuses the whole transaction, without a word on the disk: here one has a bitmap of that name already."""
-    decided = creating._Run._decided
+    decided = creating._Backup._decided
 
     def and_in_the_way(self: Any, *, start_bitmaps: bool) -> list[Any]:
         disks = decided(self, start_bitmaps=start_bitmaps)
@@ -68,7 +68,7 @@ def test_a_disk_that_takes_no_new_bitmap_costs_neither_its_night_nor_its_neighbo
         return disks
 
     with monkeypatch.context() as patch:
-        patch.setattr(creating._Run, "_decided", and_in_the_way)
+        patch.setattr(creating._Backup, "_decided", and_in_the_way)
         done = nights.backup("incremental")
     assert (done.rc, kinds(done), [disk["rescan"] for disk in done.machine["disks"]]) == (
         3,

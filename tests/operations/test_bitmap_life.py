@@ -844,7 +844,7 @@ def test_an_image_keeps_the_name_that_the_machine_knows_it_by(night, tmp_path):
         done = Night(image, night.repository).incremental("--machine", "disk", *options)
         assert (done.rc, done.disk["name"], done.disk["rescan"]) == (0, "disk", False), done
         assert done.stderr.count("\n") == (1 if options else 0)
-        assert f"{image} is disk disk of machine disk already and keeps that name" in done.stderr or not options
+        assert f"{image} is already disk disk of machine disk and keeps that name" in done.stderr or not options
         night.require_restored()
 
 
@@ -929,7 +929,7 @@ def test_several_images_are_the_disks_of_one_machine_at_one_instant(tmp_path):
 def test_no_byte_is_read_before_all_images_are_locked(tmp_path, monkeypatch):
     images = two_images(tmp_path)
     began = []
-    monkeypatch.setattr(creating._Run, "_plan", lambda *_: began.append(1))
+    monkeypatch.setattr(creating._Backup, "_plan", lambda *_: began.append(1))
     with held_for_writing(images[1]):
         done = call_pybackup(["full", *given(images, tmp_path / "repo", "--machine", "two")])
     assert (done.rc, f"{images[1]} is in use" in done.stderr, began) == (13, True, [])

@@ -92,7 +92,7 @@ def test_at_most_as_many_as_configured_are_read(night, tmp_path, monkeypatch):
     monkeypatch.setattr(
         creating.spot_check,
         "differing",
-        lambda _export, clusters, *_: seen.append(len(clusters)) or spot_check.Lies(0, 0),
+        lambda _export, clusters, *_: seen.append(len(clusters)) or spot_check.Difference(0, 0),
     )
     assert call_pybackup([*configured(tmp_path, spot_check=3), *arguments(night)]).rc == 0
     assert seen == [3]
