@@ -254,7 +254,7 @@ def _check_format(disk: DiskRequest, newest: Manifest) -> None:
     if guessed == "raw":
         raise SourceError(
             f"the image of disk {disk.name} was a qcow2 at point {newest.point} and has no qcow2 header now",
-            hint="the image is damaged; or it was converted: then give --image-format raw (`format:` in the configuration)",
+            hint="the image is damaged; if it was converted, give --image-format raw (`format:` in the configuration)",
         )
     raise UsageError(
         f"the image of disk {disk.name} was raw at point {newest.point} and begins with a qcow2 header now",

@@ -1,5 +1,5 @@
 """
-The disks of a running machine: nodes of its QEMU, spoken to through QMP, read at one instant while the guest writes.
+The disks of a running machine: nodes of its QEMU, captured at one instant through QMP while the guest goes on writing.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _log = logging.getLogger(__name__)
 
 _THAW_TRIES = 3
 _STORAGE_SECONDS = 60.0
-"""How long the scratch folder of a run that was cut off may take to make a file."""
+"""How long it may take to make a file in the scratch folder of an interrupted run."""
 _ELSEWHERE = {
-    "inmigrate": "it waits for a machine to be migrated to it",
+    "inmigrate": "that QEMU waits for a machine to be migrated to it",
     "finish-migrate": "it is being migrated to another QEMU",
     "postmigrate": "it was migrated to another QEMU",
 }
-"""States (RunState) in which the images are another QEMU's to write, and what is read here may be long out of date."""
+"""States (RunState) in which another QEMU writes to the images, so that data that is read here may be out of date."""
 
 _PASSED_THROUGH = {"host_device", "iscsi"}
 """Drivers of storage to which a device can pass the guest's SCSI commands."""
@@ -51,24 +51,24 @@ _PASS_THROUGH = {"scsi-block", "scsi-generic"}
 
 class Running:
     """
-    A running machine.
+    A running machine as a host.
 
     Parameters
     ----------
     socket : Path
         QEMU's QMP socket.
     nodes : sequence of str or None
-        Its disks: a node's name, a device's id or an image each.  None: all disks that the guest can write to.
+        The machine's disks, each by its node's name, its device's id or its image.  None: all writable disks.
     images : sequence of Path
-        The image of each of `nodes`, where the same disks are read from images while the machine is off.
+        The image of each of `nodes`, for a machine whose disks are read from images while the machine is off.
     exclude : sequence of str
-        Disks that are left out knowingly, named in the same ways.
+        Disks that are left out on purpose, named in the same ways.
     complain : bool
         Warn of disks that are neither named nor excluded.
     scratch : Path or None
-        The folder for what the guest overwrites meanwhile; None: the image's own.
+        Folder in which QEMU keeps what the guest overwrites meanwhile; None: the folder of each image.
     reserve : int
-        Bytes that must stay free there.
+        Bytes that must stay free in that folder.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Running:
         self._all = nodes is None
         self._exclude = tuple(exclude)
         self._complain = complain
-        # QEMU keeps the name for a run in whatever folder, which looks there after this one was cut off.
+        # If this run is interrupted, QEMU has the name for the run that cleans up, which may work in another folder.
         self._scratch = None if scratch is None else scratch.absolute()
         self._reserve = reserve
         self._freeze = freeze
@@ -111,12 +111,12 @@ class Running:
 
     def require_here(self) -> None:
         """
-        Make sure that the machine's disks are this QEMU's.
+        Make sure that this QEMU runs the machine, and owns its images.
 
         Raises
         ------
         SourceError
-            They are not: the machine was migrated, and QEMU reads on from images that it does not own.
+            The machine is or was migrated, and another QEMU writes to the images.
         """
         why_not = _ELSEWHERE.get(self.monitor.command("query-status")["status"])
         if why_not is not None:
@@ -126,17 +126,17 @@ class Running:
             )
 
     def blocks(self) -> BlockGraph:
-        """QEMU's block graph of this moment."""
+        """Query the present block graph of QEMU."""
         return fleece.query_block_graph(self.monitor)
 
     def local(self, name: str) -> str:
-        """A file name of QEMU's as we can use it: its relative names start from its own folder."""
+        """Translate a file name of QEMU's for this process: relative names start from QEMU's working folder."""
         folder = self.monitor.working_folder()
         special = name.startswith("/") or ":" in name.partition("/")[0] or folder is None
         return name if special else os.path.normpath(f"{folder}/{name}")
 
     def why_unseen(self, blocks: BlockGraph, name: str) -> str | None:
-        """Say which writes to a disk pass its bitmaps by, and a backup's copying before writes too; None: none do."""
+        """Explain which writes neither the disk's bitmaps nor a backup's copies before writes see; None: all are seen."""
         for device in blocks.devices_above(name):
             if device.shares and self._property(device, "share-rw") is True:
                 return (
@@ -150,34 +150,34 @@ class Running:
         return blocks.unseen_writer(name, self.is_one_file)
 
     def _property(self, device: Device, name: str) -> object:
-        """A property of a guest's device; None where it has none of that name."""
+        """Read a property of a guest's device; None: the device has no such property."""
         try:
             return self.monitor.command("qom-get", {"path": device.path, "property": name})
         except Refused:
             return None
 
     def is_one_file(self, one: str, other: str) -> bool:
-        """Do two file names of QEMU's mean the same file or block device?"""
+        """Whether two file names of QEMU's mean the same file or block device."""
         try:
-            found = [os.stat(self.local(name)) for name in (one, other)]
+            first, second = os.stat(self.local(one)), os.stat(self.local(other))
         except OSError:
             return False
-        if all(stat.S_ISBLK(status.st_mode) for status in found):
-            return found[0].st_rdev == found[1].st_rdev
-        return os.path.samestat(*found)
+        if stat.S_ISBLK(first.st_mode) and stat.S_ISBLK(second.st_mode):
+            return first.st_rdev == second.st_rdev
+        return os.path.samestat(first, second)
 
     def same_file(self, ours: str, qemus: str) -> bool:
-        """Do a file name of the user's and one of QEMU's mean the same file?"""
+        """Whether a file name of the user's and one of QEMU's mean the same file."""
         return ours == qemus or os.path.realpath(ours) == os.path.realpath(self.local(qemus))
 
     def discover(self) -> Sequence[tuple[str, Source]]:
         """
-        All disks that the guest can write to but the excluded ones, where no disks were named.
+        Find all writable disks that are not excluded, if no disks were named.
 
         Raises
         ------
         SourceError
-            There are none, an excluded one is not there, or two disks would have one name.
+            There are none, an excluded disk does not exist, or two disks would have one name.
         """
         if not self._all:
             return ()
@@ -204,33 +204,33 @@ class Running:
 
     def recover(self, owner: Owner) -> Sequence[str]:
         """
-        Remove what runs that were cut off left in QEMU: all of this repository's, but bitmaps of its points.
+        Remove what interrupted runs of this repository left in QEMU: everything but the bitmaps of its points.
 
         Raises
         ------
         Locked
-            There is something, and a run of another machine of the repository, to which it may belong.
+            Something is left, and may belong to a run of another machine of the repository that goes on.
         SourceError
-            The machine's disks are not this QEMU's.
+            Another QEMU owns the machine's images.
         """
         done = self._thaw_leftover()
         self.require_here()
-        # Dry runs and `map`, which belong to no repository, have zeroes for its id.
-        found = leftovers.find_leftovers(self.monitor, [f"{OURS}{short}-" for short in (owner.short_id, "0" * 8)])
+        # Dry runs and `map` belong to no repository, and have zeroes in place of its id.
+        remains = leftovers.find_leftovers(self.monitor, [f"{OURS}{short}-" for short in (owner.short_id, "0" * 8)])
         blocks = self.blocks()
         bitmaps = list(_unpublished(blocks, owner))
-        if not found and not bitmaps:
+        if not remains and not bitmaps:
             return done
         try:
             owner.require_alone()
         except Locked:
-            if found.in_the_way or bitmaps:
+            if remains.in_the_way or bitmaps:
                 raise
-            return done  # only descriptors, which a paused QEMU keeps after each run
-        if found.in_the_way:
-            scratch.require_folders_answering({place.scratch for place in found.places}, _STORAGE_SECONDS)
-        stopped = leftovers.stopped_guest(blocks, found)
-        done += leftovers.remove_leftovers(self.monitor, found, own_server=None)
+            return done  # only file descriptors, which a paused QEMU keeps after each run
+        if remains.in_the_way:
+            scratch.require_folders_answering({place.scratch for place in remains.places}, _STORAGE_SECONDS)
+        stopped = leftovers.stopped_guest(blocks, remains)
+        done += leftovers.remove_leftovers(self.monitor, remains, own_server=None)
         if stopped and leftovers.resume(self.monitor):
             done.append("a stop of the guest: a full scratch folder was the reason")
         for node, name in bitmaps:
@@ -242,7 +242,7 @@ class Running:
         return done
 
     def _thaw_leftover(self) -> list[str]:
-        """A run that was killed while the guest was frozen must not leave it so."""
+        """Thaw a guest that was frozen when an earlier run was killed."""
         if self._freeze.agent is None:
             return []
         try:
@@ -251,7 +251,7 @@ class Running:
                     return []
                 agent.thaw()
         except AgentError as error:
-            self._no_agent = error  # said when the freeze is due, without another wait
+            self._no_agent = error  # reported when the freeze is due, without another wait
             return []
         return ["a freeze of the guest's file systems"]
 
@@ -260,12 +260,12 @@ class Running:
         self, captures: Sequence[Capture], lanes: int, *, point: str, repository: Path | None, short_id: str
     ) -> Iterator[RunningMoment]:
         """
-        Freeze one instant of all disks.
+        Capture one instant of all disks.
 
         Raises
         ------
         Moved
-            A disk changed since it was looked at.
+            A disk has changed since it was inspected.
         NotStarted
             A disk takes no new bitmap.
         """
@@ -282,11 +282,11 @@ class Running:
         moment = RunningMoment(freezing, doubts)
         try:
             with (
-                ExitStack() as opened,  # left after the instant, whose end is the server's goodbye
+                ExitStack() as opened,  # closed after the instant, whose end makes the server close the connections
                 fleece.frozen_instant(self.monitor, own, targets, Room(self._reserve, repository), freezing) as instant,
             ):
                 moment.instant = instant
-                self.require_here()  # from now on no migration ends: our jobs are in its way
+                self.require_here()  # from now on no migration can end, because the jobs block it
                 granularities = [_settled(*pair) for pair in zip(self.sources, captures, strict=True)]
                 for number, granularity in enumerate(granularities):
                     export = instant.open(number)
@@ -313,7 +313,7 @@ class Running:
                 )
 
     def _unnamed(self, blocks: BlockGraph) -> list[str]:
-        """Warnings: disks of the machine that no point holds though nobody excluded them."""
+        """Warn of disks of the machine that no point holds although the user did not exclude them."""
         if not self._complain:
             return []
         known = {source.node.name for source in self.sources}
@@ -333,7 +333,7 @@ class Running:
 
     def _target(self, source: NodeSource, capture: Capture) -> InstantDisk:
         node = source.node
-        bitmap = next((found for found in node.bitmaps if found.name == capture.read_bitmap), None)
+        bitmap = next((bitmap for bitmap in node.bitmaps if bitmap.name == capture.read_bitmap), None)
         return InstantDisk(
             node=node.name,
             size=node.size,
@@ -346,10 +346,10 @@ class Running:
 
     def _folder_of(self, image: str) -> Path:
         folder = os.path.dirname(image)
-        # A block device's folder is /dev, which is in memory.
+        # The folder of a block device is /dev, which lies in memory.
         if not image.startswith("/") or not os.path.isdir(folder) or Path(image).is_block_device():
             raise SourceError(
-                f"no scratch folder is named, and {image} is no local file whose folder could serve",
+                f"no scratch folder is named, and {image} is no local file whose folder could be used",
                 hint="name one with --scratch (`scratch:` in the configuration)",
             )
         return Path(folder)
@@ -357,10 +357,10 @@ class Running:
 
 class NodeSource:
     """
-    A disk of a running machine; `text` is a node's name, a device's id, or the image.
+    A disk of a running machine; `text` is its node's name, its device's id, or its image.
 
-    `image` is what is read in the disk's stead while the machine is off, if anything is.  `label` is what warnings call
-    the disk.
+    `image` is read instead while the machine is off; None: the machine is always on.  `label` is the disk's name in
+    warnings.
     """
 
     def __init__(self, host: Running, text: str, image: Path | None = None, *, label: str | None = None) -> None:
@@ -372,20 +372,20 @@ class NodeSource:
 
     @property
     def node(self) -> Node:
-        """The node that the guest wrote to at the last look."""
+        """The node to which the guest wrote at the last inspection."""
         assert self._node is not None
         return self._node
 
     def foreign_format(self) -> str | None:
-        """None: QEMU shows the disk, whatever the image is."""
+        """Return None: QEMU shows the disk, whatever the image's format is."""
         return None
 
     def guessed_format(self) -> str | None:
-        """None: QEMU has the image open already, in the format that it was told."""
+        """Return None: QEMU has the image open already, in the format that QEMU was given."""
         return None
 
     def inspect(self) -> DiskState:
-        """Ask QEMU."""
+        """Query QEMU for the disk's node and the files below it."""
         blocks = self._host.blocks()
         self._node = node = blocks.resolve(self.text, self._host.same_file)
         chain = blocks.chain(node.name)
@@ -413,7 +413,7 @@ class NodeSource:
         Raises
         ------
         SourceError
-            The image that is read while the machine is off is none of the files of the disk.
+            The image that is read while the machine is off is not among the files of the disk.
         """
         if self._image is None or any(self._host.same_file(str(self._image), file) for file in files):
             return
@@ -423,19 +423,19 @@ class NodeSource:
         )
 
     def why_no_bitmap(self, state: DiskState) -> str | None:
-        """An image with an external data file, or with writers whom no bitmap sees, gets none."""
+        """Refuse a bitmap where writes would pass it by: an external data file, for example, or a second writer."""
         return state.unseen_writes
 
     def require_untouched_by_reading(self, blocks: BlockGraph) -> None:
         """
         Make sure that QEMU does not copy into the image what a backup reads from the files below it.
 
-        Below a copy-on-read filter it does not.  A drive's own option copies whoever reads.
+        Below a copy-on-read filter QEMU does not copy.  With the drive's own option it copies for every reader.
 
         Raises
         ------
         SourceError
-            It does.
+            QEMU would copy.
         """
         if len(blocks.chain(self.node.name)) == 1:
             return
@@ -444,14 +444,14 @@ class NodeSource:
         for drive in process.copying_drives(self._host.monitor.peer):
             if drive.id in ids or (drive.file and self._host.is_one_file(drive.file, file)):
                 raise SourceError(
-                    f"QEMU would copy all that a backup reads into {self._host.local(file)}: its drive has "
+                    f"QEMU would copy all that a backup reads into {self._host.local(file)}: the drive has "
                     "copy-on-read=on",
                     hint="start the machine without copy-on-read, or with the filter -blockdev copy-on-read,file=NODE, "
                     "below which pybackup reads",
                 )
 
     def doubts(self, blocks: BlockGraph) -> list[str]:
-        """Warnings: what makes a point of this disk less than it seems."""
+        """Warn of what makes a point of this disk less than it seems."""
         name, doubts = self.node.name, []
         if blocks.is_abandoned(name):
             doubts.append(
@@ -476,7 +476,7 @@ class NodeSource:
         return doubts
 
     def remove_bitmap(self, name: str) -> None:
-        """Remove a bitmap; QEMU writes that to the image at once.  One in an image that it may not write stays."""
+        """Have QEMU remove a bitmap from the image at once; a bitmap in an image that QEMU may not write stays."""
         try:
             self._host.monitor.command("block-dirty-bitmap-remove", {"node": self.node.name, "name": name})
         except Refused as error:
@@ -484,13 +484,13 @@ class NodeSource:
                 raise
 
     def qemu_version(self) -> str | None:
-        """The running QEMU's."""
+        """The version of the running QEMU."""
         return self._host.monitor.version
 
 
 @dataclass(slots=True)
 class RunningMoment:
-    """An instant that QEMU keeps for us."""
+    """An instant that QEMU keeps for pybackup."""
 
     _freezing: _Freezing
     _doubts: Sequence[str]
@@ -504,7 +504,7 @@ class RunningMoment:
 
     @property
     def warnings(self) -> Sequence[str]:
-        """Of the disks, of the freeze, and of what could not be removed in the end."""
+        """Warnings of the disks, of the freeze, and of what could not be removed in the end."""
         troubles = [] if self.instant is None else self.instant.troubles
         stuck = [] if self._freezing.stuck is None else [self._freezing.stuck]
         return [*self._doubts, *self._freezing.warnings, *stuck, *troubles]
@@ -518,21 +518,21 @@ class RunningMoment:
         return [f"the guest's file systems were frozen for {self._freezing.seconds:.2f} s", *notes]
 
     def require_kept(self) -> None:
-        """Make sure that nothing is known that ended the instant."""
+        """Make sure that nothing is known to have ended the instant."""
         assert self.instant is not None
         self.instant.require_kept()
 
     def require_sound(self) -> None:
-        """Make sure that no job of ours ended meanwhile, and no copy of what the guest overwrote was lost."""
+        """Make sure that all jobs still run, and that no copy of what the guest overwrote was lost."""
         assert self.instant is not None
         self.instant.require_sound()
 
 
 class _Freezing:
     """
-    For the transaction the guest flushes and freezes its file systems, and thaws them, whatever happens.
+    Has the guest flush and freeze its file systems for the transaction, and thaw them, whatever happens.
 
-    `no_agent`: why the agent could not be asked at the start of the run.
+    `no_agent`: why the agent did not answer at the start of the run.
     """
 
     def __init__(self, freeze: Freeze, no_agent: AgentError | None) -> None:
@@ -543,15 +543,15 @@ class _Freezing:
         self.warnings: list[str] = []
         self.seconds: float | None = None
         self.stuck: str | None = None
-        """That the guest may be frozen, and what to do."""
+        """A warning that the guest may still be frozen, with what to do."""
 
     @property
     def wanted(self) -> bool:
-        """Is the guest to be frozen, or asked whether it could be?"""
+        """Whether the guest is to be frozen or, for a rehearsal, its agent is to be asked."""
         return self._freeze.wanted
 
     def begin(self) -> None:
-        """Freeze; a failure is a warning, or an error where a freeze is required."""
+        """Freeze; a failure is a warning, or an error if a freeze is required."""
         if not self._freeze.wanted:
             return
         assert self._freeze.agent is not None
@@ -567,18 +567,18 @@ class _Freezing:
                 self._asked = time.monotonic()
                 agent.freeze()
         except AgentError as error:
-            self.end()  # whether it is frozen is not known
+            self.end()  # the guest may be frozen
             if self._freeze.required:
                 raise SourceError(
                     f"the guest's file systems cannot be frozen: {error.message}",
-                    hint=f"{error.hint}; with `freeze: true` a backup is taken all the same",
+                    hint=f"{error.hint}; with `freeze: true` the backup is taken without the freeze",
                 ) from None
-            self.warnings.append(f"the guest was not frozen, the backup is crash-consistent: {error.message}")
+            self.warnings.append(f"the guest was not frozen, and the backup is only crash-consistent: {error.message}")
         else:
             self.consistency = "filesystem"
 
     def end(self) -> None:
-        """Thaw, if a freeze was asked for."""
+        """Thaw, if the guest was asked to freeze."""
         to_the_end(self._thaw_again)
 
     def _thaw_again(self) -> None:
@@ -589,13 +589,13 @@ class _Freezing:
             problems.append(self._thaw())
         if problems[-1] is not None:
             self.stuck = (
-                f"the guest's file systems may still be frozen: {problems[-1]}; thaw them by the agent "
+                f"the guest's file systems may still be frozen: {problems[-1]}; thaw them through the agent "
                 "(guest-fsfreeze-thaw, virsh domfsthaw)"
             )
         self.seconds, self._asked = time.monotonic() - self._asked, None
 
     def _thaw(self) -> str | None:
-        """Try once; what went wrong."""
+        """Try to thaw once; return what went wrong."""
         assert self._freeze.agent is not None
         agent = Agent(self._freeze.agent)
         try:
@@ -605,15 +605,15 @@ class _Freezing:
         except AgentError as error:
             return error.message
         finally:
-            agent.close()  # a signal may come before `with` holds it, and then the next try would find it busy
+            agent.close()  # also if a signal came before `with`: the next attempt would find the agent busy
         return None
 
 
 def _disk_name(device: Device, node: Node, file: str) -> str:
     """
-    A disk's name where the user gave none: the device's id, the drive's, the node's, or the image's stem.
+    Name a disk that the user has not named: by the id of its device or drive, its node, or the stem of its image.
 
-    A device without an id, and a node without a name, have one that QEMU makes up.
+    QEMU makes up an id for a device without one, and a name for a node without one.
     """
     words = device.path.split("/")
     own = words[3] if words[1:3] == ["machine", "peripheral"] else ""
@@ -624,38 +624,40 @@ def _disk_name(device: Device, node: Node, file: str) -> str:
 
 
 def _bitmaps(node: Node) -> Iterator[Bitmap]:
-    for found in node.bitmaps:
-        yield Bitmap(found.name, found.granularity, found.recording, found.inconsistent, found.busy, found.persistent)
+    for bitmap in node.bitmaps:
+        yield Bitmap(
+            bitmap.name, bitmap.granularity, bitmap.recording, bitmap.inconsistent, bitmap.busy, bitmap.persistent
+        )
 
 
 def _why_volatile(node: Node) -> str | None:
     if node.driver != images.QCOW2:
-        return f"QEMU keeps no bitmap in a {node.driver} image when it ends"
+        return f"QEMU keeps no bitmap in a {node.driver} image when QEMU ends"
     if node.details.get("compat") == "0.10":
-        return "QEMU keeps no bitmap in a qcow2 image of version 2 when it ends"
+        return "QEMU keeps no bitmap in a qcow2 image of version 2 when QEMU ends"
     if node.read_only:
-        return "QEMU keeps no bitmap in an image that it has open read-only when it ends"
+        return "QEMU keeps no bitmap in an image that is open read-only when QEMU ends"
     if node.size == 0:
-        return "QEMU keeps no bitmap in an image of no bytes when it ends"
+        return "QEMU keeps no bitmap in an empty image when QEMU ends"
     return None
 
 
 def _unpublished(blocks: BlockGraph, owner: Owner) -> Iterator[tuple[str, str]]:
-    """Node and name of bitmaps of this repository that belong to no point."""
+    """Yield the node and the name of each bitmap of this repository that belongs to no point."""
     for node in blocks.nodes.values():
         if node.name.startswith(OURS):
-            continue  # a copy, which goes with its overlay
+            continue  # a copy, which disappears with its overlay
         for name in disk.own_bitmaps((bitmap.name for bitmap in node.bitmaps), owner.short_id, keep=None):
             if not owner.has_point(name.rpartition(".")[2]):
                 yield node.name, name
 
 
 def _settled(source: NodeSource, capture: Capture) -> int | None:
-    """After the transaction all must be as it was when it was looked at; the granularity of the bitmap that began."""
-    looked_at = source.node.name
+    """Require that the disk is still as it was inspected; return the granularity of the bitmap that was started."""
+    inspected = source.node.name
     now = source.inspect()
     before = replace(now, bitmaps=tuple(bitmap for bitmap in now.bitmaps if bitmap.name != capture.start_bitmap))
-    if source.node.name != looked_at or before != capture.state:
-        raise Moved(f"disk {source.text} changed before its instant was frozen")
+    if source.node.name != inspected or before != capture.state:
+        raise Moved(f"disk {source.text} changed before its instant was captured")
     started = None if capture.start_bitmap is None else now.bitmap(capture.start_bitmap)
     return None if started is None else started.granularity
