@@ -1,8 +1,9 @@
-"""Connect to an NBD server through libnbd, and hang up."""
+"""Connect to an NBD server through libnbd, and disconnect."""
 
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import socket
 import sys
@@ -15,28 +16,31 @@ from typing import TYPE_CHECKING, Any
 from backup.errors import BackupError, SourceError
 from backup.model.names import without_password
 from backup.runtime import signals
+from backup.runtime.ignoring import ignoring
 
 if TYPE_CHECKING:
     import nbd
 
 
+_log = logging.getLogger(__name__)
+
 ALLOCATION = "base:allocation"
 DIRTY_BITMAP = "qemu:dirty-bitmap:"
 TICK = 100
-"""Milliseconds between looks at signals and deadlines."""
+"""Milliseconds between checks for signals and deadlines."""
 _CONNECT_SECONDS = 30.0
-"""How long a server may take for the handshake.  One that serves another client says nothing at all until it leaves."""
+"""How long a server may take for the handshake; one that serves another client sends nothing until that one leaves."""
 EXTRA_SECONDS = 5.0
-"""The same for one more connection to a server that has just answered."""
+"""How long a server that has just answered may take for the handshake of one more connection."""
 _LEAVE_SECONDS = 5.0
-"""How long a server may take to hang up after a disconnect."""
-NO_PROTOCOL = "the server does not keep to the NBD protocol; nothing was assumed about the disk"
+"""How long a server may take to close the connection after a disconnect."""
+NO_PROTOCOL = "the server violates the NBD protocol; nothing was assumed about the disk"
 _MOST_OFFERED, _A_NAME = 32 << 20, 64
-"""Bytes of memory for the names of a server's bitmaps (an image holds 65,535 of them), and of each beside its text."""
+"""Bytes of memory for the names of a server's bitmaps (an image has at most 65,535), and for each beside its text."""
 _MOST_SHOWN, _LONGEST_SHOWN = 10, 128
-"""Names of bitmaps that a hint lists, and characters of each."""
+"""Number of bitmaps' names that a hint lists, and of characters of each."""
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 4}
-"""Seconds without traffic, seconds between probes, and probes without an answer that end a connection."""
+"""Seconds without traffic before the first probe, seconds between probes, and unanswered probes that end it."""
 _INSTALL = (
     "install the distribution's binding: apt-get install python3-libnbd (dnf install python3-libnbd), then make setup"
 )
@@ -49,7 +53,7 @@ def load_binding() -> Any:
     Raises
     ------
     BackupError
-        It is missing, made for another Python, or is PyPI's unrelated package of the same name.
+        The binding is missing or was built for another Python, or the module is PyPI's unrelated package `nbd`.
     """
     try:
         module = importlib.import_module("nbd")
@@ -75,10 +79,11 @@ def load_binding() -> Any:
 @dataclass(frozen=True, slots=True)
 class Dialled:
     """
-    Connections to an export that are made for us, and ended by the server: we say no goodbye and only let go.
+    How to make connections to an export where a URI cannot; the server ends these connections, without a disconnect.
 
-    `dial` returns a connected socket, which is ours then; `name` is the export's.  `modest`: never ask for more than
-    the server can send without anybody reading, in the buffer that a unix socket has (net.core.wmem_default, 208 KiB).
+    `dial` returns a connected socket, which the caller owns.  `name` is the export's name.  `modest`: never request
+    more than the server can send while no reply is read, which is the buffer of a unix socket (net.core.wmem_default,
+    208 KiB).
     """
 
     name: str
@@ -96,28 +101,28 @@ def connect(
     dialled: Dialled | None = None,
 ) -> nbd.NBD:
     """
-    Connect one handle and negotiate `contexts`; which of them the server has is the caller's to ask.
+    Connect one handle and negotiate `contexts`; the caller asks which of them the server has.
 
     Parameters
     ----------
     contexts : sequence of str or None
-        None: nothing but reads will be asked, and each is to be answered in one piece (a simple reply).
+        None: only reads will follow, and the server answers each in one piece (a simple reply).
     offered : list of str, optional
-        Gets the names of all dirty bitmap contexts that the server lists.  Asked on the same connection: a server of
-        one client lets a second one wait.
+        Receives the names of all dirty bitmap contexts that the server lists.  They are listed on the same connection,
+        since a server of one client lets a second client wait.
     seconds : float
         How long the server may take.
 
     Raises
     ------
     SourceError
-        The server cannot be reached, does not answer, has no such export, or the URI is not one.
+        The server cannot be reached, does not answer, or has no such export; or the URI is not valid.
     """
     handle: nbd.NBD = binding.NBD()
     address, uri = uri, without_password(uri)
     deadline = time.monotonic() + seconds
     try:
-        # The user names the URI, so that its tls-psk-file and tls-certificates are the user's own files.
+        # The user gives the URI, so that its tls-psk-file and tls-certificates are the user's own files.
         handle.set_uri_allow_local_file(True)
         handle.set_opt_mode(offered is not None)
         if contexts is None:
@@ -135,7 +140,7 @@ def connect(
             handle.aio_opt_go()
             _await_handshake(handle, uri, deadline)
             if handle.aio_is_negotiating():
-                raise SourceError(f"{uri}: the server refuses the export", hint="see what it has: nbdinfo --list URI")
+                raise SourceError(f"{uri}: the server refuses the export", hint="nbdinfo --list URI shows its exports")
         if handle.aio_is_ready():
             _keep_alive(handle)
     except binding.Error as error:
@@ -159,10 +164,10 @@ def _list_contexts(binding: Any, handle: nbd.NBD, uri: str, deadline: float, off
         if room >= 0:
             offered.append(name)
             return 0
-        _hang_up(fd)  # libnbd goes on as long as replies come
+        _hang_up(fd)  # libnbd goes on as long as replies arrive
         return -1
 
-    with suppress(binding.Error):  # it cannot list them: only a hint is poorer without
+    with ignoring(_log, "the server lists no bitmaps, so that a hint cannot name them", binding.Error):
         handle.aio_opt_list_meta_context(collect)
         _await_handshake(handle, uri, deadline)
     if room < 0:
@@ -176,13 +181,13 @@ def listed(names: Sequence[str]) -> str:
 
 
 def _hang_up(fd: int) -> None:
-    """End a connection under libnbd's hands; its descriptor stays libnbd's."""
+    """End a connection that libnbd is using; libnbd keeps its descriptor."""
     with suppress(OSError), socket.socket(fileno=os.dup(fd)) as connection:
         connection.shutdown(socket.SHUT_RDWR)
 
 
 def _keep_alive(handle: nbd.NBD) -> None:
-    """Have the kernel notice a peer over TCP that is gone, also while it owes us nothing."""
+    """Have the kernel notice a TCP peer that is gone, also while no reply is due."""
     with socket.socket(fileno=os.dup(handle.aio_get_fd())) as connection:
         if connection.family in {socket.AF_INET, socket.AF_INET6}:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -195,27 +200,27 @@ def _await_handshake(handle: nbd.NBD, uri: str, deadline: float) -> None:
         if time.monotonic() > deadline:
             raise SourceError(
                 f"{uri}: the server does not answer",
-                hint="does it serve another client? qemu-nbd serves one at a time without --shared=N",
+                hint="is the server busy with another client? without --shared=N, qemu-nbd serves one at a time",
             )
         tick(handle)
 
 
 def tick(handle: nbd.NBD) -> None:
-    """Let libnbd work for a moment; it prints and swallows what a callback of ours raises, so signals wait so long."""
+    """Let libnbd work for a moment; signals wait, since libnbd swallows what a callback raises."""
     with signals.deferred():
         handle.poll(TICK)
 
 
 def source_error(uri: str, error: Any) -> SourceError:
-    """Put libnbd's message into an error of ours, with the URI it is about."""
+    """Put libnbd's message into a SourceError, with the URI."""
     return SourceError(
-        without_password(f"{uri}: {error.string}"), hint="is the server running, and the URI right? try: nbdinfo URI"
+        without_password(f"{uri}: {error.string}"), hint="is the server running, and is the URI right? try: nbdinfo URI"
     )
 
 
 def shutdown(binding: Any, handle: nbd.NBD) -> None:
-    """Say goodbye where nothing is under way; else, and where it is gone, dropping the handle closes it."""
-    with suppress(binding.Error):
+    """Disconnect if no request is in flight; otherwise dropping the handle closes the connection."""
+    with ignoring(_log, "disconnecting from an NBD server", binding.Error):
         if handle.aio_in_flight():
             return
         handle.aio_disconnect()

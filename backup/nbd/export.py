@@ -1,19 +1,19 @@
 """
-NBD through libnbd: block status, reading for the copier, writing for a restore.  The only user of `nbd`.
+One export of an NBD server as an open disk (`OpenDisk`): block status and reads, through libnbd.
 
-What a server may answer to a block status request, all of it legal (NBD protocol, nbd_block_status(3), traps 7 to 10):
+What a server may answer to a block status request; all of it is legal (NBD protocol, nbd_block_status(3), traps 7-10):
 
-    asked      |.......................|
-    short      |data   |zero |                  at least one extent; ask again from its end
-    long       |data   |zero             |      the last extent may end beyond what was asked; clipped
-    unmerged   |data|data|zero|zero|zero |      neighbours with equal flags; merged
+    request    |.......................|
+    short      |data   |zero |                  at least one extent: the next request starts at its end
+    long       |data   |zero             |      the last extent may end beyond the request: it is clipped
+    unmerged   |data|data|zero|zero|zero |      neighbours may have equal flags: they are merged
     unequal    |data   |zero |                  base:allocation
                |dirty                |clean|    qemu:dirty-bitmap: another count, another length
 
-Each context is therefore followed on its own, by its own length.
+So each context is followed independently, by its own lengths.
 
-libnbd's blocking calls start again when a signal comes, so that nothing could stop a run whose server hangs.  What may
-take long is therefore started (aio_...) and awaited in ticks, in which Python delivers signals.
+libnbd's blocking calls start again when a signal comes, so that nothing could stop a run whose server hangs.  So every
+call that may take long is started (aio_...) and awaited in ticks, between which Python delivers signals.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ if TYPE_CHECKING:
 
 _MODEST_REQUEST, _MODEST_REQUESTS, _MODEST_QUESTION = 64 << 10, 2, 32 << 20
 """
-What fits into a socket: bytes of a read, reads in flight, and bytes that a block status question is about (8,192
-extents of 8 bytes, where each cluster of 4 KiB is one).
+What fits into a socket: bytes of a read, reads in flight, and bytes that one block status request covers (8,192 extents
+of 8 bytes each if every cluster of 4 KiB is an extent).
 """
 
 
@@ -63,13 +63,13 @@ class Export:
     Parameters
     ----------
     uri : str
-        As libnbd's nbd_connect_uri(3) has it: nbd, nbds, nbd+unix and so on.
+        A URI for libnbd's nbd_connect_uri(3): nbd, nbds, nbd+unix and so on.
     bitmaps : sequence of str
-        Names of the dirty bitmaps that will be asked about.
+        Names of the dirty bitmaps for which `dirty` will be called.
     size : int, optional
-        The disk's exact size where the server rounds it (qemu-nbd rounds a raw image up to 512).  Bytes.
+        The disk's exact size in bytes, for a server that rounds it (qemu-nbd rounds a raw image up to 512).
     dialled : Dialled, optional
-        How connections are made where they are not by the URI, which then only stands in messages.
+        How connections are made without the URI, which then appears only in messages.
 
     Raises
     ------
@@ -96,7 +96,7 @@ class Export:
         self._size: int = self._blocks.size if size is None else size
         self.max_request: int = self._blocks.largest
         self.max_in_flight: int | None = None
-        """Reads on one connection at once; None: as many as one likes."""
+        """Largest number of reads in flight on one connection; None: any number."""
         self._max_question: int | None = None
         if dialled is not None and dialled.modest:
             self.max_request = min(self.max_request, _MODEST_REQUEST)
@@ -111,27 +111,27 @@ class Export:
 
     @property
     def smallest_request(self) -> int:
-        """Reads are rounded out to multiples of this (bytes); one that begins at a multiple never exceeds its limit."""
+        """Reads are rounded out to multiples of this (bytes); those that begin at one stay within `max_request`."""
         return self._blocks.smallest
 
     def has_bitmap(self, name: str) -> bool:
-        """Was the bitmap's context negotiated?  A context that does not exist is silently left out (trap 14)."""
+        """Whether the bitmap's context was negotiated; a server silently leaves out one that it lacks (trap 14)."""
         return DIRTY_BITMAP + name in self._by_context
 
     def allocation(self, start: int, end: int) -> Runs:
-        """base:allocation of [start, end).  All data where the server has no such context: reading is right."""
+        """Return base:allocation of [start, end); all data if the server has no such context, so that all is read."""
         if ALLOCATION not in self._by_context:
             return Runs.uniform(start, end, 0)
         return self._status(ALLOCATION, start, end).masked(extents.HOLE | extents.ZERO)
 
     def dirty(self, bitmap: str, start: int, end: int) -> Runs:
         """
-        The dirty bitmap's view of [start, end).
+        Return what the dirty bitmap says about [start, end).
 
         Raises
         ------
         SourceError
-            The server has no such bitmap (absence is never "all clean"), or the request fails.
+            The server has no such bitmap, which never means "all clean", or the request fails.
         """
         if not self.has_bitmap(bitmap):
             raise SourceError(
@@ -141,23 +141,23 @@ class Export:
         return self._status(DIRTY_BITMAP + bitmap, start, end).masked(extents.DIRTY)
 
     def expect_allocation(self, start: int, end: int) -> None:
-        """Say that `allocation` will be called with the same range soon."""
+        """Send the request of a later call of `allocation` with the same range."""
         self._expect(ALLOCATION, start, end)
 
     def expect_dirty(self, bitmap: str, start: int, end: int) -> None:
-        """Say that `dirty` will be called with the same range soon."""
+        """Send the request of a later call of `dirty` with the same range."""
         self._expect(DIRTY_BITMAP + bitmap, start, end)
 
     def offered_bitmaps(self) -> list[str]:
-        """Names of the dirty bitmaps that the server would serve; empty where it cannot say, or none was asked for."""
+        """Names of the dirty bitmaps that the server offers; empty if it cannot list them, or none was requested."""
         return [name.removeprefix(DIRTY_BITMAP) for name in self._offered or () if name.startswith(DIRTY_BITMAP)]
 
     @contextmanager
     def lanes(self, wanted: int) -> Iterator[list[Lane]]:
         """
-        Connections to read through: `wanted` where the server allows several (can_multi_conn) and takes them, else one.
+        Connections to read through: `wanted` if the server allows several (can_multi_conn) and accepts them, else one.
 
-        Those that there are serve first, so that no server sees more connections than needed.
+        Existing connections are used first, so that no server sees more connections than needed.
         """
         self._withdraw()
         while len(self._handles) < wanted:
@@ -173,7 +173,7 @@ class Export:
                 lane.close()
 
     def close(self) -> None:
-        """End the connections; the server sees an orderly disconnect where that is still possible."""
+        """End the connections, with an orderly disconnect if that is still possible."""
         for handle in self._handles if self._dialled is None else ():
             shutdown(self._nbd, handle)
         self._handles.clear()
@@ -187,17 +187,17 @@ class Export:
         self.close()
 
     def _withdraw(self) -> None:
-        """Take the answers to questions that were not needed: a lane takes only its own."""
+        """Receive the answers to requests that were sent and not needed: a lane receives only its own."""
         while self._expected:
             _, question = self._expected.popitem()
             self._answer(question)
 
     def _another(self, contexts: Sequence[str] | None) -> nbd.NBD | None:
         """
-        Open one more connection, for reading alone where `contexts` is None.
+        Open one more connection, only for reads if `contexts` is None.
 
-        Returns None where the server does not take it; the server is not asked again then.  `qemu-nbd --shared=2`
-        allows several connections and lets the third wait for ever; other servers close it.
+        Returns None if the server does not accept it; then no further one is tried.  `qemu-nbd --shared=2` allows
+        several connections and lets the third one wait for ever; other servers close it.
         """
         if not self._takes_more:
             return None
@@ -206,21 +206,21 @@ class Export:
         except SourceError:
             self._takes_more = False
             return None
-        found = self._ask(lambda: blocks_of(self._nbd, handle))
-        if found != self._blocks:
+        blocks = self._ask(lambda: blocks_of(self._nbd, handle))
+        if blocks != self._blocks:
             raise SourceError(
                 f"{self.uri} is not the same export on each connection: {self._blocks.size} bytes on the first one, "
-                f"{found.size} on another",
+                f"{blocks.size} on another",
                 hint="was the disk resized, or the server restarted? run the command again",
             )
         return handle
 
     def _split_contexts(self) -> None:
         """
-        Give each context a connection of its own, as far as the server takes them.
+        Give each context a connection of its own, as far as the server accepts them.
 
-        A server computes every negotiated context for every request; asking for the bitmap alone must not read the
-        image's allocation tables.
+        A server computes every negotiated context for every request, and a request for the bitmap alone must not make
+        it read the image's allocation tables.
         """
         for context in self._by_context:
             handle = self._another([context])
@@ -262,13 +262,13 @@ class Export:
         return SourceError(f"{self.uri} {what}", hint=NO_PROTOCOL)
 
     def _expect(self, context: str, start: int, end: int) -> None:
-        """Have the server look it up while we do other things."""
+        """Send a request whose answer will be needed later."""
         if start < end and context in self._by_context:
             self._expected[context, start, end] = self._asked(context, start, end)
 
     def _asked(self, context: str, start: int, end: int) -> Question:
         handle = self._by_context[context]
-        found: list[list[int]] = []
+        answers: list[list[int]] = []
         if self._max_question is not None:
             end = min(end, start + self._max_question)
         start, end = self._blocks.around(start, end)
@@ -276,30 +276,30 @@ class Export:
         def collect(name: str, _offset: int, entries: list[int], _error: object) -> int:
             if name != context:
                 return 0
-            # A second answer is an error already; what follows it need not be kept.
-            found[:] = [*found[:1], entries]
-            return 0 if len(found) == 1 else -1
+            # A second answer is an error already; later ones need not be kept.
+            answers[:] = [*answers[:1], entries]
+            return 0 if len(answers) == 1 else -1
 
         with signals.deferred():  # with another question under way, an answer may come in here
             cookie = self._ask(lambda: handle.aio_block_status(end - start, start, collect))
-        return Question(handle, cookie, context, start, end, found)
+        return Question(handle, cookie, context, start, end, answers)
 
     def _answer(self, question: Question) -> list[int]:
         handle = question.handle
         asked = f"answered a block status request at {question.start}"
         wait = Wait(f"block status from {self.uri}")
-        while len(question.found) < 2 and not self._ask(lambda: handle.aio_command_completed(question.cookie)):
+        while len(question.answers) < 2 and not self._ask(lambda: handle.aio_command_completed(question.cookie)):
             self._ask(lambda: tick(handle))
             wait.look()
-        if not question.found:
+        if not question.answers:
             raise self._odd(f"{asked} without {question.context}")
-        if len(question.found) > 1:
+        if len(question.answers) > 1:
             raise self._odd(f"{asked} with {question.context} more than once")
-        return question.found[0]
+        return question.answers[0]
 
 
 class _Read:
-    """A read under way: `length` bytes into `room`, of which `view` gets what begins at `offset`."""
+    """A read in flight: from `start` into `room`, of which `view` receives the part that begins at `offset`."""
 
     __slots__ = ("_begun", "_length", "_offset", "_pieces", "_room", "_start", "_view", "_whole", "token")
 
@@ -314,9 +314,9 @@ class _Read:
         self._pieces: Pieces | None = None
 
     def arrived(self, data: Any, start: int, _status: int, _error: object) -> int:
-        """Note a piece of the answer (of an error: no bytes); libnbd's callback, which fails the read with -1."""
+        """Note a piece of the answer (an error has no bytes); libnbd's callback, which fails the read with -1."""
         self._begun.add(self)
-        if len(data) == self._length:  # nearly always; libnbd counts the bytes, and finds what comes beside it
+        if len(data) == self._length:  # nearly always; libnbd counts the bytes and finds any further piece
             self._whole = True
             return 0
         if self._pieces is None:
@@ -324,7 +324,7 @@ class _Read:
         return 0 if self._pieces.add(start, len(data)) else -1
 
     def finish(self, *, in_pieces: bool) -> bool:
-        """Hand the bytes on; False where not all of them came."""
+        """Copy the bytes to the view; False if not all of them arrived."""
         if in_pieces and not (self._whole or (self._pieces is not None and self._pieces.complete())):
             return False
         if self._room is not self._view:
@@ -334,30 +334,30 @@ class _Read:
 
 
 class Lane:
-    """One connection with reads in flight.  Used by one thread at a time, and by nothing else meanwhile."""
+    """One connection with reads in flight.  One thread at a time uses it, and nothing else does meanwhile."""
 
     def __init__(self, binding: Any, handle: nbd.NBD, uri: str, blocks: Blocks) -> None:
         self._nbd = binding
         self._handle: Any = handle
         self._uri = uri
         self._blocks = blocks
-        # A simple reply is one run of all the bytes.  Without pieces to watch, libnbd need not call us for each.
+        # A simple reply has all bytes in one run.  Without pieces to watch, libnbd needs no callback for each.
         self._in_pieces: bool = handle.get_structured_replies_negotiated()
         self._reads: dict[int, _Read] = {}
         self._begun: set[_Read] = set()
-        """Reads of which pieces came: only then one may be finished (or have failed, which has a moment's time)."""
+        """Reads of which pieces arrived: only these can be finished (a failed one is noticed a moment later)."""
         self._patience = Wait(f"data from {uri}")
-        # A read whose bytes did not all come is an error, so the zeroing before each read would only cost time.
+        # A read that lacks bytes is an error, so that zeroing the buffer before each read would only cost time.
         handle.set_pread_initialize(False)
 
     @property
     def in_flight(self) -> int:
-        """Reads that were not answered yet."""
+        """Number of reads that have no answer yet."""
         return len(self._reads)
 
     def submit(self, offset: int, view: memoryview, token: object) -> None:
         """
-        Start to read len(view) bytes at `offset` into view; `wait` returns `token` when they are there.
+        Start to read len(view) bytes at `offset` into `view`; `wait` returns `token` when they have arrived.
 
         Raises
         ------
@@ -378,20 +378,19 @@ class Lane:
 
     def wait(self, milliseconds: int, enough: int) -> list[object]:
         """
-        Wait until `enough` reads have finished, at most so long, and return the tokens of all that have.
+        Wait until `enough` reads have finished, or the time is over; return the tokens of all that have.
 
         Raises
         ------
         SourceError
-            A read failed, was answered with less than all of its bytes, the connection broke, or nothing came for so
-            long that the program's patience is over.
+            A read failed or lacks bytes, the connection broke, or nothing arrived within the time limit of all waits.
         """
         self._patience.resume()
         poll = self._handle.poll
         deadline = time.monotonic() + milliseconds / 1000
         try:
             done = self._finished()
-            # Each call takes what a socket holds just now, a small part of a read: back to it with no detour.
+            # Each call receives what the socket holds now, a small part of a read: the loop must be short.
             while len(done) < enough and poll(milliseconds):
                 if self._begun or not self._in_pieces:
                     done += self._finished()
@@ -407,10 +406,10 @@ class Lane:
 
     def _finished(self) -> list[object]:
         """
-        Take the reads that are answered.
+        Take the reads that have an answer.
 
-        Whether all bytes came is what libnbd tells when it is asked whether the command is completed, and only then: a
-        completion callback is told of success.
+        Only the question whether a command is completed tells whether all bytes arrived: libnbd tells a completion
+        callback of success.
         """
         done = []
         while self._reads and (cookie := self._handle.aio_peek_command_completed()):
@@ -432,7 +431,7 @@ class Lane:
         )
 
     def close(self) -> None:
-        """No more reads; the connection is the export's to end."""
+        """End the use of the connection, which the export closes."""
         self._handle = None
         self._reads.clear()
         self._begun.clear()

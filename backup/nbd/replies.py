@@ -16,29 +16,31 @@ if TYPE_CHECKING:
     import nbd
 
 
+MAX_REQUEST = 32 << 20
+"""Largest read or write of a server that announces no other limit (NBD protocol, "Block sizes")."""
 _SMALLEST_PIECE = 512
-"""Bytes of a read for each piece that the answer may come in, out of order: what is noted of them must have an end."""
+"""Bytes of a read for each piece that may arrive out of order: the memory for the pieces must be bounded."""
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A block status request under way, about [start, end) in bytes; `found` gets the answers of its context."""
+    """A block status request in flight, for the bytes [start, end); `answers` receives the answers of its context."""
 
     handle: nbd.NBD
     cookie: int
     context: str
     start: int
     end: int
-    found: list[list[int]]
+    answers: list[list[int]]
 
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
     """
-    What a server wants of a request (NBD protocol, "Block sizes").  Bytes.
+    What a server demands of a request (NBD protocol, "Block sizes").  Bytes.
 
-    A request begins and ends at multiples of `smallest`, or at the end of the export, which has `size` bytes; a read or
-    write has at most `largest`, a multiple of `smallest`.
+    A request begins and ends at multiples of `smallest` or at the end of the export, which has `size` bytes.  A read or
+    write has at most `largest` bytes, a multiple of `smallest`.
     """
 
     smallest: int
@@ -46,7 +48,7 @@ class Blocks:
     size: int
 
     def around(self, start: int, end: int) -> tuple[int, int]:
-        """Round [start, end) out to whole blocks, as far as the export has them."""
+        """Round [start, end) out to whole blocks, but not beyond the end of the export."""
         return start - start % self.smallest, max(end, min(end + -end % self.smallest, self.size))
 
 
@@ -59,7 +61,7 @@ def extents_from_reply(entries: list[int], start: int, end: int, uri: str) -> Ru
     SourceError
         The reply makes no progress.
     """
-    if len(entries) == 2 and entries[0]:  # an idle disk's windows are one extent each
+    if len(entries) == 2 and entries[0]:  # each window of an idle disk is one extent
         return Runs.uniform(start, min(start + entries[0], end), entries[1])
     # array takes the integers out of a list three times as fast as numpy does.
     columns = np.frombuffer(array("Q", entries), np.int64).reshape(-1, 2)
@@ -80,10 +82,10 @@ def extents_from_reply(entries: list[int], start: int, end: int, uri: str) -> Ru
 
 class Pieces:
     """
-    The pieces of [start, end) that have come, in any order.  Bytes.
+    The pieces of [start, end) that have arrived, in any order.  Bytes.
 
-    libnbd only adds up the lengths of the pieces (structured replies) that answer a read, so that a piece that comes
-    twice hides one that never comes.
+    libnbd only adds up the lengths of the pieces (structured replies) that answer a read, so that a piece that arrives
+    twice hides another one that never arrives.
     """
 
     __slots__ = ("_end", "_found", "_start")
@@ -93,7 +95,7 @@ class Pieces:
         self._found: list[list[int]] = []
 
     def add(self, start: int, length: int) -> bool:
-        """Note a piece; False where there are more pieces than a server can have a reason for."""
+        """Note a piece; False if there are more pieces than a server can have a reason for."""
         if self._found and self._found[-1][1] == start:
             self._found[-1][1] += length
         elif length:
@@ -101,7 +103,7 @@ class Pieces:
         return len(self._found) <= 1 + (self._end - self._start) // _SMALLEST_PIECE
 
     def complete(self) -> bool:
-        """Has every byte come exactly once?"""
+        """Whether every byte has arrived exactly once."""
         end = self._start
         for low, high in sorted(self._found):
             if low != end:
@@ -111,14 +113,8 @@ class Pieces:
 
 
 def blocks_of(binding: Any, handle: nbd.NBD) -> Blocks:
-    """Return the sizes of requests that the server of an open connection takes."""
+    """Return the sizes of requests that the server of an open connection accepts."""
     smallest = handle.get_block_size(binding.SIZE_MINIMUM) or 1
     # libnbd itself refuses more than 64 MiB, whatever the server announces (nbd_pwrite(3)).
     largest = min(handle.get_block_size(binding.SIZE_MAXIMUM) or MAX_REQUEST, MAX_REQUEST)
     return Blocks(smallest, max(largest - largest % smallest, smallest), handle.get_size())
-
-
-MAX_REQUEST = 32 << 20
-
-
-"""Largest read or write of a server that announces no other limit (NBD protocol, "Block sizes")."""

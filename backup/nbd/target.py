@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from backup.errors import Failed, SourceError
 from backup.model.names import without_password
 from backup.nbd.connection import EXTRA_SECONDS, TICK, connect, load_binding, shutdown
 from backup.nbd.replies import blocks_of
+from backup.runtime.ignoring import ignoring
 from backup.runtime.timeouts import TimedOut, Wait
 
 if TYPE_CHECKING:
     import nbd
+
+_log = logging.getLogger(__name__)
+
+MAX_ZERO = 1 << 30
+"""Bytes that one request zeroes: well below the 32-bit limit, so that a slow server answers in time."""
 
 
 class NbdTarget:
@@ -24,27 +31,30 @@ class NbdTarget:
     An export opened for writing, for a restore.  Safe to use from several threads.
 
     A request has a connection to itself until it is answered: polling holds libnbd's lock on the handle, so that two
-    threads on one would only wait for each other.  There are as many as threads ask at once where the server allows it
-    (can_multi_conn, which also has one flush cover the writes of all) and takes them, else one.
+    threads on one connection would only wait for each other.  There are as many connections as threads that write at
+    once, if the server allows several (can_multi_conn, with which one flush covers the writes of all) and accepts them;
+    otherwise there is one.
 
-    Nothing here calls back into Python, so that `interrupts.held` is not needed, and could not be had in a worker.
+    No method calls back into Python, so that `signals.held` is not needed; a worker thread could not use it either.
 
     Raises
     ------
     Failed
-        The server cannot be reached.  Not a SourceError: its exit code is the source's.
+        The server cannot be reached.  Not a SourceError, whose exit code stands for a backup's source.
     """
 
     _ZEROES = memoryview(bytes(1 << 20))  # a server without write-zeroes may announce requests of 4 GiB
 
-    reads_zero = False  # whatever it held before is still there
+    reads_zero = False  # the export still holds its old content
 
     def __init__(self, uri: str) -> None:
         self.uri = without_password(uri)
         self._address = uri
         self._nbd = load_binding()
         self._abandoned = threading.Event()
-        self._mending = threading.Lock()  # of two threads that write parts of one block, one reads what the other wrote
+        self._mending = (
+            threading.Lock()
+        )  # for threads that write parts of the same block: one must read what the other wrote
         try:
             first = connect(self._nbd, uri, ())
         except SourceError as error:
@@ -99,16 +109,16 @@ class NbdTarget:
         self._write_part(last, memoryview(bytes(offset + length - last)))
 
     def flush(self) -> None:
-        """Have the server store everything written so far, on whichever connection."""
+        """Have the server store everything that was written so far, on any connection."""
         if self._can_flush:
             self._answered(lambda handle: handle.aio_flush())
 
     def abandon(self) -> None:
-        """Have what is under way, in whichever thread, fail within moments: the server may never answer."""
+        """Make every request in flight, in any thread, fail soon: the server may never answer."""
         self._abandoned.set()
 
     def close(self) -> None:
-        """End the connections: in order, or at once where a request never ended."""
+        """End the connections: in order, or at once if a request never ended."""
         if not self._abandoned.is_set():
             for handle in self._handles:
                 shutdown(self._nbd, handle)
@@ -116,13 +126,13 @@ class NbdTarget:
         self._idle = queue.LifoQueue()
 
     def _whole_blocks(self, start: int, end: int) -> tuple[int, int]:
-        """The part of [start, end) that is whole blocks of the server; an empty part at `end` where there is none."""
+        """The part of [start, end) that is whole blocks of the server; an empty part at `end` if there is none."""
         smallest = self._blocks.smallest
         first, last = start + -start % smallest, end if end >= self.size else end - end % smallest
         return (first, last) if first <= last else (end, end)
 
     def _write_part(self, offset: int, data: memoryview) -> None:
-        """Write a part of one block, the rest of which keeps what it holds: the server takes whole blocks only."""
+        """Write a part of one block and keep the rest of it, on a server that accepts only whole blocks."""
         if not data:
             return
         start, end = self._blocks.around(offset, offset + len(data))
@@ -153,7 +163,7 @@ class NbdTarget:
             self.abandon()
             raise Failed(timed_out.message, hint=f"the target is incomplete; {timed_out.hint}") from None
         except BaseException:
-            # The main thread was interrupted, and no other thread should wait for this server any more.
+            # The main thread was interrupted, and no other thread should wait for this server any longer.
             self.abandon()
             raise
 
@@ -179,12 +189,12 @@ class NbdTarget:
                 return handle
 
     def _another(self) -> nbd.NBD | None:
-        """One more connection, or None where the server does not take it (see Export); it is not asked again then."""
+        """Open one more connection; None: the server does not accept it (see Export), and no further one is tried."""
         if not self._takes_more:
             return None
         handle: nbd.NBD = self._nbd.NBD()
         deadline = time.monotonic() + EXTRA_SECONDS
-        with suppress(self._nbd.Error):
+        with ignoring(_log, "one more connection to the target", self._nbd.Error):
             handle.set_uri_allow_local_file(True)
             handle.aio_connect_uri(self._address)
             while handle.aio_is_connecting() and time.monotonic() < deadline:
@@ -206,11 +216,5 @@ class NbdTarget:
     def _failed(self, error: Any) -> Failed:
         return Failed(
             without_password(f"{self.uri}: writing failed: {error.string}"),
-            hint="the target is incomplete; look at the server's log, then restore again",
+            hint="the target is incomplete; read the server's log, then restore again",
         )
-
-
-MAX_ZERO = 1 << 30
-
-
-"""Bytes zeroed by one request, well below the 32-bit limit, so that a slow server answers in time."""

@@ -136,7 +136,7 @@ class Running:
         return name if special else os.path.normpath(f"{folder}/{name}")
 
     def why_unseen(self, blocks: BlockGraph, name: str) -> str | None:
-        """Explain which writes neither the disk's bitmaps nor a backup's copies before writes see; None: all are seen."""
+        """Explain which writes neither the disk's bitmaps nor a backup's jobs see; None: they see all writes."""
         for device in blocks.devices_above(name):
             if device.shares and self._property(device, "share-rw") is True:
                 return (
