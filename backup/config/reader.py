@@ -1,9 +1,9 @@
 """
-The configuration: a YAML file to frozen values.  The only user of yaml.
+The configuration: a YAML file becomes frozen values.
 
-The file is never turned into objects by yaml: it is composed into nodes, which know their line, and each key's value is
-read from its text.  So every problem is found in one go and named with its line and key, a tag can construct nothing, a
-duplicate key is seen, and `no`, `012` and `1:30` never become a false, a ten and a ninety.
+yaml never makes objects of the file: it only composes nodes, which know their lines, and each value is read from its
+text.  So one run finds all problems and names the line and the key of each, no tag can construct anything, duplicate
+keys are found, and `no`, `012` and `1:30` never become false, ten and ninety.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from backup.planning.retention import MAX_COUNT, RULES, Batch, Policy
 from backup.units import KiB, MiB, show_size
 
 _MAX_BYTES = 512 << 10
-"""Of a configuration, which is enough for a thousand machines: to parse YAML takes much time and memory."""
+"""The largest configuration, enough for a thousand machines: YAML takes much time and memory to parse."""
 EXAMPLE = Path(__file__).parent.with_name("config.example.yaml")
-"""An example with every key, and a comment on each; it is installed with the package."""
+"""An example with every key and a comment on each, installed with the package."""
 
 
 def load(path: Path, check: Callable[[os.stat_result], None] = lambda _status: None) -> Config:
     """
-    Read a configuration file.  Relative paths in it are relative to its folder.
+    Read a configuration file.  Relative paths in the file start from its folder.
 
-    `check` is called with the status of the opened file; what it raises refuses the file.
+    `check` is called with the status of the opened file, and refuses the file by raising an error.
 
     Raises
     ------
     UsageError
-        The file cannot be read, is not YAML, or says what it may not; the message lists all problems, one a line after
-        the first, each with its line, key and what was expected.
+        The file cannot be read, is not YAML, or has problems.  The message lists all problems after its first line,
+        each with its line, its key and what was expected.
     """
     try:
         with open(path, "rb") as file:
@@ -52,7 +52,7 @@ def load(path: Path, check: Callable[[os.stat_result], None] = lambda _status: N
     if len(text) > _MAX_BYTES:
         raise UsageError(
             f"the configuration {path} has more than {_MAX_BYTES} bytes",
-            hint="name another file with --config; a machine takes some hundred bytes",
+            hint="name another file with --config; one machine takes a few hundred bytes",
         )
     problems = Problems()
     config = _config(Section.root(_compose(path, text), problems, path.absolute().parent), path)
@@ -61,13 +61,13 @@ def load(path: Path, check: Callable[[os.stat_result], None] = lambda _status: N
 
 
 def _compose(path: Path, text: bytes) -> yaml.Node | None:
-    """Parse YAML into nodes; nothing is constructed."""
+    """Parse YAML into nodes, without constructing any object."""
     try:
         return yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         reason = ", ".join(filter(None, (error.context, error.problem)))
-    except yaml.YAMLError as error:  # not text: an encoding, a control character
+    except yaml.YAMLError as error:  # the encoding, or a control character
         line, reason = "", str(error).splitlines()[0]
     except RecursionError:
         line, reason = "", "nested too deep"
@@ -141,7 +141,7 @@ def _machine(
         section.problem("disks", "expected `image` beside `node` for each disk, or for none")
     for key in ("agent", "freeze", "scratch", "exclude", "allow_plaintext"):
         if key in section.fields and not running:
-            section.problem(key, "only a running machine, with `qmp`, has that")
+            section.problem(key, "only a running machine, with `qmp`, can have this key")
     freeze = section.freeze()
     if freeze != "no" and "agent" not in section.fields:
         section.problem("freeze", "expected `agent` beside it, the guest agent's socket")
@@ -162,7 +162,7 @@ def _machine(
 
 
 def _retention(outer: Section, otherwise: Retention | None) -> Retention | None:
-    """The key `retention`; a machine's takes the place of the global one, whole."""
+    """Read the key `retention`; a machine's own replaces the global one as a whole."""
     section = outer.inner("retention")
     if section is None:
         return otherwise
@@ -183,11 +183,11 @@ def _retention(outer: Section, otherwise: Retention | None) -> Retention | None:
 
 
 def _require_different(children: Sequence[Section], disks: Sequence[DiskConfig]) -> None:
-    """Two disks of one node would remove each other's bitmaps."""
+    """Refuse two disks on one node, which would remove each other's bitmaps."""
     owners: dict[str, str] = {}
     for disk, child in zip(disks, children, strict=True):
         if disk.node is not None and owners.setdefault(disk.node, disk.name) != disk.name:
-            child.problem("node", f"{disk.node} is the node of {owners[disk.node]} already")
+            child.problem("node", f"{disk.node} is already the node of disk {owners[disk.node]}")
 
 
 def _disk(section: Section, *, running: bool) -> DiskConfig:
@@ -195,7 +195,7 @@ def _disk(section: Section, *, running: bool) -> DiskConfig:
     sources = [key for key in ("image", "nbd", "node") if key in section.fields]
     got = " and ".join(sources) or "nothing"
     if running and sources not in (["node"], ["image", "node"]):
-        expected = "`node`, as the machine has `qmp`, and `image` if the machine is off on some nights"
+        expected = "`node`, since the machine has `qmp`, and `image` if the machine is off on some nights"
         section.problem(None, f"expected {expected}, got {got}")
     elif not running and "node" in sources:
         section.problem("node", "only a running machine, with `qmp`, has nodes")
@@ -203,12 +203,13 @@ def _disk(section: Section, *, running: bool) -> DiskConfig:
         section.problem(None, f"expected one of `image` and `nbd`, got {got.replace('nothing', 'neither')}")
     if "image" not in sources and "format" in section.fields:
         section.problem(
-            "format", "only an `image` has a format: an NBD server sends the disk's bytes, QEMU knows its own"
+            "format",
+            "only an `image` has a format: an NBD server sends the disk's bytes, and a running QEMU knows the format",
         )
     if not running and "allow_plaintext" in section.fields:
         section.problem("allow_plaintext", "only a running machine, with `qmp`, decrypts its disks")
     if "nbd" not in sources and "bitmap" in section.fields:
-        section.problem("bitmap", "only an `nbd` disk names a bitmap; else the machine's `bitmap` counts")
+        section.problem("bitmap", "only an `nbd` disk names a bitmap; for other disks the machine's `bitmap` counts")
     return DiskConfig(
         name=section.last,
         image=section.image(),

@@ -1,4 +1,4 @@
-"""Read the keys of one section of the configuration, and collect every problem with its line."""
+"""Read the keys of one section of the configuration; collect every problem with its line."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _PLAIN = {"int": "number", "float": "number", "bool": "truth value", "timestamp"
 
 
 class Problems:
-    """What is wrong with a file, collected on the way."""
+    """All problems of a file."""
 
     def __init__(self) -> None:
-        self._found: list[tuple[int, str]] = []
+        self._listed: list[tuple[int, str]] = []
         self.images: dict[str, str] = {}
-        """The disk that named an image, by the image's real path."""
+        """The disk that names an image, by the image's real path."""
 
     def add(self, line: int, where: str, what: str) -> None:
-        """Add a problem of a line; `where` names the key, empty for the file itself."""
-        self._found.append((line, f"line {line}: {where}: {what}" if where else f"line {line}: {what}"))
+        """Add a problem of a line; `where` is the key, empty for the file itself."""
+        self._listed.append((line, f"line {line}: {where}: {what}" if where else f"line {line}: {what}"))
 
     def raise_any(self, path: Path) -> None:
         """
@@ -42,20 +42,22 @@ class Problems:
         Raises
         ------
         UsageError
-            There is a problem.
+            The file has a problem.
         """
-        found = [text for _, text in sorted(self._found)]
-        if len(found) == 1:
-            raise UsageError(f"{path}: {found[0]}", hint=HINT)
-        if found:
-            lines = [f"{path}: {len(found)} problems", *(f"  {text}" for text in found)]
+        problems = [text for _, text in sorted(self._listed)]
+        if len(problems) == 1:
+            raise UsageError(f"{path}: {problems[0]}", hint=HINT)
+        if problems:
+            lines = [f"{path}: {len(problems)} problems", *(f"  {text}" for text in problems)]
             raise UsageError("\n".join(lines), hint=HINT, listed=True)
 
 
 class Section:
     """
-    One mapping of the file.  A reader returns what a key holds, None or the default where the key is absent or wrong;
-    what is wrong goes to the problems.
+    One mapping of the file.
+
+    Each method reads the value of a key, and returns None or the default if the key is absent or its value is wrong;
+    what is wrong is added to the problems.
     """
 
     def __init__(self, node: yaml.Node, line: int, keys: tuple[str, ...], problems: Problems, folder: Path) -> None:
@@ -90,12 +92,12 @@ class Section:
             self._lines[key.value] = line
 
     def problem(self, key: str | None, what: str, line: int | None = None) -> None:
-        """Note what is wrong with a key, or with the section itself (None)."""
+        """Add what is wrong with a key, or with the section itself (None)."""
         where = ".".join([*self._keys, *([] if key is None else [key])])
         self._problems.add(line or self._lines.get(key or "", self._line), where, what)
 
     def allow(self, *known: str) -> None:
-        """Refuse keys that are not among these."""
+        """Refuse all keys but these."""
         for key in self.fields:
             if key not in known:
                 close = difflib.get_close_matches(key, known, 1)
@@ -124,8 +126,8 @@ class Section:
         return Section(self.fields[key], self._lines[key], (*self._keys, key), self._problems, self._folder)
 
     def duration(self, key: str) -> Duration | None:
-        """A duration, as 30d."""
-        expected = "a duration, as 30d, 12h, 2w, 6m or 1y"
+        """A duration, for example 30d."""
+        expected = "a duration, for example 30d, 12h, 2w, 6m or 1y"
         text = self._scalar(key, ("str",), expected)
         try:
             return None if text is None else Duration.parse(text)
@@ -134,7 +136,7 @@ class Section:
             return None
 
     def _scalar(self, key: str, types: tuple[str, ...], expected: str) -> str | None:
-        """Return a scalar's text as it stands in the file, when its YAML type is one of these."""
+        """Return a scalar's text as the file has it, if its YAML type is one of these."""
         if key not in self.fields:
             return None
         node = self.fields[key]
@@ -151,8 +153,8 @@ class Section:
         """A list of texts, or one text."""
         node = self.fields.get(key)
         if not isinstance(node, yaml.SequenceNode):
-            found = self.text(key, f"{expected}, or a list of such")
-            return () if found is None else (found,)
+            text = self.text(key, f"{expected}, or a list of these")
+            return () if text is None else (text,)
         entries = []
         for entry in node.value:
             if isinstance(entry, yaml.ScalarNode) and _type(entry) == "str" and entry.value and _is_utf8(entry.value):
@@ -189,7 +191,7 @@ class Section:
                 return otherwise
 
     def path(self, key: str) -> Path | None:
-        """A path; a relative one is relative to the file's folder."""
+        """A path; a relative path starts from the file's folder."""
         text = self._scalar(key, ("str",), "a path")
         return None if text is None else self._folder / Path(text)
 
@@ -202,7 +204,7 @@ class Section:
         return None if text is None else self._folder / Path(text)
 
     def name(self, kind: Kind, key: str) -> str | None:
-        """A name that keeps the rules of names.py."""
+        """A name that follows the rules of `backup.model.names`."""
         text = self._scalar(key, ("str",), f"the name of a {kind}")
         if text is not None and (problem := name_problem(kind, text)):
             self.problem(key, f"not a {kind}'s name: {problem}")
@@ -232,15 +234,15 @@ class Section:
         return otherwise
 
     def seconds(self, key: str, otherwise: float, low: float, high: float) -> float:
-        """A time between two bounds, as 30s, 5m (also 5min) or 1h; in seconds."""
-        expected = f"a time from {show_duration(low)} to {show_duration(high)}, as 30s, 5m or 1h"
+        """A time between two bounds, for example 30s, 5m (also 5min) or 1h; in seconds."""
+        expected = f"a time from {show_duration(low)} to {show_duration(high)}, for example 30s, 5m or 1h"
         text = self._scalar(key, ("str",), expected)
         try:
-            found = otherwise if text is None else parse_duration(re.sub(r"m$", "min", text))
+            seconds = otherwise if text is None else parse_duration(re.sub(r"m$", "min", text))
         except UsageError:
-            found = -1.0
-        if low <= found <= high:
-            return found
+            seconds = -1.0
+        if low <= seconds <= high:
+            return seconds
         self.problem(key, f"expected {expected}, got {text!r}")
         return otherwise
 
@@ -256,7 +258,7 @@ class Section:
         return None
 
     def boolean(self, key: str, *, otherwise: bool) -> bool:
-        """YAML's true or false; it takes yes, no, on and off as well."""
+        """YAML's true or false; YAML reads yes, no, on and off as well."""
         text = self._scalar(key, ("bool",), "true or false")
         if text is not None and text.lower() not in yaml.SafeLoader.bool_values:  # tagged !!bool by hand
             self.problem(key, f"expected true or false, got {text!r}")
@@ -264,13 +266,13 @@ class Section:
         return otherwise if text is None else yaml.SafeLoader.bool_values[text.lower()]
 
     def image(self) -> Path | None:
-        """An image's path, that no other disk of the file has: two would remove each other's bitmaps."""
+        """An image's path, which only one disk of the file may name: two would remove each other's bitmaps."""
         path = self.path("image")
         if path is not None:
             mine = ".".join(self._keys)
             other = self._problems.images.setdefault(os.path.realpath(path), mine)
             if other != mine:
-                self.problem("image", f"{path} is the image of {other} already")
+                self.problem("image", f"{path} is already the image of {other}")
         return path
 
     def nbd(self) -> str | None:
@@ -280,7 +282,7 @@ class Section:
             shown = without_password(text)
             self.problem(
                 "nbd",
-                f"expected an NBD URI, as nbd://HOST/EXPORT or nbd+unix:///EXPORT?socket=PATH, got {shown!r}",
+                f"expected an NBD URI, for example nbd://HOST/EXPORT or nbd+unix:///EXPORT?socket=PATH, got {shown!r}",
             )
             return None
         return text
@@ -299,7 +301,7 @@ class Section:
                 return None
 
     def bitmap_name(self) -> str | None:
-        """The exact name of a bitmap on an NBD server; QEMU allows up to 1023 bytes of anything."""
+        """The exact name of a bitmap on an NBD server; QEMU allows up to 1023 bytes of any text."""
         text = self._scalar("bitmap", ("str",), "a bitmap's name")
         if text is not None and len(text.encode()) > 1023:
             self.problem("bitmap", f"expected at most 1023 bytes, got {len(text.encode())}")
@@ -308,12 +310,12 @@ class Section:
 
 
 def _type(node: yaml.Node) -> str:
-    """Return the short YAML type of a node: "str", "int", "bool", "null" and so on; a foreign tag as it is."""
+    """Return the short YAML type of a node: "str", "int", "bool", "null" and so on; any other tag unchanged."""
     return str(node.tag).removeprefix("tag:yaml.org,2002:")
 
 
 def _describe(node: yaml.Node) -> str:
-    """Say what a node is, for "expected X, got Y"."""
+    """Describe a node, for "expected X, got Y"."""
     if isinstance(node, yaml.MappingNode):
         return "keys and values"
     if isinstance(node, yaml.SequenceNode):
@@ -330,5 +332,5 @@ def _describe(node: yaml.Node) -> str:
 
 
 def _is_utf8(text: str) -> bool:
-    """Whether the system can take a text as a name: no NUL, no half of a surrogate pair (YAML can escape both)."""
+    """Whether the system accepts a text as a name: no NUL, no half of a surrogate pair (YAML can escape both)."""
     return "\0" not in text and not re.search("[\ud800-\udfff]", text)

@@ -12,18 +12,18 @@ from backup.planning.retention import Batch, Policy
 from backup.units import KiB, MiB, parse_size, show_size
 
 OnUnusableBitmap = Literal["rescan", "full", "fail"]
-"""What an incremental becomes where there is a chain, and nothing to continue it from."""
+"""What an incremental becomes if the disk has a sound chain, and no bitmap continues it."""
 
 
 @dataclass(frozen=True, slots=True)
 class DiskConfig:
     """
-    One disk of a machine: one of `image` (an offline image's absolute path), `nbd` (a URI) and `node` (a node, a device
-    or an image of the machine's running QEMU) is set; or `node` and `image` of a machine that is on or off.
+    One disk of a machine: `image` (an offline image's absolute path), `nbd` (a URI), or `node` (a node, a device or an
+    image of the machine's running QEMU); or `node` and `image` for a machine that is on or off.
 
-    `format` is the image's, None when the file says itself.  `bitmap` is the exact name of a bitmap on someone else's
-    NBD server, which no backup by a configuration continues from: none says which point it starts from; of an image,
-    the machine's family counts.  `allow_plaintext` lets a running QEMU decrypt the disk.
+    `format` is the image's format; None: the image's first bytes tell.  `bitmap` is the exact name of a bitmap on
+    someone else's NBD server.  No backup by a configuration continues from it, since a file cannot say from which point
+    the bitmap starts each night.  `allow_plaintext` allows a running QEMU to decrypt the disk.
     """
 
     name: str
@@ -37,7 +37,7 @@ class DiskConfig:
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """Which points prune keeps, when it rewrites a full, and whether it runs after each successful backup."""
+    """Which points a prune keeps, when it rewrites a full, and whether it follows each successful backup."""
 
     policy: Policy
     batch: Batch
@@ -47,11 +47,11 @@ class Retention:
 @dataclass(frozen=True, slots=True)
 class MachineConfig:
     """
-    A machine and its disks; `bitmap_family`, `compression`, `on_unusable_bitmap` and `retention` are its own or
-    else the global ones.
+    A machine and its disks; `bitmap_family`, `compression`, `on_unusable_bitmap` and `retention` are the machine's own
+    or the global ones.
 
-    `qmp` is the socket of a running machine's QEMU, `agent` that of its guest agent; both paths are absolute.
-    `exclude` names disks of the running machine that no point needs to hold.
+    `qmp` is the QMP socket of the QEMU of a running machine, `agent` the socket of its guest agent; both paths are
+    absolute.  `exclude` names disks of the running machine that no point needs to hold.
     """
 
     name: str
@@ -69,14 +69,14 @@ class MachineConfig:
 
     @property
     def on_or_off(self) -> bool:
-        """Are its disks read through QMP while it runs, and from their images while it is off?"""
+        """Whether the disks are read through QMP while the machine runs, and from their images while it is off."""
         return self.qmp is not None and all(disk.image is not None for disk in self.disks)
 
 
 TIMEOUTS = 1.0, 86400.0
-"""Seconds that `timeout` may name."""
+"""Bounds of `timeout`, in seconds."""
 LIMITS = 64 * KiB, 1024 * 1024 * MiB
-"""Bytes a second that `limit` may name."""
+"""Bounds of `limit`, in bytes a second."""
 
 
 def parse_limit(text: str) -> int:
@@ -86,7 +86,7 @@ def parse_limit(text: str) -> int:
     Raises
     ------
     UsageError
-        No size, or none that makes sense.
+        The text is no size, or out of bounds.
     """
     limit, (low, high) = parse_size(text), LIMITS
     if not low <= limit <= high:
@@ -101,12 +101,12 @@ class Config:
     """
     All settings.  Sizes in bytes.
 
-    `path` is the file they came from, None for the defaults.  At most `requests` are in flight on each of
-    `connections`, each of at most `request_size` bytes.  `workers` is the number of cores to keep busy; None means all.
-    A source is read at no more than `limit` bytes a second.  A wait without progress ends
-    after `timeout` seconds.  `max_chain` is the number of points after which an
-    incremental becomes a full.  An incremental reads `spot_check` clean clusters again.  `group_read` lets the group
-    read the repository (0640 and 0750 instead of 0600 and 0700).
+    `path` is the file that they come from; None: the defaults.  Each of `connections` has at most `requests` requests
+    in flight, each of at most `request_size` bytes.  `workers` is the number of cores to keep busy; None: all.  A
+    source is read at no more than `limit` bytes a second.  A wait without progress ends after `timeout` seconds.
+    `max_chain` is the number of points after which an incremental becomes a full.  An incremental reads `spot_check`
+    clean clusters again.  `group_read` allows the group to read the repository (0640 and 0750 instead of 0600 and
+    0700).
     """
 
     path: Path | None = None
@@ -131,10 +131,10 @@ class Config:
     machines: tuple[MachineConfig, ...] = ()
 
     def retention_of(self, machine: str) -> Retention | None:
-        """What is kept of a machine, which need not be one of the configuration's; None: nothing is said."""
-        return next((each.retention for each in self.machines if each.name == machine), self.retention)
+        """The retention of a machine, which may be missing in the configuration; None: no retention is configured."""
+        return next((known.retention for known in self.machines if known.name == machine), self.retention)
 
 
 def default() -> Config:
-    """Return the settings that hold where no file and no option says otherwise."""
+    """Return the settings that hold without a file and without an option."""
     return Config()

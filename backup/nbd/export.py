@@ -280,7 +280,7 @@ class Export:
             answers[:] = [*answers[:1], entries]
             return 0 if len(answers) == 1 else -1
 
-        with signals.deferred():  # with another question under way, an answer may come in here
+        with signals.deferred():  # with another request in flight, an answer may arrive here
             cookie = self._ask(lambda: handle.aio_block_status(end - start, start, collect))
         return Question(handle, cookie, context, start, end, answers)
 

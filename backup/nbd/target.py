@@ -35,7 +35,7 @@ class NbdTarget:
     once, if the server allows several (can_multi_conn, with which one flush covers the writes of all) and accepts them;
     otherwise there is one.
 
-    No method calls back into Python, so that `signals.held` is not needed; a worker thread could not use it either.
+    No method calls back into Python, so that `signals.deferred` is not needed; a worker thread could not use it either.
 
     Raises
     ------

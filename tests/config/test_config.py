@@ -224,7 +224,7 @@ machines:
         ("machines:\n  a: {disks: [vda]}\n", "line 2: machines.a.disks: expected keys and values, got a list"),
         (
             "machines:\n  a:\n    qmp: /run/qmp.sock\n    disks: {vda: {image: x}}\n",
-            "line 4: machines.a.disks.vda: expected `node`, as the machine has `qmp`, and `image` if the machine",
+            "line 4: machines.a.disks.vda: expected `node`, since the machine has `qmp`, and `image` if the machine",
         ),
         (
             "machines:\n  a:\n    qmp: q\n    disks: {vda: {node: x, image: i}, vdb: {node: y}}\n",
@@ -236,11 +236,11 @@ machines:
         ),
         (
             "machines:\n  a:\n    qmp: q\n    exclude: {a: b}\n    disks: {vda: {node: x}}\n",
-            "line 4: machines.a.exclude: expected a node's name, a device's id or an image's path, or a list of such",
+            "line 4: machines.a.exclude: expected a node's name, a device's id or an image's path, or a list of these",
         ),
         (
             "machines:\n  a:\n    exclude: b\n    disks: {vda: {image: x}}\n",
-            "line 3: machines.a.exclude: only a running machine, with `qmp`, has that",
+            "line 3: machines.a.exclude: only a running machine, with `qmp`, can have this key",
         ),
         (
             "machines:\n  a:\n    disks: {vda: {image: x, allow_plaintext: true}}\n",
@@ -252,7 +252,7 @@ machines:
         ),
         (
             "machines:\n  a:\n    scratch: /tmp\n    disks: {vda: {image: x}}\n",
-            "line 3: machines.a.scratch: only a running machine, with `qmp`, has that",
+            "line 3: machines.a.scratch: only a running machine, with `qmp`, can have this key",
         ),
         (
             "machines:\n  a:\n    qmp: q\n    freeze: perhaps\n    agent: a\n    disks: {vda: {node: x}}\n",
@@ -264,15 +264,15 @@ machines:
         ),
         (
             "machines:\n  a:\n    qmp: q\n    disks: {vda: {node: x}, vdb: {node: x}}\n",
-            "line 4: machines.a.disks.vdb.node: x is the node of vda already",
+            "line 4: machines.a.disks.vdb.node: x is already the node of disk vda",
         ),
         (
             "machines:\n  a: {disks: {d: {nbd: 'http://x'}}}\n",
-            "line 2: machines.a.disks.d.nbd: expected an NBD URI, as nbd://HOST/EXPORT or nbd+unix:///EXPORT?socket=PATH",
+            "line 2: machines.a.disks.d.nbd: expected an NBD URI, for example nbd://HOST/EXPORT or nbd+unix:///EXPORT?socket=PATH",
         ),
         (
             "machines:\n  a: {disks: {d: {image: x, bitmap: b}}}\n",
-            "line 2: machines.a.disks.d.bitmap: only an `nbd` disk names a bitmap; else the machine's",
+            "line 2: machines.a.disks.d.bitmap: only an `nbd` disk names a bitmap; for other disks the machine's",
         ),
         (
             "machines:\n  a: {disks: {d: {nbd: 'nbd://h', format: raw}}}\n",
@@ -284,7 +284,7 @@ machines:
         ),
         (
             "machines:\n  a: {disks: {d: {image: x}}}\n  b: {disks: {d: {image: ./x}}}\n",
-            "line 3: machines.b.disks.d.image: FOLDER/x is the image of machines.a.disks.d already",
+            "line 3: machines.b.disks.d.image: FOLDER/x is already the image of machines.a.disks.d",
         ),
         (
             "a: [1\n",

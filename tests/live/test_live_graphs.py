@@ -88,7 +88,7 @@ def test_a_disk_of_no_bytes(tmp_path):
     """QEMU loses a bitmap of nothing when it ends."""
     with Machine.of(tmp_path, "x", size=0) as machine, private_tmp(machine.place):
         nights = Nights.of(machine.start())
-        assert "no bytes" in nights.backup("full").stderr
+        assert "empty image" in nights.backup("full").stderr
         nights.require_incremental("--no-fallback")
         audited = call_pybackup([*nights.arguments("audit")])
         assert audited.rc == 0, audited
