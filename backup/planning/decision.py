@@ -267,7 +267,9 @@ def _why_missing(state: DiskState, parent: DiskEntry, name: str, short_id: str, 
     if others:
         return min((_why_another(name, other, origins) for other in others), key=lambda ranked: ranked[0])[1]
     if state.volatile:
-        return f"bitmap {name} is missing: {state.volatile}, and it was restarted; or someone removed it"
+        return (
+            f"bitmap {name} is missing: {state.volatile}, and the machine was restarted; or someone removed the bitmap"
+        )
     return (
         f"bitmap {name} is missing: someone removed it, QEMU was killed or had no room to store it, or the image was "
         "replaced by a restore or a copy"

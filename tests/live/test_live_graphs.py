@@ -93,7 +93,7 @@ def test_a_disk_of_no_bytes(tmp_path):
         audited = call_pybackup([*nights.arguments("audit")])
         assert audited.rc == 0, audited
         machine.restart()
-        nights.require_fallback("no bytes")
+        nights.require_fallback("empty image")
 
 
 def test_a_disk_that_the_guest_may_only_read_is_backed_up(tmp_path):
