@@ -80,15 +80,15 @@ def machines(repository: Repository, names: Sequence[str] | None) -> list[Machin
     if not names:
         # Folders that are no machine's (a link, for example) are included: each command reports them beside the others.
         return [repository.machine(name) for name in repository.machine_names()]
-    found = []
+    named = []
     for name in names:
         machine = repository.machine(name)
         if not machine.exists():
             raise NotFound(
                 f"the repository {repository.location} has no machine {name!r}", hint=_machines_hint(repository)
             )
-        found.append(machine)
-    return found
+        named.append(machine)
+    return named
 
 
 def point(text: str, repo: Path | None) -> tuple[Machine, Manifest]:
@@ -134,14 +134,14 @@ def points(names: Sequence[str], repo: Path | None) -> list[tuple[Machine, list[
     """Find machines and points: each machine with the ids of its points, or with None for all of them."""
     if not names:
         return [(machine, None) for machine in machines(repository(repo), None)]
-    found: list[tuple[Machine, list[str] | None]] = []
+    selected: list[tuple[Machine, list[str] | None]] = []
     for text in names:
         if "/" not in text and _manifest_path(text) is None and text in repository(repo).machine_names():
-            found.append((machines(repository(repo), [text])[0], None))
+            selected.append((machines(repository(repo), [text])[0], None))
         else:
             machine, manifest = point(text, repo)
-            found.append((machine, [manifest.point]))
-    return found
+            selected.append((machine, [manifest.point]))
+    return selected
 
 
 def _manifest_path(text: str) -> Path | None:
@@ -164,23 +164,23 @@ def _in_any_machine(repository: Repository, text: str) -> tuple[Machine, str]:
     """Find the only point in the repository whose id begins or ends with the text: its machine and its id."""
     from backup.repository import named_point
 
-    found = []
+    matches = []
     for machine in machines(repository, None):
         try:
             names = list(machine.listing())
         except BackupError:
             continue  # the other machines can be searched all the same
         ids = {name.removesuffix(".json") for name in names if name.endswith(".json")}
-        found += [(machine, point_id) for point_id in named_point.matching(ids, text)]
-    if len(found) > 1:
-        raise named_point.ambiguous(text, [f"{machine.name}/{point_id}" for machine, point_id in found])
-    if not found:
+        matches += [(machine, point_id) for point_id in named_point.matching(ids, text)]
+    if len(matches) > 1:
+        raise named_point.ambiguous(text, [f"{machine.name}/{point_id}" for machine, point_id in matches])
+    if not matches:
         raise NotFound(
             f"the repository {repository.location} has no machine {text!r}, "
             "and no point whose id begins or ends with it",
             hint=_machines_hint(repository),
         )
-    return found[0]
+    return matches[0]
 
 
 def _machines_hint(repository: Repository) -> str:

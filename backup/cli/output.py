@@ -101,10 +101,10 @@ def error(shown: BackupError | Interrupted, of: str | None = None) -> None:
     _error_lines(of, shown.message.split("\n") if listed else [shown.message], shown.hint)
 
 
-def problem(found: Problem) -> None:
+def problem(shown: Problem) -> None:
     """Write a problem of `verify` or `copy`: where, what is wrong, and what to do."""
-    place = "/".join(part for part in (found.machine, found.point, found.disk) if part)
-    _error_lines(place, [found.error.message], found.error.hint)
+    place = "/".join(part for part in (shown.machine, shown.point, shown.disk) if part)
+    _error_lines(place, [shown.error.message], shown.error.hint)
 
 
 def _error_lines(place: str | None, messages: Sequence[str], hint: str) -> None:

@@ -46,8 +46,8 @@ Filesystem = Annotated[
     typer.Option(
         "--filesystem",
         metavar="DEVICE",
-        help="File system to look into, for example /dev/sda1 or /dev/vg/lv.  Default: that of the guest's only "
-        "operating system, with all that it mounts.",
+        help="File system to mount, for example /dev/sda1 or /dev/vg/lv.  Default: the only file system, or all that "
+        "the guest's only operating system mounts.",
     ),
 ]
 

@@ -1,9 +1,9 @@
 """
-Our bitmaps in a running machine or in images: the list of them, and their removal.
+List and remove pybackup's bitmaps in a running machine or in images.
 
 Bitmaps keep QEMU from reverting a disk to an internal snapshot (loadvm, `qemu-img snapshot -a`, `virsh
-snapshot-revert`), and those of a repository that is gone stay in an image for ever.  Only names of exactly our form,
-FAMILY.REPOSITORY.POINT, with an id that the user selected, are removed.
+snapshot-revert`), and the bitmaps of a repository that no longer exists would stay in an image for ever.  Only bitmaps
+whose names have exactly the form FAMILY.REPOSITORY.POINT, with an id that the user selected, are removed.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from backup.qmp.monitor import Monitor
 
 
 class Place(Protocol):
-    """Where bitmaps are: a node of a running QEMU, or an image."""
+    """A place that holds bitmaps: a node of a running QEMU, or an image."""
 
     @property
     def text(self) -> str:
-        """What users call it."""
+        """Return the place as messages name it."""
 
     def bitmaps(self) -> Sequence[str]:
-        """Names of its bitmaps."""
+        """Return the names of the bitmaps."""
 
     def remove(self, name: str) -> None:
         """
@@ -43,7 +43,7 @@ class Place(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class NodePlace:
-    """A node of a running QEMU, whose `names` were the bitmaps' a moment ago."""
+    """A node of a running QEMU, and the `names` of its bitmaps when the node was examined."""
 
     monitor: Monitor
     node: str
@@ -51,15 +51,15 @@ class NodePlace:
 
     @property
     def text(self) -> str:
-        """The node's name."""
+        """Return the name of the node."""
         return f"node {self.node}"
 
     def bitmaps(self) -> Sequence[str]:
-        """Those of the moment at which it was looked at."""
+        """Return the names from the time at which the node was examined."""
         return self.names
 
     def remove(self, name: str) -> None:
-        """Have QEMU remove it, which it writes to the image at once."""
+        """Have QEMU remove a bitmap; QEMU updates the image at once."""
         self.monitor.command("block-dirty-bitmap-remove", {"node": self.node, "name": name})
 
 
@@ -71,23 +71,23 @@ class ImagePlace:
 
     @property
     def text(self) -> str:
-        """Its path."""
+        """Return the path of the image."""
         return f"image {self.path}"
 
     def bitmaps(self) -> Sequence[str]:
-        """As qemu-img lists them; none of a raw image."""
+        """Return the names that qemu-img lists; a raw image has no bitmaps."""
         if images.detect_format(self.path) != images.QCOW2:
             return ()
         return [bitmap.name for bitmap in images.image_info(self.path, images.QCOW2).bitmaps]
 
     def remove(self, name: str) -> None:
-        """Have qemu-img remove it."""
+        """Have qemu-img remove a bitmap."""
         image_bitmaps.remove_bitmap(self.path, name)
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """A bitmap whose name has our form; `repository` is the short id in its name."""
+class NamedBitmap:
+    """A bitmap with a name of pybackup's form; `repository` is the short id in the name."""
 
     place: Place
     name: str
@@ -99,10 +99,11 @@ class Outcome:
     """
     What became of a bitmap.
 
-    `selected`: is its repository among those whose bitmaps are to go?  `problem` is why it could not be removed.
+    `selected`: the bitmap's repository is among those whose bitmaps are to be removed.  `problem` is why the bitmap
+    could not be removed.
     """
 
-    found: Found
+    bitmap: NamedBitmap
     selected: bool
     removed: bool = False
     problem: str | None = None
@@ -110,21 +111,21 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class GoneOwner:
-    """A repository of which only the short id is known (`sources.base.Owner`): its bitmaps are removed by name."""
+    """A repository that no longer exists (`sources.base.Owner`), of which only the short id is known."""
 
     short_id: str
 
     def has_point(self, point: str) -> bool:
-        """Yes: that a bitmap belongs to no point is no reason to remove it here."""
+        """Return True: the points are unknown, and a bitmap without a point is not removed for that reason."""
         del point
         return True
 
     def require_alone(self) -> None:
-        """Pass: nobody can tell whether a run of a repository that is gone is under way."""
+        """Do nothing: a repository that no longer exists has no lock."""
 
 
 def places_of(monitor: Monitor, blocks: BlockGraph) -> list[Place]:
-    """Nodes with bitmaps, but those that a backup made for itself, which go with it."""
+    """Return the nodes with bitmaps, except nodes that a running backup added for itself."""
     return [
         NodePlace(monitor, node.name, tuple(bitmap.name for bitmap in node.bitmaps))
         for node in blocks.nodes.values()
@@ -132,36 +133,36 @@ def places_of(monitor: Monitor, blocks: BlockGraph) -> list[Place]:
     ]
 
 
-def find(places: Iterable[Place]) -> list[Found]:
+def find(places: Iterable[Place]) -> list[NamedBitmap]:
     """
-    List the bitmaps whose names have our form, of whichever repository.
+    List the bitmaps with names of pybackup's form, of any repository.
 
     Raises
     ------
     SourceError
-        A place cannot be looked at.
+        A place cannot be examined.
     """
     return [
-        Found(place, name, repository)
+        NamedBitmap(place, name, repository)
         for place in places
         for name in place.bitmaps()
         if (repository := disk.repository_of(name)) is not None
     ]
 
 
-def select(found: Iterable[Found], repositories: Collection[str]) -> list[Outcome]:
-    """Mark the bitmaps of these repositories (short ids)."""
-    return [Outcome(each, each.repository in repositories) for each in found]
+def select(bitmaps: Iterable[NamedBitmap], repositories: Collection[str]) -> list[Outcome]:
+    """Select the bitmaps of these repositories (short ids)."""
+    return [Outcome(bitmap, bitmap.repository in repositories) for bitmap in bitmaps]
 
 
 def remove(outcomes: Iterable[Outcome]) -> list[Outcome]:
-    """Remove the bitmaps that are selected; one that cannot be removed does not keep the others."""
-    return [_remove(each) if each.selected else each for each in outcomes]
+    """Remove the selected bitmaps; a failure of one does not stop the removal of the others."""
+    return [_remove(outcome) if outcome.selected else outcome for outcome in outcomes]
 
 
 def _remove(outcome: Outcome) -> Outcome:
     try:
-        outcome.found.place.remove(outcome.found.name)
+        outcome.bitmap.place.remove(outcome.bitmap.name)
     except SourceError as error:
         return replace(outcome, problem=error.message)
     return replace(outcome, removed=True)

@@ -1,9 +1,9 @@
 """
-Copy: a machine's points to another repository, only what is missing there, every block held against its digest.
+Copy the points of a machine that another repository lacks, and check every block against its digest.
 
-Points are published whole, in the order of their sequence, so that at every instant the second place holds chains that
-restore.  A copy has the source's id: its manifests are the same bytes.  What is there already is never overwritten.
-Only `make_second` (`pybackup init --copy-of`) makes a second place: a disk that is not mounted must not become one.
+Each point is published as a whole, in the order of the sequence numbers, so that the second place can be restored from
+at every instant.  A copy has the id of the source, and the same manifests byte for byte.  Nothing there is overwritten.
+Only `make_second` (`pybackup init --copy-of`) creates a second place: a disk that is not mounted must not become one.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from backup.storage.refusals import explained
 from backup.units import counted, show_size
 
 _MARGIN = 4 << 20
-"""Bytes that the points need besides their data files: digest files, manifests, what the file system keeps itself."""
+"""Bytes that points need besides data files: for digest files, manifests and the file system's own data."""
 
 
 @dataclass(frozen=True, slots=True)
 class Replicated:
-    """Ids of the points that were copied and of those that were there; bytes copied; what could not be."""
+    """The ids of the points that were copied and that existed there, the bytes copied, and what could not be copied."""
 
     copied: tuple[str, ...]
     present: tuple[str, ...]
@@ -46,12 +46,12 @@ class Replicated:
 
 def make_second(place: Storage, source: Repository) -> Repository:
     """
-    Make an empty repository with the source's id, to copy to.
+    Create an empty repository with the id of the source, as a target of copies.
 
     Raises
     ------
     UsageError, Failed
-        As `Repository.create`.
+        See `Repository.create`.
     """
     return Repository.create(place, source.identity)
 
@@ -63,9 +63,9 @@ def open_second(place: Storage, source: Repository) -> Repository:
     Raises
     ------
     UsageError
-        It is the source itself, another repository, or lies in one.
+        It is the source itself, lies in a repository, or is a repository with another id.
     NotFound
-        There is none: `make_second` makes it, and nothing else does.
+        There is no repository; only `make_second` creates it.
     """
     if place.is_same_place(source.storage):
         raise UsageError(f"{place.location} is the repository itself", hint="name another folder")
@@ -74,27 +74,27 @@ def open_second(place: Storage, source: Repository) -> Repository:
     try:
         second = Repository.open(place)
     except NotFound as error:
-        hint = f"mount its disk if that is missing; {make} makes a second place in a new or empty folder"
+        hint = f"mount its disk if that is missing; {make} creates a second place in a new or empty folder"
         raise NotFound(error.message, hint=hint) from None
     if second.identity != source.identity:
         raise UsageError(
             f"{place.location} is another repository "
             f"(its id is {second.identity[:8]}..., not {source.identity[:8]}...)",
-            hint="copy to an earlier copy of this repository; `pybackup init --copy-of` makes a new one",
+            hint="name a copy of this repository; `pybackup init --copy-of` creates a new one",
         )
     return second
 
 
 def missing(source: Mapping[str, Manifest], second: Mapping[str, Manifest], wanted: Iterable[str]) -> list[Manifest]:
     """
-    The points that the second place lacks to hold those that are wanted, in the order of their sequence.  Pure.
+    Return the points that must be copied for the wanted ones, in the order of their sequence numbers.  Pure.
 
     Raises
     ------
     Damaged
-        A point is there, and is another one.
+        The second place has a different point of the same id.
     Failed
-        Another point there has the sequence of one that is missing.
+        The second place has another point with the sequence number of a missing one.
     """
     sequences = {manifest.sequence: manifest.point for manifest in second.values()}
     found: dict[str, Manifest] = {}
@@ -106,8 +106,9 @@ def missing(source: Mapping[str, Manifest], second: Mapping[str, Manifest], want
             _require_same(manifest, held)
         elif manifest.sequence in sequences:
             raise Failed(
-                f"point {manifest.point} cannot be copied: {sequences[manifest.sequence]} has its sequence there",
-                hint="both repositories were backed up to; copy to a new folder instead",
+                f"point {manifest.point} cannot be copied: there, {sequences[manifest.sequence]} has its "
+                "sequence number",
+                hint="the second place was backed up to as well; copy to a new folder",
             )
         elif manifest.point not in found:
             found[manifest.point] = manifest
@@ -117,15 +118,15 @@ def missing(source: Mapping[str, Manifest], second: Mapping[str, Manifest], want
 
 
 def _require_same(ours: Manifest, theirs: Manifest) -> None:
-    """Consolidation changes how a point is stored, and neither its sequence nor what its disks are."""
+    """Refuse a different point of the same id.  A prune changes how a point is stored, not what is compared here."""
 
     def facts(manifest: Manifest) -> tuple[int, dict[str, str]]:
         return manifest.sequence, {disk.name: disk.identity for disk in manifest.disks}
 
     if facts(ours) != facts(theirs):
         raise Damaged(
-            f"point {ours.point} is another one in the second place: its sequence or its disks' identities differ",
-            hint="nothing there was changed; copy to a new folder instead",
+            f"point {ours.point} differs in the second place: its sequence number or its disks' identities do",
+            hint="nothing there was changed; copy to a new folder",
         )
 
 
@@ -140,17 +141,17 @@ def replicate(
     limit: int | None = None,
 ) -> Replicated:
     """
-    Copy a machine's points, or one and what it builds on, to another repository's machine, under its lock.
+    Copy a machine's points, or one point and those it builds on, to a machine of another repository, under its lock.
 
-    A point that cannot be read, and those that build on it, become problems; the others are copied all the same.  One
-    that a prune removed meanwhile is none any more.
+    A point that cannot be read becomes a problem, and so do the points that build on it; the others are copied all the
+    same.  A point that a prune removes meanwhile is no problem.
 
     Parameters
     ----------
     begin, advance : callable
-        Told how many bytes there are to copy, and then how many are.
+        Called with the number of bytes to copy, and then with the number of bytes copied so far.
     limit : int or None
-        Bytes a second that are copied at the most.
+        The greatest number of bytes that are copied in a second.
 
     Raises
     ------
@@ -171,19 +172,19 @@ def replicate(
                 if manifest.point == point or source.has_point(manifest.point):
                     problems.append(Problem(source.name, manifest.point, None, error.reason))
             except Interrupted as stopped:
-                stopped.hint = "the points that were copied are whole and stay; run the command again to go on"
+                stopped.hint = "the points that were copied are complete and stay; run the command again to continue"
                 raise
         return Replicated(tuple(run.copied), planned.present, run.done, tuple(problems))
 
 
 def rehearse(source: Machine, second: Machine, point: str | None) -> Replicated:
     """
-    What `replicate` would copy, and how many bytes, if all of it can be read; nothing is changed, and nothing locked.
+    Return what `replicate` would copy if everything can be read; nothing is changed or locked.
 
     Raises
     ------
     BackupError
-        As `replicate`, where that can be seen now.
+        See `replicate`, for what can be known in advance.
     """
     planned = _planned(source, second, second.contents(), point)
     copied = tuple(manifest.point for manifest in planned.todo)
@@ -192,7 +193,7 @@ def rehearse(source: Machine, second: Machine, point: str | None) -> Replicated:
 
 @dataclass(frozen=True, slots=True)
 class _Planned:
-    """Points to copy, in their order; ids of those that are there; manifests that cannot be read."""
+    """The points to copy, in order; the ids of those that exist there; manifests that cannot be read."""
 
     todo: Sequence[Manifest]
     present: tuple[str, ...]
@@ -201,7 +202,7 @@ class _Planned:
 
 def _planned(source: Machine, second: Machine, held: Contents, point: str | None) -> _Planned:
     for error in held.damaged.values():
-        raise error  # it may name any file there, and any point
+        raise error  # a manifest that cannot be read may name any file there, and any point
     contents = source.contents()
     wanted = list(contents.manifests) if point is None else [point]
     todo = missing(contents.manifests, held.manifests, wanted)
@@ -215,27 +216,27 @@ def _stored(points: Iterable[Manifest]) -> int:
 
 
 def _require_room(second: Machine, points: Collection[Manifest]) -> None:
-    """Refuse to begin what cannot end, before anything is written."""
+    """Refuse a copy that does not fit, before anything is written."""
     with explained(second.files.location):
         free = second.files.free_bytes()
     needed = _stored(points) + _MARGIN
     if points and free is not None and needed > free:
         raise Failed(
-            f"to copy {counted(len(points), 'point')} takes {needed} bytes ({show_size(needed)}), and {free} "
+            f"a copy of {counted(len(points), 'point')} needs {needed} bytes ({show_size(needed)}), and {free} "
             f"({show_size(free)}) are free at {second.files.location}",
-            hint="free or add space there, or copy less: MACHINE/POINT is one point and what it builds on",
+            hint="add space there, or copy less: MACHINE/POINT copies one point and those it builds on",
         )
 
 
 def _read(files: Files, point: str) -> tuple[Manifest, bytes]:
-    """A manifest and its bytes; while prune exchanges a data file, as of the file that has the name now."""
+    """Read a manifest and its bytes; while prune replaces a data file, those that match the file now in place."""
     raw, content = read_manifest_whole(files, manifest_name(point))
     stored = as_stored(files, raw)
     return stored, content if stored == raw else encode(stored)
 
 
 class _Unreadable(Exception):
-    """A point of the source cannot be copied; others may be."""
+    """A point of the source cannot be copied; the others still may be."""
 
     def __init__(self, reason: BackupError) -> None:
         super().__init__(reason.message)
@@ -243,7 +244,7 @@ class _Unreadable(Exception):
 
 
 class _Run:
-    """One copy of a machine: what is held in the second place grows with each point."""
+    """The copy of one machine, point by point."""
 
     def __init__(
         self,
@@ -262,7 +263,7 @@ class _Run:
         self.done = 0
 
     def copy(self, point: str) -> None:
-        """Copy one point whole, or nothing of it."""
+        """Copy one point as a whole, or leave nothing of it."""
         with ExitStack() as stack:
             manifest, content, files = self._open(stack, point)
             self._require_parents(manifest)
@@ -272,7 +273,7 @@ class _Run:
                     self._copy_file(data, file, written)
                 self._second.publish(manifest, content)
             except BaseException:
-                # A signal may come when the point is published already: then it is whole, and stays.
+                # If the signal came after the point was published, the point is complete, and stays.
                 if not self._second.has_point(point):
                     for name in written:
                         with suppress(OSError):
@@ -282,7 +283,7 @@ class _Run:
         self.copied.append(point)
 
     def _open(self, stack: ExitStack, point: str) -> tuple[Manifest, bytes, list[tuple[DataFile, CheckedFile]]]:
-        """Open all files of a point; a consolidation may swap them between reading the manifest and opening them."""
+        """Open all files of a point; a prune may replace them after the manifest was read."""
         opened = open_unchanged(
             f"point {point}", lambda: _read(self._source.files, point), lambda read: self._opened(read[0])
         )
@@ -301,7 +302,7 @@ class _Run:
         return closing(checked_file.opened(self._source.files, data, BlockCache(1), once=True))
 
     def _require_parents(self, manifest: Manifest) -> None:
-        """A point must not come into being where its chain is not."""
+        """Refuse to publish a point whose chain is not complete in the second place."""
         for disk in manifest.disks:
             if disk.parent is not None and disk.parent.point not in self._held:
                 raise _Unreadable(
@@ -332,7 +333,7 @@ class _Run:
                 self._pace.keep(len(content), stop)
 
             in_threads(range(1, source.blocks), move, self._workers, lambda: self._advance(self.done), stop)
-            move(0)  # last: a file without its head is nothing
+            move(0)  # the header comes last: a file without it is no image
             listed = target.finish()
         written.append(data.digests)
         write_digests(files, data.digests, listed)

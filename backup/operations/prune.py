@@ -1,10 +1,11 @@
 """
-Remove the points that retention does not keep, and have those that stay take over what they need of them.
+Remove the points that retention does not keep; merge what the others need of them into the points that stay.
 
     manifests -> retention (which points) -> thin (which steps) -> space -> rewrite, exchange, remove, step by step
 
-After every step, and at every instant within one, each point that stays restores to what it did, by pybackup and by
-`qemu-img convert`: files are exchanged whole (`exchange`), and a point goes only when nothing builds on it any more.
+After every step and at every instant within a step, each point that stays restores to the same bytes, by pybackup and
+by `qemu-img convert`: a data file is replaced as a whole (`exchange`), and a point is removed only when no other point
+builds on it any more.
 """
 
 from __future__ import annotations
@@ -35,20 +36,20 @@ from backup.units import counted, show_size
 _log = logging.getLogger(__name__)
 
 _MARGIN = 4 << 20
-"""Bytes that a rewrite may need besides its data file: a digest file, manifests, what the file system keeps itself."""
+"""Bytes that a rewrite may need besides its data file: for a digest file, manifests and the file system's own data."""
 
 _PAUSE = timedelta(days=30)
-"""Machines are left alone for days or weeks; a clock that is wrong is mostly wrong by years."""
+"""A longer time between two backups makes the clock suspect: machines pause for weeks, a clock errs by years."""
 
 DEFAULT_BATCH = Batch()
 
 KEEP, WAIT, REMOVE = "keep", "wait", "remove"
-"""What becomes of a point; one that waits goes when enough go with it (`thin.Batch`)."""
+"""What becomes of a point.  A point that waits is removed when enough others go with it (`retention.Batch`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to keep of a machine's points; `workers` threads rewrite."""
+    """Which of a machine's points to keep; `workers` is the number of threads that rewrite data files."""
 
     policy: Policy
     batch: Batch = DEFAULT_BATCH
@@ -58,7 +59,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class PointReport:
-    """One point: when its run began as its manifest says it, what becomes of it (KEEP, WAIT, REMOVE), and why."""
+    """A point, the time at which its backup began, what becomes of it (KEEP, WAIT or REMOVE), and why."""
 
     point: str
     sequence: int
@@ -70,8 +71,10 @@ class PointReport:
 @dataclass(frozen=True, slots=True)
 class RewriteReport:
     """
-    A data file that was, or on a dry run would be, rewritten: its point and disk, its kind afterwards, the points that
-    it takes over.  Bytes: read; in the file before; in the file afterwards, at most.
+    A data file that was rewritten, or on a dry run would be.
+
+    `kind` is the kind of the file afterwards, `merged` are the points whose data it takes over.  Sizes are in bytes;
+    `stored_after` of a dry run is an upper bound.
     """
 
     point: str
@@ -85,7 +88,7 @@ class RewriteReport:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What became, or on a dry run would become, of a machine's points, oldest first; bytes of data files freed."""
+    """What was done with a machine's points, or on a dry run would be; points oldest first."""
 
     machine: str
     points: tuple[PointReport, ...]
@@ -95,12 +98,12 @@ class Report:
 
     @property
     def removed(self) -> int:
-        """Number of points removed."""
+        """Return the number of points that are removed."""
         return sum(point.action == REMOVE for point in self.points)
 
     @property
     def waiting(self) -> int:
-        """Number of points that wait for others."""
+        """Return the number of points that wait for others."""
         return sum(point.action == WAIT for point in self.points)
 
 
@@ -113,12 +116,12 @@ def prune(machine: Machine, request: Request, progress: Progress) -> Report:
     UsageError
         The policy keeps nothing.
     Damaged, NotFound
-        A manifest cannot be read, or a chain is broken: nothing is removed.
+        A manifest cannot be read, or a chain is broken.  Nothing is removed.
     Failed
-        The disk is full or fails, or there is less space than a rewrite needs: what was done before stays done.
+        The disk is full or fails, or a rewrite needs more space than is free.  What was done before stays done.
     """
     if request.dry_run or not _has_points(machine):
-        return _rehearse(machine, request)  # of a folder that is no machine's, too: not even a lock is made in it
+        return _rehearse(machine, request)  # a folder that is no machine's must not even get a lock file
     with settled(machine) as contents:
         return Thinner(machine, request, contents, _wanted(request, contents)).run(progress)
 
@@ -130,7 +133,7 @@ def _has_points(machine: Machine) -> bool:
 
 @contextmanager
 def settled(machine: Machine) -> Iterator[Contents]:
-    """Hold the machine's lock, with the leftovers of runs that were cut off removed, before and after a failure."""
+    """Hold the machine's lock, and remove leftovers of interrupted runs, at the start and after a failure."""
     with machine.lock():
         try:
             yield settle(machine)
@@ -138,7 +141,7 @@ def settled(machine: Machine) -> Iterator[Contents]:
             with suppress(BackupError, OSError):
                 settle(machine)
             if isinstance(error, Interrupted):
-                error.hint = "all points that are kept are whole; run the command again to go on"
+                error.hint = "all points that stay are complete; run the command again to continue"
             raise
 
 
@@ -147,13 +150,13 @@ def _rehearse(machine: Machine, request: Request) -> Report:
 
 
 def _wanted(request: Request, contents: Contents) -> Mapping[str, tuple[str, ...]]:
-    """The points that the policy keeps, and why."""
+    """Return the points that the policy keeps, and why."""
     return retention.keep(map(dated_point, contents.manifests.values()), request.policy, datetime.now(UTC))
 
 
 @dataclass(frozen=True, slots=True)
 class _Lacking:
-    """The number of the first step for which there is no space, and the error that says so."""
+    """The first step that lacks space, by its number, and the error that says so."""
 
     number: int
     error: BackupError
@@ -161,14 +164,14 @@ class _Lacking:
 
 class Thinner:
     """
-    Removes all points of a machine but some: the plan, and its execution.
+    Plans and executes the removal of all points of a machine except some.
 
     Parameters
     ----------
     contents : Contents
-        The machine's manifests, of which every chain is whole.
+        The machine's manifests; every chain must be complete.
     keep : mapping
-        The points that stay, and why; those that are in use stay as well (`reasons` has all of them).
+        The points that stay, and why.  Points in use stay as well; `reasons` has both.
 
     Raises
     ------
@@ -191,7 +194,7 @@ class Thinner:
         self.all = contents.manifests
 
     def run(self, progress: Progress) -> Report:
-        """Do the steps for which there is space."""
+        """Execute the steps, up to the first one that lacks space."""
         lacking = self.lacking()
         steps = self.thinning.steps if lacking is None else self.thinning.steps[: lacking.number]
         before = _stored(self.manifests)
@@ -205,7 +208,7 @@ class Thinner:
         return self.report(before - _stored(self.manifests))
 
     def rehearse(self) -> Report:
-        """What a run would do, with a warning where there is too little space for it."""
+        """Report what a run would do, with a warning if it would run out of space."""
         lacking = self.lacking()
         found = self.report()
         return found if lacking is None else replace(found, warnings=(*found.warnings, lacking.error.message))
@@ -218,7 +221,7 @@ class Thinner:
         if why_not is None:
             _log.info("%s: %s/%s takes over %d points", self.machine.name, step.point, step.disk, len(step.merged))
             entry = consolidate(self.machine, merge, workers=self.request.workers, progress=progress)
-            with self.machine.unused(former) as why_not:  # that may have taken hours
+            with self.machine.unused(former) as why_not:  # the merge may have taken hours
                 if why_not is None:
                     self.manifests[step.point] = exchange(self.machine, self.manifests[step.point], entry)
         if why_not is not None:
@@ -227,7 +230,7 @@ class Thinner:
             self._keep(step.point, why_not)
 
     def _remove(self, point: str) -> None:
-        """Remove a point; it stays where somebody uses it, or a point builds on it that could not be rewritten."""
+        """Remove a point, unless it is in use or a point that could not be rewritten still builds on it."""
         manifest = self.manifests[point]
         with self.machine.unused(*manifest.disks) as why_not:
             why_not = why_not or self._why_needed(point)
@@ -248,25 +251,25 @@ class Thinner:
         return None if child is None else f"point {child} builds on it"
 
     def _keep_used(self) -> None:
-        """Keep the points that are in use: whole chains, so that none of those is rewritten."""
+        """Keep the points that are in use; they form whole chains, so that none of their files is rewritten."""
         for point, why in self.machine.points_in_use().items():
             if point in self.manifests:
                 self._keep(point, why)
 
     def _keep(self, point: str, why: str) -> None:
-        """Have a point stay, for this reason as well."""
+        """Keep a point, and add the reason."""
         before = self.reasons.get(point, ())
         if why not in before:
             self.reasons[point] = (*before, why)
 
     def _untold(self) -> Iterator[str]:
-        """A warning of points that only stay as there is no telling: a repository must not grow without a word."""
+        """Yield a warning if points stay only because nothing tells whether they are in use: the repository grows."""
         why = [reasons[0] for reasons in self.reasons.values() if reasons[0].startswith(UNTOLD)]
         if why:
             yield f"{counted(len(why), 'point')} not removed: {why[0]}"
 
     def _doubted(self) -> Iterator[str]:
-        """A warning on the first night on which a clock seems wrong; the point's reason says it afterwards."""
+        """Yield a warning on the first night on which the clock seems wrong; later, only the point's reason says so."""
         *_, former, newest = [None, None, *sorted(self.all.values(), key=lambda manifest: manifest.sequence)]
         if former is None or newest is None or self._doubt(former) is not None:
             return
@@ -282,11 +285,11 @@ class Thinner:
             )
 
     def _doubt(self, manifest: Manifest) -> str | None:
-        """Why a point's time cannot be right; None where it may be."""
+        """Return why the time of a point cannot be right, or None if it may be right."""
         return next((why for why in self.reasons.get(manifest.point, ()) if why in {DISORDER, FUTURE}), None)
 
     def lacking(self) -> _Lacking | None:
-        """The first step for which there is less space than it needs, after what the steps before it free."""
+        """Return the first step that needs more space than is free, counting what the steps before it free."""
         with explained(self.machine.files.location):
             free = self.machine.files.free_bytes()
         if free is None:
@@ -303,16 +306,16 @@ class Thinner:
 
     def _no_space(self, step: Rewrite, needed: int, free: int) -> BackupError:
         return Failed(
-            f"machine {self.machine.name}: to rewrite disk {step.disk} of point {step.point} takes {needed} bytes "
-            f"({show_size(needed)}) beside what is there, and {free} ({show_size(free)}) are free",
-            hint="free or add space for the repository, or keep the points before it; every point there is is whole",
+            f"machine {self.machine.name}: a rewrite of disk {step.disk} of point {step.point} needs {needed} bytes "
+            f"({show_size(needed)}) of free space, and {free} ({show_size(free)}) are free",
+            hint="add space for the repository, or keep the points before that one; all points are complete",
         )
 
     def _former_size(self, step: Rewrite) -> int:
         return next(disk.data.size for disk in self.all[step.point].disks if disk.name == step.disk)
 
     def report(self, freed: int | None = None) -> Report:
-        """What is done, or planned; `freed` bytes, None: as estimated."""
+        """Report what was done or is planned; `freed` is in bytes, or None for the estimate."""
         if freed is None:
             gone = sum(disk.data.size for point in self.thinning.going for disk in self.all[point].disks)
             grown = sum(found.writes - self._former_size(step) for step, found in self.estimates.items())
@@ -334,7 +337,9 @@ class Thinner:
             action = REMOVE
         elif point in self.thinning.waiting:
             action = WAIT
-            reasons = (f"for {batch.points} points to go at once, or {batch.share} % of the full's bytes",)
+            reasons = (
+                f"until {batch.points} points can go at once, or points with {batch.share} % of the full's bytes",
+            )
         return PointReport(point, manifest.sequence, manifest.started, action, reasons)
 
     def _rewritten(self, step: Rewrite, found: Estimate) -> RewriteReport:
@@ -346,10 +351,10 @@ class Thinner:
 
 
 def _require_whole(machine: Machine, contents: Contents) -> None:
-    """Refuse a machine of which not everything can be read: what looks unneeded may be needed."""
+    """Refuse a machine with a manifest that cannot be read: it may need any of the points."""
     for error in contents.damaged.values():
         raise type(error)(
-            f"machine {machine.name} is not pruned, as one of its manifests cannot be read: {error.message}",
+            f"machine {machine.name} is not pruned because one of its manifests cannot be read: {error.message}",
             hint=error.hint,
         )
     chains.require_whole(contents.manifests)
@@ -365,14 +370,14 @@ def _stored(manifests: Mapping[str, Manifest]) -> int:
 
 def set_pin(machine: Machine, point: str, *, pinned: bool) -> bool:
     """
-    Pin a point, so that no prune removes it, or unpin it; False where it was so already.
+    Pin a point, so that neither prune nor remove takes it, or unpin it.  Returns False if nothing changed.
 
     Raises
     ------
     NotFound
-        There is no such point any more.
+        The point does not exist any more.
     BackupError
-        Its manifest cannot be read or written.
+        The manifest cannot be read or written.
     """
     with machine.lock():
         settle(machine)

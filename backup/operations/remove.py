@@ -1,11 +1,11 @@
 """
 Remove a point, or a machine with all its points, because the user names it.
 
-A point goes as prune removes it (see `prune`): the points that build on it take over what they need of it first.  The
-points of a machine go newest first.  So at every instant each point that is left is whole.
+A point is removed as prune removes it: what other points need of it is merged into them first (see `prune`).  The
+points of a machine are removed newest first.  So every point that is left is complete at every instant.
 
-A disk's bitmap continues the disk's newest point.  Where that point goes, the next backup has no bitmap to continue
-from and reads everything; `Removal.notes` says so before anything is removed.
+A disk's bitmap continues the disk's newest point.  If that point is removed, no bitmap can be continued, and the next
+backup reads the whole disk; `Removal.notes` says so before anything is removed.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _KEPT = ("not named",)
 @dataclass(frozen=True, slots=True)
 class Removal:
     """
-    What is, or would be, removed of a machine.
+    What is removed of a machine, or would be.
 
-    `point` is None where the whole machine goes.  `removed` are point ids, oldest first; `rewrites` the data files that
-    take over what they need; `damaged` the manifests that cannot be read and go as well.  `freed_bytes` are those of
-    data files.  `notes` say what follows.
+    `point` is None if the whole machine is removed.  `removed` are point ids, oldest first; `rewrites` the data files
+    into which other data is merged; `damaged` the manifests that cannot be read and are removed as well.  `freed_bytes`
+    counts data files.  `notes` are the consequences.
     """
 
     machine: str
@@ -49,12 +49,12 @@ class Removal:
 
 def plan(machine: Machine, point: str | None, *, workers: int) -> Removal:
     """
-    Tell what `remove` would do; changes nothing.
+    Return what `remove` would do, and change nothing.
 
     Raises
     ------
     BackupError
-        As `remove`.
+        See `remove`.
     """
 
     def look(contents: Contents) -> Removal:
@@ -76,14 +76,15 @@ def remove(machine: Machine, planned: Removal, *, workers: int, progress: Progre
     Raises
     ------
     NotFound
-        There is no such point.
+        The point does not exist.
     Locked
-        Another run has the machine, or something uses the point.
+        Another run has locked the machine, or the point is in use.
     Damaged
-        A manifest cannot be read, so that nobody knows what builds on the point.  (A whole machine goes all the same.)
+        A manifest cannot be read, so that it is unknown what builds on the point.  (A whole machine is removed all the
+        same.)
     Failed
         A point is pinned, the machine has other points than `planned` says, or there is too little space.  What was
-        done before stays done, and every point that is left is whole.
+        done before stays done, and every point that is left is complete.
     """
     with settled(machine) as contents:
         if planned.point is None:
@@ -99,7 +100,7 @@ def remove(machine: Machine, planned: Removal, *, workers: int, progress: Progre
 
 
 def _thinner(machine: Machine, contents: Contents, point: str, workers: int) -> Thinner:
-    """The removal of one point, which may not be pinned or in use."""
+    """Plan the removal of one point, and refuse it if the point is pinned or in use."""
     if point not in contents.manifests and f"{point}.json" not in contents.damaged:
         raise NotFound(f"machine {machine.name} has no point {point}", hint=f"see: `pybackup list {machine.name}`")
     keep = {name: _KEPT for name in contents.manifests if name != point}
@@ -131,7 +132,7 @@ def _point_removal(
 def _machine_removal(machine: Machine, contents: Contents) -> Removal:
     _require_unpinned(machine, contents.manifests)
     for error in contents.damaged.values():
-        if not isinstance(error, Damaged | NotFound):  # a newer program's, or not ours to read: it may be pinned
+        if not isinstance(error, Damaged | NotFound):  # of a newer version, or without permission: it may be pinned
             raise error
     for point, why in machine.points_in_use().items():
         raise _in_use(machine, point, why)
@@ -175,7 +176,7 @@ def _remove_machine(machine: Machine, contents: Contents, planned: Removal) -> R
 
 
 def _remove_folder(machine: Machine) -> list[str]:
-    """Remove the folder of a machine without points; the names in it that are not ours, for which it stays."""
+    """Remove the folder of a machine without points; return the foreign names in it, for which the folder stays."""
     with explained(machine.files.location):
         for name in (verified.NAME, verified.NAME + TEMPORARY, SEQUENCE):
             machine.files.discard(name)
@@ -187,12 +188,14 @@ def _require_unpinned(machine: Machine, manifests: Mapping[str, Manifest]) -> No
         if manifest.pinned:
             raise Failed(
                 f"point {point} of machine {machine.name} is pinned; nothing was removed",
-                hint=f"to remove it all the same, run `pybackup unpin {machine.name}/{point}` first",
+                hint=f"if it is not needed any more, run `pybackup unpin {machine.name}/{point}` first",
             )
 
 
 def _in_use(machine: Machine, point: str, why: str) -> BackupError:
-    message = f"point {point} of machine {machine.name} stays: {why}"
+    message = f"point {point} of machine {machine.name} cannot be removed: {why}"
     if why.startswith(UNTOLD):
-        return Failed(message, hint="remove it on the host that has the repository's disk, where locks work")
-    return Locked(message, hint="end what uses the point (`pybackup serve`), and run the command again")
+        return Failed(message, hint="run the command on the host that has the repository's disk, where locks work")
+    return Locked(
+        message, hint="end the program that uses the point (`pybackup serve`, for example), and run the command again"
+    )

@@ -1,10 +1,10 @@
 """
-A point back to a disk: the newest holder of each cluster, every block held against its digest, zeroes included.
+Restore a disk of a point: each cluster from the newest point that holds it, every block checked against its digest.
 
-    windows of the disk -> who holds what -> work by file, in the file's order -> check, decode, write
-                        -> zeroes, where the target is not known to be empty
+    windows of the disk -> holder of each cluster -> work by file, in the file's order -> check, decode, write
+                        -> zeroes, unless the target is known to be empty
 
-Work is taken in the order in which it lies in the data files, so that each block of a file is read and hashed about
+The work follows the order of the clusters in the data files, so that each block of a file is read and hashed about
 once, however many points the chain has; the target is written at any offset.
 """
 
@@ -37,13 +37,14 @@ def restore_disk(
     salvaging: bool = False,
 ) -> Restored:
     """
-    Restore one disk of a point to what `target` names (see `targets.open_target`), writing no more than `limit` bytes a
-    second.  With `salvaging`, what cannot be proven is zeroes, and listed (see `salvage`).
+    Restore one disk of a point to a target (see `targets.open_target`), and write at most `limit` bytes a second.
+
+    With `salvaging`, ranges that cannot be proven become zeroes, and are listed (see `repository.salvage`).
 
     Raises
     ------
     Damaged, NotFound
-        The chain or a data file is not what was written; a file did not appear under its name.
+        The chain or a data file is damaged.  A target that is a file does not appear under its name.
     BackupError
         The target is refused or cannot be written.
     """

@@ -1,4 +1,4 @@
-"""Whether a restore's files will fit: asked before the first byte is written, and not found out hours later."""
+"""Checks before the first byte is written whether the files of a restore will fit."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from backup.runtime.shortage import free_bytes_for_us
 from backup.units import show_size
 
 _WINDOW = 1 << 20
-"""Clusters looked at at once."""
+"""The number of clusters that are counted at once."""
 _COMPRESSING = {0x9123683E, 0x2FC12FC1, 0xCA451A4E, 0xF2F52010}
-"""btrfs, ZFS, bcachefs, F2FS (statfs(2), f_type): they may compress, so that more fits than is free."""
+"""btrfs, ZFS, bcachefs and F2FS by statfs(2)'s f_type; they may compress, so that more data fits than is free."""
 
 
 def require(machine: Machine, point: Manifest, places: Sequence[Place]) -> None:
     """
-    Refuse files for which their file system has less room than the disks hold data.
+    Refuse to restore to files if their file system has less free space than the disks hold data.
 
-    Nothing is counted where everything fits at its full size, which is the rule; and a chain that cannot be read is the
-    restore's to report.
+    The data is counted only if the full sizes do not fit.  A chain that cannot be read is no error here; the restore
+    reports it.
 
     Raises
     ------
     Failed
-        There is too little room.
+        There is too little free space.
     """
     files = [each for each in places if not is_uri(each.target) and not is_device(Path(each.target))]
     if not files:
@@ -50,8 +50,8 @@ def require(machine: Machine, point: Manifest, places: Sequence[Place]) -> None:
         return
     if needed > free:
         raise Failed(
-            f"{folder} has {show_size(free)} free, and the data of the restore takes {show_size(needed)}",
-            hint="name another target, or make room; nothing was written",
+            f"{folder} has {show_size(free)} free, and the data of the restore needs {show_size(needed)}",
+            hint="name another target, or free space there; nothing was written",
         )
 
 
@@ -60,7 +60,7 @@ def _existing(folder: Path) -> Path:
 
 
 def _free(folder: Path) -> int | None:
-    """Bytes that this user may still write there; None where the file system does not tell."""
+    """Return the bytes that this user may still write there, or None if the file system does not tell."""
     try:
         return free_bytes_for_us(folder)
     except OSError:
@@ -68,7 +68,7 @@ def _free(folder: Path) -> int | None:
 
 
 def _compresses(folder: Path) -> bool:
-    """May files take less room than they have bytes?  Of an unknown kind of file system: yes."""
+    """Tell whether files may take less space than they have bytes; True if the file system cannot be examined."""
     libc = ctypes.CDLL(None, use_errno=True)
     buffer = (ctypes.c_long * 32)()
     if libc.statfs(os.fsencode(folder), ctypes.byref(buffer)):
@@ -77,7 +77,7 @@ def _compresses(folder: Path) -> bool:
 
 
 def _data_bytes(machine: Machine, point: Manifest, disk: str) -> int:
-    """Bytes in clusters that hold data, by the chain's tables alone."""
+    """Count the bytes of the clusters that hold data, from the tables of the chain alone."""
     with open_chain(machine, point.point, disk, lambda chain: data_file.peeked(machine.files, chain)) as (chain, index):
         size = chain.cluster_size
         held = (

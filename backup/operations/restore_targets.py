@@ -1,5 +1,5 @@
 """
-Which disk of a point goes where, and in which format: what a restore's TARGET means.
+What the TARGET of a restore means: where each disk of the point goes, and in which format.
 
     a folder, or a name that ends in /     DISK.raw or DISK.qcow2 in it, for one disk or ten
     several disks, and nothing there yet   the same, in a new folder of that name
@@ -25,13 +25,13 @@ from backup.repository.machine import Machine
 
 STDOUT = "-"
 _SUFFIXES = {".qcow2": QCOW2, ".raw": RAW}
-"""What the end of a file's name says of its format."""
+"""The format that the suffix of a file's name stands for."""
 _OF_FILES = (*_SUFFIXES, ".img")
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where one disk goes."""
+    """The target of one disk."""
 
     disk: str
     target: str
@@ -40,7 +40,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """Where a point's disks go; `folder` is the one that holds them, which need not exist yet; None: no folder."""
+    """The targets of a point's disks; `folder` holds them and need not exist yet, or is None."""
 
     places: tuple[Place, ...]
     folder: Path | None
@@ -51,18 +51,21 @@ def place(
     machine: Machine, point: Manifest, target: str, disk: str | None, image_format: str | None, *, force: bool
 ) -> Placed:
     """
-    Decide where the disks of a machine's point go; nothing is made.
+    Decide where the disks of a machine's point go; nothing is created.
 
     Raises
     ------
     NotFound
         The point does not hold the disk.
     UsageError
-        The target does not fit, exists and --force was not given, or lies in a repository.
+        The target does not fit the disks, lies in a repository, or exists without --force.
     """
     names = _disks(point, disk)
     if not target:
-        raise UsageError("TARGET is empty", hint="name a file, a folder, a block device, an NBD URI, or -")
+        raise UsageError(
+            "TARGET is empty",
+            hint="name a file, a folder, a block device or an NBD URI, or write - for standard output",
+        )
     if target != STDOUT and not is_uri(target):
         _refuse_repository(machine, target)
     if _is_folder(target, len(names)):
@@ -75,11 +78,11 @@ def place(
     if len(names) > 1 and target == STDOUT:
         raise UsageError(
             f"point {point.point} holds several disks, and standard output takes one",
-            hint=f"name it: --disk {' or '.join(names)}",
+            hint=f"name one disk: --disk {' or '.join(names)}",
         )
     if len(names) > 1:
         raise UsageError(
-            f"{target} is no folder, and point {point.point} holds several disks",
+            f"{target} is not a folder, and point {point.point} holds several disks",
             hint=f"name a folder ({target.rstrip('/')}/ is one), or one disk: --disk {' or '.join(names)}",
         )
     suffix = _SUFFIXES.get(Path(target).suffix.lower())
@@ -87,7 +90,7 @@ def place(
         return Placed((Place(names[0], target, image_format or RAW),), None, ())
     warnings: tuple[str, ...] = ()
     if image_format not in {None, suffix}:
-        warnings = (f"{target} is written as {image_format}, as --format says, though its name says {suffix}",)
+        warnings = (f"{target} is written as {image_format} because of --format, although its name says {suffix}",)
     return Placed((Place(names[0], target, image_format or suffix),), None, warnings)
 
 
@@ -96,7 +99,9 @@ def _disks(point: Manifest, disk: str | None) -> list[str]:
     if disk is None:
         return names
     if disk not in names:
-        raise NotFound(f"point {point.point} holds no disk {disk!r}", hint=f"it holds: {', '.join(names)}")
+        raise NotFound(
+            f"point {point.point} holds no disk {disk!r}", hint=f"the point holds these disks: {', '.join(names)}"
+        )
     return [disk]
 
 
@@ -105,28 +110,32 @@ def _is_folder(target: str, disks: int) -> bool:
         return False
     if os.path.lexists(target.rstrip("/") or "/"):
         if target.endswith("/") and not os.path.isdir(target):
-            raise UsageError(f"{target} is no folder", hint="name a folder, or the file without a slash at its end")
+            raise UsageError(
+                f"{target} is not a folder", hint="name a folder, or the file without the slash at the end"
+            )
         return os.path.isdir(target)
-    # A name that looks like a file's is meant for one disk: several do not make a folder of that name.
+    # The name of a file is meant for one disk: a folder of that name is not created for several disks.
     return target.endswith("/") or (disks > 1 and Path(target).suffix.lower() not in _OF_FILES)
 
 
 @contextmanager
 def made(folder: Path | None) -> Iterator[None]:
     """
-    Make the folder, and those above it, where they are missing; after a failure, those that are empty are removed.
+    Create the folder and its missing parents; after a failure, those of them that are empty are removed.
 
     Raises
     ------
     Failed
-        It cannot be made.
+        The folder cannot be created.
     """
     missing = [] if folder is None else [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
     try:
         for each in reversed(missing):
             os.mkdir(each, 0o700)
     except OSError as error:
-        raise Failed(f"{folder} cannot be made: {error.strerror}", hint="check the path and the permissions") from None
+        raise Failed(
+            f"{folder} cannot be created: {error.strerror}", hint="check the path and the permissions"
+        ) from None
     try:
         yield
     except BaseException:
@@ -137,12 +146,12 @@ def made(folder: Path | None) -> Iterator[None]:
 
 
 def _refuse_repository(machine: Machine, target: str) -> None:
-    """Refuse to restore over backups or between them, whatever way the target is written."""
+    """Refuse a target in a repository, whatever its path looks like."""
     ours = machine.files.local_folder()
     for place in real_places(target):
         for folder in (place, *place.parents):
             beside = ours is not None and os.path.exists(folder) and machine.exists() and folder.samefile(ours)
             if beside or os.path.lexists(folder / MARKER):
                 raise UsageError(
-                    f"{target} lies among the backups in {folder}", hint="restore to a place outside of it"
+                    f"{target} lies in the repository {folder}", hint="name a target outside of the repository"
                 )

@@ -1,8 +1,8 @@
 """
-Serve: a point's disk over NBD at once, by a qemu-nbd of our own on the chain's data files.
+Serve a disk of a point over NBD, by a qemu-nbd process on the data files of the chain.
 
-Nothing is copied and no digest is read: the manifests, the files' lengths and their heads are checked, and QEMU checks
-each compressed cluster as it is read.  While it runs, a shared flock on each digest file keeps `prune` from them.
+Nothing is copied and no digest is checked: the manifests and the files' sizes and headers are, and QEMU checks each
+compressed cluster as it is read.  A shared flock on each digest file keeps `prune` away while the disk is served.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Served:
     """
     A disk that is being served.
 
-    `size` is the disk's in bytes, `export_size` what clients see: rounded up to 512 by QEMU, with zeroes.  `protected`
-    is False where no lock keeps `prune` away.
+    `size` is the size of the disk in bytes; `export_size` is the size that clients see, which QEMU rounds up to a
+    multiple of 512 with zeroes.  `protected` is False if no lock keeps `prune` away.
     """
 
     uri: str
@@ -44,50 +44,54 @@ class Served:
 
 def choose_disk(point: Manifest, disk: str | None) -> str:
     """
-    The disk of a point that is meant.
+    Return the name of the disk that is meant: the named one, or the only one.
 
     Raises
     ------
-    NotFound, UsageError
-        The point does not hold it; it holds several and none is named.
+    NotFound
+        The point does not hold the disk.
+    UsageError
+        The point holds several disks, and none is named.
     """
     names = [held.name for held in point.disks]
     if disk is None and len(names) > 1:
         raise UsageError(f"point {point.point} holds {len(names)} disks", hint=f"name one: --disk {' or '.join(names)}")
     if disk is not None and disk not in names:
-        raise NotFound(f"point {point.point} holds no disk {disk!r}", hint=f"it holds: {', '.join(names)}")
+        raise NotFound(
+            f"point {point.point} holds no disk {disk!r}", hint=f"the point holds these disks: {', '.join(names)}"
+        )
     return disk or names[0]
 
 
 def address(socket: Path | None, port: str | None, bind: str | None) -> Address | None:
     """
-    Where to listen, as the options say it; None: on a socket of our own.
+    Return the address that the options name, or None for a socket in a temporary folder.
 
     Raises
     ------
     UsageError
-        They contradict each other, or the port is none.
+        The options contradict each other, or the port is not a port.
     """
     if socket is not None and (port is not None or bind is not None):
-        raise UsageError("--socket together with --port or --bind", hint="choose one")
+        raise UsageError("--socket together with --port or --bind", hint="give one of the two")
     if bind is not None and port is None:
         raise UsageError("--bind without --port", hint="name the port: --port 10809")
     if port is None:
         return None if socket is None else Address(socket)
     if not (port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16):
-        raise UsageError(f"{port!r} is not a port", hint="a number from 1 to 65535; NBD's own is 10809")
+        raise UsageError(f"{port!r} is not a port", hint="give a number from 1 to 65535; the port of NBD is 10809")
     return Address(None, bind or "127.0.0.1", int(port))
 
 
 @contextmanager
 def serving(machine: Machine, point: str, disk: str, where: Address | None, *, writable: bool) -> Iterator[Served]:
     """
-    Serve a disk of a point until the block ends; `writable`: what clients write is thrown away then.
+    Serve a disk of a point until the block ends.  With `writable`, clients may write, and their writes are discarded.
 
     Raises
     ------
     BackupError
-        The chain is not what was written as far as its heads tell, or cannot be served, or the address is taken.
+        The chain is damaged, as far as its headers tell, or cannot be served, or the address is in use.
     """
     folder = require_local_folder(machine.files)
     with ExitStack() as outer:
@@ -110,7 +114,7 @@ def _start(stack: ExitStack, folder: Path, chain: Chain, address: Address, *, wr
 
 
 def commands(uri: str, where: Address, *, writable: bool) -> dict[str, str]:
-    """Shell commands that look inside, by the program's name."""
+    """Return shell commands that look into the disk, by the name of their program."""
     if where.socket is not None:
         guestfish = uri.replace("nbd+unix:///", "nbd://", 1)  # libguestfs' spelling
         client = ["-unix", str(where.socket), "/dev/nbd0"]
@@ -127,9 +131,10 @@ def commands(uri: str, where: Address, *, writable: bool) -> dict[str, str]:
 
 def _qemu_file(uri: str, where: Address) -> str:
     """
-    The export as options of QEMU's -drive.
+    Return the export as options of QEMU's -drive.
 
-    A socket's name not as part of a URI: QEMU 10 decodes that twice, and refuses what is not UTF-8.
+    The path of a socket is not written as part of a URI: QEMU 10 decodes a URI twice, and refuses bytes that are not
+    UTF-8.
     """
     if where.socket is None:
         return f"file={uri}"

@@ -26,9 +26,9 @@ from backup.storage.base import Files, Listing
 from backup.units import counted, show_age
 
 TOLERANCE = 300.0
-"""Seconds that a point may lie in the future: two hosts' clocks differ.  Beyond that nothing is known of its age."""
+"""Seconds that a point may lie in the future, as the clocks of two hosts differ.  Beyond that, its age is unknown."""
 OLD = 1
-"""Exit code where something is too old, as Nagios and its kind know a warning."""
+"""Exit code if a point is too old: a warning for Nagios and its relatives."""
 _NOTHING = "nothing"
 _NO_POINT = "no point yet: run pybackup incremental"
 
@@ -36,10 +36,10 @@ _NO_POINT = "no point yet: run pybackup incremental"
 @dataclass(frozen=True, slots=True)
 class Trust:
     """
-    What is remembered of a chain's data files.
+    What earlier runs of verify found out about a chain's data files.
 
-    `last` is the newest time at which one was verified, UTC; `files` so many `of` all were found to be sound since they
-    were written; `code` and `problem` tell of the first that was not.
+    `last` is the time, in UTC, of the newest verification of one of the files.  `files` of all `of` files were found
+    intact since they were written.  `code` and `problem` describe the first file that was not.
     """
 
     last: str | None
@@ -52,10 +52,10 @@ class Trust:
 @dataclass(frozen=True, slots=True)
 class DiskStatus:
     """
-    One disk's state; `disk` is None for what concerns its machine as a whole.
+    The state of a disk, or of its machine as a whole (`disk` is None).
 
-    Ages in seconds, sizes in bytes; None where there is no point, no time, or no chain.  `code` is 0, 1 (too old), or
-    the exit code of what is wrong; `next` says what to do.
+    Ages are in seconds and sizes in bytes; they are None without a point or a chain.  `code` is 0, 1 (too old), or the
+    exit code of the fault; `next` says what to do.
     """
 
     machine: str
@@ -73,7 +73,7 @@ class DiskStatus:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The time that it is, and the greatest age in seconds that is no fault (None: any)."""
+    """The present time, and the greatest age of a point in seconds that is no fault (None: any age)."""
 
     now: datetime
     max_age: float | None
@@ -81,7 +81,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """A machine's manifests, what `verify` remembers of it, and a look at the files of a chain: what is wrong there."""
+    """A machine's manifests, the results of earlier verifications, and a check of a chain's files."""
 
     contents: Contents
     memory: Memory
@@ -98,15 +98,15 @@ def exit_code(found: Collection[DiskStatus]) -> int:
 
 def look(machine: Machine, expected: Collection[str] | None, limits: Limits, *, named: bool = True) -> list[DiskStatus]:
     """
-    The state of a machine's disks.
+    Return the state of a machine's disks.
 
     Parameters
     ----------
     expected : collection of str or None
-        The disks that the configuration names: one without a point is at fault, and another one, which is backed up no
-        longer, is never too old.  None: those that have points.
+        The disks that the configuration names, or None for all disks that have points.  An expected disk without a
+        point is a fault; a disk that is not expected, as it is no longer backed up, is never too old.
     named : bool
-        False where the configuration names the repository's machines, and not this one: that is said, and is no fault.
+        False if the configuration names the repository's machines but not this one: a remark, and no fault.
     """
 
     def look_at(contents: Contents) -> list[DiskStatus]:
@@ -116,14 +116,14 @@ def look(machine: Machine, expected: Collection[str] | None, limits: Limits, *, 
 
     try:
         return examine(machine, look_at, doubtful=lambda found: any(each.code not in {0, OLD} for each in found))
-    except BackupError as error:  # of the machine's folder; the other machines are shown all the same
+    except BackupError as error:  # the machine's folder; the other machines are shown all the same
         return [_without_point(machine.name, None, error.exit_code, _fault(error))]
 
 
 def assess(
     machine: str, evidence: Evidence, expected: Collection[str] | None, limits: Limits, *, named: bool = True
 ) -> list[DiskStatus]:
-    """As `look`, without a file."""
+    """Return the state of a machine's disks from the evidence, without reading a file; see `look`."""
     if not named:
         return _with_remark(assess(machine, evidence, (), limits), machine)
     contents = evidence.contents
@@ -141,7 +141,7 @@ def assess(
 
 
 def _with_remark(found: Sequence[DiskStatus], machine: str) -> list[DiskStatus]:
-    """Say once, where nothing is wrong, that no configuration names the machine: it may be mistyped, or gone."""
+    """Add to the first state, if it is no fault, that the configuration does not name the machine."""
     remark = f"not in the configuration: pybackup remove {machine} removes the machine and its points"
     first, *others = found
     if first.point is None and first.code == OLD:
@@ -152,7 +152,7 @@ def _with_remark(found: Sequence[DiskStatus], machine: str) -> list[DiskStatus]:
 
 
 def _doubtful(manifests: Iterable[Manifest], now: datetime) -> dict[str, dict[str, str]]:
-    """For each disk its points whose times cannot be right, oldest first, and why."""
+    """Return, for each disk, the points whose times cannot be right, oldest first, and why."""
     points: defaultdict[str, list[DatedPoint]] = defaultdict(list)
     for manifest in sorted(manifests, key=lambda manifest: manifest.sequence):
         for disk in manifest.disks:
@@ -162,7 +162,7 @@ def _doubtful(manifests: Iterable[Manifest], now: datetime) -> dict[str, dict[st
 
 
 def _with_doubts(status: DiskStatus, doubtful: Mapping[str, str]) -> DiskStatus:
-    """Say of a disk that is well which of its points have times that cannot be right."""
+    """Add to the state of a disk without a fault which of its points have times that cannot be right."""
     if status.code or not doubtful:
         return status
     point, why = list(doubtful.items())[-1]
@@ -175,7 +175,7 @@ def _with_doubts(status: DiskStatus, doubtful: Mapping[str, str]) -> DiskStatus:
 
 
 def newest_by_disk(manifests: Mapping[str, Manifest]) -> dict[str, Manifest]:
-    """The newest point of each disk that has one."""
+    """Return the newest point of each disk."""
     found: dict[str, Manifest] = {}
     for manifest in sorted(manifests.values(), key=lambda each: each.sequence):
         found.update({disk.name: manifest for disk in manifest.disks})
@@ -183,13 +183,13 @@ def newest_by_disk(manifests: Mapping[str, Manifest]) -> dict[str, Manifest]:
 
 
 def files_problem(files: Files, listing: Listing, chain: Chain) -> BackupError | None:
-    """What is wrong with a chain's files as far as their names and lengths tell; None: nothing."""
+    """Return what is wrong with a chain's files, judged by existence and size, or None."""
     found = (glance(files, listing, link.entry.data) for link in chain.links)
     return next((problem for problem in found if problem is not None), None)
 
 
 def trust_in(chain: Chain, memory: Memory) -> Trust:
-    """What is remembered of a chain's data files."""
+    """Return what earlier verifications found out about a chain's data files."""
     records = [found for link in chain.links if (found := record_of(memory, link.entry.data)) is not None]
     wrong = next((record for record in records if record.code), None)
     return Trust(
@@ -231,7 +231,7 @@ def _disk_status(point: Manifest, disk: str, evidence: Evidence, limits: Limits)
 def _verdict(
     machine: str, wrong: BackupError | None, trust: Trust | None, age: float, limits: Limits
 ) -> tuple[int, str]:
-    """The exit code and what to do: what is broken comes before what is old."""
+    """Return the exit code and what to do; damage comes before age."""
     if wrong is not None:
         return wrong.exit_code, _fault(wrong)
     assert trust is not None
@@ -258,7 +258,7 @@ def _without_point(machine: str, disk: str | None, code: int, advice: str) -> Di
 
 
 def summary(found: Collection[DiskStatus]) -> str:
-    """One line that a monitoring system shows."""
+    """Return one line for a monitoring system."""
     wrong = [status for status in found if status.code]
     if not wrong:
         machines = counted(len({status.machine for status in found}), "machine")

@@ -1,13 +1,13 @@
 """
-Verify: re-read what the repository holds and find every changed byte.
+Re-read what the repository holds, and find every changed byte.
 
-For each data file: its digest file against the manifest, every block against its digest, the head against the manifest
-and its parent's, the tables and all refcounts; with `deep` also every cluster decompressed.  For each point: its chain,
-down to the full.
+Of each data file, these are checked: its digest file against the manifest, every block against its digest, the header
+against the manifest and the parent's, the tables and all refcounts; with `deep`, every cluster is decompressed as well.
+Of each point, its chain is checked down to the full.
 
-What was found is remembered (`memory`), so that a later run can leave out what was read not long ago.
+The results are saved (`repository.verified`), so that a later run can skip what was read not long ago.
 
-What a file's structure is checked with costs time to import (numpy); the thread that does it imports it, while the
+The check of a file's structure needs numpy, which takes long to import: the thread that checks imports it while the
 others hash.
 """
 
@@ -34,7 +34,7 @@ from backup.storage.base import Files, Listing
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something damaged or missing: where, and the error that says what."""
+    """Something that is damaged or missing: where, and what is wrong."""
 
     machine: str
     point: str | None
@@ -50,9 +50,9 @@ class Choice:
     Attributes
     ----------
     since : datetime or None
-        Not those that were found to be sound at this time or later; None: all.
+        Files that were found intact at this time or later are skipped; None skips no file.
     share : float
-        Of the others each block with this probability: 1 is all of them.
+        The probability with which each block of the other files is read; 1 reads all.
     """
 
     since: datetime | None = None
@@ -70,15 +70,15 @@ class Verified:
     Attributes
     ----------
     points, files, bytes : int
-        Points looked at, data files read, wholly or in part, and bytes read.
+        Points that were verified, data files that were read as a whole or in part, and bytes that were read.
     skipped : int
-        Data files that were left out, being found sound not long ago; only that they are there was looked at.
+        Data files that were found intact not long ago; only their existence and size were checked.
     sampled : int
-        Of `files`, those of which not all was read.
+        Those of `files` that were read only in part.
     problems : tuple
         What is wrong.
     forgotten : str or None
-        Why it is not remembered; None: it is.
+        Why the results could not be saved; None if they were.
     """
 
     points: int
@@ -91,7 +91,7 @@ class Verified:
 
 
 def unverified(machine: Machine, error: BackupError) -> Verified:
-    """What comes of a machine whose folder cannot be read, or is no machine's."""
+    """Return the result for a machine whose folder cannot be read, or is no machine's."""
     return Verified(0, 0, 0, 0, 0, (Problem(machine.name, None, None, error),), None)
 
 
@@ -102,7 +102,7 @@ def exit_code(problems: Sequence[Problem]) -> int:
 
 
 def stored_bytes(machine: Machine, points: Sequence[str] | None, choice: Choice = ALL, *, deep: bool = False) -> int:
-    """About how many bytes will be read: of all data files, or those of the points named and their chains."""
+    """Estimate how many bytes will be read, of all data files or of those of some points and their chains."""
     contents = machine.contents()
     manifests = contents.manifests
     listing = machine.listing()
@@ -122,7 +122,7 @@ def stored_bytes(machine: Machine, points: Sequence[str] | None, choice: Choice 
 
 
 def is_due(record: Record | None, choice: Choice, *, deep: bool) -> bool:
-    """Is a file to be read of which this is remembered?  What lies in the future was written by a wrong clock."""
+    """Tell whether a file must be read, given its last result; a result from the future comes from a wrong clock."""
     sound = None if record is None else record.sound_since(deep)
     if choice.since is None or sound is None:
         return True
@@ -130,14 +130,15 @@ def is_due(record: Record | None, choice: Choice, *, deep: bool) -> bool:
 
 
 _CLOCKS = timedelta(minutes=5)
-"""So much may two hosts' clocks differ."""
+"""The greatest difference between the clocks of two hosts that is taken for normal."""
 
 
 def draw(blocks: Sequence[int], share: float, chance: Callable[[], float]) -> list[list[int] | None]:
     """
-    Which blocks of each file are read, each with the probability `share`; None: all of them.  At least one is.
+    Choose the blocks of each file that are read, each with the probability `share`; at least one block in all.
 
-    `chance` gives numbers from 0 to below 1.  Of n damaged blocks one at least is found with 1 - (1 - share) ** n.
+    None stands for all blocks of a file.  `chance` returns numbers from 0 to below 1.  The probability to find at least
+    one of n damaged blocks is 1 - (1 - share) ** n.
     """
     drawn = [[number for number in range(count) if chance() < share] for count in blocks]
     if blocks and not any(drawn):
@@ -147,17 +148,20 @@ def draw(blocks: Sequence[int], share: float, chance: Callable[[], float]) -> li
 
 
 def glance(files: Files, listing: Listing, data: DataFile) -> BackupError | None:
-    """Return what is wrong with a data file as far as names and lengths tell, or None."""
+    """Return what is wrong with a data file, judged by existence and size, or None."""
     try:
         size = listing.stat(data.file).size
         listing.stat(data.digests)
     except (FileNotFoundError, NotADirectoryError) as error:
         return NotFound(f"{error.filename} is missing", hint=_FROM_COPY)
     except OSError as error:
-        return Failed(f"{error.filename} cannot be looked at: {error.strerror}", hint="run as the repository's owner")
+        return Failed(
+            f"{error.filename} cannot be examined: {error.strerror}",
+            hint="run the command as the owner of the repository",
+        )
     if size != data.size:
         path = files.path(data.file)
-        return Damaged(f"{path} has {size} bytes where its manifest says {data.size}", hint=_FROM_COPY)
+        return Damaged(f"{path} has {size} bytes, and its manifest says {data.size}", hint=_FROM_COPY)
     return None
 
 
@@ -175,9 +179,9 @@ def verify_machine(
     limit: int | None = None,
 ) -> Verified:
     """
-    Verify a machine's points and their chains, or only the points named, and remember what was found.
+    Verify a machine's points and their chains, or only some points, and save the results.
 
-    `progress` is called with the bytes read so far, in this thread.  No more than `limit` bytes a second are read.
+    `progress` is called in this thread, with the bytes that were read so far.  At most `limit` bytes a second are read.
     """
     run = functools.partial(_verify, machine, deep=deep, workers=workers, progress=progress, pace=Pace(limit))
     runs: list[Verified] = []
@@ -197,13 +201,13 @@ def verify_machine(
 
 
 def _unreadable(machine: Machine, contents: Contents, points: Sequence[str] | None) -> Iterator[Problem]:
-    """Manifests that cannot be read, and points that were asked for and have none."""
+    """Yield manifests that cannot be read, and requested points without a manifest."""
     for name, error in contents.damaged.items():
         if points is None or name.removesuffix(".json") in points:
             yield Problem(machine.name, None, None, error)
     for point in points or ():
         if point not in contents.manifests and f"{point}.json" not in contents.damaged:
-            vanished = NotFound("its manifest vanished", hint="see `pybackup list`")
+            vanished = NotFound("its manifest was removed meanwhile", hint="see: `pybackup list`")
             yield Problem(machine.name, point, None, vanished)
 
 
@@ -218,11 +222,11 @@ def _verify(
     points: Sequence[str] | None,
     choice: Choice,
 ) -> Verified:
-    """Verify points that have a manifest, and their chains, once, and remember what was found."""
+    """Verify points that have a manifest, and their chains, once, and save the results."""
     began = datetime.now(UTC)
     problems = []
     wanted = [contents.manifests[point] for point in sorted(contents.manifests) if points is None or point in points]
-    # By entry, not by file name: of two entries that name one file, neither may be skipped.
+    # Keyed by entry and not by file name: if two entries name one file, both are checked.
     files: dict[tuple[str, str], tuple[Manifest, DiskEntry, DiskEntry | None]] = {}
     for manifest, disk, result in _chains(contents, wanted):
         if isinstance(result, BackupError):
@@ -241,12 +245,12 @@ def _verify(
         if unread and (problem := glance(machine.files, listing, check.entry.data)) is not None:
             check.wrong[0] = problem
             check.blocks = []
-    # A manifest may claim any length; lots are drawn only where the file has it.
+    # A manifest may claim any size; blocks are chosen only of files that have that size.
     _sample([check for check in due if not check.wrong], choice.share)
     run = CheckRun(machine.files, due, deep=deep, progress=progress, pace=pace)
     try:
         run.run(workers)
-    finally:  # also of a run that was interrupted: the next one need not begin again
+    finally:  # also if the run was interrupted, so that the next run need not begin again
         found = _records(checks, memory, timestamp(began), deep=deep)
         forgotten = memories.remember(machine, found, _present(contents)) if found else None
     problems += [
@@ -261,7 +265,7 @@ def _verify(
 
 
 def _located(files: Files, check: Check) -> BackupError:
-    """What is wrong with a data file first, and where in it there is damage which ranges of the disk that affects."""
+    """Return the first fault of a data file, and for damage in it the ranges of the disk that are affected."""
     errors = [check.wrong[number] for number in sorted(check.wrong)]
     if not isinstance(errors[0], DamagedBlock):
         return errors[0]
@@ -281,7 +285,7 @@ def _sample(checks: Sequence[Check], share: float) -> None:
 
 
 def _records(checks: Sequence[Check], memory: Memory, now: str, *, deep: bool) -> dict[str, Record]:
-    """What there is to remember: files that were read whole, and faults; not what only this process could not do."""
+    """Return the results to save: files that were read as a whole, and damage; not failures of this process alone."""
     found: dict[str, Record] = {}
     for check in checks:
         data = check.entry.data
@@ -297,7 +301,7 @@ def _records(checks: Sequence[Check], memory: Memory, now: str, *, deep: bool) -
 
 
 def _present(contents: Contents) -> Collection[str] | None:
-    """The data files that there are; None where a damaged manifest may name others."""
+    """Return the names of all data files, or None if a damaged manifest may name others."""
     if contents.damaged:
         return None
     return {disk.data.file for point in contents.manifests.values() for disk in point.disks}

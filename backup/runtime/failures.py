@@ -31,7 +31,9 @@ def _explained(error: Exception) -> BackupError:
         return _of_system(error, error.strerror)
     if isinstance(error, RuntimeError) and "start new thread" in str(error):
         return Failed("the system gives no more threads", hint=shortage.NO_PROCESS)
-    return Failed(f"a bug in pybackup: {type(error).__name__}: {error}", hint="run again with --debug, and report it")
+    return Failed(
+        f"a bug in pybackup: {type(error).__name__}: {error}", hint="run the command again with --debug, and report it"
+    )
 
 
 def _with_hint_for_shortage(error: BackupError) -> BackupError:
@@ -47,8 +49,5 @@ def _with_hint_for_shortage(error: BackupError) -> BackupError:
 def _of_system(error: OSError, what: str) -> Failed:
     where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
     hint = shortage.NO_PROCESS if error.errno == errno.EAGAIN else shortage.hint_for(what)
-    otherwise = (
-        "the system refuses; see what is there, and whether the current folder still exists. "
-        "Run again with --debug to see where"
-    )
+    otherwise = "check the path, its permissions, and whether the current folder exists; --debug shows where it failed"
     return Failed(f"{where}{what}", hint=hint or otherwise)

@@ -270,7 +270,7 @@ def test_a_length_that_no_file_has_holds_up_no_sample_and_no_progress_bar(copied
     command = [PYBACKUP, "verify", "--sample", "5%", "--repo", copied.repository]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 12, done
-    assert f"bytes where its manifest says {HUGE}" in done.stderr + done.stdout
+    assert f"bytes, and its manifest says {HUGE}" in done.stderr + done.stdout
 
 
 def test_a_machine_that_cannot_be_read_hides_none_of_the_others(copied, monkeypatch):

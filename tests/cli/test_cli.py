@@ -250,6 +250,13 @@ def test_common_options_are_taken_before_and_after_every_command(config):
             assert shown.count(f"\n  {option}  ") == 1, (name, option)
 
 
+def test_every_parameter_says_in_sentences_what_it_does():
+    for name, command in commands().items():
+        assert command.help.rstrip().endswith("."), name
+        for parameter in command.params:
+            assert re.match(r"[A-Z/].*[.]$", parameter.help), (name, parameter.name, parameter.help)
+
+
 def test_what_every_command_says_with_json_is_a_document(config):
     assert call_pybackup(["--config", config, "full"]).rc == 0
     for command in (["pin", "a/latest"], ["unpin", "a/latest"], ["check-config"]):

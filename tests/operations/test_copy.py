@@ -261,7 +261,7 @@ def test_a_second_place_that_was_backed_up_to_is_refused(night, tmp_path):
     assert call_pybackup(["full", "--image", image, "--machine", "disk", "--repo", other]).rc == 0
     done = copy(night, "disk", other)
     assert done.rc == 1
-    assert "has its sequence there" in done.document["error"]["message"]
+    assert "has its sequence number" in done.document["error"]["message"]
     assert len(manifests(other)) == 2
 
 

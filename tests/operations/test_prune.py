@@ -190,7 +190,7 @@ def test_a_signal_that_asks_leaves_every_point_whole_and_no_trace(scene, tmp_pat
                 prune(history.machine, REQUEST, Quiet())
         finally:
             undo()
-        assert stopped.value.hint == "all points that are kept are whole; run the command again to go on"
+        assert stopped.value.hint == "all points that stay are complete; run the command again to continue"
         assert stay <= set(history.manifests())
         history.require_tidy()
     history.require_whole()

@@ -76,8 +76,8 @@ class CleanOptions:
     """
     The options of `clean`, which do not contradict each other.
 
-    `bitmaps` selects those of the repository at hand, `repositories` those of short ids, also of repositories that no
-    longer exist.
+    `bitmaps` selects those of --repo or the configured repository, `repositories` those of short ids, also of
+    repositories that no longer exist.
     """
 
     qmp: Path | None
@@ -191,7 +191,7 @@ def _list_or_remove(
 def _show_bitmaps(wanted: CleanOptions, outcomes: Sequence[Outcome], removed: Sequence[str]) -> None:
     for outcome in outcomes:
         if outcome.problem is not None:
-            output.warning(f"{outcome.found.place.text}: {outcome.found.name} was not removed: {outcome.problem}")
+            output.warning(f"{outcome.bitmap.place.text}: {outcome.bitmap.name} was not removed: {outcome.problem}")
     if options.json:
         json_output.write(BitmapsDocument(removed, [BitmapDocument.of(outcome) for outcome in outcomes]))
         return
@@ -200,7 +200,7 @@ def _show_bitmaps(wanted: CleanOptions, outcomes: Sequence[Outcome], removed: Se
     for what in removed:
         output.line(f"removed {what}")
     for outcome in outcomes:
-        output.line(f"{outcome.found.place.text}: {outcome.found.name}: {_state(outcome)}")
+        output.line(f"{outcome.bitmap.place.text}: {outcome.bitmap.name}: {_state(outcome)}")
     output.note(_advice(wanted, outcomes), to_stderr=False)
 
 
@@ -209,7 +209,7 @@ def _state(outcome: Outcome) -> str:
         return "removed"
     if outcome.problem is not None:
         return "not removed"
-    return "selected" if outcome.selected else f"not selected, of repository {outcome.found.repository}"
+    return "selected" if outcome.selected else f"not selected, of repository {outcome.bitmap.repository}"
 
 
 def _advice(wanted: CleanOptions, outcomes: Sequence[Outcome]) -> str:
@@ -237,9 +237,9 @@ class BitmapDocument:
     def of(cls, outcome: Outcome) -> BitmapDocument:
         """Return the document of a bitmap."""
         return cls(
-            place=outcome.found.place.text,
-            name=outcome.found.name,
-            repository=outcome.found.repository,
+            place=outcome.bitmap.place.text,
+            name=outcome.bitmap.name,
+            repository=outcome.bitmap.repository,
             selected=outcome.selected,
             removed=outcome.removed,
             problem=outcome.problem,
