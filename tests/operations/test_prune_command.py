@@ -208,7 +208,7 @@ def test_too_little_space_is_said_before_a_rewrite_and_what_needs_none_goes(hist
     assert points(history) == names
     done = prune(history, *options)
     assert done.rc == 1
-    assert f"to rewrite disk vda of point {names[2]} takes" in done.stderr
+    assert f"a rewrite of disk vda of point {names[2]} needs" in done.stderr
     assert "4096000 (3.9 MiB) are free" in done.stderr or "are free" in done.stderr
     assert points(history) == [*names[:3], names[8]], "what needs no rewriting went"
     history.require_whole()

@@ -214,7 +214,7 @@ def test_a_point_that_is_served_and_a_machine_that_is_locked_are_refused(copied)
         fcntl.flock(held, fcntl.LOCK_SH)
         for what in (f"m/{ids[3]}", "m"):
             done = command(copied, what, "--yes")
-            assert (done.rc, "stays: in use" in done.stderr) == (11, True), done
+            assert (done.rc, "cannot be removed: in use" in done.stderr) == (11, True), done
     with open(folder_of(copied.machine) / "lock", "rb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         assert command(copied, f"m/{ids[3]}", "--yes").rc == 11

@@ -428,7 +428,7 @@ def test_a_loop_device_on_a_backup_is_no_target(tmp_path):
     before = data.read_bytes()
     with loop_device(data) as device:
         done = restore(night, device, "--force")
-    assert (done.rc, "among the backups" in done.stderr) == (2, True), done
+    assert (done.rc, "lies in the repository" in done.stderr) == (2, True), done
     assert data.read_bytes() == before
 
 
@@ -525,7 +525,7 @@ def test_a_restore_does_not_replace_a_backup(tmp_path):
     for target in (data, tmp_path / "link", data.with_name("new.raw"), marker, other):
         done = call_pybackup(["restore", "disk/latest", target, "--repo", night.repository, "--force"])
         assert done.rc == 2, done
-        assert "among the backups" in done.stderr
+        assert "lies in the repository" in done.stderr
     assert data.read_bytes() == before
     assert not data.with_name("new.raw").exists()
 

@@ -81,7 +81,7 @@ def test_all_disks_of_a_folder_count_together(tmp_path, monkeypatch):
     command = ["--config", config, "restore", "m"]
     monkeypatch.setattr(restore_space, "_free", lambda _: 9 * MIB)
     done = call_pybackup([*command, tmp_path / "out"])
-    assert (done.rc, "takes 10 MiB" in done.stderr) == (1, True), done
+    assert (done.rc, "needs 10 MiB" in done.stderr) == (1, True), done
     assert not (tmp_path / "out").exists()
     assert call_pybackup([*command, tmp_path / "one.raw", "--disk", "vda"]).rc == 0
     monkeypatch.setattr(restore_space, "_compresses", lambda _: True)
