@@ -56,8 +56,8 @@ def restore(
         bool,
         typer.Option(
             "--salvage",
-            help="Restore what is intact of a damaged chain, write zeroes for the rest, list those ranges, and exit "
-            "with 12.",
+            help="Restore what is intact of a damaged chain, write zeroes for the rest, and list those ranges.  Exit "
+            "code 12: something is lost.",
         ),
     ] = False,
     repo: Repo = None,
