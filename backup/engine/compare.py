@@ -113,7 +113,7 @@ class Differences:
     def __init__(self, content: Content) -> None:
         self._comparison = _Comparison(content)
         self._lock = threading.Lock()
-        self._found: list[tuple[Offsets, Offsets]] = []
+        self._kept: list[tuple[Offsets, Offsets]] = []
         self._ranges = 0
         self.bytes = 0
         """Bytes that differ, in whole sectors; the last sector counts only up to the disk's end."""
@@ -141,10 +141,10 @@ class Differences:
         """
         Return start and end (bytes) of the ranges that differ, ascending and merged; incomplete if there are too many.
         """
-        if not self._found:
+        if not self._kept:
             return []
-        starts = np.concatenate([found[0] for found in self._found])
-        ends = np.concatenate([found[1] for found in self._found])
+        starts = np.concatenate([starts for starts, _ in self._kept])
+        ends = np.concatenate([ends for _, ends in self._kept])
         order = np.argsort(starts)
         starts, ends = starts[order], ends[order]
         apart = starts[1:] != ends[:-1]
@@ -161,7 +161,7 @@ class Differences:
         with self._lock:
             self.bytes += int((ends - starts).sum())
             if self.complete:
-                self._found.append((starts, ends))
+                self._kept.append((starts, ends))
             self._ranges += len(starts)
 
 

@@ -100,7 +100,7 @@ _BATCHES_EACH = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class _Piece:
     """A run of data in a buffer: its guest offset and length in bytes, and its place in the buffer."""
 
     offset: int
@@ -109,12 +109,12 @@ class Piece:
 
 
 @dataclass(slots=True)
-class Batch:
+class _Batch:
     """
     Pieces that share a buffer, so that small scattered runs are stored together; `waiting` counts reads in flight.
     """
 
-    pieces: list[Piece]
+    pieces: list[_Piece]
     buffer: memoryview = field(default_factory=lambda: memoryview(b""))
     waiting: int = 0
 
@@ -185,8 +185,8 @@ class _Channel:
     """
 
     lane: Lane
-    begun: deque[Batch] = field(default_factory=deque)
-    waiting: deque[tuple[int, memoryview, Batch]] = field(default_factory=deque)
+    begun: deque[_Batch] = field(default_factory=deque)
+    waiting: deque[tuple[int, memoryview, _Batch]] = field(default_factory=deque)
     due: float | None = None
 
     @property
@@ -194,10 +194,10 @@ class _Channel:
         """Number of answers to wait for, until more reads are worth submitting or a batch is whole."""
         return max(1, self.lane.in_flight // 2) if self.waiting else self.begun[0].waiting
 
-    def arrived(self, tokens: list[object]) -> list[Batch]:
+    def arrived(self, tokens: list[object]) -> list[_Batch]:
         """Take note of answers; return the batches that are now whole."""
         for batch in tokens:
-            assert isinstance(batch, Batch)
+            assert isinstance(batch, _Batch)
             batch.waiting -= 1
         whole = [batch for batch in self.begun if not batch.waiting]
         for batch in whole:
@@ -216,18 +216,18 @@ class _Jobs:
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
-        self._jobs: queue.SimpleQueue[_Channel | Batch | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[_Channel | _Batch | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self.idle = 0
         """Waiting threads minus waiting jobs.  If this is positive, a job that is put is taken at once."""
 
-    def take(self) -> _Channel | Batch | None:
+    def take(self) -> _Channel | _Batch | None:
         """Wait for a job; None means that no more jobs will come."""
         with self._lock:
             self.idle += 1
         return self._jobs.get()
 
-    def put(self, job: _Channel | Batch) -> None:
+    def put(self, job: _Channel | _Batch) -> None:
         with self._lock:
             self.idle -= 1
             self._jobs.put(job)
@@ -272,7 +272,7 @@ class _CopyRun:
             self._jobs.put(channel)
         self._open = len(channels)
         self._lock = threading.Lock()
-        self._batches: Iterator[Batch] | None = self._cut()
+        self._batches: Iterator[_Batch] | None = self._cut()
         self._outstanding: dict[int, None] = {}
         self._issued = 0
         self._pace = Pace(settings.limit)
@@ -290,7 +290,7 @@ class _CopyRun:
         self._jobs.end()
         self._free.end(self.threads)
 
-    def _read(self, channel: _Channel) -> Batch | None:
+    def _read(self, channel: _Channel) -> _Batch | None:
         """
         Read through a channel until a batch is whole, and then leave the channel to other threads.
 
@@ -302,7 +302,7 @@ class _CopyRun:
         batch are in flight.
         """
         lane = channel.lane
-        whole: list[Batch] = []
+        whole: list[_Batch] = []
         while not self.stop.is_set():
             if not whole:
                 self._ask(channel)
@@ -363,7 +363,7 @@ class _CopyRun:
         channel.due = None
         return True
 
-    def _next(self, *, patient: bool) -> Batch | None:
+    def _next(self, *, patient: bool) -> _Batch | None:
         """
         Return the next batch, with a buffer; None if no buffer is free now, or no batch is left (_batches is None).
         """
@@ -381,7 +381,7 @@ class _CopyRun:
         self._free.push(buffer)
         return None
 
-    def _store(self, batch: Batch) -> None:
+    def _store(self, batch: _Batch) -> None:
         cluster = self.plan.cluster_size
         last = batch.pieces[-1]
         end = last.at + -(-last.length // cluster) * cluster
@@ -399,10 +399,10 @@ class _CopyRun:
             self._end_if_done()
         self.sink.completed_below(low // cluster)
 
-    def _cut(self) -> Iterator[Batch]:
+    def _cut(self) -> Iterator[_Batch]:
         """Divide the plan's data into batches that fit a buffer; pass the zeroes between them directly to the sink."""
         cluster = self.plan.cluster_size
-        pieces: list[Piece] = []
+        pieces: list[_Piece] = []
         filled = 0
         for first, kinds in self.plan.windows():
             for start, length, kind in cluster_runs(first, kinds, cluster, self.plan.size):
@@ -412,14 +412,14 @@ class _CopyRun:
                 end = start + length
                 while start < end:
                     count = min(end - start, self._batch - filled)
-                    pieces.append(Piece(start, count, filled))
+                    pieces.append(_Piece(start, count, filled))
                     start += count
                     filled += -(-count // cluster) * cluster
                     if filled == self._batch:
-                        yield Batch(pieces)
+                        yield _Batch(pieces)
                         pieces, filled = [], 0
         if pieces:
-            yield Batch(pieces)
+            yield _Batch(pieces)
 
 
 class _Stack:
@@ -449,7 +449,7 @@ class _Stack:
             self._free.put(None)
 
 
-def _numbers(pieces: Sequence[Piece], cluster_size: int) -> Offsets:
+def _numbers(pieces: Sequence[_Piece], cluster_size: int) -> Offsets:
     """Return the numbers of the clusters that the pieces cover, in order."""
     firsts = np.array([piece.offset // cluster_size for piece in pieces], np.int64)
     counts = np.array([-(-piece.length // cluster_size) for piece in pieces], np.int64)
@@ -457,7 +457,7 @@ def _numbers(pieces: Sequence[Piece], cluster_size: int) -> Offsets:
     return np.repeat(firsts - (ends - counts), counts) + np.arange(int(ends[-1]))
 
 
-def _requests(batch: Batch, size: int, smallest: int) -> list[tuple[int, memoryview, Batch]]:
+def _requests(batch: _Batch, size: int, smallest: int) -> list[tuple[int, memoryview, _Batch]]:
     """Return the reads that fill a batch; extended to multiples of `smallest`, none has more than `size` bytes."""
     view = batch.buffer
     reads = [

@@ -129,8 +129,8 @@ def estimate(machine: Machine, merge: Merge) -> Estimate:
         for first, count in _windows(merge.chain):
             holders, entries = index.resolve(first, count, zeroes=True)
             data += int(qcow2.spans(entries, cluster)[1].sum())
-            held = np.flatnonzero(holders != NOBODY) + first
-            tables += len(np.unique(held // (cluster // 8)))
+            used = np.flatnonzero(holders != NOBODY) + first
+            tables += len(np.unique(used // (cluster // 8)))
     covered = cluster * (cluster // 8)
     hidden = 0 if merge.hides_from is None else -(-(merge.parent_size - merge.hides_from) // covered) + 1
     # Header, L1 table, refcounts, clusters that are compressed anew, and the unused end of the last run of frames.
