@@ -53,7 +53,7 @@ class Check:
 
     @property
     def is_unread(self) -> bool:
-        """Whether nothing of the file is read: it is left out, or the sample contains none of its blocks."""
+        """Whether nothing of the file is read: it is left out, already known to be wrong, or not in the sample."""
         return self.skipped or self.blocks == []
 
     @property
