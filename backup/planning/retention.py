@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from itertools import count, pairwise
@@ -162,12 +162,11 @@ def doubts(points: Iterable[DatedPoint], now: datetime) -> dict[str, str]:
     return found
 
 
-def first_after_jump(points: Iterable[DatedPoint]) -> DatedPoint | None:
-    """Find the first point of one disk after an unconfirmed jump; the times of the points must be in order."""
+def firsts_after_jumps(points: Iterable[DatedPoint]) -> list[DatedPoint]:
+    """Find the first point of one disk after each unconfirmed jump; the times of the points must be in order."""
     # A pinned point stays while its neighbours go, so that it does not show how far apart points usually are.
     ordered = sorted((point for point in points if not point.pinned), key=lambda point: point.sequence)
-    after = _after_jump(_smoothed([point.started for point in ordered]))
-    return ordered[-after] if after else None
+    return [ordered[-after] for after in _after_jumps(_smoothed([point.started for point in ordered]))]
 
 
 def _smoothed(times: Sequence[datetime]) -> list[datetime]:
@@ -197,16 +196,14 @@ def _longest_in_order(times: Sequence[datetime]) -> set[int]:
     return found
 
 
-def _after_jump(times: Sequence[datetime]) -> int:
-    """Count the newest times that follow an unconfirmed jump."""
+def _after_jumps(times: Sequence[datetime]) -> Iterator[int]:
+    """For each unconfirmed jump, newest first, count the times that follow it."""
     gaps = [later - earlier for earlier, later in pairwise(times)]
-    found = 0
     for after in range(1, len(times)):
         if after >= _CONFIRMED and times[-1] - times[-after] >= _WEEK:
-            break
+            return
         if _is_jump(gaps[-after], gaps[-after - _LOOK : -after]):
-            found = after
-    return found
+            yield after
 
 
 def _is_jump(gap: timedelta, before: Sequence[timedelta]) -> bool:
@@ -255,9 +252,8 @@ def _of_disk(points: Sequence[DatedPoint], policy: Policy, now: datetime) -> Ite
     dated = [point for point in points if point.point not in doubtful]
     found = list(_by_rules(points, dated, policy))
     yield from found
-    jumped = first_after_jump(dated)
-    if jumped is not None:
-        kept = {point for point, _ in found}
+    kept = {point for point, _ in found}
+    for jumped in firsts_after_jumps(dated):
         before = [point for point in dated if point.sequence < jumped.sequence]
         yield from (
             (point, f"{why}, {UNCONFIRMED}") for point, why in _by_rules((), before, timed) if point not in kept

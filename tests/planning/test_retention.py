@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 from itertools import accumulate, pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from backup.errors import UsageError
@@ -18,7 +18,7 @@ from backup.planning.retention import (
     Duration,
     Policy,
     doubts,
-    first_after_jump,
+    firsts_after_jumps,
     keep,
 )
 
@@ -194,6 +194,7 @@ def at_hours(hours):
     return [DatedPoint(str(hour), i, start + timedelta(hours=hour), ("vda",)) for i, hour in enumerate(hours, 1)]
 
 
+@example({"yearly": 2}, [0, 2160, 4320, 5040, 5760, 6480, 7200, 7920])  # two jumps once the nights between are gone
 @given(COUNTS, REGULAR)
 def test_pruning_what_was_pruned_changes_nothing(counts, hours):
     points = at_hours(hours)
@@ -310,7 +311,7 @@ def test_what_people_usually_do_is_no_jump(steps):
     hours = list(accumulate((steps[i % len(steps)] for i in range(60)), initial=0))
     for count in range(1, len(hours)):
         assert doubts(at_hours(hours[:count]), LATER) == {}
-        assert first_after_jump(at_hours(hours[:count])) is None, count
+        assert firsts_after_jumps(at_hours(hours[:count])) == [], count
 
 
 @pytest.mark.parametrize(
@@ -368,5 +369,5 @@ def test_pinned_points_say_nothing_of_how_far_apart_points_usually_are():
     points = [
         replace(point, pinned=day < 3) for day, point in zip(days, at_hours([24 * day for day in days]), strict=True)
     ]
-    assert first_after_jump(points) is None
-    assert first_after_jump([replace(point, pinned=False) for point in points]) == points[3]
+    assert firsts_after_jumps(points) == []
+    assert firsts_after_jumps([replace(point, pinned=False) for point in points]) == [points[3]]

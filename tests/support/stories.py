@@ -42,7 +42,7 @@ import backup.operations.restore
 import backup.operations.verify
 from backup.cli import app
 from backup.cli.output import Quiet
-from backup.planning.retention import DatedPoint, first_after_jump
+from backup.planning.retention import DatedPoint, firsts_after_jumps
 
 KIB = 1 << 10
 EPOCH = datetime(2026, 1, 1, 0, 30, tzinfo=UTC)
@@ -313,13 +313,13 @@ def must_stay(points: Sequence[Kept], rules: Mapping[str, int], within_days: int
         stay |= {point.point for point in held if within_days and point.started > newest - timedelta(days=within_days)}
         for rule, number in rules.items():
             stay |= _of_rule(held, rule, number)
-        jump = first_after_jump(DatedPoint(p.point, p.sequence, p.started, (disk,), p.pinned) for p in held)
-        before = [point for point in held if jump is not None and point.sequence < jump.sequence]
-        for rule, number in rules.items():
-            stay |= _of_rule(before, rule, number) if rule != "last" else set()
-        if before and within_days:
-            start = before[0].started - timedelta(days=within_days)
-            stay |= {point.point for point in before if point.started > start}
+        for jump in firsts_after_jumps(DatedPoint(p.point, p.sequence, p.started, (disk,), p.pinned) for p in held):
+            before = [point for point in held if point.sequence < jump.sequence]
+            for rule, number in rules.items():
+                stay |= _of_rule(before, rule, number) if rule != "last" else set()
+            if within_days:
+                start = before[0].started - timedelta(days=within_days)
+                stay |= {point.point for point in before if point.started > start}
     return stay
 
 
