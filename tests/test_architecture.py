@@ -129,36 +129,65 @@ def test_every_command_module_is_in_the_table_of_commands():
     assert named == {*COMMAND_MODULES}
 
 
-REPOSITORY_MODULES = sorted(
+ABOVE_STORAGE = sorted(
+    module for module in MODULES if module != "backup" and [*LAYERS].index(package(module)) > [*LAYERS].index("storage")
+)
+STORAGE = {"backup.storage", "backup.storage.base", "backup.storage.choose", "backup.storage.refusals"}
+"""What the packages above know of the storage: its protocol, its errors, and which storage a location names."""
+
+
+@pytest.mark.parametrize("module", ABOVE_STORAGE)
+def test_how_files_are_stored_is_known_to_the_storage_alone(module):
+    assert {name for name in of_package(MODULES[module]) if package(name) == "storage"} <= STORAGE
+
+
+def attributes(module):
+    """All names that a module takes from something, such as `local_folder` in `files.local_folder()`."""
+    tree = ast.parse(MODULES[module].read_text())
+    return {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)} | {
+        alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+
+
+def test_a_local_folder_is_for_those_who_need_one():
+    """`serve`, `files` and `get` give it to QEMU; a backup watches its free space; a restore keeps out of it."""
+    users = {module for module in ABOVE_STORAGE if {"local_folder", "require_local_folder"} & attributes(module)}
+    assert users == {
+        "backup.guest.files",
+        "backup.operations.backup",
+        "backup.operations.restore_targets",
+        "backup.operations.serve",
+    }
+
+
+WITHOUT_PATHS = sorted(
     module
-    for module in MODULES
-    if module.split(".")[1:2] in (["model"], ["repository"], ["engine"], ["operations"])
-    and module
-    not in {
-        "backup.engine.block_devices",
-        "backup.engine.replaced_file",
-        "backup.engine.streamer",
-        "backup.engine.targets",
+    for module in [module for module in MODULES if module != "backup"]
+    if package(module) in {"model", "repository"}
+    or module
+    in {
+        *(f"backup.engine.{name}" for name in ("checker", "compare", "copier", "merge", "restorer")),
+        *(f"backup.operations.{name}" for name in ("audit", "backup", "copy", "prune", "remove")),
+        *(f"backup.operations.{name}" for name in ("restore", "spot_check", "status", "verify")),
     }
 )
-"""Modules that may open a repository's files; a restore's targets are not a repository's."""
+"""Modules that work on a repository, wherever it lies."""
+SHIPPED = "backup.repository.repository"
+"""Reads RECOVERY.txt from the program's own folder."""
 
 
-@pytest.mark.parametrize("module", REPOSITORY_MODULES)
-def test_a_repositorys_files_are_opened_by_plainfile_only(module):
+@pytest.mark.parametrize("module", WITHOUT_PATHS)
+def test_what_works_on_a_repository_knows_no_paths_and_opens_no_files(module):
     """Another opener might follow a link, wait for a pipe, or write to a file with several names."""
+    assert module == SHIPPED or "pathlib" not in imports(MODULES[module])
     tree = ast.parse(MODULES[module].read_text())
     for node in ast.walk(tree):
-        if not isinstance(node, ast.Call):
-            continue
-        called = ast.unparse(node.func)
-        if called == "open":
-            opened = ast.unparse(node.args[0])
-            assert opened == "fd" or opened.startswith(("open_file(", "create_file(")), f"line {node.lineno}: {opened}"
-        assert called != "os.open" or "O_DIRECTORY" in ast.unparse(node), f"line {node.lineno}"
+        called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+        assert called != "open", f"line {node.lineno}"
         assert not called.endswith((".read_text", ".write_text", ".write_bytes")), f"line {node.lineno}"
-        shipped = "Path(__file__)" in called
-        assert shipped or not called.endswith(".read_bytes"), f"line {node.lineno}"
+        assert "Path(__file__)" in called or not called.endswith(".read_bytes"), f"line {node.lineno}"
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "os":
+            assert node.attr in {"urandom", "sched_getaffinity", "strerror"}, f"line {node.lineno}: os.{node.attr}"
 
 
 def test_no_cycles():
