@@ -2,7 +2,8 @@
 Chains: a disk's points from a full to the newest, proven contiguous.
 
 A child names its parent's id and identity; `build` refuses gaps, swaps and foreign parents.  Which point holds a byte
-is backup.index's to say; this module does without numpy, so that a command that only shows chains starts quickly.
+is found by `repository.cluster_index`.  This module does not import numpy, so that a command that only shows chains
+starts quickly.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _NONE: Mapping[str, BackupError] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """One disk in one point."""
+    """One disk of one point, as an element of a chain."""
 
     point: str
     sequence: int
@@ -28,33 +29,37 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """Links from the newest to the full."""
+    """The links of a disk, from the newest to the full."""
 
     disk: str
     links: tuple[Link, ...]
 
     @property
     def newest(self) -> Link:
-        """The link that the chain was built for."""
+        """The link of the point that the chain was built for."""
         return self.links[0]
 
     @property
     def size(self) -> int:
-        """Exact size of the disk at the newest point, in bytes."""
+        """The exact size of the disk at the newest point, in bytes."""
         return self.links[0].entry.size
 
     @property
     def cluster_size(self) -> int:
-        """Bytes; the same in all links."""
+        """The size of a cluster in bytes, the same in all links."""
         return self.links[0].entry.data.cluster_size
 
     def part(self, start: int, end: int | None = None) -> Chain:
-        """Some neighbouring links, as a chain of their own: what they hold, whatever lies below them."""
+        """Return neighbouring links as a chain of their own, which need not end in a full."""
         return Chain(self.disk, self.links[start:end])
 
     @property
     def limits(self) -> tuple[int, ...]:
-        """For each link: from this byte on it does not show, since it or a point after it was that short."""
+        """
+        For each link, the offset from which its data is no longer visible.
+
+        It is the smallest disk size of the link's point and all newer points of the chain.
+        """
         limits: list[int] = []
         for link in self.links:
             limits.append(min(link.entry.size, limits[-1] if limits else link.entry.size))
@@ -62,28 +67,28 @@ class Chain:
 
 
 def newest_manifest(manifests: Iterable[Manifest], disk: str | None = None) -> Manifest | None:
-    """The manifest of the highest sequence, of those that hold `disk`; never by time or name."""
-    held = [manifest for manifest in manifests if disk is None or manifest.disk(disk) is not None]
-    return max(held, key=lambda manifest: manifest.sequence, default=None)
+    """Return the manifest with the highest sequence, of those that hold `disk`; times and names do not count."""
+    holders = [manifest for manifest in manifests if disk is None or manifest.disk(disk) is not None]
+    return max(holders, key=lambda manifest: manifest.sequence, default=None)
 
 
 def build(
     manifests: Mapping[str, Manifest], point: str, disk: str, unreadable: Mapping[str, BackupError] = _NONE
 ) -> Chain:
     """
-    Follow parents from `point` down to a full.
+    Build the chain of a disk: follow the parents from `point` down to a full.
 
     Parameters
     ----------
     manifests : mapping
         The machine's manifests by point id.
     unreadable : mapping
-        What is wrong with the others, by file name: a damaged manifest is there, and not missing.
+        The errors of the manifests that could not be read, by file name: such a manifest is damaged, and not missing.
 
     Raises
     ------
     NotFound
-        The point or the disk is not there, or a parent's manifest is missing.
+        The point or the disk does not exist, or a parent's manifest is missing.
     BackupError
         A manifest of the chain cannot be read.
     Damaged
@@ -97,9 +102,9 @@ def build(
 
 def require_whole(manifests: Mapping[str, Manifest]) -> None:
     """
-    Make sure that every disk of every point leads down to a full; each link is looked at once.
+    Make sure that the chain of every disk of every point is whole; each link is checked once.
 
-    A parent's sequence is below its child's, so that links which are all sound end somewhere, which is in a full.
+    A parent's sequence is below its child's.  So a chain of valid links cannot go on for ever, and ends in a full.
 
     Raises
     ------
@@ -113,7 +118,7 @@ def require_whole(manifests: Mapping[str, Manifest]) -> None:
 
 
 def first_link(manifests: Mapping[str, Manifest], point: str, disk: str, unreadable: Mapping[str, BackupError]) -> Link:
-    """A disk in the point that a chain is built for; raises as `build`."""
+    """Return the link of the point that a chain is built for; raises as `build`."""
     manifest = manifests.get(point)
     if manifest is None:
         if f"{point}.json" in unreadable:
@@ -121,7 +126,7 @@ def first_link(manifests: Mapping[str, Manifest], point: str, disk: str, unreada
         raise NotFound(f"there is no point {point}", hint="see `pybackup list` for the points that there are")
     entry = manifest.disk(disk)
     if entry is None:
-        names = ", ".join(held.name for held in manifest.disks)
+        names = ", ".join(other.name for other in manifest.disks)
         raise NotFound(f"point {point} holds no disk {disk!r}", hint=f"it holds: {names}")
     return Link(point, manifest.sequence, entry)
 
@@ -129,15 +134,15 @@ def first_link(manifests: Mapping[str, Manifest], point: str, disk: str, unreada
 def parent_link(
     manifests: Mapping[str, Manifest], child: Link, disk: str, unreadable: Mapping[str, BackupError]
 ) -> Link:
-    """What the child, an incremental, was made against; raises as `build`."""
+    """Return the link that an incremental was made against; raises as `build`."""
     wanted = child.entry.parent
     assert wanted is not None
     manifest = manifests.get(wanted.point)
     if manifest is None:
-        found = unreadable.get(f"{wanted.point}.json")
-        if found is not None:
-            why = f"point {child.point} builds on point {wanted.point}: {found.message}"
-            raise type(found)(why, hint=found.hint) from None
+        error = unreadable.get(f"{wanted.point}.json")
+        if error is not None:
+            why = f"point {child.point} builds on point {wanted.point}: {error.message}"
+            raise type(error)(why, hint=error.hint) from None
         raise NotFound(
             f"point {child.point} builds on point {wanted.point}, whose manifest is missing",
             hint="bring the manifest back from a copy of the repository, or use a point before the gap",
@@ -157,5 +162,5 @@ def parent_link(
 def _mismatch(child: Link, parent: str, why: str) -> BackupError:
     return Damaged(
         f"point {child.point} does not continue point {parent}: {why}",
-        hint="a manifest was swapped or is another chain's; bring the right one back from a copy of the repository",
+        hint="a manifest was swapped or is of another chain; bring the right one back from a copy of the repository",
     )

@@ -1,4 +1,4 @@
-"""How clusters are compressed."""
+"""The compression of clusters, as users write it and manifests store it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from backup.errors import UsageError
 
 MIN_LEVEL, MAX_LEVEL = -7, 19
-"""Of zstd: its fast levels as far as -7, and those that its program offers without --ultra."""
+"""The levels of zstd: its fast levels down to -7, and the levels that the program zstd offers without --ultra."""
 
 
 @dataclass(frozen=True, slots=True)
 class Compression:
-    """How clusters are compressed: zstd of a level, or not at all (`level` is None)."""
+    """The compression of clusters: zstd at a level, or none (`level` is None)."""
 
     level: int | None
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from blake3 import blake3
 
 BLOCK = 4 << 20
-"""Bytes of the data file under one digest."""
+"""Bytes of the data file that one digest covers."""
 LENGTH = 32
 """Bytes of a digest."""
 
 
 def digest(data: bytes | bytearray | memoryview) -> bytes:
-    """BLAKE3 of data, 32 bytes."""
+    """Return the BLAKE3 digest of data, 32 bytes."""
     return blake3(data).digest()
 
 
 def block_count(file_size: int) -> int:
-    """Number of blocks of a file of so many bytes."""
+    """Return the number of blocks of a file of `file_size` bytes."""
     return -(-file_size // BLOCK)

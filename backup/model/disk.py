@@ -50,7 +50,7 @@ class DiskState:
     shows_encryption: bool = True
 
     def bitmap(self, name: str) -> Bitmap | None:
-        """The bitmap of exactly this name in the disk's own image, not in a file below it."""
+        """Return the bitmap of exactly this name in the disk's own image, not in a file below it."""
         return next((bitmap for bitmap in self.bitmaps if bitmap.name == name), None)
 
 
@@ -66,16 +66,16 @@ NO_CLAIM = Claim(None, None)
 
 
 def bitmap_name(bitmap_family: str, short_id: str, point: str) -> str:
-    """The exact name of the bitmap that starts at a point."""
+    """Return the exact name of the bitmap that starts at a point."""
     return f"{bitmap_family}.{short_id}.{point}"
 
 
 def own_bitmaps(names: Iterable[str], short_id: str, *, keep: str | None) -> list[str]:
-    """The bitmaps that this repository may remove: names of pybackup's form with its short id, but not `keep`."""
+    """Return the bitmaps that this repository may remove: pybackup's names with its short id, but not `keep`."""
     return [name for name in names if name != keep and repository_of(name) == short_id]
 
 
 def repository_of(name: str) -> str | None:
     """Return the short id of the repository in a bitmap's name of exactly our form; None for any other name."""
-    found = _OWN_NAME.fullmatch(name)
-    return None if found is None else found[1]
+    match = _OWN_NAME.fullmatch(name)
+    return None if match is None else match[1]

@@ -1,10 +1,10 @@
 """
-Read JSON documents that may hold anything: what they may hold is checked before, while and after they are parsed.
+Read untrusted JSON documents: they are checked before, while and after they are parsed.
 
-Manifests, the marker and what `verify` remembers lie in a folder that others may be able to write to, and a digest
-proves only that a document is what its last writer wanted.  So each document has a bound on its bytes, which also
-bounds the memory that its values take (the worst, nested empty lists, take 44 times their text), and each field is
-taken by one of the methods of `Fields`, which say what it may be.  Pure.
+Manifests, the marker and the records of `verify` lie in a folder that others may be able to write to.  A digest proves
+only that a document is what its last writer wanted.  So the size of a document is limited, which also limits the memory
+that its values take (nested empty lists, the worst case, take 44 times their text).  Each field is read by a method of
+`Fields` that checks its type, range and characters.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from datetime import datetime
 from typing import Any, NoReturn, TypeVar
 
 MAX_BYTES = 4 << 20
-"""Bytes of a document.  A manifest of a thousand disks has a third of that."""
+"""Largest document, in bytes.  The manifest of a thousand disks has a third of that."""
 MAX_TEXT = 64 << 10
-"""Characters of a text.  A path of Linux has 4096 bytes; messages hold a few of them."""
+"""Longest text, in characters.  A Linux path has at most 4096 bytes; a message may hold a few paths."""
 MAX_NUMBER = (1 << 62) - 1
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 class BadDocument(Exception):
-    """A document is not what it should be; the message says why, in a few words."""
+    """A document is not valid; the message says why, in a few words."""
 
 
 def moment_of(text: str) -> datetime:
@@ -48,7 +48,7 @@ def moment_of(text: str) -> datetime:
 
 
 def shown(value: object) -> str:
-    """A value in a message; a hostile one may have megabytes."""
+    """Return a value for a message, shortened: a hostile document may hold megabytes."""
     text = repr(value[:100]) if isinstance(value, str) else repr(value)
     return text if len(text) <= 100 else text[:100] + "..."
 
@@ -57,13 +57,13 @@ def parse(content: bytes) -> dict[str, Any]:
     """
     Parse a JSON object in ASCII.
 
-    Refused are also what only some parsers accept or what each of them reads differently: a field that is there twice,
-    NaN and Infinity, and numbers of thousands of digits.
+    JSON that some parsers refuse, or that parsers read differently, is refused as well: a field that appears twice, NaN
+    and Infinity, and numbers of thousands of digits.
 
     Raises
     ------
     BadDocument
-        It is anything else, or larger than MAX_BYTES.
+        The content is anything else, or larger than MAX_BYTES.
     """
     if len(content) > MAX_BYTES:
         raise BadDocument(f"it has {len(content)} bytes, more than {MAX_BYTES}")
@@ -79,11 +79,11 @@ def parse(content: bytes) -> dict[str, Any]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
         names = [name for name, _ in pairs]
-        raise BadDocument(f"it has the field {shown(next(n for n in found if names.count(n) > 1))} twice")
-    return found
+        raise BadDocument(f"it has the field {shown(next(name for name in fields if names.count(name) > 1))} twice")
+    return fields
 
 
 def _no_number(text: str) -> NoReturn:
@@ -95,12 +95,12 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_number
 
 class Fields:
     """
-    Takes fields out of a JSON object, each of which must be what the method says.
+    Reads the fields of a JSON object; each method checks what its field may hold.
 
-    Each run reads all manifests of a machine, of which there may be a thousand: what is right is found right by one
-    look, and where it was, as `place` and the place of what it lies in, is put into words only for an error.
+    Every run reads all manifests of a machine, and there may be a thousand of them.  So a valid field costs one check,
+    and the place of a field in the document is put into words only for an error.
 
-    Every method raises BadDocument where the field is missing or something else.
+    Every method raises BadDocument if the field is missing or not valid.
     """
 
     __slots__ = ("_outer", "_place", "_value")
@@ -113,29 +113,29 @@ class Fields:
         self._value: dict[str, Any] = value
 
     def where(self) -> str:
-        """The object's place in the document."""
+        """Return the object's place in the document, for messages."""
         return self._place if self._outer is None else f"{self._outer.where()}.{self._place}"
 
     def take(self, key: str, kind: type[T]) -> T:
-        """A value of exactly this type."""
+        """Return a value of exactly this type."""
         value = self._value.get(key)
         if type(value) is not kind:
             raise BadDocument(f"{self.where()}.{key} is {shown(value)}, not {kind.__name__}")
         return value
 
     def has(self, key: str) -> bool:
-        """Is the field there, and not null?"""
+        """Tell whether the field exists and is not null."""
         return self._value.get(key) is not None
 
     def number(self, key: str, low: int = 0, high: int = MAX_NUMBER) -> int:
-        """A whole number within bounds."""
+        """Return a whole number within bounds."""
         value = self._value.get(key)
         if type(value) is int and low <= value <= high:
             return value
         raise BadDocument(f"{self.where()}.{key} is {shown(self.take(key, int))}, not between {low} and {high}")
 
     def matching(self, key: str, pattern: re.Pattern[str]) -> str:
-        """A text of exactly this form."""
+        """Return a text that matches the whole pattern."""
         value = self._value.get(key)
         if type(value) is str and pattern.fullmatch(value):
             return value
@@ -143,8 +143,10 @@ class Fields:
 
     def text(self, key: str) -> str:
         """
-        A text for people, or a path: no NUL, and no half of a character but those that stand for a byte of a path that
-        is not UTF-8.  It may hold control characters, as paths may: who shows it takes them out.
+        Return a text for people, or a path.
+
+        It holds no NUL, and no surrogates other than those that stand for a byte of a path that is not UTF-8.  It may
+        hold control characters, as paths may: they are removed when the text is shown.
         """
         value = self.take(key, str)
         if len(value) <= MAX_TEXT and "\0" not in value and (value.isascii() or _is_encodable(value)):
@@ -152,11 +154,11 @@ class Fields:
         raise self._unwritten(key, value)
 
     def optional_text(self, key: str) -> str | None:
-        """A text, or None where the field is missing or null."""
+        """Return a text, or None if the field is missing or null."""
         return self.text(key) if self.has(key) else None
 
     def time(self, key: str) -> str:
-        """A time that `moment_of` reads."""
+        """Return a time that `moment_of` can read."""
         value = self.take(key, str)
         try:
             moment_of(value)
@@ -165,11 +167,11 @@ class Fields:
         return value
 
     def inner(self, key: str) -> Fields:
-        """An object in the object."""
+        """Return an object within the object."""
         return Fields(self._value.get(key), key, self)
 
     def items(self, key: str) -> list[Fields]:
-        """The objects of a list."""
+        """Return the objects of a list."""
         return [Fields(value, f"{key}[{i}]", self) for i, value in enumerate(self.take(key, list))]
 
     def _unwritten(self, key: str, value: str) -> BadDocument:
@@ -177,7 +179,7 @@ class Fields:
 
 
 def _is_encodable(text: str) -> bool:
-    """Can the text be a name of a file?"""
+    """Tell whether the text can be the name of a file."""
     try:
         text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:

@@ -1,10 +1,9 @@
 """
 Manifests: the JSON that describes a point and makes it exist (FORMAT.md, "The manifest").
 
-A manifest ends in a digest of all its bytes before that digest, so that any changed byte is found.  Values are frozen;
-`encode` and `decode` are pure.  `decode` checks every field (types, ranges, lengths, characters): what it returns holds
-nothing that pybackup does not write.  Unknown fields are ignored (a later program may add some); a newer `version` is
-refused.
+A manifest ends in a digest of all bytes before the digest, so that any changed byte is found.  `decode` checks every
+field (type, range, length, characters), and returns nothing that pybackup does not write.  Unknown fields are ignored,
+because a later program may add some; a newer `version` is refused.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ from backup.model.documents import DIGEST, RANDOM, WORD, BadDocument, Fields, sh
 
 FORMAT = "pybackup manifest"
 VERSION = 2
-"""The highest that this program reads; a manifest says the lowest that can express it (FORMAT.md, "History")."""
+"""The highest version that this program reads; a manifest has the lowest that can express it (FORMAT.md, "History")."""
 UNFINISHED = ".part"
-"""What follows a data file's name until it is complete: the newest .qcow2 of a folder is always a whole one."""
+"""Suffix of a data file that is not complete, so that the newest .qcow2 of a folder is always a whole image."""
 NEW = ".new"
-"""What follows a data file's name while the file that will take its place waits beside it."""
+"""Suffix of a rewritten data file that waits beside the one whose place it takes."""
 KINDS = ("full", "incremental")
 NAME_PATTERN = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}"
 POINT_PATTERN = r"[0-9]{8}T[0-9]{6}Z-[0-9a-f]{8}"
@@ -38,17 +37,17 @@ _DIGESTS = re.compile(NAME_PATTERN + r"\.(?P<point>" + POINT_PATTERN + r")\.(?:(
 _NAME = re.compile(NAME_PATTERN)
 _COMPRESSION = re.compile(r"none|zstd(:-?[0-9]{1,3})?")
 _MAX_FILE = 1 << 56
-"""Bytes that a qcow2's offsets reach."""
+"""Largest offset of a qcow2 file, in bytes."""
 _MAX_TABLE = 4 << 20
-"""Entries of an L1 table (QEMU: QCOW_MAX_L1_SIZE)."""
+"""Most entries of an L1 table (QEMU: QCOW_MAX_L1_SIZE)."""
 _MAX_GRANULARITY = 1 << 40
 _MAX_NANOSECONDS = 1 << 94
-"""Of 64 bits of seconds; file systems return any of them for a damaged inode."""
+"""Largest time: file systems return any 64 bits of seconds for a damaged inode."""
 
 
 @dataclass(frozen=True, slots=True)
 class Parent:
-    """What an incremental was made against: the point's id and the disk's identity in it."""
+    """The parent of an incremental: the point's id, and the disk's identity in that point."""
 
     point: str
     identity: str
@@ -87,9 +86,9 @@ class DataFile:
 @dataclass(frozen=True, slots=True)
 class Former:
     """
-    What a disk's entry said before prune rewrote its data file, for as long as either file may have the name.
+    A disk's entry before prune rewrote the data file, kept for as long as either file may have the name.
 
-    The files differ in their backing file: prune rewrites one only where the parent is another afterwards.
+    The two files differ in their backing file: prune rewrites a file only if its parent changes.
     """
 
     kind: str
@@ -101,7 +100,10 @@ class Former:
 @dataclass(frozen=True, slots=True)
 class ByteCounts:
     """
-    Bytes: reported dirty; read as data; recorded as zero unread; of the data, found to be zero; and the stored file.
+    The bytes of a disk's backup.
+
+    `dirty` were reported dirty, `data` were read, `zero` were recorded as zero without reading; `found_zero` of the
+    data turned out to be zero; `stored` is the size of the data file.
     """
 
     dirty: int
@@ -113,7 +115,7 @@ class ByteCounts:
 
 @dataclass(frozen=True, slots=True)
 class LowerFile:
-    """A file below the source in its backing chain, as it was: no bitmap of the source sees a change there."""
+    """A file below the source in its backing chain, when it was backed up; no bitmap of the source sees its changes."""
 
     path: str
     size: int
@@ -168,7 +170,7 @@ class DiskEntry:
     replaces: Former | None = None
 
     def restored(self) -> DiskEntry:
-        """The entry as it was before prune rewrote the data file; itself where it did not."""
+        """Return the entry from before prune rewrote the data file, or the entry itself if prune did not."""
         former = self.replaces
         if former is None:
             return self
@@ -186,7 +188,7 @@ class DiskEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """One point of a machine; one that is `pinned` is never pruned."""
+    """One point of a machine; a `pinned` point is never pruned."""
 
     point: str
     sequence: int
@@ -201,49 +203,49 @@ class Manifest:
     @property
     def version(self) -> int:
         """
-        The lowest version of the format that can express it.
+        The lowest version of the format that can express the manifest.
 
-        An older program would call a file that is exchanged, or a digest file with a number, damaged.
+        An older program would report a file that is being replaced, or a digest file with a number, as damaged.
         """
         plain = all(disk.replaces is None and generation(disk.data.digests) == 0 for disk in self.disks)
         return 1 if plain else 2
 
     def with_disk(self, entry: DiskEntry) -> Manifest:
-        """The same point with another entry for one of its disks."""
+        """Return the same point with another entry for one of its disks."""
         return replace(self, disks=tuple(entry if disk.name == entry.name else disk for disk in self.disks))
 
     def disk(self, name: str) -> DiskEntry | None:
-        """The entry of a disk, or None where the point does not hold it."""
+        """Return the entry of a disk, or None if the point does not hold the disk."""
         return self._by_name.get(name)
 
     @cached_property
     def _by_name(self) -> Mapping[str, DiskEntry]:
-        """Each disk is asked for by its name: in a list of thousands that would take the square of the time."""
+        """The entries by disk name: a search of the list for each of thousands of disks would take too long."""
         return {disk.name: disk for disk in self.disks}
 
 
 def max_disk_size(cluster_size: int) -> int:
-    """The largest disk, in bytes, that a data file with clusters of this size can hold."""
+    """Return the size (bytes) of the largest disk that a data file with clusters of this size can hold."""
     return _MAX_TABLE * (cluster_size // 8) * cluster_size
 
 
 def new_point_id(now: datetime, random_hex: str) -> str:
-    """Make a point's id: UTC to the second for people, eight random hex digits for uniqueness; never for ordering."""
+    """Return a new point id: UTC for people, eight random hex digits to be unique.  Points are never ordered by id."""
     return f"{now.astimezone(UTC):%Y%m%dT%H%M%SZ}-{random_hex}"
 
 
 def timestamp(moment: datetime) -> str:
-    """A time as it stands in a manifest: UTC, to the second."""
+    """Return a time as manifests write it: UTC, to the second."""
     return f"{moment.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
 def is_point_id(text: str) -> bool:
-    """Does the text have the form of a point's id?"""
+    """Tell whether a text has the form of a point's id."""
     return _POINT.fullmatch(text) is not None
 
 
 def is_data_name(text: str) -> bool:
-    """Is it a data file's or digest file's name, or that of one that is not complete or waits to take its place?"""
+    """Tell whether a name is a data file's or digest file's, including files that are unfinished or wait."""
     return (
         _DATA.fullmatch(text.removesuffix(UNFINISHED).removesuffix(NEW)) is not None
         or _DIGESTS.fullmatch(text) is not None
@@ -251,35 +253,35 @@ def is_data_name(text: str) -> bool:
 
 
 def point_of(file: str) -> str | None:
-    """The point whose data file or digest file has this name; None where it can be none's."""
+    """Return the point that a data file or digest file of this name belongs to, or None for other names."""
     match = _DATA.fullmatch(file) or _DIGESTS.fullmatch(file)
     return match["point"] if match else None
 
 
 def data_name(disk: str, point: str) -> str:
-    """The name of a disk's data file."""
+    """Return the name of a disk's data file."""
     return f"{disk}.{point}.qcow2"
 
 
 def digest_name(disk: str, point: str, rewritten: int) -> str:
-    """The name of the digest file of a disk's data file that was rewritten so many times."""
+    """Return the name of the digest file of a data file that was `rewritten` so many times."""
     return f"{disk}.{point}.{rewritten}.b3" if rewritten else f"{disk}.{point}.b3"
 
 
 def generation(digest_file: str) -> int:
-    """How often prune has rewritten the data file that a digest file of this name is of."""
+    """Return how often prune has rewritten the data file that a digest file of this name belongs to."""
     match = _DIGESTS.fullmatch(digest_file)
     return int(match["rewritten"] or 0) if match else 0
 
 
 def encode(manifest: Manifest) -> bytes:
     """
-    Write the manifest as JSON text, its own digest last.
+    Return the manifest as JSON text that ends in its own digest.
 
     Raises
     ------
     Failed
-        It is larger than a manifest may be.
+        The manifest is larger than a manifest may be.
     """
     document = {"format": FORMAT, "version": manifest.version, **asdict(manifest), "digest": "0" * 64}
     text = json.dumps(document, indent=2, ensure_ascii=True) + "\n"
@@ -297,12 +299,12 @@ def decode(content: bytes, name: str) -> Manifest:
     """
     Read a manifest; `name` is for messages.
 
-    The digest comes before the parser: of bytes that are not what was written, nothing else is looked at.
+    The digest is verified before the content is parsed.
 
     Raises
     ------
     Damaged
-        It is not a manifest, or not the one that was written.
+        The content is no manifest, or was changed since it was written.
     Failed
         A newer program wrote it.
     """

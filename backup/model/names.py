@@ -1,9 +1,9 @@
 """
-What machines, disks and bitmaps may be called, and which texts name a folder.
+The names that machines, disks and bitmaps may have, and which texts name a folder.
 
 A machine's name is a folder in the repository and a disk's name begins its data files' names, so neither may hold a
 slash, begin with a dot, or be long.  A bitmap family's name is followed by a dot, the repository and the point that the
-bitmap starts from, so it may hold no dot.  Pure; imports only backup.errors.
+bitmap starts from, so it may hold no dot.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ Kind = Literal["machine", "disk", "bitmap"]
 _PASSWORD = re.compile(r"(://[^/?#@\s]*?):[^/?#\s]*@")
 
 MAX_LENGTH = 64
-"""Characters.  Of a data file's name 32 follow the disk's, of a bitmap's name 35 the family's: far below any limit."""
+"""Longest name, in characters.  A data file's name has 32 more, a bitmap's 35: far below all limits."""
 
 RECOVERY = "RECOVERY.txt"
-"""How to get a disk back without pybackup, beside the marker."""
+"""The file beside the marker that says how to get a disk back without pybackup."""
 MARKER = "pybackup.json"
 """The file that marks a repository, beside the machines' folders (FORMAT.md)."""
 
@@ -39,12 +39,12 @@ _RULES = {
 
 def check_name(kind: Kind, text: str) -> str:
     """
-    Return `text` when it may name a `kind` ("machine", "disk", or "bitmap" for a bitmap family).
+    Return `text` if it may name a `kind` ("machine", "disk", or "bitmap" for a bitmap family).
 
     Raises
     ------
     UsageError
-        The name is empty, too long or has a character that it may not have.
+        The name is empty, too long, or has a character that names may not have.
     """
     problem = name_problem(kind, text)
     if problem is not None:
@@ -53,21 +53,24 @@ def check_name(kind: Kind, text: str) -> str:
 
 
 def name_problem(kind: Kind, text: str) -> str | None:
-    """Say what is wrong with a name; None when nothing is."""
+    """Return what is wrong with a name, or None."""
     if not text:
         return "it is empty"
     if len(text) > MAX_LENGTH:
         return f"it has {len(text)} characters, more than {MAX_LENGTH}"
     if not _PATTERNS[kind].fullmatch(text):
         return f"allowed are {_RULES[kind]}"
-    if kind == "machine" and text.lower() in {MARKER.lower(), RECOVERY.lower()}:  # some file systems know no case
+    if kind == "machine" and text.lower() in {
+        MARKER.lower(),
+        RECOVERY.lower(),
+    }:  # some file systems ignore case
         return "a file of the repository has that name"
     return None
 
 
 def folder_problem(text: str) -> str | None:
     """
-    Say why a text cannot name a repository's folder; None where it can.
+    Return why a text cannot name a repository's folder, or None.
 
     As for scp and rsync, a colon before the first slash means another host or another kind of storage.  pybackup writes
     to folders only: `copy web1 user@host:/srv` must not make a local folder of that name.
@@ -81,12 +84,12 @@ def folder_problem(text: str) -> str | None:
 
 def check_folder(text: str) -> str:
     """
-    Return `text` when it may name a repository's folder.
+    Return `text` if it may name a repository's folder.
 
     Raises
     ------
     UsageError
-        It looks remote.
+        The text looks like a remote place.
     """
     problem = folder_problem(text)
     if problem is not None:
@@ -98,5 +101,5 @@ FOLDER_HINT = "mount the remote place and name its folder; a folder whose name h
 
 
 def without_password(text: str) -> str:
-    """Return a URI, or a text with URIs in it, without the passwords (`user:password@`): it may be shown and stored."""
+    """Return a URI, or a text with URIs, without passwords (`user:password@`), so that it can be shown and stored."""
     return _PASSWORD.sub(r"\1@", text)

@@ -1,12 +1,12 @@
 """
-What a chain says that a disk holds, cluster by cluster, and where a disk differs from it.
+Read the content of a chain, cluster by cluster in the disk's order.
 
-    copier, reading the disk -> Rescanned -> the chain's clusters beside the disk's -> only what differs is stored
-                             -> Differences -> ranges of what differs
+    copier, reading the disk -> Rescanned   -> compares it with the chain -> stores only what differs
+                             -> Differences -> compares it with the chain -> ranges of what differs
 
-The chain is read beside the disk, batch by batch in the disk's order, so that nothing of either is kept.  `checked`
-holds every block of a data file against its digest before a byte of it is used; `glanced` reads few clusters without
-that: a frame has a checksum of its own, and a cluster that equals the disk's needs no other proof.
+The chain and the disk are read side by side, batch by batch, so that neither is kept in memory.  `checked` verifies
+every block of a data file against its digest before a byte of the block is used.  `glanced` reads a few clusters
+without digests: a compressed cluster has a checksum of its own, and one that equals the disk's needs no other proof.
 """
 
 from __future__ import annotations
@@ -28,32 +28,32 @@ from backup.repository.cluster_index import NOBODY, Found, Index
 from backup.storage.base import Files
 
 _MOST_CACHED = 64
-"""Checked blocks (4 MiB each) kept at most: of a long chain one for each file that a batch reads from."""
+"""Most blocks (4 MiB each) in the cache; a batch of a long chain reads from many files."""
 _WINDOWS = 8
-"""Windows whose holders are remembered: each worker is in another one."""
+"""Windows whose holders are kept: each worker is in another one."""
 
 
 class StoredFile(Protocol):
-    """A data file of a chain, opened."""
+    """An open data file of a chain."""
 
     reader: Reader
 
     def read_at(self, offset: int, length: int) -> bytes:
-        """Bytes [offset, offset + length)."""
+        """Return bytes [offset, offset + length)."""
 
 
 class Content:
     """
-    The clusters of a disk of `size` bytes, as its chain has them.  Safe to use from several threads.
+    The clusters of a disk of `size` bytes, as its chain holds them.  Safe to use from several threads.
 
     Parameters
     ----------
     size : int
-        Exact size of the disk now: from there on clusters read as zeroes, as from the end of any point.
+        The exact size of the disk now: bytes beyond it read as zeroes, as do those beyond the end of any point.
     files : sequence of StoredFile
-        Of the chain's links, newest first.
+        The data files of the chain's links, newest first.
     chosen : Offsets or None
-        The only clusters that will be asked for, ascending; None: any.
+        The only clusters that will be read, ascending; None: any.
     """
 
     def __init__(self, chain: Chain, files: Sequence[StoredFile], size: int, chosen: Offsets | None = None) -> None:
@@ -68,7 +68,7 @@ class Content:
 
     def read(self, clusters: Offsets, room: memoryview, codec: Codec) -> None:
         """
-        Fill `room` with the clusters of these numbers, ascending.
+        Read clusters, given by ascending numbers, into `room`.
 
         Raises
         ------
@@ -101,7 +101,7 @@ class Content:
 
 
 class _InWindows:
-    """Who holds what, looked up for all clusters of an L2 table together, in the disk's order.  Thread-safe."""
+    """Finds holders for all clusters of an L2 table together, in the disk's order.  Thread-safe."""
 
     def __init__(self, index: Index, clusters: int) -> None:
         self._index = index
@@ -111,7 +111,7 @@ class _InWindows:
         self._lock = threading.Lock()
 
     def holders(self, clusters: Offsets) -> Found:
-        """For each cluster the number of the link that holds its data, or NOBODY, and the entry there."""
+        """Return, for each cluster, the number of the link that holds its data (or NOBODY), and the L2 entry."""
         holders = np.empty(len(clusters), np.int16)
         entries = np.empty(len(clusters), np.uint64)
         windows = clusters // self._window
@@ -123,7 +123,7 @@ class _InWindows:
         return holders, entries
 
     def _resolve(self, number: int) -> Found:
-        """Holders and entries of a window."""
+        """Return the holders and entries of a window."""
         with self._lock:
             found = self._resolved.get(number)
             if found is None:
@@ -136,27 +136,27 @@ class _InWindows:
 
 
 class _Chosen:
-    """Who holds what, looked up at once for the few clusters that will be asked for.  Thread-safe."""
+    """Finds the holders of a few chosen clusters at once.  Thread-safe."""
 
     def __init__(self, index: Index, chosen: Offsets) -> None:
         self._chosen = chosen
         self._found = index.resolve_some(chosen)
 
     def holders(self, clusters: Offsets) -> Found:
-        """As `_InWindows`."""
+        """Return holders and entries, as `_InWindows`."""
         at = np.searchsorted(self._chosen, clusters)
         return self._found[0][at], self._found[1][at]
 
 
 def kept_blocks(chain: Chain) -> int:
-    """Checked blocks to be kept while a chain is read in the disk's order."""
+    """Return the number of blocks to cache while a chain is read in the disk's order."""
     return min(CACHED + len(chain.links), _MOST_CACHED)
 
 
 @contextmanager
 def checked(files: Files, chain: Chain, size: int) -> Iterator[Content]:
     """
-    A chain's content, to be read in the disk's order, with every block held against its digest first.
+    Open a chain to be read in the disk's order; every block is verified against its digest.
 
     Raises
     ------
@@ -169,6 +169,6 @@ def checked(files: Files, chain: Chain, size: int) -> Iterator[Content]:
 
 @contextmanager
 def glanced(files: Files, chain: Chain, size: int, clusters: Offsets) -> Iterator[Content]:
-    """A few clusters (ascending) of a chain's content, for a look: of a difference `checked` must be asked."""
+    """Open a chain to read a few clusters (ascending) without digests; `checked` must confirm any difference."""
     with data_file.peeked_files(files, chain) as peeked_at:
         yield Content(chain, peeked_at, size, clusters)

@@ -1,5 +1,5 @@
 """
-Who holds what: for a run of clusters, the newest holder of each in a chain, clipped at every point's size (design.md,
+For each cluster of a disk, the newest link of its chain that holds it, clipped at every point's size (design.md,
 "Reading a chain"):
 
     newest, 4 MiB            |....|....|....|....|
@@ -20,36 +20,36 @@ from backup.model.chain import Chain
 from backup.model.extents import Mask, Offsets, distinct, edges
 
 Found = tuple[npt.NDArray[np.int16], npt.NDArray[np.uint64]]
-"""For each cluster its holder (`NOBODY`: none) and the entry there."""
+"""For each cluster the number of the link that holds it (or NOBODY), and the L2 entry there."""
 
 NOBODY = -1
-"""Holder of a cluster that no file of the chain holds: it reads as zero."""
+"""The holder of a cluster that no file of the chain holds: the cluster reads as zero."""
 
 _NEAR_TABLES = 4
-"""So many missing L2 tables between two are passed over with them: that is quicker than one walk for each."""
+"""Gaps of up to this many missing L2 tables are walked through: that is faster than a walk for each side."""
 
 ZERO = 1
-"""What a data file holds for a cluster that reads as zeroes; more is data (backup.qcow2 has the codes)."""
+"""The code of a cluster that reads as zeroes; higher codes are data (see backup.qcow2)."""
 
 
 class ClusterFile(Protocol):
-    """What the index asks of a data file's reader."""
+    """The part of a data file's reader that the index needs."""
 
     def allocated_tables(self) -> Mask:
-        """One flag for each L2 table, of `cluster_size // 8` guest clusters: False where all are unallocated."""
+        """Return a flag for each L2 table (`cluster_size // 8` guest clusters): False if all are unallocated."""
 
     def allocated(self, first: int, count: int) -> tuple[Offsets, npt.NDArray[np.uint64]]:
-        """Those of `count` guest clusters with L2 entries other than 0, counted from `first`; and these entries."""
+        """Return those of `count` guest clusters with entries other than 0, counted from `first`, and the entries."""
 
     def kinds(self, entries: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint8]:
-        """Codes of entries other than 0: 1 zero, more: data."""
+        """Return the codes of entries other than 0: 1 is zero, higher is data."""
 
 
 class Index:
     """
-    Who holds what, over the open files of a chain (newest first).
+    Finds the holders of clusters in the open files of a chain, newest first.
 
-    A link costs something only where it has L2 tables: most points of a long chain hold little of a large disk.
+    A link costs time only where it has L2 tables: most points of a long chain hold little of a large disk.
     """
 
     def __init__(self, chain: Chain, files: Sequence[ClusterFile]) -> None:
@@ -63,10 +63,10 @@ class Index:
         self, first: int, count: int, *, zeroes: bool = False
     ) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.uint64]]:
         """
-        For each of `count` clusters from `first`: the number of the link that holds its data and the entry there.
+        Return, for each of `count` clusters from `first`, the number of the link that holds its data, and the L2 entry.
 
-        NOBODY where it reads as zero; with `zeroes`, a link that holds a zero cluster is its holder as well.  Of the
-        link's cluster only the bytes below the link's limit count.
+        The holder of a cluster that reads as zero is NOBODY; with `zeroes`, it is the link that has a zero cluster
+        there.  Only the bytes of the cluster below the link's limit count.
         """
         least = ZERO if zeroes else ZERO + 1
         holders = np.full(count, NOBODY, dtype=np.int16)
@@ -79,9 +79,9 @@ class Index:
 
     def resolve_some(self, clusters: Offsets) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.uint64]]:
         """
-        As `resolve`, of these clusters (ascending) only: few, scattered over the disk.
+        Return the same as `resolve` for a few clusters (ascending) that are scattered over the disk.
 
-        A link is asked once for all that it may hold, and not once for each: the links may be many more than they.
+        Each link is asked once for all clusters that it may hold: a chain may have many more links than clusters asked.
         """
         holders = np.full(len(clusters), NOBODY, dtype=np.int16)
         found = np.zeros(len(clusters), dtype=np.uint64)
@@ -102,7 +102,7 @@ class Index:
         return holders, found
 
     def holds_data(self, first: int, count: int) -> Mask:
-        """For each of `count` clusters from `first`: does the chain hold data there?"""
+        """Return a flag for each of `count` clusters from `first`: whether the chain holds data there."""
         held = np.zeros(count, dtype=np.bool_)
         for _, places, _, kinds in self._visible(first, count):
             held[places] = kinds > ZERO
@@ -112,9 +112,9 @@ class Index:
         self, first: int, count: int
     ) -> Iterator[tuple[int, Offsets, npt.NDArray[np.uint64], npt.NDArray[np.uint8]]]:
         """
-        What links have of `count` clusters from `first` that no newer one hides.
+        Find the allocated clusters of each link, among `count` clusters from `first`, that no newer link hides.
 
-        Yields a link's number, clusters counted from `first`, their entries and their kinds; a link several times.
+        Yields a link's number, the clusters counted from `first`, their entries and their codes; a link several times.
         """
         hidden = np.zeros(count, dtype=np.bool_)
         tables = slice(first // self._per_table, -(-(first + count) // self._per_table))
@@ -131,7 +131,7 @@ class Index:
                 yield number, places, entries, file.kinds(entries)
 
     def _held_by(self, number: int, first: int, end: int) -> Iterator[tuple[int, int]]:
-        """Ranges of clusters in [first, end), below the link's limit, in which it has L2 tables."""
+        """Yield the ranges of clusters in [first, end), below the link's limit, in which the link has L2 tables."""
         per = self._per_table
         end = min(end, -(-self._limits[number] // self.chain.cluster_size))
         if end <= first:
@@ -145,7 +145,7 @@ class Index:
 
 
 def _picked(places: Offsets, entries: npt.NDArray[np.uint64], wanted: Offsets) -> npt.NDArray[np.uint64]:
-    """The entries of the wanted places; 0 of one that is not among `places`.  Both are ascending."""
+    """Return the entries of the wanted places, 0 for those that are not among `places`; both are ascending."""
     at = np.searchsorted(places, wanted)
     there = np.append(places, -1)[at] == wanted
     picked = np.zeros(len(wanted), dtype=np.uint64)
@@ -154,7 +154,7 @@ def _picked(places: Offsets, entries: npt.NDArray[np.uint64], wanted: Offsets) -
 
 
 def _as_rows(masks: Sequence[Mask]) -> Mask:
-    """One row for each mask, the shorter ones filled up with False: links of a chain may differ in size."""
+    """Return the masks as rows, the shorter ones filled up with False: links of a chain may differ in size."""
     rows = np.zeros((len(masks), max((len(mask) for mask in masks), default=0)), dtype=np.bool_)
     for row, mask in zip(rows, masks, strict=True):
         row[: len(mask)] = mask

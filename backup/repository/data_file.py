@@ -1,5 +1,5 @@
 """
-Data files in a machine's folder: written in parts with digests on the way, opened against their manifest's entry.
+Open data files, and verify that they are what their manifests describe.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _FROM_COPY = "bring the file back from a copy of the repository, or restore anot
 
 
 class OpenDataFile:
-    """A data file opened for reading, every byte held against its digest first."""
+    """A data file that is open for reading; every byte is verified against its digest first."""
 
     def __init__(self, files: Files, entry: DiskEntry, cache: BlockCache) -> None:
         data = entry.data
@@ -33,7 +33,7 @@ class OpenDataFile:
             raise
 
     def read_at(self, offset: int, length: int) -> bytes:
-        """Bytes [offset, offset + length), checked."""
+        """Return bytes [offset, offset + length), verified."""
         return self.file.read_at(offset, length)
 
     def close(self) -> None:
@@ -43,7 +43,7 @@ class OpenDataFile:
 
 class PeekedDataFile:
     """
-    A data file opened unchecked: for planning, where `verify` has the last word, and for a look at few of its clusters.
+    A data file that is open for reading without digests: for planning, and for comparing a few clusters.
     """
 
     def __init__(self, files: Files, entry: DiskEntry) -> None:
@@ -64,7 +64,7 @@ class PeekedDataFile:
             raise
 
     def read_at(self, offset: int, length: int) -> bytes:
-        """Bytes [offset, offset + length), unchecked."""
+        """Return bytes [offset, offset + length), not verified."""
         try:
             content = bytes(self._file.read_at(offset, length))
         except OSError as error:
@@ -81,9 +81,9 @@ class PeekedDataFile:
 @contextmanager
 def opened(files: Files, chain: Chain, cached: int = CACHED) -> Iterator[list[OpenDataFile]]:
     """
-    Open all data files of a chain, newest first, and hold their heads against the manifests.
+    Open all data files of a chain, newest first, and verify their heads against the manifests.
 
-    At most `cached` checked blocks of all of them together stay in memory.
+    At most `cached` verified blocks of all files together stay in memory.
     """
     cache = BlockCache(cached)
     with ExitStack() as stack:
@@ -95,9 +95,9 @@ def opened(files: Files, chain: Chain, cached: int = CACHED) -> Iterator[list[Op
 @contextmanager
 def peeked_files(files: Files, chain: Chain, *, whole: bool = True) -> Iterator[list[PeekedDataFile]]:
     """
-    Open all data files of a chain, newest first; existence, sizes and heads are checked, contents are not.
+    Open all data files of a chain, newest first; their existence, sizes and heads are verified, not their content.
 
-    With `whole` off it may be a part of a chain, whose last link is no full.
+    Without `whole`, the chain may be a part of one, whose last link is no full.
     """
     with ExitStack() as stack:
         peeked_at = [stack.enter_context(closing(PeekedDataFile(files, link.entry))) for link in chain.links]
@@ -108,7 +108,7 @@ def peeked_files(files: Files, chain: Chain, *, whole: bool = True) -> Iterator[
 
 @contextmanager
 def peeked(files: Files, chain: Chain, *, whole: bool = True) -> Iterator[Index]:
-    """Open a chain's metadata for planning, as `peeked_files`."""
+    """Open the tables of a chain for planning, as `peeked_files`."""
     with peeked_files(files, chain, whole=whole) as peeked_at:
         yield Index(chain, [file.reader for file in peeked_at])
 
@@ -116,10 +116,11 @@ def peeked(files: Files, chain: Chain, *, whole: bool = True) -> Iterator[Index]
 @contextmanager
 def held(files: Files, chain: Chain) -> Iterator[bool]:
     """
-    Keep `prune` from a chain's files, which are checked as by `peeked`; False where the file system has no locks.
+    Hold a chain's files, so that prune leaves them; yields False if the storage has no locks.
 
-    What is held may have been changed just before: the manifests are to be read again.  The locks are on the digest
-    files, which QEMU does not open: on NFS an flock is one of fcntl's, and would keep QEMU from the data files.
+    The files are verified as by `peeked_files`.  A prune may have changed them just before, so the caller reads the
+    manifests again.  The digest files are held, because QEMU does not open them: on NFS an flock is one of fcntl's
+    locks, and would keep QEMU from the data files.
     """
     with peeked_files(files, chain):
         pass
@@ -131,12 +132,12 @@ def held(files: Files, chain: Chain) -> Iterator[bool]:
 
 def check_head(reader: qcow2.Reader, entry: DiskEntry, name: str, parent: DiskEntry | None = None) -> None:
     """
-    Hold a data file's head against its manifest's entry.
+    Verify a data file's head against its manifest's entry.
 
     Raises
     ------
     Damaged
-        Size, cluster size, backing file or compression is another.
+        The size, the cluster size or the backing file differs.
     """
     image = reader.image
     facts: list[tuple[str, object, object]] = [
@@ -146,13 +147,13 @@ def check_head(reader: qcow2.Reader, entry: DiskEntry, name: str, parent: DiskEn
     ]
     if parent is not None:
         facts.append(("backing file", image.backing, parent.data.file))
-    for what, found, expected in facts:
-        if found != expected:
-            raise Damaged(f"{name}: its {what} is {found}, and the manifest says {expected}", hint=_FROM_COPY)
+    for what, actual, expected in facts:
+        if actual != expected:
+            raise Damaged(f"{name}: its {what} is {actual}, and the manifest says {expected}", hint=_FROM_COPY)
 
 
 def check_heads(chain: Chain, readers: Sequence[qcow2.Reader]) -> None:
-    """Hold all heads of a chain against their entries and each other."""
+    """Verify all heads of a chain against their entries and against each other."""
     parents = [link.entry for link in chain.links[1:]]
     for link, reader, parent in zip(chain.links, readers, [*parents, None], strict=True):
         check_head(reader, link.entry, link.entry.data.file, parent)
@@ -160,12 +161,12 @@ def check_heads(chain: Chain, readers: Sequence[qcow2.Reader]) -> None:
 
 def check_structure(file: CheckedFile, entry: DiskEntry, parent: DiskEntry | None, *, deep: bool) -> None:
     """
-    Check a data file's head, tables and refcounts, and with `deep` its frames.
+    Verify a data file's head, tables and refcounts, and with `deep` its compressed clusters.
 
     Raises
     ------
     Damaged
-        The first thing that is wrong.
+        The structure is damaged; the message names the first fault.
     """
     reader = qcow2.Reader(file.read_at, file.size, file.path)
     check_head(reader, entry, entry.data.file, parent)

@@ -1,4 +1,4 @@
-"""One machine in a repository: its lock, its points, and publishing a point whole or not at all."""
+"""One machine of a repository: its points, its lock, and the order of writing that keeps every point whole."""
 
 from __future__ import annotations
 
@@ -22,10 +22,18 @@ ATTEMPTS = 50
 @dataclass(frozen=True, slots=True)
 class Contents:
     """
-    A machine's readable manifests by point id, and what is wrong with the others, by file name.
+    The manifests of a machine.
 
-    `exchanged` has the names of all files of exchanges that are not over; none of them is a leftover.  Two contents are
-    equal where their readable manifests are: an error equals no other.
+    Two contents are equal if their readable manifests are equal; an error equals no other error.
+
+    Attributes
+    ----------
+    manifests : mapping
+        The readable manifests by point id.
+    damaged : mapping
+        The errors of the others, by file name.
+    exchanged : frozenset
+        The names of all files of replacements that are not complete; they are no leftovers.
     """
 
     manifests: Mapping[str, Manifest]
@@ -83,10 +91,10 @@ class Machine:
 
     def contents(self, *, raw: bool = False) -> Contents:
         """
-        Read all manifests; empty where the folder does not exist.
+        Read all manifests; a machine without a folder has none.
 
-        A disk whose data file is being exchanged has the entry of the file that has the name now; with `raw`, as its
-        manifest says.
+        While prune replaces a disk's data file, the disk's entry describes the file that has the name now; with `raw`,
+        it is what the manifest says.
 
         Raises
         ------
@@ -95,14 +103,14 @@ class Machine:
         """
         contents = self._read_manifests(raw=raw)
         for _ in range(ATTEMPTS):
-            # One that vanished was pruned after the folder was listed; what was read before may still build on it.
+            # A manifest that vanished was pruned after the listing; points read before it may still build on it.
             if not any(isinstance(error, NotFound) for error in contents.damaged.values()):
                 break
             contents = self._read_manifests(raw=raw)
         return contents
 
     def _read_manifests(self, *, raw: bool) -> Contents:
-        found: dict[str, Manifest] = {}
+        readable: dict[str, Manifest] = {}
         damaged: dict[str, BackupError] = {}
         exchanged: set[str] = set()
         for name in self.listing():
@@ -110,12 +118,12 @@ class Machine:
             if point == name or not manifests.is_point_id(point):
                 continue
             try:
-                read = read_raw(self.files, name)
-                found[point] = read if raw else as_stored(self.files, read)
-                exchanged.update(exchanged_files(read))
+                manifest = read_raw(self.files, name)
+                readable[point] = manifest if raw else as_stored(self.files, manifest)
+                exchanged.update(exchanged_files(manifest))
             except BackupError as error:
                 damaged[name] = error
-        return Contents(found, damaged, frozenset(exchanged))
+        return Contents(readable, damaged, frozenset(exchanged))
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -143,10 +151,10 @@ class Machine:
 
     def points_in_use(self) -> dict[str, str]:
         """
-        The points that must stay as they are, and why: somebody needs their files for longer (`pybackup serve`), which
-        is IN_USE, or there is no telling: UNTOLD, and the reason.
+        Return the points that must stay as they are, and why.
 
-        Who needs a chain holds a shared flock on each of its digest files, and then reads the manifests again; older
+        The reason is IN_USE if a reader holds a file of the point (`pybackup serve`), and UNTOLD with an explanation if
+        the storage cannot tell.  A reader holds the digest files of its chain and then reads the manifests again; older
         programs hold the data files.
         """
         used: dict[str, str] = {}
@@ -161,12 +169,12 @@ class Machine:
     @contextmanager
     def unused(self, *disks: DiskEntry) -> Iterator[str | None]:
         """
-        Keep readers from the files of these disks' points until the block ends, in which they may be removed or
-        replaced; where it yields a reason, as in `points_in_use`, they must stay.
+        Keep readers from files of these disks while the block removes or replaces the files.
 
-        A reader either had them before, and is seen, or gets them afterwards, and sees by the manifests what changed.
+        Yields None, or the reason, as `points_in_use`, why the files must stay.  A reader either held the files before,
+        and is the reason, or gets them afterwards, and sees from the manifests what changed.
         """
-        # The digest file first: once it is ours, no reader starts a QEMU, whom a lock on the data file might disturb.
+        # The digest file comes first: then no reader starts a QEMU, which a lock on the data file might disturb.
         names = [name for disk in disks for name in (disk.data.digests, disk.data.file)]
         with self._alone(names) as why_not:
             yield why_not
@@ -180,9 +188,9 @@ class Machine:
 
     def remove_leftovers(self, contents: Contents) -> list[str]:
         """
-        Remove data files that no manifest names, and temporary files; call it under the lock.
+        Remove data files that no manifest names, and temporary files.  The caller holds the lock.
 
-        Nothing is removed while a manifest is damaged, since that manifest may name any of them.
+        Nothing is removed while a manifest is damaged, because that manifest may name any file.
         """
         if contents.damaged:
             return []
@@ -206,52 +214,51 @@ class Machine:
 
     def next_sequence(self, contents: Contents) -> int:
         """
-        One more than the highest; a damaged manifest may have had one above what can be read.
+        Return one more than the highest sequence; damaged manifests may have had higher ones than can be read.
 
         Raises
         ------
         Damaged
-            There is no higher one, which no number of backups can have led to.
+            No higher sequence is possible; no number of backups can lead there.
         """
         highest = max((point.sequence for point in contents.manifests.values()), default=0)
         highest = max(highest, self._highest_removed())
-        found = highest + 1 + len(contents.damaged)
-        if found > documents.MAX_NUMBER:
+        following = highest + 1 + len(contents.damaged)
+        if following > documents.MAX_NUMBER:
             raise Damaged(
                 f"machine {self.name} has a point of sequence {highest}, after which none can follow",
                 hint="back the machine up under another name (--machine); pybackup has not written that manifest",
             )
-        return found
+        return following
 
     def note_removed(self, sequence: int) -> None:
         """
-        Note the sequence of a newest point that is removed next, so that no later point gets it again.
+        Store the sequence of the newest point, which is removed next, so that no later point gets it again.
 
-        A second place may still hold the removed point, and the later one must be its latest.
+        A second place may still hold the removed point, and a later point must be the latest there.
         """
         with explained(self.files.location):
             self.files.publish(SEQUENCE, f"{sequence}\n".encode())
 
     def _highest_removed(self) -> int:
-        """What `note_removed` noted; 0 where it did not, or something else has the name."""
+        """Return the sequence that `note_removed` stored, or 0."""
         try:
-            found = re.fullmatch(rb"[1-9][0-9]{0,19}\n", self.files.read(SEQUENCE, 32))
+            match = re.fullmatch(rb"[1-9][0-9]{0,19}\n", self.files.read(SEQUENCE, 32))
         except OSError:
             return 0
-        sequence = int(found[0]) if found else 0
+        sequence = int(match[0]) if match else 0
         return sequence if sequence <= documents.MAX_NUMBER else 0
 
     def publish(self, manifest: Manifest, content: bytes | None = None) -> str:
         """
-        Make a point exist; its data files are written and fsynced already.
+        Make a point exist; its data files are already written and durable.
 
-        `content` are the manifest's bytes where it is a copy of one: they may have fields that this program does not
-        know.
+        `content` are the bytes of the manifest if it is a copy, which may have fields that this program does not know.
 
         Returns
         -------
         str
-            The manifest's location, for people.
+            The path or URL of the manifest, for people.
 
         Raises
         ------
@@ -260,7 +267,7 @@ class Machine:
         """
         name = manifest_name(manifest.point)
         content = manifests.encode(manifest) if content is None else content
-        # A point that no reader would take (a sequence beyond the largest) must not pass for a backup.
+        # A manifest that no reader accepts (a sequence beyond the largest) must not pass for a backup.
         manifests.decode(content, name)
         try:
             with explained(self.files.location):
@@ -268,19 +275,19 @@ class Machine:
                 self.files.publish(name, content)
                 self.storage.files().barrier()
         except BaseException:
-            # It may have its name already; the caller removes the data files, so the manifest must go first.
+            # The manifest may have its name already; the caller removes the data files, so the manifest goes first.
             self.withdraw(manifest.point)
             raise
         return self.files.path(name)
 
     def rewrite(self, manifest: Manifest) -> None:
         """
-        Put another manifest in the place of a point's own, at once and to last; call it under the lock.
+        Replace a point's manifest, at once and durable.  The caller holds the lock.
 
         Raises
         ------
         Failed
-            It cannot be written; the one or the other is there.
+            The manifest cannot be written; the point has either the former or the new one.
         """
         name = manifest_name(manifest.point)
         content = manifests.encode(manifest)
@@ -290,12 +297,12 @@ class Machine:
 
     def remove_point(self, manifest: Manifest) -> None:
         """
-        Remove a point on which no other builds: its manifest first, which ends it, then its files.
+        Remove a point that no other point builds on: first its manifest, so that the point is gone, then its files.
 
         Raises
         ------
         Failed
-            Something could not be removed; what is left without a manifest, the next run removes.
+            A file could not be removed; the next run removes files that no manifest names.
         """
         with explained(self.files.location):
             self.files.remove(manifest_name(manifest.point))
@@ -306,14 +313,14 @@ class Machine:
             self.files.barrier()
 
     def withdraw(self, point: str) -> None:
-        """Take back a point that was just published, or not yet: its run failed, and its data files go next."""
+        """Remove the manifest of a point whose run failed, if it exists; the data files are removed next."""
         with suppress(OSError):
             self.files.remove(manifest_name(point))
             self.files.barrier()
 
 
 SEQUENCE = "sequence"
-"""File of a machine whose newest point was removed: the highest sequence that there was."""
+"""The file that stores the highest sequence of a machine whose newest point was removed."""
 
 
 def manifest_name(point: str) -> str:

@@ -1,4 +1,4 @@
-"""Read manifests from a machine's folder."""
+"""Read manifests, also while prune replaces the data files that they describe."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from backup.storage.base import Files
 
 
 def read_manifest(files: Files, name: str) -> Manifest:
-    """Read one manifest, with the entries of the data files that have their names now; otherwise as `read_raw`."""
+    """Read one manifest, as `read_raw`, with the entries of the data files that have their names now."""
     return as_stored(files, read_raw(files, name))
 
 
 def as_stored(files: Files, manifest: Manifest) -> Manifest:
-    """A manifest with each disk's entry as the data file that has the name now is."""
+    """Return a manifest in which each disk's entry describes the data file that has the name now."""
     for disk in manifest.disks:
         if disk.replaces is not None:
             stored = replace(disk, replaces=None) if is_exchanged(files, disk) else disk.restored()
@@ -30,9 +30,10 @@ def as_stored(files: Files, manifest: Manifest) -> Manifest:
 
 def is_exchanged(files: Files, disk: DiskEntry) -> bool:
     """
-    Has the rewritten data file taken the former one's name?  Its backing file, which is never the former's, tells.
+    Tell whether the rewritten data file has taken the former one's name.
 
-    Of a file that cannot be read it is said by whether the rewritten one still waits; readers find what is wrong.
+    The backing file in the header tells, because it differs between the two.  If the file cannot be read, the answer is
+    whether the rewritten file no longer waits; readers then find what is wrong.
     """
     from backup import qcow2  # noqa: PLC0415 - brings numpy, which a list of points need not import
 
@@ -47,7 +48,7 @@ def is_exchanged(files: Files, disk: DiskEntry) -> bool:
 
 
 def exchanged_files(manifest: Manifest) -> Iterator[str]:
-    """Names of the files of a point that are being exchanged."""
+    """Yield the names of a point's files that are being replaced."""
     for disk in manifest.disks:
         if disk.replaces is not None:
             yield disk.data.file
@@ -58,18 +59,18 @@ def exchanged_files(manifest: Manifest) -> Iterator[str]:
 
 def read_raw(files: Files, name: str) -> Manifest:
     """
-    Read one manifest as it is; its name must be its point's id.
+    Read one manifest as it is stored; its name must be its point's id.
 
     Raises
     ------
     NotFound, Damaged, Failed
-        It is missing, damaged, or of a newer program.
+        The manifest is missing, damaged, or written by a newer program.
     """
     return read_manifest_whole(files, name)[0]
 
 
 def read_manifest_whole(files: Files, name: str) -> tuple[Manifest, bytes]:
-    """Read one manifest (see `read_raw`), and its bytes."""
+    """Read one manifest, as `read_raw`, and return its bytes as well."""
     path = files.path(name)
     try:
         content = files.read(name, documents.MAX_BYTES)
@@ -86,10 +87,10 @@ def read_manifest_whole(files: Files, name: str) -> tuple[Manifest, bytes]:
             f"manifest {path} cannot be read: {error.strerror}",
             hint="a manifest is a plain file, no link, folder or pipe; bring it back from a copy of the repository",
         ) from None
-    found = manifests.decode(content, path)
-    if name != f"{found.point}.json":
+    manifest = manifests.decode(content, path)
+    if name != f"{manifest.point}.json":
         raise Damaged(
-            f"manifest {path} describes point {found.point}",
-            hint=f"a manifest is named for its point; rename it to {found.point}.json if it was renamed by hand",
+            f"manifest {path} describes point {manifest.point}",
+            hint=f"a manifest is named for its point; rename it to {manifest.point}.json if it was renamed by hand",
         )
-    return found, content
+    return manifest, content
