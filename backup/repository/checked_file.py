@@ -1,8 +1,8 @@
 """
-Digests: BLAKE3 of the data file's blocks, the `.b3` file, and reading with a check.  The only user of `blake3`.
+Read data files with every block verified against its digest.
 
-A `.b3` file is the 32-byte BLAKE3 digests of its data file's blocks, one for each 4 MiB, in order, and nothing else.
-The last block may be short.  The manifest holds the digest over the `.b3` (FORMAT.md, "The digest file").
+A digest file (`.b3`) holds the 32-byte BLAKE3 digests of its data file's blocks, one for each 4 MiB, in order.  The
+last block may be short.  The manifest holds the digest of the digest file (FORMAT.md, "The digest file").
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from backup.storage.refusals import open_file
 
 def load(files: Files, name: str, expected: str, blocks: int) -> bytes:
     """
-    Read a `.b3` file and hold it against the manifest.
+    Read a digest file and verify it against the manifest.
 
     Raises
     ------
     NotFound
-        It is missing.
+        The digest file is missing.
     Damaged
-        Its length or its digest (64 hex digits in `expected`) is another.
+        Its length, or its digest (64 hex digits in `expected`), differs.
     """
     path = files.path(name)
     with closing(open_file(files, name)) as file:
-        # The length comes first: a hostile manifest may name a size that no memory holds.
+        # The length is compared first: a hostile manifest may name a size that no memory holds.
         fits = file.size == blocks * LENGTH
         try:
             content = bytes(file.read_at(0, file.size)) if fits else b""
@@ -48,17 +48,17 @@ _FROM_COPY = (
     "and `pybackup restore --salvage` restores what is not damaged"
 )
 _PATIENCE = 2.0
-"""Seconds to wait for another thread's block before loading it again, which costs time and nothing else."""
+"""Seconds to wait for another thread's block before it is loaded again, which only costs time."""
 CACHED = 16
-"""Blocks that a cache keeps, where nothing else is said."""
+"""Default number of blocks in a cache."""
 
 
 class BlockCache:
     """
-    Checked blocks, the latest few of all the files that share it; each is read once, also when several threads want it.
+    Caches the most recent verified blocks of the files that share it; several threads load a block once.
 
-    Metadata lies between the data and frames cross from one block to the next, so that neighbours in time want the
-    same blocks.  `capacity` (blocks) bounds the memory of a chain of any length.
+    Tables lie between the data, and compressed clusters cross from one block to the next, so that successive reads need
+    the same blocks.  `capacity` (blocks) limits the memory for a chain of any length.
     """
 
     def __init__(self, capacity: int = CACHED) -> None:
@@ -69,10 +69,10 @@ class BlockCache:
 
     def get(self, key: tuple[int, int], load: Callable[[], bytes]) -> bytes:
         """
-        The block under `key`, loaded when it is not there.
+        Return the block under `key`; `load` it if it is not cached.
 
-        A signal may end the main thread's call at any line, also where it can tell nobody: who waits for another
-        thread does so for a while only, and then takes its place.
+        A signal may end the main thread's call at any line, before it can wake the waiting threads.  So a thread waits
+        for another one for a limited time, and then loads the block itself.
         """
         mine = threading.Event()
         given_up: threading.Event | None = None
@@ -103,15 +103,15 @@ class BlockCache:
 
 class CheckedFile:
     """
-    A data file whose every byte is held against its digest before it is used.  Safe to use from several threads.
+    A data file of which every byte is verified against its digest before use.  Safe to use from several threads.
 
-    `once`: nothing of it will be read again soon, so that it need not stay in the kernel's page cache.  Without `whole`
-    a file of another length is opened as well, and `digests` may be empty: then each block counts as damaged.
+    With `once`, nothing is read again soon, so that no cache need keep it.  Without `whole`, a file of another length
+    is opened as well, and `digests` may be empty: then each block counts as damaged.
 
     Raises
     ------
     NotFound, Damaged
-        It is missing, or not as long as its manifest says.
+        The file is missing, or its length is not what its manifest says.
     """
 
     def __init__(
@@ -137,21 +137,21 @@ class CheckedFile:
 
     @property
     def blocks(self) -> int:
-        """Number of blocks."""
+        """The number of blocks."""
         return block_count(self.size)
 
     def listed(self, number: int) -> bytes:
-        """The digest that a block must have."""
+        """Return the digest that a block must have."""
         return self._digests[number * LENGTH : (number + 1) * LENGTH]
 
     def check_block(self, number: int) -> bytes | memoryview:
         """
-        Read one block from the disk and hold it against its digest; with `once` this thread's next call overwrites it.
+        Read one block and verify it; with `once`, this thread's next call overwrites the returned memory.
 
         Raises
         ------
         Damaged
-            It is not what was written, or cannot be read.
+            The block does not match its digest, or cannot be read.
         """
         start, length = number * BLOCK, min(BLOCK, self.size - number * BLOCK)
         try:
@@ -164,12 +164,12 @@ class CheckedFile:
 
     def read_unchecked(self, offset: int, length: int) -> bytes:
         """
-        Bytes [offset, offset + length), of which no digest is asked: something else must prove them.
+        Return bytes [offset, offset + length) without a digest: the caller verifies them in another way.
 
         Raises
         ------
         Damaged
-            The disk fails, or the file ends before.
+            The storage fails, or the file ends before.
         """
         try:
             content = bytes(self._file.read_at(offset, length))
@@ -183,11 +183,11 @@ class CheckedFile:
         return DamagedBlock(self.path, start, start + length, message=f"{self.path} {what}", hint=_FROM_COPY)
 
     def block(self, number: int) -> bytes:
-        """A checked block, from the cache where it is there."""
+        """Return a verified block, from the cache if possible."""
         return self._cache.get((id(self), number), lambda: bytes(self.check_block(number)))
 
     def read_at(self, offset: int, length: int) -> bytes:
-        """Checked bytes [offset, offset + length)."""
+        """Return bytes [offset, offset + length), verified."""
         parts = []
         while length > 0:
             number, at = divmod(offset, BLOCK)

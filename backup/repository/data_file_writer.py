@@ -1,4 +1,4 @@
-"""Write a data file in parts, with its digests on the way."""
+"""Write data files and their digest files."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from backup.storage.base import Files
 
 class PartFile:
     """
-    A file that is written in numbered parts, each hashed as it comes (a `qcow2.PartSink`).
+    A data file that is written in numbered parts; each part is hashed as it is written (a `qcow2.PartSink`).
 
-    It has its name only from `finish` on, so that a file of that name is complete.
+    The file has its name only from `finish` on, so that a file of that name is complete.
 
     Raises
     ------
     Failed
-        The file exists, or the disk is full.
+        The file exists, or the storage is full.
     """
 
     def __init__(self, files: Files, name: str) -> None:
@@ -35,17 +35,17 @@ class PartFile:
             raise _cannot_write(self.path, error) from None
 
     def put(self, number: int, data: bytes | bytearray | memoryview, known: bytes | None = None) -> None:
-        """Write part `number` (digests.BLOCK bytes each, the last may be short); `known` is its digest, if it is."""
-        found = digests.digest(data) if known is None else known
+        """Write part `number` (digests.BLOCK bytes, the last may be short); `known` is its digest, if known."""
+        block_digest = digests.digest(data) if known is None else known
         with self._lock:
-            self._digests[number] = found
+            self._digests[number] = block_digest
         try:
             self._file.put(number, data)
         except OSError as error:
             raise _cannot_write(self.path, error) from None
 
     def finish(self) -> bytes:
-        """Make the file last, give it its name, and return the digests of its blocks, in order."""
+        """Make the file durable, give it its name, and return the digests of its blocks, in order."""
         try:
             self._file.finish()
         except OSError as error:
@@ -58,7 +58,7 @@ class PartFile:
 
 
 def write_digests(files: Files, name: str, content: bytes) -> None:
-    """Write a `.b3` file that lasts."""
+    """Write a digest file, durable."""
     try:
         files.write(name, content)
     except OSError as error:
@@ -74,7 +74,7 @@ def _cannot_write(path: str, error: OSError) -> BackupError:
 
 class DataFileMaker:
     """
-    Makes one data file and its digest file under their own names (a `copier.Sink`).
+    Creates one data file and its digest file (a `copier.Sink`).
 
     `written` collects the names of the files, so that a run that fails can discard them; `stem` is "DISK.POINT".
     """
@@ -105,22 +105,22 @@ class DataFileMaker:
         self._writer = qcow2.Writer(image, self._file, level=level)
 
     def write(self, clusters: Offsets, data: memoryview) -> int:
-        """Store whole clusters with these numbers, ascending; returns how many of them are all zeroes."""
+        """Store whole clusters with these ascending numbers, and return how many of them are all zeroes."""
         codec = getattr(self._codecs, "codec", None)
         if codec is None:
             codec = self._codecs.codec = qcow2.Codec(self._cluster_size, self._level)
         return self._writer.write_scattered(clusters, data, codec)
 
     def zero(self, first_cluster: int, count: int) -> None:
-        """Record clusters that read as zero."""
+        """Record clusters that read as zeroes."""
         self._writer.zero(first_cluster, count)
 
     def completed_below(self, cluster: int) -> None:
-        """Nothing will come for clusters below this one any more."""
+        """Note that no cluster below this one is written any more."""
         self._writer.completed_below(cluster)
 
     def finish(self, compression: str) -> DataFile:
-        """Complete both files, make them last, and describe them for the manifest."""
+        """Complete both files, durable, and describe them for the manifest."""
         size = self._writer.finish()
         listed = self._file.finish()
         self._written.append(self._digests)

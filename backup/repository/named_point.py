@@ -1,7 +1,5 @@
 """
-Which point of a machine a text names: its newest, one by its id or a unique beginning or end of it, or one by a day.
-
-Pure: values in, a manifest out.
+Find the point of a machine that a text names: the newest one, one by its id or a part of it, or one by a day.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from backup.model.manifest import Manifest, is_point_id
 from backup.repository.machine import Contents
 
 LATEST = ("", "latest")
-"""The newest point: MACHINE alone, and MACHINE/latest."""
+"""The texts that mean the newest point: MACHINE alone, and MACHINE/latest."""
 _DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 _PART_OF_ID = re.compile(r"[0-9TZa-f-]+")
 _SHOWN = 10
@@ -25,16 +23,16 @@ _SHOWN = 10
 
 def pick(machine: str, contents: Contents, text: str) -> Manifest:
     """
-    The point of a machine that `text` names.
+    Return the point of a machine that `text` names.
 
     Raises
     ------
     NotFound
-        There is none.
+        The machine has no such point.
     UsageError
-        Several may be meant, or the day is none.
+        Several points fit, or the text is no valid day.
     Damaged
-        The manifest cannot be read; or one that cannot be may be the newest.
+        The manifest cannot be read, or a manifest that cannot be read may be the point that is meant.
     """
     if text in LATEST:
         return _newest(machine, contents, None)
@@ -53,7 +51,7 @@ def pick(machine: str, contents: Contents, text: str) -> Manifest:
 
 
 def matching(points: Iterable[str], text: str) -> list[str]:
-    """The point ids that are `text`, or else that begin or end with it."""
+    """Return the point id that is `text`, or else those that begin or end with it."""
     ids = sorted(point for point in points if is_point_id(point))
     if text in ids:
         return [text]
@@ -63,7 +61,7 @@ def matching(points: Iterable[str], text: str) -> list[str]:
 
 
 def ambiguous(text: str, found: list[str]) -> UsageError:
-    """The error for a text that several points fit; it lists them."""
+    """Return the error for a text that fits several points; it lists them."""
     more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     return UsageError(
         f"{text!r} fits {len(found)} points: {', '.join(found[:_SHOWN])}{more}",
@@ -72,11 +70,11 @@ def ambiguous(text: str, found: list[str]) -> UsageError:
 
 
 def _newest(machine: str, contents: Contents, end: datetime | None) -> Manifest:
-    """The newest point (by sequence) of those that began before `end`; None: of all."""
+    """Return the newest point (by sequence) of those that began before `end`, or of all if `end` is None."""
     some = [point for point in contents.manifests.values() if end is None or moment_of(point.started) < end]
     found = chains.newest_manifest(some)
     for name, error in contents.damaged.items():
-        # It may have the highest sequence; an older point must not pass for the newest.
+        # The damaged one may have the highest sequence; an older point must not pass for the newest.
         if end is None or (_in_id(name) < end and (found is None or name > f"{found.point}.json")):
             raise Damaged(
                 f"machine {machine} has a manifest that cannot be read, which may be "
@@ -95,7 +93,7 @@ def _newest(machine: str, contents: Contents, end: datetime | None) -> Manifest:
 
 
 def _in_id(name: str) -> datetime:
-    """The time in a point's id: of a damaged manifest nothing else tells when it was made."""
+    """Return the time in a point's id: nothing else tells when a damaged manifest was made."""
     try:
         return datetime.strptime(f"{name[:15]}+0000", "%Y%m%dT%H%M%S%z")
     except ValueError:
@@ -103,7 +101,7 @@ def _in_id(name: str) -> datetime:
 
 
 def _end_of(day: str) -> datetime:
-    """The end of a day, local time."""
+    """Return the end of a day, local time."""
     try:
         return datetime.combine(date.fromisoformat(day) + timedelta(days=1), time()).astimezone()
     except (ValueError, OverflowError, OSError):

@@ -1,16 +1,16 @@
 """
-One data file in another's place, whole at every instant: how prune puts a rewritten file under the former one's name.
+Replace a data file by a rewritten one, so that the chain is whole at every instant.
 
-    1  DISK.POINT.qcow2.new and its own digest file are written and fsynced, and the folder after them
-    2  the manifest is renamed into place that lists both files (`DiskEntry.replaces`); fsync of the folder
-    3  the new file takes the former one's name; fsync of the folder
-    4  the manifest is renamed into place that lists the new file only; fsync of the folder
-    5  the former digest file is removed; fsync of the folder
+    1  DISK.POINT.qcow2.new and its own digest file are written; both are durable, and so are their names
+    2  the manifest is published that lists both files (`DiskEntry.replaces`)
+    3  the new file takes the former one's name
+    4  the manifest is published that lists the new file only
+    5  the former digest file is removed
 
-Between 2 and 4 readers tell by the file's backing name which entry holds (`repository.as_stored`); both chains are
-whole, since the points that the former file builds on go only afterwards.  What a run leaves that was cut off, the next
-one completes or takes back: the file that waits has the digests that its manifest lists, or it is no such file.  It
-takes back as well what somebody has begun to use meanwhile.
+Each step is durable before the next.  Between steps 2 and 4, readers tell from the file's backing name which entry
+holds (`manifests.as_stored`).  Both chains are whole, because the points that the former file builds on are removed
+only afterwards.  If a run is killed, the next run completes the replacement if the waiting file has all its digests;
+else, or if a reader holds the former file, it takes the replacement back.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ _log = logging.getLogger(__name__)
 
 def exchange(machine: Machine, manifest: Manifest, entry: DiskEntry) -> Manifest:
     """
-    Let the data file that waits, `entry`'s, take the place of the one that its disk has; call it under the lock.
+    Replace a disk's data file by the waiting one that `entry` describes.  The caller holds the lock.
 
-    `manifest` is the point's, and nobody uses its file (`Machine.unused`).  The one that waits and its digest file are
-    fsynced already.
+    `manifest` is the point's, and no reader uses its file (`Machine.unused`).  The waiting file and its digest file are
+    already durable.
 
     Returns
     -------
     Manifest
-        The point's manifest from now on.
+        The new manifest of the point.
 
     Raises
     ------
     Failed
-        The disk is full or fails; `settle` completes the exchange or takes it back.
+        The storage is full or fails; `settle` completes the replacement or takes it back.
     """
     former = manifest.disk(entry.name)
     assert former is not None
@@ -65,14 +65,19 @@ def exchange(machine: Machine, manifest: Manifest, entry: DiskEntry) -> Manifest
 
 def settle(machine: Machine) -> Contents:
     """
-    Complete or take back the exchanges of a run that was cut off, and remove its other leftovers.
+    Complete or take back the replacements of a run that was killed, and remove its other leftovers.
 
-    Call it under the lock.  Returns the machine's manifests after it.
+    The caller holds the lock.
+
+    Returns
+    -------
+    Contents
+        The machine's manifests afterwards.
 
     Raises
     ------
     Failed
-        The disk is full or fails; everything is as good as before.
+        The storage is full or fails; every point is as whole as before.
     """
     contents = machine.contents(raw=True)
     if contents.exchanged:
@@ -92,17 +97,17 @@ def _settle(machine: Machine, manifest: Manifest) -> None:
 
 
 def _settled(machine: Machine, disk: DiskEntry) -> DiskEntry:
-    """Bring the file of an exchange that was cut off to its place, or leave the former one; the entry that holds."""
+    """Complete the replacement of a disk's file that was cut off, or take it back; return the entry that holds."""
     name = disk.data.file
     if not is_exchanged(machine.files, disk) and not (_waits(machine, disk) and _take_place(machine, disk)):
-        _log.info("%s: took back the exchange of %s, which was cut off", machine.name, name)
+        _log.info("%s: took back the replacement of %s, which was cut off", machine.name, name)
         return disk.restored()
-    _log.info("%s: completed the exchange of %s, which was cut off", machine.name, name)
+    _log.info("%s: completed the replacement of %s, which was cut off", machine.name, name)
     return replace(disk, replaces=None)
 
 
 def _take_place(machine: Machine, disk: DiskEntry) -> bool:
-    """Let the file that waits take the former one's name, unless somebody uses that."""
+    """Let the waiting file take the former one's name, unless a reader holds that; return whether it did."""
     with machine.unused(disk.restored()) as why_not, explained(machine.files.location):
         if why_not is None:
             machine.files.take_name(disk.data.file + NEW, disk.data.file)
@@ -110,7 +115,7 @@ def _take_place(machine: Machine, disk: DiskEntry) -> bool:
 
 
 def _waits(machine: Machine, disk: DiskEntry) -> bool:
-    """Is the file that is to take the place there, as its digests say?"""
+    """Tell whether the waiting file exists and matches all its digests."""
     data = disk.data
     try:
         listed = checked_file.load(machine.files, data.digests, data.digest, digests.block_count(data.size))

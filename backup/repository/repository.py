@@ -1,17 +1,15 @@
 """
-The repository: folders, the lock, and publishing a point whole or not at all.
+A repository: its marker, and the machines that it holds.
 
-Rules of order (FORMAT.md, "Order of writing"); breaking one of them loses data:
+The order in which a point is written (FORMAT.md, "Order of writing"); breaking a rule loses data:
 
-1. every data file and digest file is written under its own name and fsynced,
-2. the machine's folder is fsynced,
-3. the manifest is written under a temporary name, fsynced, and renamed: from here on the point exists,
-4. the machine's folder is fsynced again, and the repository's folder when the machine is new.
+1. every data file and digest file is written and durable,
+2. a barrier makes their names durable,
+3. the manifest is published whole: from here on the point exists,
+4. a barrier makes its name durable, and the machine's folder if the machine is new.
 
-A data file that no manifest names is a leftover of a run that was cut off; readers never see it.
-
-While prune exchanges a data file, its manifest names both (see `exchange`); readers get the entry of the one that has
-the name.
+A data file that no manifest names is a leftover of a run that was killed; readers never see it.  While prune replaces a
+data file, its manifest names both files (see `replacement`); readers get the entry of the file that has the name.
 """
 
 from __future__ import annotations
@@ -80,14 +78,14 @@ class Repository:
     @classmethod
     def create(cls, storage: Storage, identity: str | None = None) -> Repository:
         """
-        Make a repository in a new or empty place, with `identity` or a random id.  Only `pybackup init` does.
+        Create a repository in a new or empty place, with `identity` or a random id.  Only `pybackup init` does.
 
         Raises
         ------
         UsageError
-            There is a repository already, the folder holds other things, or it lies in a repository.
+            There is a repository already, the place holds other files, or it lies within a repository.
         Failed
-            It cannot be made.
+            The repository cannot be created.
         """
         storage.require_outside()
         with explained(storage.location):
@@ -99,9 +97,9 @@ class Repository:
 
     def tidy(self) -> None:
         """
-        Remove what a killed `init` left beside the marker, and write the recovery instructions where they are missing.
+        Remove what a killed `init` left beside the marker, and write the recovery instructions if they are missing.
 
-        Only writers call this.  What cannot be done is done by the next one.
+        Only commands that write call this.  An error is ignored: the next command tries again.
         """
         with suppress(OSError):
             root = self.storage.files()
@@ -112,17 +110,17 @@ class Repository:
                 root.publish(RECOVERY, Path(__file__).parent.with_name(RECOVERY).read_bytes())
 
     def machine_names(self) -> list[str]:
-        """Names of the machines' folders, sorted; a folder that can be no machine's (lost+found) is none."""
+        """Return the names of the machines, sorted; a folder that cannot be a machine (lost+found) is left out."""
         with explained(self.location):
             folders = self.storage.machines()
         return sorted(name for name in folders if name_problem("machine", name) is None)
 
     def machine(self, name: str) -> Machine:
-        """The folder of a machine, which need not exist yet."""
+        """Return a machine, which need not exist yet."""
         return Machine(self.storage, check_name("machine", name))
 
     def ownership(self, machine: str | None) -> Ownership:
-        """What is this repository's in a running QEMU; `machine` is the one whose lock is held, if any is."""
+        """Return what tells this repository's bitmaps from others; `machine` is the one whose lock is held, or None."""
         return Ownership(self, machine)
 
 
@@ -132,7 +130,7 @@ def machine_with(storage: Storage, machines: Iterable[str], point: str) -> str |
 
 
 def _require_free(storage: Storage) -> None:
-    """Accept a place where nothing is, and an empty one."""
+    """Refuse a place that holds a repository or other files."""
     if storage.files().has(MARKER):
         raise _exists_already(storage.location)
     other = [name for name in storage.occupants() if not _UNFINISHED_MARKER.fullmatch(name)]
@@ -181,9 +179,9 @@ _MARKER_HINT = 'bring it back from a copy; every manifest beside it names the id
 @dataclass(frozen=True, slots=True)
 class Ownership:
     """
-    Tells what a running QEMU has of this repository, so that what a run left can be told from what one needs.
+    Tells which bitmaps and nodes in a running QEMU belong to this repository, and whether a run still needs them.
 
-    `machine` is the one whose lock is held; None: none is.
+    `machine` is the machine whose lock is held, or None.
     """
 
     repository: Repository
@@ -195,17 +193,17 @@ class Ownership:
         return self.repository.identity[:8]
 
     def has_point(self, point: str) -> bool:
-        """Is it a point of any machine?  A damaged manifest counts."""
+        """Tell whether any machine has this point; a damaged manifest counts."""
         return machine_with(self.repository.storage, self.repository.machine_names(), point) is not None
 
     def require_alone(self) -> None:
         """
-        Make sure that no other machine's run is under way.
+        Make sure that no run of another machine is in progress.
 
         Raises
         ------
         Locked
-            One is.
+            A run is in progress.
         """
         for name in self.repository.machine_names():
             if name != self.machine:

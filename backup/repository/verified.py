@@ -1,8 +1,8 @@
 """
-What `verify` remembers of a machine's data files: when each was read whole, and what was found (FORMAT.md).
+The records of `verify`: when each data file of a machine was last read whole, and with what result (FORMAT.md).
 
-It lies in the machine's folder, for convenience only.  A memory that is lost, damaged, or of a file that is another by
-now (its digest tells) means no more than that the file is verified again.
+They lie in the machine's folder, for convenience only.  If a record is lost, damaged, or about a file that has another
+digest by now, the file is verified again, and nothing else is lost.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ NAME = "verified"
 FORMAT = "pybackup verified"
 VERSION = 2
 _MAX_BYTES = 32 << 20
-"""Of a thousand points with a hundred disks each."""
+"""Largest file of records: a thousand points with a hundred disks each."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
     """
-    What was found in a data file when all of it was read last.
+    The result of the last verify that read all of a data file.
 
     Attributes
     ----------
     digest : str
-        The manifest's digest of its digest file; a file that has another one was not verified.
+        The manifest's digest of the digest file; a data file with another digest was not verified.
     checked : str
-        When, UTC.
+        When the verify began, UTC.
     deep : str or None
-        When all its clusters were decompressed as well, without fault.
+        When the last verify began that also decompressed all clusters without fault.
     code : int
-        0: it was sound.  Else the error's exit code.
+        0 if the file was sound, else the exit code of the error.
     problem : str or None
         The error's message.
     """
@@ -53,33 +53,35 @@ class Record:
     problem: str | None
 
     def sound_since(self, deep: bool) -> datetime | None:  # noqa: FBT001
-        """When the file was last found to be sound; None where it was not, or not with `deep`."""
+        """Return when the file was last found sound; None if it was not, or not with `deep`."""
         time = self.deep if deep else self.checked
         return None if self.code or time is None else moment_of(time)
 
 
 Memory = Mapping[str, Record]
-"""Records by data file's name."""
+"""The records of a machine, by data file name."""
 
 
 def record_of(memory: Memory, data: DataFile) -> Record | None:
-    """What is remembered of a data file; None where that was another file of the same name."""
-    found = memory.get(data.file)
-    return found if found is not None and found.digest == data.digest else None
+    """Return the record of a data file; None if there is none, or if it is about another file of the same name."""
+    record = memory.get(data.file)
+    return record if record is not None and record.digest == data.digest else None
 
 
 def known_damage(memory: Memory, files: Iterable[DataFile]) -> Damaged | None:
-    """Damage of one of these files that a verify has found; None: none is known."""
+    """Return the damage that a verify has recorded for one of these files, or None."""
     for data in files:
         record = record_of(memory, data)
         if record is not None and record.code == Damaged.exit_code:
-            found = f"{record.problem} (found by verify, {record.checked})"
-            return Damaged(found, hint="bring the file back from a copy of the repository, then run `pybackup verify`")
+            message = f"{record.problem} (found by verify, {record.checked})"
+            return Damaged(
+                message, hint="bring the file back from a copy of the repository, then run `pybackup verify`"
+            )
     return None
 
 
 def recall(machine: Machine) -> Memory:
-    """What is remembered of a machine's data files; nothing where it cannot be read, whatever the reason."""
+    """Return the records of a machine's data files; none if they cannot be read, for whatever reason."""
     try:
         content = machine.files.read(NAME, _MAX_BYTES)
     except OSError:
@@ -87,18 +89,18 @@ def recall(machine: Machine) -> Memory:
     return decode(content) if len(content) <= _MAX_BYTES else {}
 
 
-def remember(machine: Machine, found: Memory, present: Collection[str] | None) -> str | None:
+def remember(machine: Machine, added: Memory, present: Collection[str] | None) -> str | None:
     """
-    Add to what is remembered, and forget files that are not `present` (None: forget none).
+    Add records, and remove those of files that are not `present` (None: remove none).
 
     Returns
     -------
     str or None
-        Why that was not possible (a read-only repository, a full disk); None: it was.
+        Why that was not possible (a read-only repository, a full disk), or None.
     """
 
     def merged() -> bytes:
-        known = {**recall(machine), **found}
+        known = {**recall(machine), **added}
         content = encode({name: record for name, record in known.items() if present is None or name in present})
         if len(content) > _MAX_BYTES:
             raise OSError(errno.EFBIG, f"it takes {len(content)} bytes, more than {_MAX_BYTES}")
@@ -112,7 +114,7 @@ def remember(machine: Machine, found: Memory, present: Collection[str] | None) -
 
 
 def encode(memory: Memory) -> bytes:
-    """Write the memory as a line of JSON for what it is, one for each record, and one with the digest of all before."""
+    """Return the records as lines of JSON: the format, the records, and the digest of all lines before."""
     lines = [
         json.dumps({"format": FORMAT, "version": VERSION}),
         *(json.dumps({"file": name, **asdict(memory[name])}) for name in sorted(memory)),
@@ -123,10 +125,10 @@ def encode(memory: Memory) -> bytes:
 
 def decode(content: bytes) -> Memory:
     """
-    Read what `encode` wrote; nothing where it is anything else.
+    Read what `encode` returned; anything else holds no records.
 
-    The digest comes before the parser, and each line is parsed on its own, so that no more memory is taken than records
-    take.
+    The digest is verified before anything is parsed, and each line is parsed on its own, so that little memory is
+    needed.
     """
     try:
         if content.startswith(_FIRST_LINE):
@@ -155,7 +157,7 @@ def _records(content: bytes) -> Iterator[tuple[str, Record]]:
 
 
 def _decode_version_1(content: bytes) -> Memory:
-    """What programs before 2026-11-29 wrote: one document, whose digest is over what was parsed."""
+    """Read what programs before 2026-11-29 wrote: one document, with a digest of its parsed content."""
     document = documents.parse(content)
     if document.get("format") != FORMAT or document.get("version") != 1:
         raise BadDocument("its format is another")
