@@ -4,13 +4,13 @@ The common options, and how an error is shown with them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from backup.cli import hints, json_output, output
-from backup.errors import BackupError, Interrupted, UsageError, merged_exit_code
+from backup.errors import BackupError, Interrupted, UsageError
 from backup.runtime.failures import as_backup_error
 
 if TYPE_CHECKING:
@@ -76,21 +76,6 @@ options = CommonOptions()
 def given_twice(option: str) -> UsageError:
     """Return the error for an option that takes one value and was given two."""
     return UsageError(f"{option} is given twice", hint=f"give it once; see: {options.program} --help")
-
-
-class Warned(Protocol):
-    """The result of one machine, which may have warnings."""
-
-    @property
-    def warnings(self) -> Sequence[str]:
-        """The warnings, one line each."""
-
-
-def machines_exit_code(outcomes: Sequence[Warned | BackupError]) -> int:
-    """Merge the results of several machines into the exit code of the command."""
-    codes = [outcome.exit_code for outcome in outcomes if isinstance(outcome, BackupError)]
-    warned = any(outcome.warnings for outcome in outcomes if not isinstance(outcome, BackupError))
-    return merged_exit_code(codes, warned=warned)
 
 
 # Errors, as the user sees them

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from backup.cli import find, json_output, output, settings
-from backup.cli.context import machines_exit_code, options, show_error, user_error
+from backup.cli.context import options, show_error, user_error
 from backup.cli.parameters import DryRun, MachineNames, Repo
 from backup.config.settings import Config, Retention
-from backup.errors import BackupError, UsageError
+from backup.errors import BackupError, UsageError, merged_exit_code
 from backup.planning.retention import MAX_COUNT, Batch, Duration, Policy
 from backup.units import counted, show_size
 
@@ -64,6 +64,8 @@ def prune(
 
     The --keep options, all together, replace those of `retention` in the configuration.
     """
+    from backup.night.night import attempt
+
     counts = {
         "last": keep_last,
         "hourly": keep_hourly,
@@ -72,8 +74,6 @@ def prune(
         "monthly": keep_monthly,
         "yearly": keep_yearly,
     }
-    from backup.night.night import attempt
-
     config = find.config() if repo is None else find.config_or_default()
     keep = Keep.of(counts, keep_within, batch)
     path = settings.repository_path(find.folder_of(repo), config)
@@ -88,7 +88,9 @@ def prune(
         outcomes[name] = outcome
     if options.json:
         json_output.write([MachineDocument.of(name, outcome, dry_run=dry_run) for name, outcome in outcomes.items()])
-    raise typer.Exit(machines_exit_code(list(outcomes.values())))
+    codes = [outcome.exit_code for outcome in outcomes.values() if isinstance(outcome, BackupError)]
+    warned = any(outcome.warnings for outcome in outcomes.values() if not isinstance(outcome, BackupError))
+    raise typer.Exit(merged_exit_code(codes, warned=warned))
 
 
 def _machine_names(repository: Path, machines: Sequence[str] | None) -> list[str]:
