@@ -1,5 +1,5 @@
 """
-From the options of the command line and the configuration to requests: which machines, which disks, how.
+From the options of the command line and the configuration to requests: which machines, which disks, and how.
 """
 
 from __future__ import annotations
@@ -188,9 +188,12 @@ def _check(options: Options) -> None:
         ("--image-format", options.image_formats),
     ):
         if value and not sources:
-            raise UsageError(f"{name} without a source", hint="it goes with --image FILE, --nbd URI or --qmp SOCKET")
+            raise UsageError(f"{name} without a source", hint="use it with --image FILE, --nbd URI or --qmp SOCKET")
     if options.since is not None and options.nbd is None:
-        raise UsageError("--since without --nbd", hint="pybackup's own bitmaps are named for the point they start from")
+        raise UsageError(
+            "--since without --nbd",
+            hint="the name of a bitmap of pybackup's tells the point from which the bitmap starts",
+        )
     if options.nbd is not None and len(options.disks) > 1:
         raise UsageError("--disk given twice", hint="an NBD export is one disk")
     _check_images(options)
@@ -204,11 +207,14 @@ def _check_images(options: Options) -> None:
     if not images:
         return
     if disks not in {0, images}:
-        raise UsageError(f"--disk given {disks} times and --image {images} times", hint="they pair in their order")
+        raise UsageError(
+            f"--disk given {disks} times and --image {images} times",
+            hint="give one --disk for each --image, in the same order",
+        )
     if formats not in {0, 1, images}:
         raise UsageError(
             f"--image-format given {formats} times and --image {images} times",
-            hint="give one format for all images, or one for each of them in their order",
+            hint="give one format for all images, or one for each --image, in the same order",
         )
     files = [os.path.realpath(image) for image in options.images]
     for number, file in enumerate(files):
@@ -216,7 +222,7 @@ def _check_images(options: Options) -> None:
             first = options.images[files.index(file)]
             raise UsageError(f"{first} and {options.images[number]} are the same file", hint="name each image once")
     if images > 1 and options.machine is None:
-        raise UsageError(f"{images} images and no machine's name", hint="name the machine: --machine NAME")
+        raise UsageError(f"{images} images, and no name for the machine", hint="name the machine: --machine NAME")
 
 
 def _check_qmp(options: Options) -> None:
@@ -229,15 +235,17 @@ def _check_qmp(options: Options) -> None:
         ("--scratch", options.scratch),
     ):
         if value and options.qmp is None:
-            raise UsageError(f"{name} without --qmp", hint="it is for a running machine: --qmp SOCKET")
+            raise UsageError(f"{name} without --qmp", hint="the option is for a running machine: --qmp SOCKET")
     if options.qmp is None:
         return
     if not options.nodes and options.machine is None:
-        raise UsageError("all disks of a running machine, and no name for the machine", hint="name it: --machine NAME")
+        raise UsageError(
+            "all disks of a running machine, and no name for the machine", hint="name the machine: --machine NAME"
+        )
     if options.disks and len(options.disks) != len(options.nodes):
         raise UsageError(
             f"--disk given {len(options.disks)} times and --node {len(options.nodes)} times",
-            hint="they pair in their order",
+            hint="give one --disk for each --node, in the same order",
         )
     if options.freeze and options.agent is None:
         raise UsageError("--freeze without --agent", hint="name the guest agent's socket: --agent SOCKET")
@@ -254,7 +262,7 @@ def _chosen(names: Sequence[str], config: Config) -> Sequence[MachineConfig]:
     by_name = {machine.name: machine for machine in config.machines}
     for name in names:
         if name not in by_name:
-            raise NotFound(f"the configuration has no machine {name!r}", hint=f"it has: {', '.join(by_name)}")
+            raise NotFound(f"the configuration has no machine {name!r}", hint=f"its machines: {', '.join(by_name)}")
     return [by_name[name] for name in dict.fromkeys(names)] if names else config.machines
 
 
@@ -280,18 +288,20 @@ def _from_nbd(uri: str, options: Options, config: Config) -> Request:
 
 
 def _disk_names(options: Options, derived: Sequence[str], pairs_with: str) -> list[str]:
-    """Names of the disks, as given or derived from what names their sources; each once."""
+    """Names of the disks, as given, or derived from the names of their sources; all different."""
     disks = [check_name("disk", name) for name in options.disks or (_derived(name, "disk") for name in derived)]
     for name in disks:
         if disks.count(name) > 1:
-            raise UsageError(f"two disks are named {name}", hint=f"name each with --disk, in the order of {pairs_with}")
+            raise UsageError(
+                f"two disks are named {name}", hint=f"name each disk with --disk, in the order of {pairs_with}"
+            )
     return disks
 
 
 def _from_qmp(socket: Path, options: Options, config: Config) -> Request:
     stems = [Path(node).stem for node in options.nodes]
     if options.machine is None and len(stems) > 1:
-        raise UsageError("several disks and no machine's name", hint="name it: --machine NAME")
+        raise UsageError("several disks, and no name for the machine", hint="name the machine: --machine NAME")
     bitmap_family = _bitmap_family(options, config.bitmap_family)
     _require_bitmap(options, bitmap_family)
     names = _disk_names(options, stems, "--node")
@@ -406,5 +416,5 @@ def _export_name(uri: str) -> str:
 
 def _derived(name: str, kind: str) -> str:
     if name_problem("machine" if kind == "machine" else "disk", name) is not None:
-        raise UsageError(f"no {kind}'s name can be taken from {name!r}", hint=f"name it: --{kind} NAME")
+        raise UsageError(f"no name for the {kind} can be derived from {name!r}", hint=f"name the {kind}: --{kind} NAME")
     return name

@@ -1,4 +1,4 @@
-"""An image that no machine has open, served by a qemu-nbd of our own."""
+"""An image that no machine has open, served by a qemu-nbd that pybackup starts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from backup.sources.resting import STATUS_CONNECTIONS
 
 @dataclass(frozen=True, slots=True)
 class ImageSource:
-    """An image that no machine has open.  `format` is "qcow2", "raw", or None to tell by its first bytes."""
+    """An image that no machine has open.  `format` is "qcow2" or "raw"; None: the image's first bytes tell."""
 
     path: Path
     format: str | None = None
@@ -39,9 +39,9 @@ class ImageSource:
         info = images.image_info(self.path, image_format)
         if info.encrypted:
             raise SourceError(
-                f"{self.path} is encrypted (LUKS), or a file below it is: nothing can be read without the key",
-                hint="back up the machine while it runs (--qmp, --allow-plaintext); or store the encrypted file as it "
-                "is, with --image-format raw (`format: raw`)",
+                f"{self.path}, or a file below it, is encrypted (LUKS): nothing can be read without the key",
+                hint="back up the machine while it runs (--qmp, --allow-plaintext); or store the encrypted file "
+                "unchanged, with --image-format raw (`format: raw`)",
             )
         if info.format == images.RAW:
             self._require_raw(info.size)
@@ -59,10 +59,11 @@ class ImageSource:
 
     def _require_raw(self, size: int) -> None:
         if size == 0:
-            raise SourceError(f"{self.path} is empty", hint="is it the right file? a disk has at least one byte")
+            raise SourceError(f"{self.path} is empty", hint="is this the right file? a disk has at least one byte")
         if self.format is None and self.path.suffix == ".qcow2":
             raise SourceError(
-                f"{self.path} has no qcow2 header", hint="it is damaged, or raw: then say so with --image-format raw"
+                f"{self.path} has no qcow2 header",
+                hint="the image is damaged; or, if it is raw, give --image-format raw",
             )
 
     def why_no_bitmap(self, state: DiskState) -> str | None:

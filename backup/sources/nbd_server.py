@@ -37,7 +37,7 @@ class NbdSource:
         """Ask the server for the disk's size and for the bitmap."""
         export = self._connected()
         if export.size == 0:
-            raise SourceError(f"{self.uri} is empty", hint="is it the right export? a disk has at least one byte")
+            raise SourceError(f"{self.uri} is empty", hint="is this the right export? a disk has at least one byte")
         shown = (Bitmap(self.bitmap),) if self.bitmap and export.has_bitmap(self.bitmap) else ()
         return DiskState(
             kind=NBD,

@@ -970,7 +970,7 @@ def test_two_images_of_one_stem_and_one_image_by_two_paths_are_refused(tmp_path)
     (tmp_path / "x").mkdir()
     (tmp_path / "link.qcow2").symlink_to(images[0])
     other = make_image(tmp_path / "x" / "a.qcow2", "1M")
-    for second, words in ((other, "name each with --disk"), (tmp_path / "link.qcow2", "are the same file")):
+    for second, words in ((other, "name each disk with --disk"), (tmp_path / "link.qcow2", "are the same file")):
         done = call_pybackup(["full", *given([images[0], second], tmp_path / "repo", "--machine", "m")])
         assert (done.rc, words in done.stderr) == (2, True), done
 
