@@ -262,7 +262,7 @@ def _chosen(names: Sequence[str], config: Config) -> Sequence[MachineConfig]:
     by_name = {machine.name: machine for machine in config.machines}
     for name in names:
         if name not in by_name:
-            raise NotFound(f"the configuration has no machine {name!r}", hint=f"its machines: {', '.join(by_name)}")
+            raise NotFound(f"the configuration has no machine {name!r}", hint=f"it has: {', '.join(by_name)}")
     return [by_name[name] for name in dict.fromkeys(names)] if names else config.machines
 
 
