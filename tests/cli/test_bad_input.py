@@ -455,7 +455,7 @@ def test_an_image_that_is_cut_off_is_refused_before_anything_writes_to_it(tmp_pa
     done = call_pybackup(["full", "--image", image, "--repo", tmp_path / "repo", "--bitmap", "b1"])
     assert done.rc == 13, done
     assert len(done.stderr.splitlines()) == 2
-    assert "cut off" in done.stderr
+    assert "truncated" in done.stderr
     assert image.read_bytes() == before
 
 
