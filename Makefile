@@ -11,7 +11,7 @@ help:
 	@echo "make demo    back up, damage and restore a real file system, with each command shown; under two minutes"
 	@echo "make test    all tests; make test ARGS='-k restore' for some, JOBS=4 for more at once"
 	@echo "make test-guest  back up a real guest: Linux, emulated, which goes on writing; and read files from points; some minutes"
-	@echo "make check   format, lint, types, and the rules of the architecture"
+	@echo "make check   format, lint, types, and the rules of the architecture, and what the documents cite"
 	@echo "make man     write docs/pybackup.1 anew, after a change of --help or of docs/commands.md"
 	@echo "make bench   measure speed and memory against nbdcopy and qemu-img"
 	@echo "make clean   remove what make made"
@@ -33,7 +33,7 @@ check: setup
 	.venv/bin/ruff format --check $(PYTHON_FILES)
 	.venv/bin/ruff check $(PYTHON_FILES)
 	.venv/bin/mypy --strict backup tools
-	$(if $(wildcard tests/test_architecture.py),.venv/bin/python -m pytest tests/test_architecture.py)
+	.venv/bin/python -m pytest tests/test_architecture.py tests/test_docs.py
 
 man: setup
 	.venv/bin/python tools/manpage.py
