@@ -37,7 +37,6 @@ from lab import (
 
 from backup.operations import backup as creating
 from backup.qemu import image_bitmaps, images, servers
-from backup.repository import machine as machines
 from backup.sources.image import ImageSource
 from backup.storage import folder
 from backup.storage.folder import sync_folder
@@ -335,7 +334,7 @@ def test_a_full_without_a_bitmap_says_so_and_the_next_backup_has_none(night):
 def test_a_bitmap_of_another_family(night):
     done = night.backup("incremental", "--bitmap", "b2")
     assert (done.rc, done.disk["kind"], done.disk["rescan"]) == (3, "incremental", True)
-    assert "another bitmap was named" in done.disk["reason"]
+    assert "this run names another bitmap" in done.disk["reason"]
     assert list(bitmaps(night.image)) == [night.own_bitmap.replace("b1.", "b2.")]
 
 
@@ -1145,8 +1144,7 @@ def test_an_fsync_that_fails_while_publishing_leaves_a_whole_point_or_none(night
 
     before = night.state()
     with monkeypatch.context() as patch:
-        for module in (folder, machines):
-            patch.setattr(module, "sync_folder", fails)
+        patch.setattr(folder, "sync_folder", fails)
         assert night.incremental().rc == 1
     assert len(calls) >= failing
     assert night.state() == before
