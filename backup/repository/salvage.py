@@ -1,16 +1,16 @@
 """
-Salvage: what can be proven of a chain that is damaged, and which ranges of the disk are lost (FORMAT.md, "Salvage").
+Salvage: find what can be proven of a damaged chain, and which ranges of the disk are lost (FORMAT.md, "Salvage").
 
-    stored cluster    proven by the digest of its block, or, of a compressed one, by its frame's own checksum
+    stored cluster    proven by the digest of its block; a compressed one also by the checksum of its own frame
     table, head       proven by the digest of its block, or by accounting for the whole file: see `_accounted`
-    holder unknown    where a table of any file in the chain is not proven, no older file's bytes may pass for the
-                      point's: the range is lost, unless a newer file holds it
+    holder unknown    if a table of a file in the chain is not proven, no older file's bytes may pass for the point's:
+                      the range is lost, unless a newer file holds it
     link missing      a manifest that is missing or unreadable is replaced by the data file that its child's head names,
-                      where that file agrees with its digest file
+                      if that file agrees with its digest file
 
-Nothing else counts: a range that is not proven is listed, and is zeroes.  The one exception is a cluster that is stored
-uncompressed in a block that fails its digest: a proven table says that these bytes are the point's, and nearly all of
-the 4 MiB will be right, so that they are written as they are stored; they are listed like all others.
+A range that is not proven is listed, and reads as zeroes.  There is one exception: an uncompressed cluster in a block
+that fails its digest is listed, and is written as it is stored.  A proven table says that these bytes are the point's,
+and nearly all of the 4 MiB will be right.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ U64 = npt.NDArray[np.uint64]
 
 ZEROES, AS_STORED = "zeroes", "as stored"
 UNKNOWN = np.uint64((1 << 64) - 1)
-"""An L2 entry that is not proven; no file holds such a one."""
+"""Stands for an L2 entry that is not proven; no file holds this value."""
 _UNKNOWN_KIND = 255
 _WINDOW = 1 << 20
 """Clusters resolved at once; whole L2 tables for every size of cluster."""
 _MOST_MIXES = 1 << 10
-"""Ways of putting a digest file together, of its stored and its recomputed digests, that are tried."""
+"""Most combinations of stored and recomputed digests that are tried for a damaged digest file."""
 _SHOWN = 4
-"""Ranges that a message has room for."""
+"""Most ranges that a message lists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Lost:
     """
     A range of the disk (bytes) that could not be proven, and why.
 
-    `content` says what was written there: ZEROES, or AS_STORED, the bytes of a damaged block as they are.
+    `content` says what was written there: ZEROES, or AS_STORED for the bytes of a damaged block.
     """
 
     start: int
@@ -69,13 +69,13 @@ class Lost:
 
 
 class LostRanges:
-    """Collects what is lost; neighbours are merged."""
+    """Collects lost ranges, and merges neighbours."""
 
     def __init__(self) -> None:
         self._found: dict[tuple[str, str], list[tuple[int, int]]] = {}
 
     def add(self, start: int, end: int, why: str, content: str) -> None:
-        """Bytes [start, end) of the disk."""
+        """Add bytes [start, end) of the disk."""
         found = self._found.setdefault((content, why), [])
         if found and found[-1][1] == start:
             found[-1] = (found[-1][0], end)
@@ -83,13 +83,13 @@ class LostRanges:
             found.append((start, end))
 
     def list(self) -> tuple[Lost, ...]:
-        """All of them, ascending."""
+        """Return all lost ranges, ascending."""
         merged = [(low, high, *what) for what, found in self._found.items() for low, high in merge(found)]
         return tuple(Lost(low, high - low, content, why) for low, high, content, why in sorted(merged))
 
 
 def merge(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Ranges (start, end) in any order, ascending and with those joined that touch."""
+    """Return ranges (start, end) in ascending order, with those joined that touch."""
     joined: list[tuple[int, int]] = []
     for low, high in sorted(ranges):
         if joined and low <= joined[-1][1]:
@@ -101,10 +101,10 @@ def merge(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 class SalvagedFile:
     """
-    One link's data file, as far as it can be proven (an `index.ClusterFile`).
+    One link's data file, as far as it can be proven (a `cluster_index.ClusterFile`).
 
-    Tables that are not proven give UNKNOWN for each of their clusters.  `why` says what is wrong with them; `kinds` and
-    `spans` are for what is known.  Not for several threads, but for `read`.
+    Each cluster of a table that is not proven has the entry UNKNOWN; `why` says what is wrong with the table.  Only
+    `read` is safe to use from several threads.
     """
 
     def __init__(self, files: Files, entry: DiskEntry, parent: DiskEntry | None, cache: BlockCache) -> None:
@@ -124,18 +124,18 @@ class SalvagedFile:
 
     @property
     def backing(self) -> str | None:
-        """The parent's data file, as a head that its digest proves names it; None where none does."""
+        """The name of the parent's data file in a head that its digest proves, or None."""
         return None if self._reader is None or self._accounts else self._reader.image.backing
 
     def allocated_tables(self) -> Mask:
-        """One flag for each L2 table; True as well for what is not proven."""
+        """Return a flag for each L2 table: True also for a table that is not proven."""
         if self._reader is not None:
             return self._reader.allocated_tables()
         cluster = self.entry.data.cluster_size
         return np.ones(max(1, -(-self.entry.size // (cluster * (cluster // 8)))), np.bool_)
 
     def allocated(self, first: int, count: int) -> tuple[Offsets, U64]:
-        """Clusters counted from `first` with entries other than 0, and these; UNKNOWN of each that is not proven."""
+        """Return clusters, counted from `first`, with entries other than 0, and the entries: UNKNOWN if not proven."""
         if self._reader is None:
             return _unknown(0, count)
         try:
@@ -158,16 +158,17 @@ class SalvagedFile:
 
     @staticmethod
     def kinds(entries: U64) -> npt.NDArray[np.uint8]:
-        """Codes of entries; more than any of a known one for UNKNOWN."""
+        """Return the codes of entries; UNKNOWN has a code above all others."""
         codes = qcow2.Reader.kinds(entries)
         codes[entries == UNKNOWN] = _UNKNOWN_KIND
         return codes
 
     def read(self, offset: int, length: int, codec: qcow2.Codec | None, cluster: memoryview) -> tuple[str, str] | None:
         """
-        Fill `cluster` with what is stored there; where that is not proven, what it was filled with, and why.
+        Read a stored cluster into `cluster`; `codec` decodes a compressed one, None means uncompressed.
 
-        `codec` decodes what is a frame; None: it is stored as it is.  Safe to use from several threads.
+        Returns None if the content is proven, else what `cluster` was filled with, and why.  Safe to use from several
+        threads.
         """
         assert self._file is not None
         try:
@@ -198,12 +199,11 @@ class SalvagedFile:
 
     def _accounted(self) -> bool:
         """
-        Read the head and all tables without digests, and take them where they account for the whole file.
+        Read the head and all tables without digests, and accept them if they account for the whole file.
 
-        That is: the head says what the manifest says; each host cluster is referred to exactly as often as the
-        refcounts say, so that no entry of stored data was lost, gained or changed; and an incremental has as many zero
-        clusters as its manifest counts.  (A merged point's counts tell how the disk was read, and not what the file
-        holds.)
+        They do if the head says what the manifest says, each host cluster is referred to exactly as often as the
+        refcounts say, and an incremental has as many zero clusters as its manifest counts.  Then no entry of stored
+        data was lost, gained or changed.  (The counts of a merged point describe how the disk was read, not the file.)
         """
         if self._accounts is None:
             self._accounts = False
@@ -230,7 +230,7 @@ class SalvagedFile:
 
 
 class _Nothing(SalvagedFile):
-    """What stands for all older links where it is not known what they are."""
+    """Stands for all older links if it is not known what they are."""
 
     def __init__(self, entry: DiskEntry, why: str) -> None:
         self.entry = entry
@@ -252,9 +252,9 @@ def _fill(stored: bytes, codec: qcow2.Codec | None, cluster: memoryview) -> None
 
 def _listed(files: Files, data: DataFile) -> bytes:
     """
-    The digests of a data file's blocks; none where neither the digest file nor the data file proves them.
+    Return the digests of a data file's blocks, or nothing if neither the digest file nor the data file proves them.
 
-    The manifest has the digest of the digest file, so that one made anew from an undamaged data file is as good.
+    The manifest has the digest of the digest file, so digests that are recomputed from an undamaged data file count.
     """
     blocks = block_count(data.size)
     try:
@@ -267,7 +267,7 @@ def _listed(files: Files, data: DataFile) -> bytes:
 
 
 def _made(files: Files, name: str, size: int, blocks: int) -> bytes:
-    """The digests that the data file's blocks have now; zeroes for those that cannot be read."""
+    """Return the digests that the data file's blocks have now; zeroes for blocks that cannot be read."""
     made = bytearray(blocks * LENGTH)
     with closing(open_file(files, name)) as file:
         for number in range(min(blocks, block_count(file.size))):
@@ -280,7 +280,7 @@ def _made(files: Files, name: str, size: int, blocks: int) -> bytes:
 
 
 def _stored(files: Files, name: str, blocks: int) -> bytes | None:
-    """The content of a digest file that has the right length; None where it has not, or cannot be read."""
+    """Return the content of a digest file, or None if its length is wrong or it cannot be read."""
     try:
         with closing(open_file(files, name)) as file:
             return bytes(file.read_at(0, file.size)) if file.size == blocks * LENGTH else None
@@ -289,7 +289,7 @@ def _stored(files: Files, name: str, blocks: int) -> bytes | None:
 
 
 def _mixes(made: bytes, stored: bytes | None) -> Iterator[bytes]:
-    """Lists that may be the right one: of each digest that differs the data's own or the digest file's."""
+    """Yield lists that may be right: for each digest that differs, the recomputed one or the stored one."""
     yield made
     if stored is None:
         return
@@ -308,12 +308,12 @@ def opened(
     machine: Machine, point: str, disk: str, cached: int = checked_file.CACHED
 ) -> Iterator[tuple[Chain, list[SalvagedFile]]]:
     """
-    Build a disk's chain as far as it can be known, and open all of its files.
+    Build a disk's chain as far as it can be known, and open all its files.
 
     Raises
     ------
     BackupError
-        The point's own manifest cannot be read: nothing is known then.
+        The point's own manifest cannot be read.
     """
 
     @contextmanager
@@ -326,7 +326,7 @@ def opened(
 
 
 class _Builder:
-    """Follows a disk's chain down to a full, as far as manifests or data files tell."""
+    """Builds a disk's chain down to a full, from manifests or, if those are missing, from data files."""
 
     def __init__(self, folder: Files, contents: Contents, disk: str, cache: BlockCache) -> None:
         self._folder = folder
@@ -336,7 +336,7 @@ class _Builder:
         self._files: list[SalvagedFile] = []
 
     def build(self, point: str) -> tuple[Chain, list[SalvagedFile]]:
-        """The chain of a point; one of which the end is not known ends in a link that holds nothing known."""
+        """Return the chain of a point; if its end is not known, the last link stands for everything unknown."""
         links = [chains.first_link(self._contents.manifests, point, self._disk, self._contents.damaged)]
         while (wanted := links[-1].entry.parent) is not None:
             parent, why = self._by_manifest(links[-1], wanted)
@@ -363,14 +363,14 @@ class _Builder:
         return self._files[-1]
 
     def _by_manifest(self, child: Link, wanted: Parent) -> tuple[Link | None, str]:
-        """The parent; or None, and why its manifest does not tell."""
+        """Return the parent, or None and why its manifest does not tell."""
         manifests = self._contents.manifests
         if wanted.identity or wanted.point not in manifests:
             try:
                 return chains.parent_link(manifests, child, self._disk, self._contents.damaged), ""
             except (Damaged, NotFound) as error:
                 return None, error.message
-        # The child is known by its data file only, which names no identity.
+        # The child is known only from its data file, which names no identity.
         found = manifests[wanted.point]
         entry = found.disk(self._disk)
         if entry is None or entry.data.cluster_size != child.entry.data.cluster_size:
@@ -383,7 +383,7 @@ class _Builder:
 
 
 def _by_data_file(files: Files, name: str, child: DiskEntry, wanted: Parent) -> DiskEntry | None:
-    """The entry of a point without a manifest, of its data file and a digest file that agrees with the file's head."""
+    """Return the entry of a point without a manifest, if a digest file agrees with its data file's head."""
     if manifest.point_of(name) != wanted.point:
         return None
     try:
@@ -412,7 +412,7 @@ def _by_data_file(files: Files, name: str, child: DiskEntry, wanted: Parent) -> 
 
 
 def _head(files: Files, data: DataFile) -> qcow2.Image | None:
-    """What a data file is of, where its first block agrees with its digest file."""
+    """Return what a data file's head says, if its first block agrees with the digest file."""
     try:
         listed = checked_file.load(files, data.digests, data.digest, block_count(data.size))
         with closing(CheckedFile(files, data.file, data.size, listed, BlockCache(1))) as file:
@@ -425,7 +425,7 @@ def _head(files: Files, data: DataFile) -> qcow2.Image | None:
 def _stand_in(
     child: DiskEntry, data: DataFile | None = None, size: int | None = None, parent: Parent | None = None
 ) -> DiskEntry:
-    """An entry of which only the data file, size and parent are known; it has no identity."""
+    """Return an entry of which only the data file, the size and the parent are known."""
     return DiskEntry(
         name=child.name,
         kind="full" if parent is None else "incremental",
@@ -443,7 +443,7 @@ def _stand_in(
 def drop_unknown(
     chain: Chain, files: Sequence[SalvagedFile], first: int, found: tuple[npt.NDArray[np.int16], U64], lost: LostRanges
 ) -> None:
-    """Add the clusters whose holder is not known to what is lost, and have nobody hold them."""
+    """Add clusters whose holder is not known to the lost ranges, and set their holder to NOBODY."""
     holders, entries = found
     size = chain.cluster_size
     unknown = (holders != NOBODY) & (entries == UNKNOWN)
@@ -458,7 +458,7 @@ def drop_unknown(
 
 
 def loss(machine: str, lost: Sequence[tuple[str, Lost]]) -> Damaged | None:
-    """What a salvage could not bring back of a machine's disks, as an error; None: nothing is lost."""
+    """Return the error for what a salvage could not bring back of a machine's disks, or None."""
     if not lost:
         return None
     total = sum(each.length for _, each in lost)
@@ -472,7 +472,7 @@ def loss(machine: str, lost: Sequence[tuple[str, Lost]]) -> Damaged | None:
 
 def located(error: Damaged, machine: Machine, point: str, disk: str) -> Damaged:
     """
-    The error with the ranges of a point's disk that the damage puts in doubt; as it is where they cannot be told.
+    Return the error with the ranges of a point's disk that the damage puts in doubt, if these can be told.
     """
     if not isinstance(error, DamagedBlock) or error.ranges:
         return error
@@ -492,7 +492,7 @@ def located_in_file(
     files: Files, entry: DiskEntry, parent: DiskEntry | None, errors: Sequence[BackupError]
 ) -> BackupError:
     """
-    The first error of those of one data file, with the ranges of the disk that all of its damaged blocks hold.
+    Return the first error of a data file, with the ranges of the disk that all its damaged blocks hold.
     """
     first = errors[0]
     blocks = sorted({(error.start, error.end) for error in errors if isinstance(error, DamagedBlock)})
@@ -511,7 +511,7 @@ def located_in_file(
 def _doubtful(
     chain: Chain, files: Sequence[SalvagedFile], number: int, blocks: Sequence[tuple[int, int]]
 ) -> list[tuple[int, int]]:
-    """Ranges of the disk that one file of the chain holds in these blocks of it, or that it may hold."""
+    """Return the ranges of the disk that one file of the chain holds, or may hold, in these blocks."""
     index = Index(chain, files)
     size, limit = chain.cluster_size, chain.limits[number]
     damaged = np.zeros(block_count(files[number].entry.data.size) + 1, np.bool_)
@@ -532,7 +532,7 @@ def _doubtful(
 
 
 def with_ranges(error: DamagedBlock, ranges: Sequence[tuple[int, int]], more: str = "") -> Damaged:
-    """The same error, whose message names ranges of the disk."""
+    """Return the same error, with a message that names ranges of the disk."""
     if not ranges:
         where = "; no range of the disk is stored there"
     else:
