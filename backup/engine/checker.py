@@ -151,7 +151,7 @@ class CheckRun:
                 yield check, file, number
 
     def _opened(self, entry: DiskEntry) -> CheckedFile:
-        return checked_file.opened(self._files, entry.data, _Cache(self._stop, self._keep_pace), once=True)
+        return checked_file.open_checked(self._files, entry.data, _Cache(self._stop, self._keep_pace), once=True)
 
     def _do(self, check: Check, file: CheckedFile | None, number: int) -> None:
         read = 0

@@ -13,7 +13,7 @@ from backup.model.extents import Mask, Offsets, distinct
 from backup.model.open_disk import OpenDisk
 from backup.planning.plan import Plan, cut_cluster
 from backup.qcow2 import PART, Codec
-from backup.repository.chain_reader import Content
+from backup.repository.chain_reader import ChainContent
 from backup.runtime.direct_io import pages
 
 _SECTOR = 512
@@ -23,7 +23,7 @@ MOST_RANGES = 100_000
 
 
 def compare(
-    disk: OpenDisk, planned: Plan, content: Content, settings: copier.Settings, progress: Callable[[int], None]
+    disk: OpenDisk, planned: Plan, content: ChainContent, settings: copier.Settings, progress: Callable[[int], None]
 ) -> Differences:
     """
     Read what is planned of the disk and compare it with the chain's content.
@@ -45,7 +45,7 @@ def compare(
 class _Comparison:
     """Compares clusters of the disk with those of the chain; each thread has its own memory."""
 
-    def __init__(self, content: Content) -> None:
+    def __init__(self, content: ChainContent) -> None:
         self.content = content
         self._local = threading.local()
 
@@ -67,7 +67,7 @@ class Rescanned:
 
     batch = PART
 
-    def __init__(self, content: Content, sink: Sink) -> None:
+    def __init__(self, content: ChainContent, sink: Sink) -> None:
         self._comparison = _Comparison(content)
         self._sink = sink
         self._always = cut_cluster(content.size, content.index.chain.size, content.cluster_size)
@@ -110,7 +110,7 @@ class Differences:
 
     batch = PART
 
-    def __init__(self, content: Content) -> None:
+    def __init__(self, content: ChainContent) -> None:
         self._comparison = _Comparison(content)
         self._lock = threading.Lock()
         self._kept: list[tuple[Offsets, Offsets]] = []
@@ -165,7 +165,7 @@ class Differences:
             self._ranges += len(starts)
 
 
-def _ranges(clusters: Offsets, differ: Mask, content: Content) -> tuple[Offsets, Offsets]:
+def _ranges(clusters: Offsets, differ: Mask, content: ChainContent) -> tuple[Offsets, Offsets]:
     """Return starts and ends (bytes) of the sectors that differ; neighbours are merged."""
     per = content.cluster_size // _SECTOR
     sectors = np.flatnonzero(differ.reshape(len(clusters) * per, -1).any(axis=1))

@@ -190,7 +190,7 @@ def _reason(old: DiskEntry) -> str:
 def _write(machine: Machine, merge: Merge, workers: int, progress: Progress) -> DataFile:
     """Write both files; return their description, with their final names."""
     parent = merge.parent
-    with data_file.opened(machine.files, merge.chain) as files:
+    with data_file.open_files(machine.files, merge.chain) as files:
         compression = _compression(merge, files)
         image = Image(
             size=merge.chain.size,

@@ -18,7 +18,7 @@ from backup.model.digests import BLOCK
 from backup.model.extents import Mask, Offsets, edges, windows
 from backup.qcow2 import COMPRESSED, Codec
 from backup.repository import salvage
-from backup.repository.cluster_index import NOBODY, Found, Index
+from backup.repository.cluster_index import NOBODY, HoldersAndEntries, Index
 from backup.repository.data_file import OpenDataFile
 from backup.repository.salvage import Lost, LostRanges, SalvagedFile
 from backup.runtime.direct_io import pages
@@ -156,7 +156,7 @@ class RestoreRun:
             qcow2.Reader.kinds(used) == COMPRESSED,
         )
 
-    def _resolve(self, first: int, count: int) -> Found:
+    def _resolve(self, first: int, count: int) -> HoldersAndEntries:
         """Return which file of the chain holds each of these clusters, and the L2 entries there."""
         return self.index.resolve(first, count)
 
@@ -257,7 +257,7 @@ class SalvageRun(RestoreRun):
         self._salvaged = files
         self._lost = LostRanges()
 
-    def _resolve(self, first: int, count: int) -> Found:
+    def _resolve(self, first: int, count: int) -> HoldersAndEntries:
         resolved = self.index.resolve(first, count)
         with self._lock:
             salvage.drop_unknown(self.chain, self._salvaged, first, resolved, self._lost)

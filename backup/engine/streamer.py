@@ -25,7 +25,7 @@ from backup.errors import Damaged, Failed
 from backup.model.extents import windows
 from backup.qcow2 import PART, Codec
 from backup.repository import chain_reader, data_file, salvage
-from backup.repository.chain_reader import Content
+from backup.repository.chain_reader import ChainContent
 from backup.repository.machine import Machine
 from backup.repository.opened_chain import open_chain
 from backup.runtime.direct_io import pages
@@ -61,17 +61,17 @@ def stream(
             machine,
             point,
             disk,
-            lambda chain: data_file.opened(machine.files, chain, chain_reader.kept_blocks(chain)),
+            lambda chain: data_file.open_files(machine.files, chain, chain_reader.kept_blocks(chain)),
         ) as (chain, files):
             progress.begin(disk, chain.size)
-            content = Content(chain, files, chain.size)
+            content = ChainContent(chain, files, chain.size)
             _write_all(content, fd, workers, progress, Pace(limit))
             return Restored(chain.size, chain.size)
     except Damaged as error:
         raise salvage.located(error, machine, point, disk) from None
 
 
-def _write_all(content: Content, fd: int, workers: int, progress: Progress, pace: Pace) -> None:
+def _write_all(content: ChainContent, fd: int, workers: int, progress: Progress, pace: Pace) -> None:
     never = threading.Event()
     done = 0
     for batch in _in_order(_Batches(content), workers + 1):
@@ -106,7 +106,7 @@ def _in_order(batches: _Batches, ahead: int) -> Iterator[memoryview]:
 class _Batches:
     """The disk, divided into batches of 4 MiB."""
 
-    def __init__(self, content: Content) -> None:
+    def __init__(self, content: ChainContent) -> None:
         self._content = content
         self._spare: deque[memoryview] = deque()
         self._threads = threading.local()

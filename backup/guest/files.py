@@ -162,7 +162,7 @@ def open_files(machine: Machine, point: str, disk: str, filesystem: str | None) 
     """
     folder = require_local_folder(machine.files)
     with (
-        open_chain(machine, point, disk, lambda chain: data_file.held(machine.files, chain)) as (chain, _),
+        open_chain(machine, point, disk, lambda chain: data_file.hold(machine.files, chain)) as (chain, _),
         guestfish.started(folder / chain.newest.entry.data.file) as fish,
     ):
         fish.ask("run")

@@ -50,7 +50,7 @@ from backup.planning.decision import Decision, Refusal
 from backup.planning.plan import Plan
 from backup.planning.sampling import Reservoir
 from backup.repository import chain_reader, data_file, data_file_writer
-from backup.repository.chain_reader import Content
+from backup.repository.chain_reader import ChainContent
 from backup.repository.machine import Contents, Machine, manifest_name
 from backup.repository.opened_chain import examine
 from backup.repository.replacement import settle
@@ -438,7 +438,7 @@ class _Backup:
         with chain_reader.checked(self.machine.files, parent, job.planned.size) as content:
             return self._copied(job, written, moment, content)
 
-    def _copied(self, job: _Job, written: list[str], moment: Moment, content: Content | None = None) -> _Stored:
+    def _copied(self, job: _Job, written: list[str], moment: Moment, content: ChainContent | None = None) -> _Stored:
         """Make the data file of what is planned; with `content`, only of what differs from the chain."""
         began = time.monotonic()
         disk, planned = job.disk, job.planned

@@ -299,7 +299,7 @@ class _Run:
             yield [(disk.data, stack.enter_context(self._opened_file(disk.data))) for disk in manifest.disks]
 
     def _opened_file(self, data: DataFile) -> closing[CheckedFile]:
-        return closing(checked_file.opened(self._source.files, data, BlockCache(1), once=True))
+        return closing(checked_file.open_checked(self._source.files, data, BlockCache(1), once=True))
 
     def _require_parents(self, manifest: Manifest) -> None:
         """Refuse to publish a point whose chain is not complete in the second place."""

@@ -55,10 +55,11 @@ def restore_disk(
             return write_out(run(sink, Pace(limit)), workers)
 
     if salvaging:
-        with salvage.opened(machine, point, disk) as (chain, salvaged):
+        with salvage.open_salvaged(machine, point, disk) as (chain, salvaged):
             return write(chain, lambda sink, pace: SalvageRun(chain, salvaged, sink, progress, pace))
     try:
-        with open_chain(machine, point, disk, lambda chain: data_file.opened(machine.files, chain)) as (chain, files):
+        opened = open_chain(machine, point, disk, lambda chain: data_file.open_files(machine.files, chain))
+        with opened as (chain, files):
             return write(chain, lambda sink, pace: RestoreRun(chain, files, sink, progress, pace))
     except Damaged as error:
         raise salvage.located(error, machine, point, disk) from None

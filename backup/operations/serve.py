@@ -99,7 +99,7 @@ def serving(machine: Machine, point: str, disk: str, where: Address | None, *, w
 
         @contextmanager
         def started(chain: Chain) -> Iterator[tuple[bool, PointServer]]:
-            with data_file.held(machine.files, chain) as protected, ExitStack() as stack:
+            with data_file.hold(machine.files, chain) as protected, ExitStack() as stack:
                 yield protected, _start(stack, folder, chain, address, writable=writable)
 
         with open_chain(machine, point, disk, started) as (chain, (protected, server)):

@@ -24,7 +24,7 @@ from backup.model.extents import Offsets, distinct
 from backup.qcow2 import COMPRESSED, Codec, Reader
 from backup.repository import data_file
 from backup.repository.checked_file import CACHED
-from backup.repository.cluster_index import NOBODY, Found, Index
+from backup.repository.cluster_index import NOBODY, HoldersAndEntries, Index
 from backup.storage.base import Files
 
 _MOST_CACHED = 64
@@ -42,7 +42,7 @@ class StoredFile(Protocol):
         """Return bytes [offset, offset + length)."""
 
 
-class Content:
+class ChainContent:
     """
     The clusters of a disk of `size` bytes, as its chain holds them.  Safe to use from several threads.
 
@@ -107,10 +107,10 @@ class _InWindows:
         self._index = index
         self._clusters = clusters
         self._window = index.chain.cluster_size // 8
-        self._resolved: OrderedDict[int, Found] = OrderedDict()
+        self._resolved: OrderedDict[int, HoldersAndEntries] = OrderedDict()
         self._lock = threading.Lock()
 
-    def holders(self, clusters: Offsets) -> Found:
+    def holders(self, clusters: Offsets) -> HoldersAndEntries:
         """Return, for each cluster, the number of the link that holds its data (or NOBODY), and the L2 entry."""
         holders = np.empty(len(clusters), np.int16)
         entries = np.empty(len(clusters), np.uint64)
@@ -122,7 +122,7 @@ class _InWindows:
             holders[here], entries[here] = found[0][at], found[1][at]
         return holders, entries
 
-    def _resolve(self, number: int) -> Found:
+    def _resolve(self, number: int) -> HoldersAndEntries:
         """Return the holders and entries of a window."""
         with self._lock:
             found = self._resolved.get(number)
@@ -142,7 +142,7 @@ class _Chosen:
         self._chosen = chosen
         self._found = index.resolve_some(chosen)
 
-    def holders(self, clusters: Offsets) -> Found:
+    def holders(self, clusters: Offsets) -> HoldersAndEntries:
         """Return holders and entries, as `_InWindows`."""
         at = np.searchsorted(self._chosen, clusters)
         return self._found[0][at], self._found[1][at]
@@ -154,7 +154,7 @@ def kept_blocks(chain: Chain) -> int:
 
 
 @contextmanager
-def checked(files: Files, chain: Chain, size: int) -> Iterator[Content]:
+def checked(files: Files, chain: Chain, size: int) -> Iterator[ChainContent]:
     """
     Open a chain to be read in the disk's order; every block is verified against its digest.
 
@@ -163,12 +163,12 @@ def checked(files: Files, chain: Chain, size: int) -> Iterator[Content]:
     NotFound, Damaged
         A file of the chain is not what was written.
     """
-    with data_file.opened(files, chain, kept_blocks(chain)) as opened_files:
-        yield Content(chain, opened_files, size)
+    with data_file.open_files(files, chain, kept_blocks(chain)) as opened_files:
+        yield ChainContent(chain, opened_files, size)
 
 
 @contextmanager
-def glanced(files: Files, chain: Chain, size: int, clusters: Offsets) -> Iterator[Content]:
+def glanced(files: Files, chain: Chain, size: int, clusters: Offsets) -> Iterator[ChainContent]:
     """Open a chain to read a few clusters (ascending) without digests; `checked` must confirm any difference."""
     with data_file.peeked_files(files, chain) as peeked_at:
-        yield Content(chain, peeked_at, size, clusters)
+        yield ChainContent(chain, peeked_at, size, clusters)

@@ -204,7 +204,7 @@ class CheckedFile:
         self._file.close()
 
 
-def opened(files: Files, data: DataFile, cache: BlockCache, *, once: bool = False) -> CheckedFile:
+def open_checked(files: Files, data: DataFile, cache: BlockCache, *, once: bool = False) -> CheckedFile:
     """
     Open a data file and the digest file that belongs to it.
 

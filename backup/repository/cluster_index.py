@@ -19,7 +19,7 @@ import numpy.typing as npt
 from backup.model.chain import Chain
 from backup.model.extents import Mask, Offsets, distinct, edges
 
-Found = tuple[npt.NDArray[np.int16], npt.NDArray[np.uint64]]
+HoldersAndEntries = tuple[npt.NDArray[np.int16], npt.NDArray[np.uint64]]
 """For each cluster the number of the link that holds it (or NOBODY), and the L2 entry there."""
 
 NOBODY = -1

@@ -25,7 +25,7 @@ class OpenDataFile:
 
     def __init__(self, files: Files, entry: DiskEntry, cache: BlockCache) -> None:
         data = entry.data
-        self.file = checked_file.opened(files, data, cache)
+        self.file = checked_file.open_checked(files, data, cache)
         try:
             self.reader = qcow2.Reader(self.file.read_at, data.size, self.file.path)
         except BaseException:
@@ -79,7 +79,7 @@ class PeekedDataFile:
 
 
 @contextmanager
-def opened(files: Files, chain: Chain, cached: int = CACHED) -> Iterator[list[OpenDataFile]]:
+def open_files(files: Files, chain: Chain, cached: int = CACHED) -> Iterator[list[OpenDataFile]]:
     """
     Open all data files of a chain, newest first, and verify their heads against the manifests.
 
@@ -114,7 +114,7 @@ def peeked(files: Files, chain: Chain, *, whole: bool = True) -> Iterator[Index]
 
 
 @contextmanager
-def held(files: Files, chain: Chain) -> Iterator[bool]:
+def hold(files: Files, chain: Chain) -> Iterator[bool]:
     """
     Hold a chain's files, so that prune leaves them; yields False if the storage has no locks.
 

@@ -304,7 +304,7 @@ def _mixes(made: bytes, stored: bytes | None) -> Iterator[bytes]:
 
 
 @contextmanager
-def opened(
+def open_salvaged(
     machine: Machine, point: str, disk: str, cached: int = checked_file.CACHED
 ) -> Iterator[tuple[Chain, list[SalvagedFile]]]:
     """
@@ -477,7 +477,7 @@ def located(error: Damaged, machine: Machine, point: str, disk: str) -> Damaged:
     if not isinstance(error, DamagedBlock) or error.ranges:
         return error
     try:
-        with opened(machine, point, disk) as (chain, files):
+        with open_salvaged(machine, point, disk) as (chain, files):
             names = [file.entry.data.file for file in files]
             name = error.path.rpartition("/")[2]
             if name not in names:

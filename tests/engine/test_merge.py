@@ -145,7 +145,7 @@ def test_a_disk_that_shrank_for_good_keeps_no_tail_in_its_last_cluster(built):
     newest = built.take(2 * CLUSTER + 100, {})
     entry = built.merge(newest, 2)
     assert built.kinds(entry) == [COMPRESSED] * 3
-    with data_file.opened(built.machine.files, chains.build(built.manifests(), newest, "vda")) as [file]:
+    with data_file.open_files(built.machine.files, chains.build(built.manifests(), newest, "vda")) as [file]:
         reader = file.reader
         offset, length = (int(value[0]) for value in reader.spans(entries_of(reader, 2, 1)))
         content = bytearray(CLUSTER)
@@ -180,7 +180,7 @@ def frames(built: Built, point: str) -> list[bytes]:
     """The stored frame of each cluster of a point."""
     found = []
     chain = chains.build(built.manifests(), point, "vda")
-    with data_file.opened(built.machine.files, chain) as files:
+    with data_file.open_files(built.machine.files, chain) as files:
         holders, entries = Index(chain, [file.reader for file in files]).resolve(0, 64)
         offsets, lengths = files[0].reader.spans(entries)
         for holder, offset, length in zip(holders.tolist(), offsets.tolist(), lengths.tolist(), strict=True):
@@ -274,7 +274,7 @@ def test_a_reader_of_a_chain_reads_on_while_the_chain_is_merged_and_its_parents_
     built.take(4 * CLUSTER, {0: 1, 1: "noise", 2: 5}, full=True)
     newest = built.take(4 * CLUSTER, {2: 1})
     with opened_chain.open_chain(
-        built.machine, newest, "vda", lambda chain: data_file.opened(built.machine.files, chain)
+        built.machine, newest, "vda", lambda chain: data_file.open_files(built.machine.files, chain)
     ) as (chain, files):
         built.merge(newest, 2)
         first, *_ = built.manifests()

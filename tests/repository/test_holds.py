@@ -63,7 +63,7 @@ def serving(history: History, point: str):
 
 
 def holding(history: History, point: str):
-    return data_file.held(history.machine.files, chain.build(history.manifests(), point, "vda"))
+    return data_file.hold(history.machine.files, chain.build(history.manifests(), point, "vda"))
 
 
 def actions(report: prune.Report) -> list[tuple[str, tuple[str, ...]]]:
@@ -244,7 +244,7 @@ def test_a_reader_that_comes_in_an_exchange_waits_and_sees_its_end(history, monk
 
 @pytest.mark.parametrize("number", [0, 3], ids=["removed", "rewritten"])
 def test_files_of_a_chain_that_a_prune_changes_just_then_are_not_called_missing(history, monkeypatch, number):
-    point, real = points(history)[number], data_file.held
+    point, real = points(history)[number], data_file.hold
 
     def held(*args):
         prune.prune(history.machine, NEWEST, Quiet())
@@ -253,7 +253,7 @@ def test_files_of_a_chain_that_a_prune_changes_just_then_are_not_called_missing(
     def started(path):
         raise Failed(f"started on {path.name}", hint="")
 
-    monkeypatch.setattr(data_file, "held", held)
+    monkeypatch.setattr(data_file, "hold", held)
     monkeypatch.setattr(guestfish, "started", started)
     with (
         pytest.raises(Failed if number else NotFound) as stopped,

@@ -78,7 +78,7 @@ def salvaged(history: History) -> None:
 def held_chain(history: History) -> None:
     """As `serve` and `files` do before QEMU opens the chain."""
     opened = open_chain(
-        history.machine, newest(history), "vda", lambda chain: data_file.held(history.machine.files, chain)
+        history.machine, newest(history), "vda", lambda chain: data_file.hold(history.machine.files, chain)
     )
     with opened as (chain, protected):
         assert protected
@@ -213,7 +213,7 @@ def test_serve_and_files_open_the_chain_by_the_same_rule(built, tmp_path, monkey
     history = built.copied(tmp_path / "here")
     changes = iter(range(ATTEMPTS + 5))
     monkeypatch.setattr("backup.model.chain.build", lambda *_: next(changes))
-    monkeypatch.setattr(data_file, "held", lambda *_: nullcontext(True))
+    monkeypatch.setattr(data_file, "hold", lambda *_: nullcontext(True))
     monkeypatch.setattr(serve, "_start", lambda *_, **__: None)
     with pytest.raises(KeptChanging), serve.serving(history.machine, newest(history), "vda", None, writable=False):
         pass

@@ -153,7 +153,7 @@ def test_a_repository_that_cannot_be_written_is_verified_all_the_same(night):
     (folder(night) / "verified.tmp").mkdir()
     done = verify(night)
     assert (done.rc, read_and_skipped(done)) == (0, (3, 0))
-    assert done.stderr == "pybackup: note: what was found is not remembered: Is a directory\n"
+    assert done.stderr == "pybackup: note: the result could not be saved for later runs: Is a directory\n"
     assert not (folder(night) / "verified").exists()
 
 
