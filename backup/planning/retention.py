@@ -65,13 +65,13 @@ class Duration:
         """
         match = _DURATION.fullmatch(text)
         years, months, weeks, days, hours = (int(part or 0) for part in match.groups()) if match else (0, 0, 0, 0, 0)
-        found = cls(years, months, 7 * weeks + days, hours)
-        if found == cls():
+        duration = cls(years, months, 7 * weeks + days, hours)
+        if duration == cls():
             raise UsageError(
                 f"{text!r} is not a duration",
                 hint="write 30d, 12h, 2w, 6m (months), 1y, or several of them from long to short, for example 1y6m",
             )
-        return found
+        return duration
 
     def before(self, moment: datetime) -> datetime:
         """
@@ -155,11 +155,11 @@ def doubts(points: Iterable[DatedPoint], now: datetime) -> dict[str, str]:
     """Find the points of one disk whose times cannot be right: the reason by the point's id."""
     ordered = sorted(points, key=lambda point: point.sequence)
     past = [point for point in ordered if point.started <= now + TOLERANCE]
-    found = {point.point: FUTURE for point in ordered if point.started > now + TOLERANCE}
+    reasons = {point.point: FUTURE for point in ordered if point.started > now + TOLERANCE}
     times = _smoothed([point.started for point in past])
     fitting = _longest_in_order(times)
-    found.update({point.point: DISORDER for i, point in enumerate(past) if i not in fitting})
-    return found
+    reasons.update({point.point: DISORDER for i, point in enumerate(past) if i not in fitting})
+    return reasons
 
 
 def firsts_after_jumps(points: Iterable[DatedPoint]) -> list[DatedPoint]:
@@ -171,11 +171,11 @@ def firsts_after_jumps(points: Iterable[DatedPoint]) -> list[DatedPoint]:
 
 def _smoothed(times: Sequence[datetime]) -> list[datetime]:
     """Return the times without the small steps back that clocks make."""
-    found: list[datetime] = []
+    smoothed: list[datetime] = []
     for time in times:
-        steps_back = bool(found) and timedelta() < found[-1] - time < _SAME
-        found.append(found[-1] if steps_back else time)
-    return found
+        steps_back = bool(smoothed) and timedelta() < smoothed[-1] - time < _SAME
+        smoothed.append(smoothed[-1] if steps_back else time)
+    return smoothed
 
 
 def _longest_in_order(times: Sequence[datetime]) -> set[int]:
@@ -186,14 +186,14 @@ def _longest_in_order(times: Sequence[datetime]) -> set[int]:
         at = bisect_right(ends, time)
         ends[at : at + 1] = [time]
         lengths.append(at + 1)
-    found: set[int] = set()
+    chosen: set[int] = set()
     wanted, limit = len(ends), datetime.max.replace(tzinfo=UTC)
     last = max((time for time, length in zip(times, lengths, strict=True) if length == wanted), default=limit)
     for i in reversed(range(len(times))):
         if lengths[i] == wanted and (times[i] == last if wanted == len(ends) else times[i] <= limit):
-            found.add(i)
+            chosen.add(i)
             wanted, limit = wanted - 1, times[i]
-    return found
+    return chosen
 
 
 def _after_jumps(times: Sequence[datetime]) -> Iterator[int]:
@@ -240,7 +240,7 @@ def keep(points: Iterable[DatedPoint], policy: Policy, now: datetime) -> dict[st
             reasons[point][why] = None
     for pinned in (point.point for point in newest_first if point.pinned):
         reasons[pinned]["pinned"] = None
-    return {point: tuple(found) for point, found in reasons.items() if found}
+    return {point: tuple(why_kept) for point, why_kept in reasons.items() if why_kept}
 
 
 def _of_disk(points: Sequence[DatedPoint], policy: Policy, now: datetime) -> Iterable[tuple[str, str]]:
@@ -250,9 +250,9 @@ def _of_disk(points: Sequence[DatedPoint], policy: Policy, now: datetime) -> Ite
     doubtful = {} if timed.empty else doubts(points, now)
     yield from doubtful.items()
     dated = [point for point in points if point.point not in doubtful]
-    found = list(_by_rules(points, dated, policy))
-    yield from found
-    kept = {point for point, _ in found}
+    by_rules = list(_by_rules(points, dated, policy))
+    yield from by_rules
+    kept = {point for point, _ in by_rules}
     for jumped in firsts_after_jumps(dated):
         before = [point for point in dated if point.sequence < jumped.sequence]
         yield from (
@@ -276,14 +276,14 @@ def _counted(dated: Sequence[DatedPoint], rule: str, left: int) -> Iterable[tupl
     for number, point in enumerate(dated, start=1):
         if not left:
             return
-        found = period(point.started)
-        if found != latest:
+        current = period(point.started)
+        if current != latest:
             yield point.point, rule
         elif number == len(dated):
             yield point.point, f"oldest {rule}"
         else:
             continue
-        latest, left = found, left - 1
+        latest, left = current, left - 1
 
 
 def _each() -> Callable[[datetime], object]:
