@@ -302,7 +302,10 @@ def _hint(error: OSError) -> str:
         return "give the socket a shorter name"
     if error.errno in {errno.EACCES, errno.EPERM}:
         return "run pybackup as root, or as the user who owns the socket"
-    return "is the machine running? --qmp names the socket of its option -qmp unix:PATH,server=on,wait=off"
+    return (
+        "start the machine with -qmp unix:PATH,server=on,wait=off, and name that socket; "
+        "if it is off on some nights, name its images as well (`image:` of each disk in the configuration)"
+    )
 
 
 def _mapping(value: object) -> Mapping[str, Any]:
