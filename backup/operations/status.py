@@ -236,10 +236,8 @@ def _verdict(
         return wrong.exit_code, _fault(wrong)
     assert trust is not None
     if trust.code:
-        return (
-            trust.code,
-            f"{_word(trust.code)} when verified: {trust.problem}; bring the file back from a copy, then run pybackup verify {machine}",
-        )
+        what = f"{_word(trust.code)} when verified: {trust.problem}"
+        return trust.code, f"{what}; bring the file back from a copy, then run pybackup verify {machine}"
     if limits.max_age is not None:
         if age < -TOLERANCE:
             return OLD, "its time is in the future: check the clock, then run pybackup incremental"
