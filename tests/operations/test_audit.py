@@ -25,6 +25,7 @@ from lab import (
 )
 from lies import data_file, flip, lie, lie_to, stored_at
 from live import Machine, Nights, private_tmp
+from places import machine_at
 from servers import qemu_nbd
 
 from backup.engine import compare
@@ -163,9 +164,7 @@ def test_what_is_not_there(night, tmp_path):
 
 
 def test_a_machine_that_is_being_backed_up_is_left_alone(night):
-    from backup.repository.machine import Machine as Stored
-
-    with Stored(night.repository / "disk").lock():
+    with machine_at(night.repository / "disk").lock():
         assert audit(night).rc == 11
 
 
