@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from backup.model.manifest import Manifest
     from backup.repository.machine import Machine
     from backup.repository.repository import Repository
+    from backup.storage.base import Storage
 
 _FORMATS = ("raw", "qcow2")
 _POINT_HINT = (
@@ -53,16 +54,25 @@ def config_or_default() -> Config:
         return default()
 
 
-def repository(repo: Path | None) -> Repository:
-    """Open the repository of --repo, or of the configuration."""
+def repository(repo: Path | None, modes_of: Config | None = None) -> Repository:
+    """
+    Open the repository of --repo, or of the configuration.
+
+    A command that makes files there gives the configuration `modes_of`, which says who may read them.
+    """
     from backup.repository.repository import Repository
-    from backup.storage.choose import storage_at
 
     if repo is not None:
-        return Repository.open(storage_at(repo))
+        return Repository.open(_storage(repo, modes_of))
     from backup.cli import settings
 
-    return Repository.open(storage_at(settings.repository_path(None, config())))
+    return Repository.open(_storage(settings.repository_path(None, config()), modes_of))
+
+
+def _storage(path: Path, modes_of: Config | None) -> Storage:
+    from backup.storage.choose import storage_at
+
+    return storage_at(path, group_read=modes_of is not None and modes_of.group_read)
 
 
 # Machines and points
@@ -91,7 +101,7 @@ def machines(repository: Repository, names: Sequence[str] | None) -> list[Machin
     return named
 
 
-def point(text: str, repo: Path | None) -> tuple[Machine, Manifest]:
+def point(text: str, repo: Path | None, modes_of: Config | None = None) -> tuple[Machine, Manifest]:
     """
     Find the point that a MANIFEST names, in one of these ways.
 
@@ -110,19 +120,18 @@ def point(text: str, repo: Path | None) -> tuple[Machine, Manifest]:
     """
     from backup.repository.machine import Machine
     from backup.repository.manifests import read_manifest
-    from backup.storage.choose import storage_at
 
     path = _manifest_path(text)
     if path is not None:
         folder = Path(os.path.realpath(path.parent))
-        machine = Machine(storage_at(folder.parent), folder.name)
+        machine = Machine(_storage(folder.parent, modes_of), folder.name)
         return machine, read_manifest(machine.files, path.name)
     name, slash, wanted = text.partition("/")
     if "/" in wanted or not name:
         raise NotFound(f"there is no manifest {text}", hint=_POINT_HINT)
     from backup.repository import named_point
 
-    opened = repository(repo)
+    opened = repository(repo, modes_of)
     if not slash and name not in opened.machine_names():
         machine, wanted = _in_any_machine(opened, text)
     else:
@@ -130,16 +139,18 @@ def point(text: str, repo: Path | None) -> tuple[Machine, Manifest]:
     return machine, named_point.pick(machine.name, machine.contents(), wanted)
 
 
-def points(names: Sequence[str], repo: Path | None) -> list[tuple[Machine, list[str] | None]]:
+def points(
+    names: Sequence[str], repo: Path | None, modes_of: Config | None = None
+) -> list[tuple[Machine, list[str] | None]]:
     """Find machines and points: each machine with the ids of its points, or with None for all of them."""
     if not names:
-        return [(machine, None) for machine in machines(repository(repo), None)]
+        return [(machine, None) for machine in machines(repository(repo, modes_of), None)]
     selected: list[tuple[Machine, list[str] | None]] = []
     for text in names:
         if "/" not in text and _manifest_path(text) is None and text in repository(repo).machine_names():
-            selected.append((machines(repository(repo), [text])[0], None))
+            selected.append((machines(repository(repo, modes_of), [text])[0], None))
         else:
-            machine, manifest = point(text, repo)
+            machine, manifest = point(text, repo, modes_of)
             selected.append((machine, [manifest.point]))
     return selected
 

@@ -74,6 +74,16 @@ def test_group_read_lets_the_group_read_whatever_the_umask(tmp_path, umask):
     assert len(found) == len(FOLDERS) + 6
 
 
+def test_group_read_lets_the_group_read_what_verify_remembers(tmp_path):
+    (tmp_path / "c.yaml").write_text(f"group_read: true\nrepository: {tmp_path / 'repo'}\n")
+    night, config = Night.of(tmp_path), ["--config", tmp_path / "c.yaml"]
+    assert call_pybackup(["full", "--image", night.image, *config]).rc == 0
+    for what in ([], ["disk"], ["disk/latest"]):
+        (tmp_path / "repo" / "disk" / "verified").unlink(missing_ok=True)
+        assert call_pybackup(["verify", *what, *config]).rc == 0
+        assert (tmp_path / "repo" / "disk" / "verified").stat().st_mode & 0o777 == 0o640, what
+
+
 def test_init_makes_a_repository_and_tells_where_it_lies(tmp_path):
     done = call_pybackup(["init", tmp_path / "repo"])
     identity = json.loads((tmp_path / "repo" / MARKER).read_bytes())["id"]

@@ -58,7 +58,7 @@ def verify(
     choice = _choice(older_than, sample, deep=deep)
     results: list[Verified] = []
     with output.progress(wanted=not options.quiet) as progress:
-        for machine, points in find.points(what or [], find.folder_of(repo)):
+        for machine, points in find.points(what or [], find.folder_of(repo), config):
             try:
                 progress.begin(machine.name, verifying.stored_bytes(machine, points, choice, deep=deep))
                 result = verifying.verify_machine(
