@@ -129,7 +129,7 @@ def os_errors_as(what: str, *, hint: str, kind: type[BackupError] = Failed) -> I
     Raises
     ------
     BackupError
-        Of the class `kind`, instead of the OSError.
+        The error that replaces the OSError, of the class `kind`.
     """
     try:
         yield

@@ -24,8 +24,8 @@ def parse_size(text: str) -> int:
     """
     Read a size in bytes: "4096", "64K", "64KiB", "64 kib", "1.5G".
 
-    K is 1024, as in qemu-img.  "KB" means 1024 too: cluster and request sizes are always powers of two.  A fraction is
-    accepted where the result is a whole number of bytes.
+    K is 1024, as in qemu-img.  "KB" is 1024 bytes too, because cluster and request sizes are powers of two.
+    A fraction is accepted where the result is a whole number of bytes.
 
     Raises
     ------
@@ -105,7 +105,9 @@ def parse_duration(text: str) -> float:
     """
     match = _DURATION.fullmatch(text.strip())
     if match is None:
-        raise UsageError(f"{text!r} is not a duration", hint="write a number and s, min, h, d or w: 26h, 30d")
+        raise UsageError(
+            f"{text!r} is not a duration", hint="write a number and the unit s, min, h, d or w, as in 26h or 30d"
+        )
     number, unit = match.groups()
     return float(number) * _SECONDS[unit]
 
@@ -117,12 +119,12 @@ def parse_share(text: str) -> float:
     Raises
     ------
     UsageError
-        The text is not a number with a percent sign, or the share is not in the range.
+        The text is not a number with a percent sign, or the share is 0 or above 100%.
     """
     match = _SHARE.fullmatch(text.strip())
     share = float(match[1]) / 100 if match else 0.0
     if not 0 < share <= 1:
-        raise UsageError(f"{text!r} is not a share", hint="write more than 0% and at most 100%: 5%")
+        raise UsageError(f"{text!r} is not a percentage", hint="write a percentage above 0% and up to 100%, as in 5%")
     return share
 
 

@@ -1,0 +1,1 @@
+"""The configuration file: YAML becomes frozen values, and every problem is reported with its line."""

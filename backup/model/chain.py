@@ -1,9 +1,9 @@
 """
-Chains: a disk's points from a full to the newest, proven contiguous.
+Chains: the points of a disk from a full to the newest, each one checked to continue the one before.
 
-A child names its parent's id and identity; `build` refuses gaps, swaps and foreign parents.  Which point holds a byte
-is found by `repository.cluster_index`.  This module does not import numpy, so that a command that only shows chains
-starts quickly.
+An incremental names the id and the identity of its parent.  `build` refuses gaps, swapped manifests and parents from
+another chain.  `repository.cluster_index` finds the point that holds a byte.  This module does not import numpy, so
+that a command that only shows chains starts quickly.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Chain:
         return self.links[0].entry.data.cluster_size
 
     def part(self, start: int, end: int | None = None) -> Chain:
-        """Return neighbouring links as a chain of their own, which need not end in a full."""
+        """Return the links with the indexes [start, end) as a chain, which need not end in a full."""
         return Chain(self.disk, self.links[start:end])
 
     @property
@@ -67,7 +67,11 @@ class Chain:
 
 
 def newest_manifest(manifests: Iterable[Manifest], disk: str | None = None) -> Manifest | None:
-    """Return the manifest with the highest sequence, of those that hold `disk`; times and names do not count."""
+    """
+    Return the newest of the manifests that hold `disk` (None: of all manifests); None if there is none.
+
+    The newest manifest has the highest sequence number.  Times and names do not count.
+    """
     holders = [manifest for manifest in manifests if disk is None or manifest.disk(disk) is not None]
     return max(holders, key=lambda manifest: manifest.sequence, default=None)
 
@@ -92,7 +96,7 @@ def build(
     BackupError
         A manifest of the chain cannot be read.
     Damaged
-        A parent is not the one that the child was made against.
+        A parent is not the point that the child builds on.
     """
     links = [first_link(manifests, point, disk, unreadable)]
     while links[-1].entry.parent is not None:
@@ -123,7 +127,7 @@ def first_link(manifests: Mapping[str, Manifest], point: str, disk: str, unreada
     if manifest is None:
         if f"{point}.json" in unreadable:
             raise unreadable[f"{point}.json"]
-        raise NotFound(f"there is no point {point}", hint="see `pybackup list` for the points that there are")
+        raise NotFound(f"there is no point {point}", hint="`pybackup list` shows the points")
     entry = manifest.disk(disk)
     if entry is None:
         names = ", ".join(other.name for other in manifest.disks)
@@ -134,7 +138,7 @@ def first_link(manifests: Mapping[str, Manifest], point: str, disk: str, unreada
 def parent_link(
     manifests: Mapping[str, Manifest], child: Link, disk: str, unreadable: Mapping[str, BackupError]
 ) -> Link:
-    """Return the link that an incremental was made against; raises as `build`."""
+    """Return the parent of the incremental `child`; raises as `build`."""
     wanted = child.entry.parent
     assert wanted is not None
     manifest = manifests.get(wanted.point)
@@ -162,5 +166,5 @@ def parent_link(
 def _mismatch(child: Link, parent: str, why: str) -> BackupError:
     return Damaged(
         f"point {child.point} does not continue point {parent}: {why}",
-        hint="a manifest was swapped or is of another chain; bring the right one back from a copy of the repository",
+        hint="a manifest was swapped or is from another chain; bring the right one back from a copy of the repository",
     )

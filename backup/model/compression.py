@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from backup.errors import UsageError
 
 MIN_LEVEL, MAX_LEVEL = -7, 19
-"""The levels of zstd: its fast levels down to -7, and the levels that the program zstd offers without --ultra."""
+"""Lowest and highest level of zstd.  Negative levels are the fast ones; the program zstd has 20 and more as --ultra."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The state of a disk before a byte of it is read: its size, its format, its bitmaps and their names."""
+"""The state of a disk before any of its bytes is read: its size, its format, its bitmaps and their names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ _OWN_NAME = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9_-]*\.([0-9a-f]{{8}})\.{POINT_PA
 
 @dataclass(frozen=True, slots=True)
 class Bitmap:
-    """A dirty bitmap of a disk.  `granularity` is in bytes; None: unknown."""
+    """
+    A dirty bitmap of a disk.
+
+    `granularity` is the number of bytes that one bit stands for; None: unknown.  `recording`: QEMU records new writes.
+    `inconsistent`: QEMU did not store the bitmap properly, and its content is lost.  `busy`: another operation in QEMU
+    uses the bitmap.  `persistent`: QEMU stores the bitmap in the image.
+    """
 
     name: str
     granularity: int | None = None
@@ -26,13 +32,16 @@ class Bitmap:
 @dataclass(frozen=True, slots=True)
 class DiskState:
     """
-    The state of a disk as its source showed it at one moment.
+    The state of a disk as its source showed it at one instant.
 
-    `size` is exact, in bytes.  `no_bitmaps` says why the image can hold no bitmap, `unseen_writes` why a bitmap would
-    miss some writes, `volatile` why a bitmap lasts no longer than the running QEMU.  `lower` are the files of the
-    backing chain, `lower_bitmaps` the bitmaps in those.  `plaintext`: the image is encrypted, and QEMU decrypts it.
-    `owns_bitmaps`: pybackup adds and removes the disk's bitmaps; else they are a server's, and the user's word says
-    from which point one records.  `shows_encryption`: the source tells whether the image is encrypted.
+    `kind`, `path` and `format` are those of `SourceRecord`.  `size` is exact, in bytes.  Three texts give reasons, and
+    are None where there is none: `no_bitmaps` why the image can hold no bitmap, `unseen_writes` why a bitmap would miss
+    some writes, `volatile` why a bitmap lasts no longer than the running QEMU.
+
+    `lower` are the files of the backing chain, and `lower_bitmaps` the bitmaps in these files.  `plaintext`: the image
+    is encrypted, and QEMU decrypts it.  `shows_encryption`: the source reports whether the image is encrypted.
+    `owns_bitmaps`: pybackup adds and removes the disk's bitmaps.  Otherwise the bitmaps belong to an NBD server, and
+    the user states from which point one of them records.
     """
 
     kind: str
@@ -56,7 +65,7 @@ class DiskState:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The user's word that `bitmap` on someone else's server records since point `since` (None: no word given)."""
+    """The user's statement that `bitmap` on someone else's server records since point `since` (None: not stated)."""
 
     bitmap: str | None
     since: str | None
@@ -66,7 +75,7 @@ NO_CLAIM = Claim(None, None)
 
 
 def bitmap_name(bitmap_family: str, short_id: str, point: str) -> str:
-    """Return the exact name of the bitmap that starts at a point."""
+    """Return the exact name of the bitmap that starts at a point: FAMILY.SHORT_ID.POINT."""
     return f"{bitmap_family}.{short_id}.{point}"
 
 
@@ -76,6 +85,6 @@ def own_bitmaps(names: Iterable[str], short_id: str, *, keep: str | None) -> lis
 
 
 def repository_of(name: str) -> str | None:
-    """Return the short id of the repository in a bitmap's name of exactly our form; None for any other name."""
+    """Return the short id of the repository in a bitmap's name of pybackup's form; None for any other name."""
     match = _OWN_NAME.fullmatch(name)
     return None if match is None else match[1]

@@ -1,10 +1,10 @@
 """
-Read untrusted JSON documents: they are checked before, while and after they are parsed.
+Read JSON documents that are not trusted: they are checked before, while and after they are parsed.
 
 Manifests, the marker and the records of `verify` lie in a folder that others may be able to write to.  A digest proves
-only that a document is what its last writer wanted.  So the size of a document is limited, which also limits the memory
-that its values take (nested empty lists, the worst case, take 44 times their text).  Each field is read by a method of
-`Fields` that checks its type, range and characters.
+only that a document is what its last writer wanted.  So the size of a document is limited.  The limit on the size also
+limits the memory: values take at most 44 times as much as their text (nested empty lists are the worst case).  Each
+field is read by a method of `Fields` that checks its type, range and characters.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from datetime import datetime
 from typing import Any, NoReturn, TypeVar
 
 MAX_BYTES = 4 << 20
-"""Largest document, in bytes.  The manifest of a thousand disks has a third of that."""
+"""Largest document, in bytes.  The manifest of a thousand disks takes a third of that."""
 MAX_TEXT = 64 << 10
 """Longest text, in characters.  A Linux path has at most 4096 bytes; a message may hold a few paths."""
 MAX_NUMBER = (1 << 62) - 1
@@ -23,7 +23,7 @@ MAX_NUMBER = (1 << 62) - 1
 DIGEST = re.compile(r"[0-9a-f]{64}")
 RANDOM = re.compile(r"[0-9a-f]{32}")
 WORD = re.compile(r"[!-~]([ -~]{0,62}[!-~])?")
-"""A name or a few words that the program chose itself, such as its own name and version."""
+"""A name or a few words that pybackup chose itself, such as its own name and version."""
 _TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
 
 T = TypeVar("T")
@@ -40,7 +40,7 @@ def moment_of(text: str) -> datetime:
     Raises
     ------
     ValueError
-        The text has another form, or names no moment.
+        The text has another form, or is a time that does not exist (30 February).
     """
     if not _TIME.fullmatch(text):
         raise ValueError(text)
@@ -57,20 +57,20 @@ def parse(content: bytes) -> dict[str, Any]:
     """
     Parse a JSON object in ASCII.
 
-    JSON that some parsers refuse, or that parsers read differently, is refused as well: a field that appears twice, NaN
-    and Infinity, and numbers of thousands of digits.
+    JSON that other parsers refuse or read differently is refused as well: a field that appears twice, NaN and Infinity,
+    and numbers of thousands of digits.
 
     Raises
     ------
     BadDocument
-        The content is anything else, or larger than MAX_BYTES.
+        The content is not such an object, or is larger than MAX_BYTES.
     """
     if len(content) > MAX_BYTES:
         raise BadDocument(f"it has {len(content)} bytes, more than {MAX_BYTES}")
     try:
         document = _DECODER.decode(content.decode("ascii"))
     except (ValueError, RecursionError) as error:
-        # The text of other errors than JSONDecodeError speaks of Python, not of the document.
+        # Other errors than JSONDecodeError have a text about Python, and not about the document.
         why = str(error) if isinstance(error, json.JSONDecodeError) else type(error).__name__
         raise BadDocument(f"it is not JSON ({why})") from None
     if not isinstance(document, dict):

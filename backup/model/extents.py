@@ -1,5 +1,5 @@
 """
-Extents as columns: what a server says about a range of a disk, held in arrays instead of an object per extent.
+Extents as columns: what a server reports about a range of a disk, in arrays instead of one object for each extent.
 
 A `Runs` covers one range of bytes without gaps; neighbours always differ in their flags.  A million extents cost a few
 numpy operations; as Python objects they cost seconds.
@@ -29,7 +29,7 @@ class Runs:
     """
     Consecutive runs that cover the bytes [starts[0], end) without a gap.
 
-    `starts` is ascending and disjoint by construction, `flags` has one value per run, neighbours differ.  Bytes.
+    `starts` are the first bytes of the runs, ascending.  `flags` has one value for each run; neighbours differ.
     """
 
     starts: Offsets
@@ -38,7 +38,7 @@ class Runs:
 
     @classmethod
     def of(cls, starts: Offsets, end: int, flags: npt.NDArray[np.uint32]) -> Runs:
-        """Merge neighbours with equal flags; servers may send them apart."""
+        """Return runs in which neighbours with equal flags are merged; a server may report them separately."""
         if len(starts) > 1:
             keep = np.empty(len(starts), dtype=np.bool_)
             keep[0] = True
@@ -63,7 +63,7 @@ class Runs:
         return np.append(self.starts[1:], np.int64(self.end))
 
     def between(self, start: int, end: int) -> Runs:
-        """The part inside [start, end); it has at least one byte there."""
+        """Return the part inside the bytes [start, end), which must overlap the range of the runs."""
         if start <= self.start and end >= self.end:
             return self
         first = int(np.searchsorted(self.starts, start, side="right")) - 1
@@ -72,13 +72,13 @@ class Runs:
         return Runs(starts, min(self.end, end), self.flags[max(first, 0) : last])
 
     def masked(self, mask: int) -> Runs:
-        """Keep only the flag bits in mask; unknown bits must be ignored, not judged."""
+        """Return the runs with only the flag bits in `mask`; the NBD protocol demands that unknown bits are ignored."""
         return Runs.of(self.starts, self.end, self.flags & np.uint32(mask))
 
     def having(self, bit: int) -> tuple[Offsets, Offsets]:
-        """Starts and ends of the runs in which `bit` is set, runs that touch merged."""
+        """Return the starts and ends of the runs in which the flag `bit` is set; runs that touch are merged."""
         only = self.masked(bit)
-        first = 0 if only.flags[0] else 1  # neighbours differ, so that of one bit every second run has it
+        first = 0 if only.flags[0] else 1  # neighbours differ, so every second run has the bit
         return only.starts[first::2], only.ends[first::2]
 
 
@@ -93,7 +93,7 @@ def joined(parts: list[Runs]) -> Runs:
 
 def overlay(first: Runs, second: Runs, shift: int) -> Runs:
     """
-    Lay two views of one range over each other; the second one's flags are shifted left by `shift` bits.
+    Combine the flags of two views of one range; the flags of `second` are shifted left by `shift` bits.
 
         first   |0      |1           |
         second  |2   |0      |2      |
@@ -106,7 +106,11 @@ def overlay(first: Runs, second: Runs, shift: int) -> Runs:
 
 
 def with_dirty_from(runs: Runs, offset: int) -> Runs:
-    """Mark everything from `offset` on as dirty (growth: the grown part of a bitmap is clean, whatever lies there)."""
+    """
+    Return the runs with everything from byte `offset` on marked as dirty.
+
+    After a disk has grown, QEMU's bitmap reports the new part as clean, whatever the part contains.
+    """
     if offset >= runs.end:
         return runs
     if offset <= runs.start:
@@ -118,23 +122,23 @@ def with_dirty_from(runs: Runs, offset: int) -> Runs:
 
 
 def edges(mask: Mask) -> tuple[Offsets, Offsets]:
-    """Starts and ends (exclusive) of the runs of set positions."""
-    found = np.flatnonzero(mask[1:] != mask[:-1]) + 1
+    """Return the starts and ends (exclusive) of the runs of set positions in `mask`."""
+    changes = np.flatnonzero(mask[1:] != mask[:-1]) + 1
     first = np.array([0] if mask[:1].any() else [], dtype=np.int64)
     last = np.array([len(mask)] if mask[-1:].any() else [], dtype=np.int64)
-    both = np.concatenate([first, found, last])
+    both = np.concatenate([first, changes, last])
     return both[::2], both[1::2]
 
 
 def distinct(values: Offsets) -> Offsets:
-    """Each of ascending values once; np.unique would import a part of numpy that takes 17 ms."""
+    """Return each of the ascending values once; np.unique would import a part of numpy that takes 17 ms."""
     first = np.append(True, values[1:] != values[:-1])
-    found: Offsets = values[first[: len(values)]]
-    return found
+    once: Offsets = values[first[: len(values)]]
+    return once
 
 
 def windows(start: int, end: int, step: int) -> Iterator[tuple[int, int]]:
-    """Cut [start, end) at the multiples of `step`."""
+    """Divide [start, end) at the multiples of `step`, and yield the start and end of each part."""
     while start < end:
         cut = min(end, start - start % step + step)
         yield start, cut

@@ -24,9 +24,9 @@ FORMAT = "pybackup manifest"
 VERSION = 2
 """The highest version that this program reads; a manifest has the lowest that can express it (FORMAT.md, "History")."""
 UNFINISHED = ".part"
-"""Suffix of a data file that is not complete, so that the newest .qcow2 of a folder is always a whole image."""
+"""Suffix of a data file that is not complete: a file whose name ends in .qcow2 is always a whole image."""
 NEW = ".new"
-"""Suffix of a rewritten data file that waits beside the one whose place it takes."""
+"""Suffix of a rewritten data file that has not yet replaced the existing file."""
 KINDS = ("full", "incremental")
 NAME_PATTERN = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}"
 POINT_PATTERN = r"[0-9]{8}T[0-9]{6}Z-[0-9a-f]{8}"
@@ -42,7 +42,7 @@ _MAX_TABLE = 4 << 20
 """Most entries of an L1 table (QEMU: QCOW_MAX_L1_SIZE)."""
 _MAX_GRANULARITY = 1 << 40
 _MAX_NANOSECONDS = 1 << 94
-"""Largest time: file systems return any 64 bits of seconds for a damaged inode."""
+"""Largest time of a file: a file system may return any 64 bits of seconds for a damaged inode."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +58,10 @@ class BitmapRecord:
     """
     The bitmaps of a backup.
 
-    `read` is the bitmap it was planned from, `started` the one that records since this point; exact names or None.
-    `granularity` is in bytes; None where the server does not say.  `claimed` is true where the user said which point
-    `read` starts from (--since) and no name proves it.  `why_none` says why a bitmap that was wanted does not record
-    since this point; None where one does, or none was wanted.
+    `read` is the bitmap that the backup was planned from, `started` the bitmap that records since this point; exact
+    names or None.  `granularity` is in bytes; None where the server does not report it.  `claimed` is true where only
+    the user stated which point `read` starts from (--since).  `why_none` gives the reason why no bitmap records since
+    this point; None where a bitmap does, or none was wanted.
     """
 
     read: str | None
@@ -73,7 +73,12 @@ class BitmapRecord:
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """A data file: flat names, stored size in bytes, BLAKE3 (hex) over the digest file."""
+    """
+    A data file and its digest file.
+
+    `file` and `digests` are the names of the two, without a folder.  `size` is the length of the data file in bytes,
+    and `digest` the BLAKE3 of the digest file, in hex.  `compression` is "none" or "zstd:LEVEL".
+    """
 
     file: str
     size: int
@@ -86,9 +91,10 @@ class DataFile:
 @dataclass(frozen=True, slots=True)
 class Former:
     """
-    A disk's entry before prune rewrote the data file, kept for as long as either file may have the name.
+    The parts of a disk's entry that changed when prune rewrote the data file, as they were before.
 
-    The two files differ in their backing file: prune rewrites a file only if its parent changes.
+    The entry keeps them until the new file has certainly replaced the existing one.  The two files differ in their
+    backing file: prune rewrites a file only if its parent changes.
     """
 
     kind: str
@@ -115,7 +121,11 @@ class ByteCounts:
 
 @dataclass(frozen=True, slots=True)
 class LowerFile:
-    """A file below the source in its backing chain, when it was backed up; no bitmap of the source sees its changes."""
+    """
+    A file below the source image in its backing chain, as it was at the backup.
+
+    The bitmaps of the source image do not record changes of this file; a change of size, time or inode shows them.
+    """
 
     path: str
     size: int
@@ -145,7 +155,7 @@ class SourceRecord:
 
     @property
     def of_server(self) -> bool:
-        """Whether a foreign NBD server showed the disk: then `path` is a URI, and `format` says nothing of an image."""
+        """Whether someone else's NBD server served the disk: `path` is a URI then, and `format` is not an image's."""
         return self.kind == NBD
 
 
@@ -154,7 +164,7 @@ class DiskEntry:
     """
     One disk of a point.  `size` is its exact size in bytes, `identity` stands for its content at that instant.
 
-    `replaces` is set only while prune exchanges the data file.
+    `replaces` is set only while prune replaces the data file.
     """
 
     name: str
@@ -245,7 +255,7 @@ def is_point_id(text: str) -> bool:
 
 
 def is_data_name(text: str) -> bool:
-    """Tell whether a name is a data file's or digest file's, including files that are unfinished or wait."""
+    """Tell whether a name is that of a data file (also with UNFINISHED or NEW behind it) or of a digest file."""
     return (
         _DATA.fullmatch(text.removesuffix(UNFINISHED).removesuffix(NEW)) is not None
         or _DIGESTS.fullmatch(text) is not None
@@ -264,7 +274,7 @@ def data_name(disk: str, point: str) -> str:
 
 
 def digest_name(disk: str, point: str, rewritten: int) -> str:
-    """Return the name of the digest file of a data file that was `rewritten` so many times."""
+    """Return the name of the digest file of a data file that prune has rewritten `rewritten` times."""
     return f"{disk}.{point}.{rewritten}.b3" if rewritten else f"{disk}.{point}.b3"
 
 
@@ -313,7 +323,7 @@ def decode(content: bytes, name: str) -> Manifest:
         document = documents.parse(content)
         if document.get("format") != FORMAT:
             raise BadDocument(f'its "format" is not "{FORMAT}"')
-        # After the digest, which all versions end in: a flipped bit must not pass for a newer version.
+        # The digest, which every version has, was verified first: a flipped bit must not pass for a newer version.
         _require_version(document.get("version"), name)
         return _manifest(Fields(document, "manifest"))
     except BadDocument as error:
@@ -411,11 +421,13 @@ def _bitmap(fields: Fields) -> BitmapRecord:
 def _data(fields: Fields, disk: str, point: str) -> DataFile:
     cluster_size = fields.number("cluster_size", 4096, 2 << 20)
     if cluster_size & (cluster_size - 1):
-        raise BadDocument(f"the cluster size {cluster_size} is no power of two")
+        raise BadDocument(f"the cluster size {cluster_size} is not a power of two")
     file, listed = fields.matching("file", _DATA), fields.matching("digests", _DIGESTS)
-    # Whoever removes a point removes these: they must be its own.
+    # These files are removed together with the point, so they must belong to the point.
     if file != data_name(disk, point) or listed != digest_name(disk, point, generation(listed)):
-        raise BadDocument(f"{fields.where()} names {file} and {listed}, which are not disk {disk}'s of point {point}")
+        raise BadDocument(
+            f"{fields.where()} names {file} and {listed}, which are not the files of disk {disk} in point {point}"
+        )
     return DataFile(
         file=file,
         size=fields.number("size", low=1, high=_MAX_FILE),

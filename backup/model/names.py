@@ -18,10 +18,10 @@ Kind = Literal["machine", "disk", "bitmap"]
 _PASSWORD = re.compile(r"(://[^/?#@\s]*?):[^/?#\s]*@")
 
 MAX_LENGTH = 64
-"""Longest name, in characters.  A data file's name has 32 more, a bitmap's 35: far below all limits."""
+"""Longest name, in characters.  A data file's name has 32 more, a bitmap's 35: far below what file systems allow."""
 
 RECOVERY = "RECOVERY.txt"
-"""The file beside the marker that says how to get a disk back without pybackup."""
+"""The file in a repository that explains how to get a disk back without pybackup."""
 MARKER = "pybackup.json"
 """The file that marks a repository, beside the machines' folders (FORMAT.md)."""
 
@@ -53,17 +53,15 @@ def check_name(kind: Kind, text: str) -> str:
 
 
 def name_problem(kind: Kind, text: str) -> str | None:
-    """Return what is wrong with a name, or None."""
+    """Return what is wrong with the name of a `kind`, or None."""
     if not text:
         return "it is empty"
     if len(text) > MAX_LENGTH:
         return f"it has {len(text)} characters, more than {MAX_LENGTH}"
     if not _PATTERNS[kind].fullmatch(text):
         return f"allowed are {_RULES[kind]}"
-    if kind == "machine" and text.lower() in {
-        MARKER.lower(),
-        RECOVERY.lower(),
-    }:  # some file systems ignore case
+    # Some file systems ignore the case of letters.
+    if kind == "machine" and text.lower() in {MARKER.lower(), RECOVERY.lower()}:
         return "a file of the repository has that name"
     return None
 

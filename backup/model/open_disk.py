@@ -1,5 +1,5 @@
 """
-A disk that is open for reading at one instant, whatever it is read through.
+The interface of an open disk, which shows one instant and hides how the disk is reached.
 
 Planning asks an open disk which ranges read as zeroes and which are dirty; the engine reads its bytes through lanes.
 `backup.nbd.export.Export` is the implementation that sources use.
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class BlockStatus(Protocol):
-    """What planning asks of a disk."""
+    """The part of an open disk that planning needs."""
 
     @property
     def size(self) -> int:
@@ -24,22 +24,22 @@ class BlockStatus(Protocol):
 
     def allocation(self, start: int, end: int) -> Runs:
         """
-        The allocation (HOLE and ZERO) of [start, end); data everywhere where it is unknown.
+        Return the allocation flags (HOLE and ZERO) of the bytes [start, end); no flags where allocation is unknown.
 
         Raises
         ------
         SourceError
-            The disk cannot be asked.
+            The disk cannot be queried.
         """
 
     def dirty(self, bitmap: str, start: int, end: int) -> Runs:
         """
-        What the dirty bitmap of this exact name says about [start, end).
+        Return which of the bytes [start, end) the bitmap of exactly this name reports as dirty (the flag DIRTY).
 
         Raises
         ------
         SourceError
-            The disk cannot be asked, or has no such bitmap: a bitmap that is missing never means "all clean".
+            The disk cannot be queried, or has no such bitmap: a missing bitmap never means "all clean".
         """
 
     def expect_allocation(self, start: int, end: int) -> None:
@@ -68,12 +68,12 @@ class Lane(Protocol):
 
     def wait(self, milliseconds: int, enough: int) -> list[object]:
         """
-        Wait until `enough` reads have finished, or until the time is over; return the tokens of all that have.
+        Wait until `enough` reads have finished or the time is over; return the tokens of all reads that have finished.
 
         Raises
         ------
         SourceError
-            A read failed, or no answer came within the limit of all waits.
+            A read failed, or no answer came within the timeout (`backup.runtime.timeouts`).
         """
 
 
@@ -86,11 +86,11 @@ class OpenDisk(BlockStatus, Protocol):
 
     @property
     def smallest_request(self) -> int:
-        """Lanes round every read out to multiples of this (bytes)."""
+        """Bytes; a lane extends every read to multiples of this number."""
 
     @property
     def max_in_flight(self) -> int | None:
         """Largest number of reads in flight on one lane; None: any number."""
 
     def lanes(self, wanted: int) -> AbstractContextManager[Sequence[Lane]]:
-        """Lanes to read through: `wanted` of them, or fewer where the disk allows no more; at least one."""
+        """Open lanes to read through: `wanted` of them, or fewer where the disk allows no more; at least one."""

@@ -1,0 +1,1 @@
+"""NBD connections through libnbd: exports to read from, and servers to restore to."""

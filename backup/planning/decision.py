@@ -3,8 +3,8 @@ Decisions: whether a disk's next backup may be an incremental, and why not.
 
 A bitmap is named for the point at which it was started, `FAMILY.REPO8.POINT` (design.md, "The bitmap's life").  Only
 P's bitmap can continue the newest point P of a disk, and only if that bitmap is in the image itself, recording and
-consistent.  Otherwise the backup is a rescan, or a full if the configuration says so; without a sound chain it is a
-full.  Every decision has a reason.  Pure functions over values.
+consistent.  Otherwise the backup is a rescan, or a full if the configuration says so.  Without a sound chain the backup
+is a full.  Every decision has a reason.  Pure functions over values.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Decision:
 
     `kind` is FULL or INCREMENTAL.  `fallback`: there is a point to continue, and it cannot be continued as requested.
     `first`: the disk has no point yet.  `parent` is set for an incremental only, together with either `read`, the exact
-    name of the bitmap that tells what changed, or `rescan`: the whole disk is read and compared with the parent.
-    `claimed`: the user's word says that the bitmap starts from the parent.  `unavoidable`: the decision is a fallback,
+    name of the bitmap that records what changed, or `rescan`: the whole disk is read and compared with the parent.
+    `claimed`: the user stated that the bitmap starts from the parent.  `unavoidable`: the decision is a fallback,
     and every later backup of this disk will be one as well.
     """
 
@@ -63,7 +63,7 @@ class Decision:
 
     @property
     def way(self) -> str:
-        """FULL, INCREMENTAL or RESCAN."""
+        """What the backup does, for the user: FULL, INCREMENTAL or RESCAN."""
         return RESCAN if self.rescan else self.kind
 
     def with_difference(self, differing: int) -> Decision:
@@ -95,14 +95,14 @@ def decide(
     wanted : str
         FULL, INCREMENTAL or RESCAN.
     last : Chain, BackupError or None
-        The chain of the disk's newest point; what is wrong with that chain; None: the disk has no point.
+        The chain of the disk's newest point, or the error of a broken chain.  None: the disk has no point.
     unusable : str
         FULL or RESCAN: what an incremental becomes if the chain is sound and no bitmap continues it.
     was : str or None
         The other disk that this image was at the newest point.  The bitmaps of one point have the same name on all
         disks, so that the name alone would be misleading.
     refusal : Refusal or None
-        Why a new bitmap could not be started a moment ago.
+        Why a new bitmap could not be started earlier in this run.
     origins : mapping
         For each point other than the newest whose bitmap the disk has: ITSELF for an earlier point of this disk, else
         the point's owner ("machine db1").
@@ -132,7 +132,7 @@ def decide(
 
 
 def instead(why: str, last: Chain, unusable: str) -> Decision:
-    """Decide for `unusable`, FULL or RESCAN, in place of an incremental that no bitmap can continue."""
+    """Decide for the fallback `unusable` (FULL or RESCAN), because no bitmap can continue the chain; `why` not."""
     if unusable == RESCAN:
         return Decision(INCREMENTAL, f"rescan: {why}", fallback=True, parent=last, rescan=True)
     return Decision(FULL, why, fallback=True)
@@ -140,7 +140,7 @@ def instead(why: str, last: Chain, unusable: str) -> Decision:
 
 def warned(before: Sequence[DiskEntry], why: str, *, refused: bool) -> bool:
     """
-    Whether an earlier backup has warned the user, for the same reason, that the disk has no bitmap.
+    Tell whether an earlier backup has already warned the user that the disk has no bitmap, with the reason `why`.
 
     Parameters
     ----------
@@ -165,8 +165,8 @@ def why_missed(bitmap: str, missed: int) -> str:
     Explain why the bitmap cannot be trusted: `missed` bytes that it reports as clean now read as zeroes although the
     chain holds data there.
 
-    The bitmap did not see all that happened to the disk; the disk may have been shrunk and grown again, for example.
-    Other changes that the bitmap has missed may look like any other data (traps 4 and 28).
+    The bitmap has not recorded every change: the disk may have been shrunk and grown again, for example.  The bitmap
+    may have missed other changes too, which zeroes do not reveal (traps 4 and 28).
     """
     return (
         f"bitmap {bitmap} missed {missed} bytes that were data and read as zeroes now; was the disk shrunk and grown?"
@@ -213,7 +213,7 @@ def _decide_claim(state: DiskState, last: Chain, claim: Claim, unusable: str) ->
 
 
 def _never(why_not: str, state: DiskState, parent: DiskEntry, refusal: Refusal | None) -> bool:
-    """Whether every later backup of this disk will meet the reason, as far as the disk and its newest point tell."""
+    """Tell whether every later backup of this disk will meet the same reason, judged by the disk and newest point."""
     if why_not in {state.unseen_writes, state.no_bitmaps}:
         return True
     same = refusal is not None and refusal.lasting and parent.bitmap.why_none == refusal.why

@@ -1,6 +1,4 @@
-"""
-The extents of a disk as planning sees them, each with its bitmap state and its content.
-"""
+"""The map of a disk, for `pybackup map`: its extents, each with the state of the bitmap and the kind of content."""
 
 from __future__ import annotations
 
@@ -23,8 +21,7 @@ class Extent:
     """
     A run of bytes in one state.  `dirty` is None where no bitmap was named.
 
-    `data` is everything that does not read as zero for certain: a hole that is not zero has undefined content (NBD
-    protocol).
+    `data` is true where zeroes are not certain: a hole that is not zero has undefined content (NBD protocol).  Bytes.
     """
 
     start: int
@@ -37,7 +34,7 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class MapTotals:
-    """Sums in bytes; the dirty ones are None where no bitmap was named."""
+    """The totals of a map, in bytes; those of dirty bytes are None where no bitmap was named."""
 
     size: int
     data: int
@@ -55,7 +52,7 @@ def read_map(source: BlockStatus, bitmap: str | None) -> Iterator[Extent]:
     Raises
     ------
     SourceError
-        The disk cannot be asked, or has no such bitmap.
+        The disk cannot be queried, or has no such bitmap.
     """
     last: Extent | None = None
     for runs in _views(source, bitmap):
@@ -73,7 +70,7 @@ def read_map(source: BlockStatus, bitmap: str | None) -> Iterator[Extent]:
 
 
 def map_totals(source: BlockStatus, bitmap: str | None) -> MapTotals:
-    """Sum up a whole disk, without an object for each extent."""
+    """Return the totals of a whole disk, without making an object for each extent; raises as `read_map`."""
     sums = dict.fromkeys(range(_DIRTY << 1), 0)
     for runs in _views(source, bitmap):
         lengths = runs.ends - runs.starts

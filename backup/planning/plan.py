@@ -43,8 +43,8 @@ _T = TypeVar("_T")
 
 WINDOW = (4 << 30) - (2 << 20)
 """
-Bytes of one question: below 4 GiB, since lengths have 32 bits in block status (NBD protocol), and a multiple of the
-largest cluster.
+Bytes that one query covers: below 4 GiB, since lengths have 32 bits in block status (NBD protocol), and a multiple of
+the largest cluster.
 """
 
 _SECTOR = 512
@@ -52,8 +52,8 @@ _SECTOR = 512
 
 _NEAR = 64 << 20
 """
-Dirty runs closer than this (bytes) share one question about allocation.  A server reads about one table for a question
-(a table of 64 KiB clusters covers 512 MiB), so that a question about the gap costs less than a second question.
+Dirty runs closer than this (bytes) share one query for allocation.  A server reads about one table for a query (a table
+of 64 KiB clusters covers 512 MiB), so it costs less to include the gap than to send a second query.
 """
 
 _FEW = 256
@@ -61,14 +61,14 @@ _FEW = 256
 
 
 class Sampler(Protocol):
-    """What receives the clusters that a spot check may read."""
+    """Receives the clusters that a spot check may read, and chooses some of them."""
 
     def offer(self, base: int, mask: Mask) -> None:
-        """Offer the set positions of `mask`, counted from `base`."""
+        """Offer the clusters `base + i`, for every set position `i` of `mask`."""
 
 
 class ChainData(Protocol):
-    """What planning asks of the parent chain."""
+    """The part of the parent chain that planning needs."""
 
     def holds_data(self, first: int, count: int) -> Mask:
         """Tell for each of `count` clusters from `first` whether the chain holds data (anything but zeroes) there."""
@@ -81,7 +81,7 @@ class Totals:
 
     `dirty` is what the bitmap reports (for a full, the whole disk), before it is rounded out to clusters.  `data` will
     be read.  `zero` is recorded as zeroes without being read.  `missed` is the part of `zero` that the bitmap reports
-    as clean although the chain holds data there: the bitmap did not see all that happened to the disk.
+    as clean although the chain holds data there: the bitmap has not recorded every change of the disk.
     """
 
     dirty: int
@@ -126,13 +126,13 @@ class Plan:
     _windows: tuple[_Packed, ...]
 
     def windows(self) -> Iterator[tuple[int, Kinds]]:
-        """First cluster and kinds of each window that is not all PARENT, ascending."""
+        """Yield the first cluster and the kinds of each window that is not all PARENT, ascending."""
         for window in self._windows:
             yield window.first, window.unpacked()
 
 
 def cluster_runs(first: int, kinds: Kinds, cluster_size: int, size: int) -> Iterator[tuple[int, int, int]]:
-    """Start, length (bytes, clipped at size) and kind of each run of clusters that is not PARENT."""
+    """Yield start, length (bytes, clipped at `size`) and kind of each run of clusters that is not PARENT."""
     starts = _run_starts(kinds)
     ends = np.append(starts[1:], len(kinds))
     chosen = kinds[starts] != PARENT
@@ -149,7 +149,7 @@ def plan_full(source: BlockStatus, cluster_size: int) -> Plan:
     Raises
     ------
     SourceError
-        The disk cannot be asked.
+        The disk cannot be queried.
     """
     builder = _Builder(source.size, cluster_size)
     for start, length, zero in _zero_windows(source, cluster_size):
@@ -175,13 +175,18 @@ def plan_incremental(
         Exact name of the bitmap that records since the parent point.
     parent_size : int
         The disk's exact size at the parent point.  Everything from that size on, rounded down to a cluster, is dirty.
-        The cluster in which the disk was cut is dirty as well (see `cut_cluster`).
+        The cluster at the end of a disk that was shrunk is dirty as well (see `cut_cluster`).
     chain : ChainData or None
-        The parent chain, to check zeroes against (trap 4).  None: no such check, and questions about allocation only
-        where something is dirty.
+        The parent chain, to compare zeroes with (trap 4).  None: zeroes are not compared, and allocation is queried
+        only where something is dirty.
     sampler : Sampler or None
-        Receives the clusters that the bitmap calls clean; with `chain`, only those that are not zero, since the chain
-        is asked about the others anyway.
+        Receives the clusters that the bitmap reports as clean; with `chain`, only those that are not zero, since the
+        zeroes are compared with the chain anyway.
+
+    Raises
+    ------
+    SourceError
+        The disk cannot be queried, or has no such bitmap.
     """
     builder = _Builder(source.size, cluster_size)
     cut = cut_cluster(source.size, parent_size, cluster_size)
@@ -212,7 +217,7 @@ def plan_rescan(source: BlockStatus, cluster_size: int, chain: ChainData) -> Pla
     Raises
     ------
     SourceError
-        The disk cannot be asked.
+        The disk cannot be queried.
     """
     builder = _Builder(source.size, cluster_size)
     for start, length, zero in _zero_windows(source, cluster_size):
@@ -226,10 +231,13 @@ def plan_audit(
     source: BlockStatus, cluster_size: int, bitmap: str | None, *, parent_size: int, chain: ChainData
 ) -> Plan:
     """
-    Plan to compare with the chain what the bitmap calls clean or, without a bitmap, everything; only DATA is planned.
+    Plan an audit: to compare what the bitmap reports as clean with the chain; without a bitmap, everything.
 
-    Where the disk is zero and the chain holds no data, both are equal without being read.  `parent_size` and `bitmap`
-    are those of `plan_incremental`.  Totals.dirty is what is not compared: the dirty ranges and what the disk grew by.
+    Only DATA and PARENT are planned.
+
+    Where the disk is zero and the chain holds no data, the two are equal and need no reading.  `parent_size` and
+    `bitmap` are those of `plan_incremental`.  Totals.dirty counts the bytes that are not compared: the dirty ranges and
+    what the disk has grown by.
 
     Raises
     ------
@@ -260,21 +268,21 @@ def plan_of(clusters: Offsets, size: int, cluster_size: int) -> Plan:
 
 def cut_cluster(size: int, parent_size: int, cluster_size: int) -> int | None:
     """
-    Number of the disk's last cluster if it must be stored, whatever it contains; None if not.
+    Return the number of a shrunk disk's last cluster if the cluster must be stored, whatever it contains; else None.
 
-    A qcow2 file ends at a multiple of 512.  Where a disk was cut elsewhere, QEMU would show the parent's bytes between
-    the end of the disk and the end of the file, and would show them again when the disk has grown later.
+    The size in a qcow2 header is a multiple of 512.  If the disk was shrunk to any other size, QEMU would show the
+    parent's bytes between the end of the disk and that multiple, and would show them again when the disk grows later.
     """
     return size // cluster_size if size < parent_size and size % _SECTOR else None
 
 
 def _grown(size: int, parent_size: int, cluster_size: int) -> int:
-    """The offset from which everything is dirty because the disk has grown; `size` where it has not grown."""
+    """Return the offset from which everything is dirty because the disk has grown; `size` if it has not grown."""
     return parent_size - parent_size % cluster_size if size > parent_size else size
 
 
 def _with_data(chain: ChainData, wanted: Mask, first: int, cluster_size: int) -> Mask:
-    """The wanted clusters, counted from `first`, for which the chain holds data."""
+    """Return which of the wanted clusters, counted from `first`, hold data in the chain."""
     data = wanted.copy()
     for low, high in _spans(wanted, _NEAR // cluster_size):
         data[low:high] &= chain.holds_data(first + low, high - low)
@@ -282,7 +290,7 @@ def _with_data(chain: ChainData, wanted: Mask, first: int, cluster_size: int) ->
 
 
 def any_dirty(source: BlockStatus, bitmap: str) -> bool:
-    """Whether the bitmap has a dirty range; the questions end with the first one."""
+    """Tell whether the bitmap has a dirty range; the search ends at the first one."""
     for (start, end), following in _with_following(extents.windows(0, source.size, WINDOW)):
         status = source.dirty(bitmap, start, end)
         if status.flags.any():
@@ -293,7 +301,7 @@ def any_dirty(source: BlockStatus, bitmap: str) -> bool:
 
 
 def _zero_windows(source: BlockStatus, cluster_size: int) -> Iterator[tuple[int, int, Mask]]:
-    """Start and length (bytes) of every window, and a mask of the clusters that read as zero completely."""
+    """Yield start and length (bytes) of every window, and a mask of the clusters that read as zero completely."""
     for start, end in _one_behind(_asked_allocation(source)):
         zero = _covered(source.allocation(start, end), extents.ZERO, start, cluster_size, source.size)
         yield start, end - start, zero
@@ -324,7 +332,7 @@ def _dirty_windows(
     source: BlockStatus, cluster_size: int, bitmap: str | None, dirty_from: int, *, everywhere: bool
 ) -> Iterator[_Window]:
     """
-    Yield every window, after announcing the questions about its allocation and about the next window's dirty ranges.
+    Yield every window, after announcing the queries for its allocation and for the next window's dirty ranges.
 
     Allocation matters near dirty ranges, or `everywhere`.  Everything from `dirty_from` on is dirty; without a bitmap
     nothing else is.
@@ -342,7 +350,7 @@ def _dirty_windows(
 
 
 def _near(touched: Mask, start: int, end: int, cluster_size: int) -> Iterator[tuple[int, int]]:
-    """Ranges (bytes) that contain the touched clusters of the window [start, end)."""
+    """Yield ranges (bytes) that contain the touched clusters of the window [start, end)."""
     for low, high in _spans(touched, _NEAR // cluster_size):
         yield start + low * cluster_size, min(start + high * cluster_size, end)
 
@@ -364,7 +372,7 @@ def _one_behind(items: Iterable[_T]) -> Iterator[_T]:
 
 
 class _Builder:
-    """Collects windows and sums, and makes the frozen Plan of them."""
+    """Collects windows and totals, and makes the frozen Plan from them."""
 
     def __init__(self, size: int, cluster_size: int) -> None:
         self.size = size
@@ -392,7 +400,7 @@ class _Builder:
 
 
 def _zero_where(source: BlockStatus, window: _Window, cluster_size: int) -> Mask:
-    """The clusters that read as zero completely, as far as their allocation was asked for."""
+    """Return the clusters that read as zero completely, as far as their allocation was queried."""
     zero = np.zeros(len(window.touched), dtype=np.bool_)
     for low, high in window.asked:
         first = (low - window.start) // cluster_size
@@ -402,7 +410,7 @@ def _zero_where(source: BlockStatus, window: _Window, cluster_size: int) -> Mask
 
 
 def _spans(mask: Mask, near: int) -> Iterator[tuple[int, int]]:
-    """Spans of set positions; spans are merged where fewer than `near` unset positions lie between them."""
+    """Yield the spans of set positions; spans are merged where fewer than `near` unset positions lie between them."""
     if not mask.any():
         return
     starts, ends = extents.edges(mask)
@@ -413,12 +421,12 @@ def _spans(mask: Mask, near: int) -> Iterator[tuple[int, int]]:
 
 
 def _touched(starts: Offsets, ends: Offsets, base: int, cluster_size: int, count: int) -> Mask:
-    """The clusters that contain any byte of a run: dirty ranges are rounded out."""
+    """Return the clusters that contain any byte of a run: dirty ranges are rounded out."""
     return _fill((starts - base) // cluster_size, -((base - ends) // cluster_size), count)
 
 
 def _covered(runs: Runs, bit: int, base: int, cluster_size: int, size: int) -> Mask:
-    """The clusters of which every byte, up to the disk's size, lies in a run with `bit`: zeroes are rounded in."""
+    """Return the clusters that lie completely (up to the disk's size) in runs with `bit`: zeroes are rounded in."""
     starts, ends = runs.having(bit)
     first = -((base - starts) // cluster_size)
     last = (ends - base) // cluster_size
@@ -429,7 +437,7 @@ def _covered(runs: Runs, bit: int, base: int, cluster_size: int, size: int) -> M
 
 
 def _fill(firsts: Offsets, ends: Offsets, count: int) -> Mask:
-    """Mask of `count` positions with the ranges [firsts, ends) set."""
+    """Return a mask of `count` positions with the ranges [firsts, ends) set."""
     if len(firsts) <= _FEW:
         filled = np.zeros(count, dtype=np.bool_)
         for first, end in zip(firsts.tolist(), ends.tolist(), strict=True):

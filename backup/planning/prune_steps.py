@@ -1,11 +1,11 @@
 """
-From the points to keep to the steps of a prune: which data files are rewritten and which points removed, in order.
+The steps of a prune, planned from the points to keep: which data files to rewrite and which points to remove, in order.
 
-A point is removed with all of its disks at once.  A point that stays and builds on points that go first takes over the
-data that it needs from them, disk by disk:
+A point is removed with all of its disks at once.  If a kept point builds on points that are removed, the kept point
+first takes over the data that it needs from them, disk by disk.  N and K are kept, R and the full F are removed:
 
     in the middle    N -> R -> K      N becomes a larger incremental on K
-    in front         N -> R -> F      F goes as well: N becomes a full.  That costs as much as a full: done in batches
+    in front         N -> R -> F      N becomes a full; this costs as much as a full backup, so it is done in batches
     at the end       R -> K           R is removed, and nothing is rewritten
 
 Pure: manifests in, steps out.
@@ -24,7 +24,7 @@ from backup.planning.retention import Batch, DatedPoint
 
 @dataclass(frozen=True, slots=True)
 class Rewrite:
-    """A disk of a point takes over the data of `merged` (newest first) and builds on `onto` (None: as a full)."""
+    """A disk of a point takes over the data of points `merged` (newest first) and builds on `onto` (None: a full)."""
 
     point: str
     disk: str
@@ -44,7 +44,12 @@ Step = Rewrite | Remove
 
 @dataclass(frozen=True, slots=True)
 class Thinning:
-    """The points that go now, those that wait for a batch, and the steps; after each, all other points are sound."""
+    """
+    The plan of a prune: the points that are `going` to be removed, and the `steps` that do it.
+
+    `waiting` points are unwanted too, but are too few for a batch; a later prune removes them.  After every step, all
+    points that are not yet removed are sound.
+    """
 
     going: frozenset[str]
     waiting: frozenset[str]
@@ -52,7 +57,7 @@ class Thinning:
 
 
 def dated_point(manifest: Manifest) -> DatedPoint:
-    """The point of a manifest, as retention sees it."""
+    """Return the point of a manifest in the form that retention needs."""
     return DatedPoint(
         manifest.point,
         manifest.sequence,
@@ -71,12 +76,12 @@ def thin(manifests: Mapping[str, Manifest], keep: Collection[str], batch: Batch)
     unwanted = {point for point in manifests if point not in keep}
     going = set(unwanted)
     while waiting := _too_few(manifests, going, batch):
-        going -= waiting  # so that fewer may be left to go in front of a point of another disk
+        going -= waiting  # the batch of another disk may be too small now, so look again
     return Thinning(frozenset(going), frozenset(unwanted - going), tuple(_steps(manifests, going)))
 
 
 def _too_few(manifests: Mapping[str, Manifest], going: Collection[str], batch: Batch) -> set[str]:
-    """The points in front of a chain that are too few for a batch."""
+    """Return the unwanted points at the full end of a chain that are too few for a batch."""
     waiting: set[str] = set()
     for _, disk in _staying(manifests, going):
         merged, onto = _run(manifests, disk, going)
@@ -113,7 +118,7 @@ def _removals(manifests: Mapping[str, Manifest], left: list[str], children: Coun
 
 
 def _staying(manifests: Mapping[str, Manifest], going: Collection[str]) -> Iterator[tuple[str, DiskEntry]]:
-    """Yield the disks of the points that stay, oldest point first."""
+    """Yield the disks of the points that are kept, oldest point first."""
     for point in reversed(_newest_first(manifests, [point for point in manifests if point not in going])):
         for disk in manifests[point].disks:
             yield point, disk
@@ -122,7 +127,7 @@ def _staying(manifests: Mapping[str, Manifest], going: Collection[str]) -> Itera
 def _run(
     manifests: Mapping[str, Manifest], disk: DiskEntry, going: Collection[str]
 ) -> tuple[tuple[str, ...], str | None]:
-    """The points that go directly below a disk's point, newest first, and the first point below them that stays."""
+    """Return the points to remove directly below a disk's point, newest first, and the kept point below them."""
     merged: list[str] = []
     parent = disk.parent
     while parent is not None and parent.point in going:

@@ -15,10 +15,11 @@ A clock that was wrong for a night must not remove any point:
 - A point whose time cannot be right is kept and takes no other point's place.  Its time is after now, or does not fit
   the order of the points that their sequence numbers give (the largest set of points whose times are in order counts as
   right).  A difference of less than a day is ignored: two hosts' clocks differ, or summer time begins.
-- The clock may be years ahead and then agrees with "now".  So after a jump, the points that the rules would keep of
-  those before the jump alone are kept as well.  A jump is longer than eight days and longer than four times the usual
-  distance, which is the second shortest of the five distances before; with fewer than two distances, longer than 62
-  days.  Seven or more points over a week confirm that the jump was only a pause.
+- The clock may be years ahead, and the times of new points then agree with "now".  So at a jump in time the rules are
+  applied once more, only to the points before the jump, and their results are kept as well.  A jump is a distance
+  between two points of more than eight days and more than four times the usual distance.  The usual distance is the
+  second shortest of the five distances before; if there are fewer than two, a jump is longer than 62 days.  Seven or
+  more points over a week confirm that the jump was only a pause.
 
 `last` does not depend on times: a policy of `last` alone doubts no time.
 
@@ -40,6 +41,7 @@ RULES = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
 """The rules that count points, in the order in which reasons are shown."""
 
 MAX_COUNT = 1_000_000_000
+"""Largest number of points that a rule may keep."""
 
 _DURATION = re.compile(r"(?:([0-9]{1,4})y)?(?:([0-9]{1,5})m)?(?:([0-9]{1,5})w)?(?:([0-9]{1,6})d)?(?:([0-9]{1,7})h)?")
 
@@ -106,14 +108,14 @@ class Policy:
 
     @property
     def empty(self) -> bool:
-        """Whether no rule keeps anything.  Such a policy must not remove everything: it was never written."""
+        """Whether no rule keeps anything.  Such a policy must not remove every point: the user wrote no policy."""
         return self == Policy()
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
     """
-    When a full is merged with the points that follow it: not each night, as a prune each night would otherwise do.
+    When a full is merged with the points that follow it.  Without a batch, a prune each night would rewrite a full.
 
     A full is merged when `points` points can go at once, or when the incrementals among them have stored more than
     `share` percent of what the full has stored.
@@ -141,8 +143,8 @@ TOLERANCE = timedelta(minutes=5)
 """A time that is less than this in the future is accepted: two hosts' clocks differ."""
 _SAME = timedelta(days=1)
 """A time that is less than this before the preceding point's time counts as the same time."""
-_LOOK, _USUAL, _LEAST, _UNKNOWN = 5, 4, timedelta(days=8), timedelta(days=62)
-"""A jump is longer than _LEAST and than _USUAL times the usual of _LOOK distances; than _UNKNOWN with too few."""
+_DISTANCES, _USUAL, _LEAST, _UNKNOWN = 5, 4, timedelta(days=8), timedelta(days=62)
+"""A jump is longer than _LEAST and than _USUAL times the usual of _DISTANCES distances; than _UNKNOWN with too few."""
 _CONFIRMED, _WEEK = 7, timedelta(days=6)
 """This number of points, over seven nights at least, confirms a jump."""
 
@@ -152,7 +154,7 @@ UNCONFIRMED = "not counting those after a jump in time"
 
 
 def doubts(points: Iterable[DatedPoint], now: datetime) -> dict[str, str]:
-    """Find the points of one disk whose times cannot be right: the reason by the point's id."""
+    """Find the points of one disk whose times cannot be right; return the reason for each point's id."""
     ordered = sorted(points, key=lambda point: point.sequence)
     past = [point for point in ordered if point.started <= now + TOLERANCE]
     reasons = {point.point: FUTURE for point in ordered if point.started > now + TOLERANCE}
@@ -202,12 +204,12 @@ def _after_jumps(times: Sequence[datetime]) -> Iterator[int]:
     for after in range(1, len(times)):
         if after >= _CONFIRMED and times[-1] - times[-after] >= _WEEK:
             return
-        if _is_jump(gaps[-after], gaps[-after - _LOOK : -after]):
+        if _is_jump(gaps[-after], gaps[-after - _DISTANCES : -after]):
             yield after
 
 
 def _is_jump(gap: timedelta, before: Sequence[timedelta]) -> bool:
-    """Whether a distance is far longer than those before it, some of which pruned points have made longer."""
+    """Tell whether a distance is a jump; some distances before it may be long because points were pruned."""
     if len(before) < 2:
         return gap > _UNKNOWN
     return gap > max(_LEAST, _USUAL * sorted(before)[1])

@@ -50,7 +50,7 @@ class Reservoir:
             self._take(base + int(positions[self._next - first]))
 
     def chosen(self) -> Offsets:
-        """The sample so far, ascending."""
+        """Return the sample so far, ascending."""
         return np.array(sorted(self._kept), dtype=np.int64)
 
     @property
