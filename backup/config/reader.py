@@ -1,9 +1,9 @@
 """
 The configuration: a YAML file becomes frozen values.
 
-yaml never makes objects of the file: it only composes nodes, which know their lines, and each value is read from its
-text.  So one run finds all problems and names the line and the key of each, no tag can construct anything, duplicate
-keys are found, and `no`, `012` and `1:30` never become false, ten and ninety.
+The yaml library never creates objects from the file.  It only composes nodes, which know their lines, and each value
+is read from the text of its node.  So one run finds all problems and names the line and the key of each, no tag can
+construct anything, duplicate keys are found, and `no`, `012` and `1:30` never become false, ten and ninety.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from backup.planning.retention import MAX_COUNT, RULES, Batch, Policy
 from backup.units import KiB, MiB, show_size
 
 _MAX_BYTES = 512 << 10
-"""The largest configuration, enough for a thousand machines: YAML takes much time and memory to parse."""
+"""Largest configuration, enough for a thousand machines.  The limit exists because parsing YAML takes much memory."""
 EXAMPLE = Path(__file__).parent.with_name("config.example.yaml")
-"""An example with every key and a comment on each, installed with the package."""
+"""The path of an example with every key and a comment on each, installed with the package."""
 
 
 def load(path: Path, check: Callable[[os.stat_result], None] = lambda _status: None) -> Config:
@@ -80,32 +80,32 @@ def _config(section: Section, path: Path) -> Config:
         "on_unusable_bitmap", "connections", "requests", "request_size", "workers", "limit", "timeout", "scratch",
         "scratch_reserve", "group_read", "retention", "machines",
     )  # fmt: skip
-    known = Config()
+    defaults = Config()
     bitmap_family = section.name("bitmap", "bitmap")
-    compression = section.compression(known.compression)
-    unusable = section.unusable(known.on_unusable_bitmap)
+    compression = section.compression(defaults.compression)
+    unusable = section.unusable(defaults.on_unusable_bitmap)
     spot_check = section.integer("spot_check", 0, 1_000_000)
     retention = _retention(section, None)
-    cluster_size = section.size("cluster_size", known.cluster_size, 4 * KiB, 2 * MiB)
+    cluster_size = section.size("cluster_size", defaults.cluster_size, 4 * KiB, 2 * MiB)
     config = Config(
         path=path,
         repository=section.repository(),
         bitmap_family=bitmap_family,
         compression=compression,
         cluster_size=cluster_size,
-        max_chain=section.integer("max_chain", 1, 10_000) or known.max_chain,
-        check_zeroes=section.boolean("check_zeroes", otherwise=known.check_zeroes),
-        spot_check=known.spot_check if spot_check is None else spot_check,
+        max_chain=section.integer("max_chain", 1, 10_000) or defaults.max_chain,
+        check_zeroes=section.boolean("check_zeroes", otherwise=defaults.check_zeroes),
+        spot_check=defaults.spot_check if spot_check is None else spot_check,
         on_unusable_bitmap=unusable,
-        connections=section.integer("connections", 1, 64) or known.connections,
-        requests=section.integer("requests", 1, 256) or known.requests,
-        request_size=section.size("request_size", max(known.request_size, cluster_size), 64 * KiB, 32 * MiB),
+        connections=section.integer("connections", 1, 64) or defaults.connections,
+        requests=section.integer("requests", 1, 256) or defaults.requests,
+        request_size=section.size("request_size", max(defaults.request_size, cluster_size), 64 * KiB, 32 * MiB),
         workers=section.integer("workers", 1, 256),
         limit=section.size("limit", 0, *LIMITS) or None if "limit" in section.fields else None,
-        timeout=section.seconds("timeout", known.timeout, *TIMEOUTS),
+        timeout=section.seconds("timeout", defaults.timeout, *TIMEOUTS),
         scratch=section.path("scratch"),
-        scratch_reserve=section.size("scratch_reserve", known.scratch_reserve, 0, 1 << 60),
-        group_read=section.boolean("group_read", otherwise=known.group_read),
+        scratch_reserve=section.size("scratch_reserve", defaults.scratch_reserve, 0, 1 << 60),
+        group_read=section.boolean("group_read", otherwise=defaults.group_read),
         retention=retention,
         machines=tuple(
             _machine(child, bitmap_family, compression, unusable, retention)
@@ -167,7 +167,7 @@ def _retention(outer: Section, otherwise: Retention | None) -> Retention | None:
     if section is None:
         return otherwise
     section.allow(*RULES, "within", "batch", "share", "after_backup")
-    known = Batch()
+    defaults = Batch()
     counts = {rule: section.integer(rule, 0, MAX_COUNT) or 0 for rule in RULES}
     policy = Policy(**counts, within=section.duration("within"))
     share = section.integer("share", 0, 1000)
@@ -177,7 +177,7 @@ def _retention(outer: Section, otherwise: Retention | None) -> Retention | None:
         section.problem(None, "expected something to keep, got nothing: every count is 0")
     return Retention(
         policy=policy,
-        batch=Batch(section.integer("batch", 1, 10_000) or known.points, known.share if share is None else share),
+        batch=Batch(section.integer("batch", 1, 10_000) or defaults.points, defaults.share if share is None else share),
         after_backup=section.boolean("after_backup", otherwise=False),
     )
 

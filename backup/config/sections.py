@@ -24,7 +24,7 @@ _PLAIN = {"int": "number", "float": "number", "bool": "truth value", "timestamp"
 
 
 class Problems:
-    """All problems of a file."""
+    """Collects the problems of a configuration file, to report all of them in one error."""
 
     def __init__(self) -> None:
         self._listed: list[tuple[int, str]] = []
@@ -54,10 +54,10 @@ class Problems:
 
 class Section:
     """
-    One mapping of the file.
+    One section of the file: a mapping from keys to values.
 
-    Each method reads the value of a key, and returns None or the default if the key is absent or its value is wrong;
-    what is wrong is added to the problems.
+    Each method reads the value of a key.  If the key is absent or its value is wrong, the method returns `otherwise` or
+    None, and adds a wrong value to the problems.
     """
 
     def __init__(self, node: yaml.Node, line: int, keys: tuple[str, ...], problems: Problems, folder: Path) -> None:
@@ -92,12 +92,12 @@ class Section:
             self._lines[key.value] = line
 
     def problem(self, key: str | None, what: str, line: int | None = None) -> None:
-        """Add what is wrong with a key, or with the section itself (None)."""
+        """Add a problem of a key, or of the section itself (None).  `what` says what is wrong."""
         where = ".".join([*self._keys, *([] if key is None else [key])])
         self._problems.add(line or self._lines.get(key or "", self._line), where, what)
 
     def allow(self, *known: str) -> None:
-        """Refuse all keys but these."""
+        """Add a problem for each key that is not one of `known`."""
         for key in self.fields:
             if key not in known:
                 close = difflib.get_close_matches(key, known, 1)
@@ -105,7 +105,7 @@ class Section:
                 self.problem(key, f"unknown key; {meant}")
 
     def children(self, kind: Kind, key: str) -> Iterator[Section]:
-        """Yield the sections of a mapping from names to sections."""
+        """Yield the sections below a key that maps names (of machines or disks, by `kind`) to sections."""
         if key not in self.fields:
             return
         outer = Section(self.fields[key], self._lines[key], (*self._keys, key), self._problems, self._folder)
@@ -199,7 +199,7 @@ class Section:
         """The key `repository`, a folder."""
         text = self._scalar("repository", ("str",), "a path")
         if text is not None and (problem := folder_problem(text)):
-            self.problem("repository", f"{text!r} is no folder: {problem} ({FOLDER_HINT})")
+            self.problem("repository", f"{text!r} is not a folder: {problem} ({FOLDER_HINT})")
             return None
         return None if text is None else self._folder / Path(text)
 

@@ -1,4 +1,4 @@
-"""The configuration's values."""
+"""The configuration as frozen values: global settings, machines, disks and retention."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ class DiskConfig:
     One disk of a machine: `image` (an offline image's absolute path), `nbd` (a URI), or `node` (a node, a device or an
     image of the machine's running QEMU); or `node` and `image` for a machine that is on or off.
 
-    `format` is the image's format; None: the image's first bytes tell.  `bitmap` is the exact name of a bitmap on
-    someone else's NBD server.  No backup by a configuration continues from it, since a file cannot say from which point
-    the bitmap starts each night.  `allow_plaintext` allows a running QEMU to decrypt the disk.
+    `format` is the image's format; None: the first bytes of the image show the format.  `bitmap` is the exact name of a
+    bitmap on someone else's NBD server.  A backup by a configuration never continues from this bitmap, since a file
+    cannot state from which point the bitmap starts each night.  `allow_plaintext` allows a running QEMU to decrypt the
+    disk.
     """
 
     name: str
@@ -51,7 +52,10 @@ class MachineConfig:
     or the global ones.
 
     `qmp` is the QMP socket of the QEMU of a running machine, `agent` the socket of its guest agent; both paths are
-    absolute.  `exclude` names disks of the running machine that no point needs to hold.
+    absolute.  `freeze` tells whether the agent freezes the file systems for the instant of the backup; with "required",
+    the backup fails if the freeze fails.  `scratch` is the folder for the scratch images of a backup; None: the global
+    one.  `exclude` names disks of the running machine that no point needs to hold.  `allow_plaintext` allows QEMU to
+    decrypt all disks of the machine.
     """
 
     name: str
@@ -86,7 +90,7 @@ def parse_limit(text: str) -> int:
     Raises
     ------
     UsageError
-        The text is no size, or out of bounds.
+        The text is not a size, or the limit is out of bounds.
     """
     limit, (low, high) = parse_size(text), LIMITS
     if not low <= limit <= high:
@@ -101,12 +105,13 @@ class Config:
     """
     All settings.  Sizes in bytes.
 
-    `path` is the file that they come from; None: the defaults.  Each of `connections` has at most `requests` requests
-    in flight, each of at most `request_size` bytes.  `workers` is the number of cores to keep busy; None: all.  A
-    source is read at no more than `limit` bytes a second.  A wait without progress ends after `timeout` seconds.
-    `max_chain` is the number of points after which an incremental becomes a full.  An incremental reads `spot_check`
-    clean clusters again.  `group_read` allows the group to read the repository (0640 and 0750 instead of 0600 and
-    0700).
+    `path` is the file that the settings come from; None: the defaults.  Each of `connections` has at most `requests`
+    requests in flight, each of at most `request_size` bytes.  `workers` is the number of cores to keep busy; None: all.
+    A source is read at no more than `limit` bytes a second.  A wait without progress ends after `timeout` seconds.
+    `max_chain` is the number of points after which an incremental becomes a full.  `check_zeroes`: an incremental
+    compares zeroes that the bitmap reports as clean with the chain.  An incremental reads `spot_check` clean clusters
+    again.  `scratch` is the folder for scratch images, and `scratch_reserve` the space that stays free there.
+    `group_read` allows the group to read the repository (0640 and 0750 instead of 0600 and 0700).
     """
 
     path: Path | None = None
@@ -131,10 +136,10 @@ class Config:
     machines: tuple[MachineConfig, ...] = ()
 
     def retention_of(self, machine: str) -> Retention | None:
-        """The retention of a machine, which may be missing in the configuration; None: no retention is configured."""
+        """Return a machine's own retention, or else the global one (None: none); the machine need not be configured."""
         return next((known.retention for known in self.machines if known.name == machine), self.retention)
 
 
 def default() -> Config:
-    """Return the settings that hold without a file and without an option."""
+    """Return the settings that apply without a configuration file and without an option."""
     return Config()

@@ -28,7 +28,7 @@ _CHECKSUM_BYTES = 4
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What the headers of a frame tell.  Sizes in bytes; `content` is None if the header does not contain it."""
+    """The content of a frame's headers.  Sizes in bytes; `content` is None if the header lacks the content size."""
 
     length: int
     content: int | None
@@ -80,7 +80,7 @@ class Codec:
         except zstandard.ZstdError as error:
             raise _damaged(str(error)) from error
         if count != len(cluster):
-            raise _damaged(f"gave {count} of {len(cluster)} bytes")
+            raise _damaged(f"decompressed to {count} of {len(cluster)} bytes")
 
     def _end(self, frame: memoryview, content: int) -> int:
         """Return where a frame ends that has `content` bytes and a checksum; refuse any other frame."""

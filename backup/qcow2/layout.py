@@ -87,7 +87,7 @@ class Image:
 
     @property
     def clusters(self) -> int:
-        """Number of guest clusters; the end of the disk may cut the last one."""
+        """Number of guest clusters; the disk may end inside the last one."""
         return -(-self.size // self.cluster_size)
 
     @property
@@ -244,7 +244,7 @@ def parse_header(data: bytes, file_size: int, name: str) -> Header:
     Raises
     ------
     Damaged
-        A field has a wrong value; the message names both.
+        A field has a wrong value; the message names the field and the value.
     """
 
     def refuse(what: str) -> Damaged:

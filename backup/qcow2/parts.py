@@ -22,7 +22,7 @@ class PartSink(Protocol):
         Store the bytes [number * PART, number * PART + len(data)) of the file.
 
         Called from several threads at once, in any order, except that part 0 comes last.  All parts except the one
-        with the highest number have PART bytes.  The sink must not keep `data`, whose buffer is used again.
+        with the highest number have PART bytes.  The sink must not keep `data`: the buffer is used for another part.
         """
 
 

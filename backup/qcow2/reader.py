@@ -67,7 +67,7 @@ class Reader:
         head = read_at(0, min(HEADER_BYTES, max(0, file_size)))
         self.header: Header = layout.parse_header(head, file_size, name)
         self._l1 = self._read_l1()
-        # One table is enough, since callers read the tables in order, and each of a chain's many readers keeps one.
+        # One table is enough, because callers read the tables in order; a long chain has a reader for each file.
         self._latest: Table | None = None
 
     @property

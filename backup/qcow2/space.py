@@ -123,7 +123,7 @@ class Space:
         return first
 
     def tables(self, most: int) -> tuple[int, int]:
-        """Reserve 1 to `most` consecutive clusters for tables, of the closed run first; return (first, count)."""
+        """Reserve 1 to `most` consecutive clusters for tables, first from the closed run; return (first, count)."""
         if self._spare_from < self._spare_end:
             first, count = self._spare_from, min(most, self._spare_end - self._spare_from)
             self._spare_from += count

@@ -118,8 +118,7 @@ class Writer:
             The clusters; the last one of the disk is padded with zeroes.  A whole part (PART bytes) that is stored raw
             goes to the sink without a copy; everything else is copied.
         codec : Codec
-            A codec that no other thread uses.
-            The calling thread's own.
+            The calling thread's own codec, which no other thread uses.
 
         Returns
         -------

@@ -109,7 +109,7 @@ class ReadOnce:
     """
     Reads pieces of a file without keeping them in the page cache.  Safe to use from several threads.
 
-    The cache of a host that runs machines stays theirs.  Kernels and file systems without RWF_DONTCACHE read through
+    The cache of the host is left to its running machines.  Kernels and file systems without RWF_DONTCACHE read through
     the cache as usual.
 
     Parameters

@@ -1,4 +1,4 @@
-"""Any exception as an error of pybackup, with two lines for the user: what happened, and what to do."""
+"""Turn any exception into an error of pybackup, with two lines for the user: what happened, and what to do."""
 
 from __future__ import annotations
 

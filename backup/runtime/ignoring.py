@@ -9,7 +9,7 @@ from logging import Logger
 
 @contextmanager
 def ignoring(log: Logger, what: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Leave the block at an error of one of these kinds, and log the error with `what` as its context."""
+    """End the block at an error of one of these kinds, and log the error; `what` says what was attempted."""
     try:
         yield
     except kinds as error:

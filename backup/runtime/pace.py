@@ -1,4 +1,4 @@
-"""The limit of bytes a second that several threads keep together, for backups during working hours."""
+"""A limit of bytes a second that several threads share, for backups during working hours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The interface to whoever displays the progress of long work.  The library itself never prints."""
+"""The interface to the display of progress.  Only the command line displays: no other package prints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Progress(Protocol):
 
 
 class Quiet:
-    """Progress that nothing displays."""
+    """A `Progress` that displays nothing."""
 
     def begin(self, disk: str, total: int) -> None:
         """Ignore the disk."""

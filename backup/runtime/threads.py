@@ -85,7 +85,7 @@ def in_threads(
     show : callable
         Shows progress.  Called in this thread, ten times a second.
     stop : Event, optional
-        Is set when the jobs must stop.  Long jobs should look at it.
+        Is set when the jobs must stop.  A long job should check the event from time to time.
 
     Raises
     ------
