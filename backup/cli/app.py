@@ -76,7 +76,7 @@ class _Command(TyperCommand):
         _write_options(self, ctx, formatter)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command.  typer would take any broken pipe for that of standard output, and exit without a word."""
+        """Run the command; a broken pipe becomes an error, for which typer would exit without a message."""
         try:
             return super().invoke(ctx)
         except BrokenPipeError as error:
@@ -157,7 +157,7 @@ def _require_once(given: Sequence[Any]) -> None:
 
 
 def _write_options(command: Any, ctx: Any, formatter: Any) -> None:
-    """Write the parameters of --help in sections; the common options of a command stand in a section of their own."""
+    """Write the parameters of --help in sections; the common options of a command have their own section."""
     sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": [], "Common options": []}
     for parameter in command.get_params(ctx):
         common = ctx.parent is not None and parameter.name in (*COMMON, "help")

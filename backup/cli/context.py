@@ -37,7 +37,7 @@ class CommonOptions:
     """What is being parsed: pybackup, or one of its commands, such as "pybackup list"."""
 
     def reset(self, *, json: bool) -> None:
-        """Forget an earlier command line; `json`: --json seems to be among the arguments that will be parsed."""
+        """Set all options to their defaults; `json` tells whether the arguments seem to contain --json."""
         self.config = self.repo = self.loaded = None
         self.verbose = self.quiet = self.debug = False
         self.json = json
@@ -45,7 +45,7 @@ class CommonOptions:
 
     def take(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
         """
-        Take the options before the command's name, together with those after it once these are parsed.
+        Store the options that were given before the command's name, and those after it (empty until they are parsed).
 
         Raises
         ------
@@ -90,7 +90,7 @@ def fail(error: BackupError | Interrupted) -> int:
 
 
 def show_error(error: BackupError | Interrupted, of: str | None = None) -> None:
-    """Show an error, with a traceback if --debug was given; `of` names the machine if there are several."""
+    """Show an error, with a traceback if --debug was given; `of` is the machine, if there are several."""
     if options.debug:
         output.traceback(error)
     output.error(error, of)

@@ -32,7 +32,7 @@ _POINT_HINT = (
 
 
 def config() -> Config:
-    """Return the configuration that is named or found, or the defaults if there is none; read once."""
+    """Return the configuration that is named or found, or the defaults if there is none; the file is read only once."""
     from backup.cli import settings
 
     if options.loaded is None:
@@ -142,7 +142,7 @@ def point(text: str, repo: Path | None, modes_of: Config | None = None) -> tuple
 def points(
     names: Sequence[str], repo: Path | None, modes_of: Config | None = None
 ) -> list[tuple[Machine, list[str] | None]]:
-    """Find machines and points: each machine with the ids of its points, or with None for all of them."""
+    """Find what the names mean: machines, each with the ids of the named points, or with None for all its points."""
     if not names:
         return [(machine, None) for machine in machines(repository(repo, modes_of), None)]
     selected: list[tuple[Machine, list[str] | None]] = []
@@ -156,7 +156,7 @@ def points(
 
 
 def _manifest_path(text: str) -> Path | None:
-    """Return the path of the manifest, if the text is the path of one of the point's files."""
+    """Return the path of a point's manifest if the text is the path of one of the point's files, else None."""
     from backup.model import manifest
 
     path = Path(text)
@@ -172,7 +172,7 @@ def _manifest_path(text: str) -> Path | None:
 
 
 def _in_any_machine(repository: Repository, text: str) -> tuple[Machine, str]:
-    """Find the only point in the repository whose id begins or ends with the text: its machine and its id."""
+    """Return machine and id of the only point in the repository whose id begins or ends with the text."""
     from backup.repository import named_point
 
     matches = []
@@ -198,7 +198,7 @@ def _machines_hint(repository: Repository) -> str:
     return f"the repository has these machines: {', '.join(repository.machine_names()) or 'none'}"
 
 
-# Texts of options to values
+# Conversion of option texts
 
 
 def path_of(text: str | None) -> Path | None:

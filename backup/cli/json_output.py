@@ -45,7 +45,7 @@ class ProblemDocument(ErrorDocument):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What a command writes that failed as a whole."""
+    """The document of a command that failed as a whole."""
 
     error: BackupError | Interrupted
 
@@ -81,7 +81,7 @@ def problem_documents(problems: Sequence[Problem]) -> list[ProblemDocument]:
 
 
 def _encoded(value: object) -> object:
-    """Return what JSON knows for a value of a document that it does not know."""
+    """Convert a value that the json module cannot write: an error, a document or a path."""
     if isinstance(value, BackupError | Interrupted):
         return error_document(value)
     if is_dataclass(value):

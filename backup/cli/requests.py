@@ -1,5 +1,5 @@
 """
-From the options of the command line and the configuration to requests: which machines, which disks, and how.
+Make requests from command-line options and the configuration: which machines and disks to read, and how.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from backup.sources.base import NO_FREEZE, Freeze
 from backup.sources.choose import DiskSpecification, Specification, choose
 
 AUDIT = "audit"
-"""What is wanted of a machine's disks beside FULL, INCREMENTAL and RESCAN, which `planning.decision` has."""
+"""The value of `Options.wanted` for an audit; the other values are those of `planning.decision`."""
 
 _UNNAMED = "disk"
-"""The disk of an NBD export without a name."""
+"""The name of the disk of an NBD export that has no name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
     """
-    The options of `full`, `incremental`, `rescan` and `audit`, as given; None or empty where they were not.
+    The options of `full`, `incremental`, `rescan` and `audit`; an option that was not given is None or empty.
 
-    --bitmap is `bitmap`, an exact name, where an NBD server is the source, and `bitmap_family` elsewhere.
+    The value of --bitmap is `bitmap` (an exact name) if an NBD server is the source, otherwise `bitmap_family`.
     """
 
     wanted: str
@@ -83,7 +83,7 @@ class Options:
         no_fallback: bool = False,
         dry_run: bool = False,
     ) -> Options:
-        """Take the parameters of a command, of which each command lacks some."""
+        """Make options from the parameters of a command; a parameter that the command lacks has its default."""
         return cls(
             wanted=wanted,
             machines=tuple(machines or ()),
@@ -110,7 +110,7 @@ class Options:
 
     @property
     def sources(self) -> list[str]:
-        """The options among those given that name a source."""
+        """The given options that name a source."""
         given = {"--image": self.images, "--nbd": self.nbd is not None, "--qmp": self.qmp is not None}
         return [name for name, value in given.items() if value]
 
@@ -165,7 +165,7 @@ def one_disk(
 
 
 def agent_of(qmp: Path, config: Config) -> Path | None:
-    """The guest agent's socket of the machine with this QMP socket; None: the configuration does not know it."""
+    """Return the agent socket of the configured machine with this QMP socket; None if there is no such machine."""
     return next((machine.agent for machine in config.machines if machine.qmp == qmp.absolute()), None)
 
 
@@ -192,7 +192,7 @@ def _check(options: Options) -> None:
     if options.since is not None and options.nbd is None:
         raise UsageError(
             "--since without --nbd",
-            hint="the name of a bitmap of pybackup's tells the point from which the bitmap starts",
+            hint="omit --since: the name of pybackup's own bitmap contains the point",
         )
     if options.nbd is not None and len(options.disks) > 1:
         raise UsageError("--disk given twice", hint="an NBD export is one disk")
@@ -222,7 +222,9 @@ def _check_images(options: Options) -> None:
             first = options.images[files.index(file)]
             raise UsageError(f"{first} and {options.images[number]} are the same file", hint="name each image once")
     if images > 1 and options.machine is None:
-        raise UsageError(f"{images} images, and no name for the machine", hint="name the machine: --machine NAME")
+        raise UsageError(
+            f"{images} images are given, but no name for the machine", hint="name the machine: --machine NAME"
+        )
 
 
 def _check_qmp(options: Options) -> None:
@@ -240,7 +242,8 @@ def _check_qmp(options: Options) -> None:
         return
     if not options.nodes and options.machine is None:
         raise UsageError(
-            "all disks of a running machine, and no name for the machine", hint="name the machine: --machine NAME"
+            "all disks of a running machine are meant, but no name for the machine is given",
+            hint="name the machine: --machine NAME",
         )
     if options.disks and len(options.disks) != len(options.nodes):
         raise UsageError(
@@ -288,7 +291,7 @@ def _from_nbd(uri: str, options: Options, config: Config) -> Request:
 
 
 def _disk_names(options: Options, derived: Sequence[str], pairs_with: str) -> list[str]:
-    """Names of the disks, as given, or derived from the names of their sources; all different."""
+    """Return the names of the disks, given or derived from the names of their sources; no two are equal."""
     disks = [check_name("disk", name) for name in options.disks or (_derived(name, "disk") for name in derived)]
     for name in disks:
         if disks.count(name) > 1:
@@ -301,7 +304,9 @@ def _disk_names(options: Options, derived: Sequence[str], pairs_with: str) -> li
 def _from_qmp(socket: Path, options: Options, config: Config) -> Request:
     stems = [Path(node).stem for node in options.nodes]
     if options.machine is None and len(stems) > 1:
-        raise UsageError("several disks, and no name for the machine", hint="name the machine: --machine NAME")
+        raise UsageError(
+            "several disks are given, but no name for the machine", hint="name the machine: --machine NAME"
+        )
     bitmap_family = _bitmap_family(options, config.bitmap_family)
     _require_bitmap(options, bitmap_family)
     names = _disk_names(options, stems, "--node")
@@ -347,7 +352,7 @@ def _request(
     config: Config,
     machine: MachineConfig | None = None,
 ) -> Request:
-    """Request the backup of a machine called `name`, where `machine` is set by the configuration's rules for it."""
+    """Make the request for the machine called `name`; `machine` is its part of the configuration, if it has one."""
     host, disks = choose(specification)
     unusable = machine.on_unusable_bitmap if machine is not None else config.on_unusable_bitmap
     return Request(
@@ -367,7 +372,7 @@ def _request(
         dry_run=options.dry_run,
         named_by_path=machine is None and options.machine is None,
         names=_names(options, machine),
-        allow_plaintext=options.allow_plaintext or options.wanted == AUDIT,  # which stores nothing
+        allow_plaintext=options.allow_plaintext or options.wanted == AUDIT,  # an audit stores nothing
         copying=Settings(
             config.connections,
             config.requests,

@@ -1,5 +1,7 @@
 """
-What every command takes from the configuration and its options.  Quick to import, unlike what a backup needs.
+Settings that many commands take from the configuration and their options.
+
+This module is quick to import, unlike `requests`.
 """
 
 from __future__ import annotations
@@ -80,7 +82,7 @@ def repository_path(given: Path | None, config: Config) -> Path:
 
 
 def expected_disks(config: Config, repository: Path | None) -> dict[str, tuple[str, ...]]:
-    """Return the machines and disks that, by the configuration, a repository holds; none if it names another one."""
+    """Return each configured machine and its disks; nothing if the configuration names another repository."""
     if repository is not None and config.repository is not None and config.repository.resolve() != repository.resolve():
         return {}
     return {machine.name: tuple(disk.name for disk in machine.disks) for machine in config.machines}

@@ -23,7 +23,7 @@ class ReaderGone(Failed):
 
 
 class _StandardOutput(io.FileIO):
-    """Standard output that says why it cannot be written, whether typer writes to it (--help) or pybackup."""
+    """Standard output whose write errors have a message and a hint, also when typer writes --help."""
 
     def write(self, data: ReadableBuffer, /) -> int:
         """

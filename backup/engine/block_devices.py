@@ -13,8 +13,8 @@ def writers(device: int) -> list[str]:
     """
     Name the other programs that have the block device with this number (st_rdev) open for writing: "qemu-kvm (4711)".
 
-    QEMU's locks do not show these.  They belong to a device node and not to the device, and a machine of libvirt has
-    device nodes of its own.  Root sees the programs of all users; other users see only their own.
+    QEMU's locks do not show these programs: a lock belongs to a device node and not to the device, and a machine of
+    libvirt has device nodes of its own.  Root sees the programs of all users; other users see only their own.
     """
     return [f"{_name(pid)} ({pid})" for pid in _pids() if any(_writes(pid, fd, device) for fd in _descriptors(pid))]
 

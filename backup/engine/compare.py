@@ -1,4 +1,4 @@
-"""Comparing a disk with the content of its chain."""
+"""Compare a disk with the content of its chain: to store what differs (a rescan), or to report it (an audit)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from backup.runtime.direct_io import pages
 _SECTOR = 512
 """Bytes; differences are reported in whole sectors."""
 MOST_RANGES = 100_000
-"""Ranges of differences that are kept; further ones are only counted."""
+"""The largest number of differing ranges that are kept; further ranges are only counted."""
 
 
 def compare(
@@ -49,8 +49,8 @@ class _Comparison:
         self.content = content
         self._local = threading.local()
 
-    def beside(self, clusters: Offsets, data: memoryview) -> Mask:
-        """Tell which 8-byte words differ, in a row for each cluster."""
+    def differing_words(self, clusters: Offsets, data: memoryview) -> Mask:
+        """Return which 8-byte words differ, as an array with a row for each cluster."""
         if not hasattr(self._local, "codec"):
             self._local.codec = Codec(self.content.cluster_size, None)
             self._local.room = pages(len(data))
@@ -77,7 +77,7 @@ class Rescanned:
 
     def write(self, clusters: Offsets, data: memoryview) -> int:
         """Pass on the clusters that differ; return how many of these are all zeroes."""
-        differ = self._comparison.beside(clusters, data).any(axis=1)
+        differ = self._comparison.differing_words(clusters, data).any(axis=1)
         numbers = clusters[differ]
         if len(numbers):
             self._count(int(numbers[-1]) + 1, len(numbers))
@@ -125,7 +125,7 @@ class Differences:
 
     def write(self, clusters: Offsets, data: memoryview) -> int:
         """Compare clusters with the chain; return 0, since nothing is stored."""
-        differ = self._comparison.beside(clusters, data)
+        differ = self._comparison.differing_words(clusters, data)
         if differ.any():
             self._add(*_ranges(clusters, differ, self._comparison.content))
         return 0

@@ -1,5 +1,5 @@
 """
-The copier: it executes a plan, with several requests to the source at a time, and passes the data to a sink.
+The copier: executes a plan, with several requests to the source at a time, and passes the data to a sink.
 
     plan -> batches (ascending) -> threads, each: read a batch through a connection, with several reads in flight,
                                    then store it: zero test, compression, digests, writing
@@ -33,14 +33,14 @@ from backup.runtime.pace import Pace
 from backup.runtime.threads import run_threads
 
 _TICK = 0.1
-"""Seconds between two looks at the stop flag, which is how long a stop may take."""
+"""Seconds between two checks of the stop flag; a stop may take as long."""
 
 
 class Sink(Protocol):
     """The receiver of clusters.  Safe to use from several threads."""
 
     batch: int
-    """Bytes of the batch size that the sink handles best."""
+    """The batch size in bytes that the sink handles best."""
 
     def write(self, clusters: Offsets, data: memoryview) -> int:
         """Store whole clusters with these numbers, ascending; return how many of them are all zeroes."""

@@ -1,5 +1,5 @@
 """
-Merging several links of a chain into one: the newest one gets the data of all, and restores to the same content.
+Merge several links of a chain into one: the newest link gets the data of all, and restores to the same content.
 
     before    N ---- R2 ---- R1 ---- K ---- ...        N, R2 and R1 are merged: depth 3
     after     N' ------------------- K ---- ...        a full if there is no K
@@ -108,7 +108,7 @@ class Merge:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """The bytes that a merge reads, and the size of its file (bytes) to a few clusters; computed from the tables."""
+    """The bytes that a merge reads, and the approximate size of its file in bytes; computed from the tables."""
 
     reads: int
     writes: int
@@ -154,7 +154,7 @@ def consolidate(machine: Machine, merge: Merge, *, workers: int, progress: Progr
     """
     try:
         entry = _entry(merge, _write(machine, merge, workers, progress))
-        # The files that it replaces will be removed soon, so the structure of the new one is checked now.
+        # The structure of the new file is checked now, because the files that it replaces will be removed soon.
         waiting = replace(entry, data=replace(entry.data, file=merge.file))
         with closing(PeekedDataFile(machine.files, waiting)) as peeked:
             qcow2.check(peeked.reader)
@@ -281,7 +281,7 @@ class _MergeRun:
                 entries[at] = 0
 
     def _encode_cut(self, cluster: int, holder: int, entry: U64) -> bool:
-        """Write a cluster if the end of a link hides its rest; return whether it was written."""
+        """Write a cluster if the end of a link hides the rest of its data; return whether the cluster was written."""
         if holder == NOBODY:
             below = self._below_cut(cluster)
             if below is None:

@@ -2,8 +2,8 @@
 The file that a restore replaces: no QEMU may use it meanwhile, and its owner, mode, ACL and labels are passed on.
 
 A QEMU that has the file open would continue to write to a file without a name, and its disk would be lost at the next
-start.  So the file is claimed with QEMU's own locks while the new file is written.  Right before the new file takes the
-name it is claimed again, since the name may belong to another file by then.
+start.  So the file is claimed with QEMU's own locks while the new file is written.  The claim is repeated right before
+the new file takes the name, since the name may belong to another file by then.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class ReplacedFile:
         try:
             return os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
         except (FileNotFoundError, NotADirectoryError):
-            return None  # the error of making the new file will be more exact
+            return None  # the creation of the new file will report a more exact error
         except OSError as error:
             raise Failed(
                 f"{self._path} cannot be opened to see whether a QEMU has it open: {error.strerror}",

@@ -35,7 +35,7 @@ whole L2 tables for every cluster size.
 _STAGED = BLOCK
 """Bytes of the largest write; a multiple of every cluster size."""
 _TICK = 0.1
-"""Seconds between two looks at progress and signals."""
+"""Seconds between two checks of progress and signals."""
 
 
 _Columns = tuple[Offsets, Offsets, Offsets, Offsets, Mask]
@@ -140,7 +140,7 @@ class RestoreRun:
         _abandon(self.target)
 
     def _resolved(self, start: int, end: int) -> _Columns:
-        """Return the clusters with data, and what `block_jobs` needs of them; write the zeroes at once."""
+        """Write the zeroes of a range; return the clusters with data, in the form that `block_jobs` needs."""
         cluster = self.chain.cluster_size
         first = start // cluster
         holders, entries = self._resolve(first, -(-(end - start) // cluster))
@@ -280,7 +280,7 @@ class SalvageRun(RestoreRun):
 
 
 class _Tools:
-    """The codec and the memory of one thread; `before` is called before each write, with its length in bytes."""
+    """The codec and the memory of one thread; `before` is called with the length (bytes) of each coming write."""
 
     def __init__(self, cluster_size: int, target: Target, before: Callable[[int], object]) -> None:
         self.codec = Codec(cluster_size, None)

@@ -1,5 +1,5 @@
 """
-A point's disk as a raw stream for a pipe: pybackup restore web1 - | ssh host 'cat >/dev/vg/web1'.
+Write a point's disk as a raw stream, to a pipe for example: pybackup restore web1 - | ssh host 'cat >/dev/vg/web1'.
 
     batches of the disk, in order -> threads read, verify and decode several of them ahead -> one thread writes
 

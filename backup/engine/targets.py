@@ -1,8 +1,9 @@
 """
 Targets of a restore: a file (raw or qcow2), a block device, or an NBD export.
 
-A file gets its name only when its content is complete.  A device or an export cannot work like that.  It needs --force;
-it is refused before the first write if it is too small; and its zeroes are written, since its old content is unknown.
+A file gets its name only when its content is complete.  A device or an export is overwritten in place.  So it needs
+--force, is refused before the first write if it is too small, and its zeroes are written, since the old content is
+unknown.
 A file or device that a QEMU has open is refused, even with --force.
 """
 
@@ -153,7 +154,10 @@ def _device(path: Path, size: int, image_format: str, *, force: bool) -> Iterato
         except OSError as error:
             if error.errno != errno.EBUSY:
                 raise
-            raise Failed(f"{path} is in use (mounted, or part of something)", hint="unmount it first") from None
+            raise Failed(
+                f"{path} is in use (mounted, or part of a RAID, for example)",
+                hint="end its use, or name another target",
+            ) from None
     try:
         claim_target(fd, str(path))
         _refuse_writers(fd, path)

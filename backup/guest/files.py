@@ -1,5 +1,5 @@
 """
-The files on a guest's disk at a point: listing them, and copying single ones back, with libguestfs.
+The files on a guest's disk at a point: list them, and copy a file or folder out, with libguestfs.
 
 libguestfs mounts the guest's file systems in a small virtual machine.  This needs no root and no mount on the host, and
 a hostile file system can harm only that machine.  Its output is not trusted either: no name becomes part of a command,
@@ -56,7 +56,7 @@ class Entry:
 @dataclass(frozen=True, slots=True)
 class Fetched:
     """
-    What was copied: the number of files and their bytes; `left_out` names what was not, such as devices and sockets.
+    What was copied: the number of files and their bytes; `left_out` names what was not copied, such as devices.
     """
 
     files: int

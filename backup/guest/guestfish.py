@@ -125,7 +125,7 @@ class Guestfish:
 
 
 class Stream:
-    """What a command of guestfish writes into the pipe `data`, until `end` appears on `stdout` (both descriptors)."""
+    """What a guestfish command writes into the pipe `data`, until `end` appears on `stdout` (both are descriptors)."""
 
     def __init__(self, data: int, stdout: int, end: bytes) -> None:
         self._data, self._stdout, self._end = data, stdout, end
@@ -170,7 +170,7 @@ def started(image: Path) -> Iterator[Guestfish]:
         )
     command = [*dies_with_us(), "guestfish", "--ro", f"--format={QCOW2}", "-a", filename(image)]
     with private_folder() as folder, tempfile.TemporaryFile("w+", errors="replace") as complaints:
-        # Where libvirt is installed, it is the default, and may not read files that only we may read.
+        # The default is libvirt where it is installed, and libvirt may not read files that only this user may read.
         backend = os.environ.get("LIBGUESTFS_BACKEND", "direct")
         environment = {**os.environ, "LC_ALL": "C", "LIBGUESTFS_BACKEND": backend, "LIBGUESTFS_TMPDIR": str(folder)}
         reading, writing = os.pipe()

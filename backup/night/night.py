@@ -1,8 +1,8 @@
 """
 A night: the machines are backed up one after the other, and each is pruned after its backup where that is configured.
 
-What happens to one machine never keeps the others from their backups.  Every outcome is a value, which the command
-shows as soon as the machine is done.
+A failure of one machine never prevents the backups of the others.  Every outcome is a value, which the command shows as
+soon as the machine is done.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _T = TypeVar("_T")
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """
-    What came of one machine: its backup, and its prune where there was one.
+    The outcome of one machine: the result of its backup, and of its prune if there was one.
 
     A backup that failed is a failure of the machine; a prune that failed is only a warning, since the point is made.
     """
@@ -88,7 +88,7 @@ class Night:
 
 
 def attempt(work: Callable[[], _T]) -> _T | BackupError:
-    """Do one machine's work; return any failure, a bug included, so that the other machines have their turn."""
+    """Do one machine's work; return any failure, a bug included, so that the other machines are still processed."""
     try:
         return work()
     except Exception as error:  # noqa: BLE001 - the outcome of the machine, shown and in the exit code
@@ -96,7 +96,7 @@ def attempt(work: Callable[[], _T]) -> _T | BackupError:
 
 
 def exit_code(outcomes: Iterable[Outcome]) -> int:
-    """Merge what came of all machines into the exit code of the night."""
+    """Merge the outcomes of all machines into one exit code."""
     machines = list(outcomes)
     codes = [outcome.report.exit_code for outcome in machines if isinstance(outcome.report, BackupError)]
     return merged_exit_code(codes, warned=any(outcome.warnings for outcome in machines))

@@ -33,7 +33,7 @@ from backup.runtime.progress import Progress
 from backup.sources.base import Capture, DiskRequest, Moment, Moved, Opened
 
 TRUE, LIES, UNKNOWN = "true", "lies", "unknown"
-"""Verdicts: all that must be equal is equal; something differs; something differs that may have changed since."""
+"""Verdicts: no error; clean data differs, an error; data differs that may have changed since the point."""
 
 _TRIES = 5
 """How often an audit starts again because a disk changed between its inspection and its instant."""
@@ -93,7 +93,7 @@ class _Disk:
 
 def audit(repository: Repository, request: Request, progress: Progress) -> Audit:
     """
-    Audit one machine.  Of the request, only the machine, its disks, the bitmaps' family and `copying` are used.
+    Audit one machine.  Only the machine, its disks, the bitmap family and `copying` of the request are used.
 
     Raises
     ------
@@ -110,7 +110,7 @@ def audit(repository: Repository, request: Request, progress: Progress) -> Audit
             f"the repository {repository.location} has no machine {request.machine!r}",
             hint=f"it has: {', '.join(repository.machine_names()) or 'none'}",
         )
-    # Locked although nothing is written: a backup meanwhile would remove the bitmap, or find the disks in use.
+    # Locked although nothing is written: a simultaneous backup would remove the bitmap, or find the disks in use.
     with machine.lock(), request.host:
         run = _Audit(machine, repository.identity[:8], request.complete(), progress)
         for _ in range(_TRIES):
@@ -173,7 +173,7 @@ class _Audit:
         return _Disk(disk, Capture(seen.state, read, None), seen.last, why)
 
     def _family(self, disk: str) -> str | None:
-        """The family of the bitmap that the disk's newest point started, which the user need not name again."""
+        """Return the family of the bitmap that the disk's newest point started, so that --bitmap can be omitted."""
         newest = chains.newest_manifest(self.contents.manifests.values(), disk)
         entry = None if newest is None else newest.disk(disk)
         started = None if entry is None else entry.bitmap.started

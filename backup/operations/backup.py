@@ -1,7 +1,7 @@
 """
 One backup of one machine, from the request to the published point.
 
-The order of the steps is the promise (design.md, "The bitmap's life").  N is the new point:
+The order of the steps is the promise (docs/design.md, "The bitmap's life").  N is the new point:
 
 1. Add N's bitmap, which records from then on.
 2. Only then fix the instant: lock all images of the machine before any byte is read; N's bitmap must still be clean.
@@ -206,7 +206,7 @@ def _after_stop(machine: str, run: _Backup | None) -> str:
     """Tell the user what a run that a signal stopped has left."""
     if run is not None and run.published is not None:
         return f"point {run.point} is published; the next run removes the bitmaps that it replaces"
-    return f"no point was published of machine {machine}, and earlier ones are untouched; run the command again"
+    return f"no point of machine {machine} was published, and the earlier points are untouched; run the command again"
 
 
 class _Backup:
@@ -354,7 +354,7 @@ class _Backup:
             )
 
     def _redecided(self, disk: _Disk, decision: Decision) -> _Disk:
-        """Return the disk with another decision, after planning or copying showed that the first one cannot hold."""
+        """Return the disk with a new decision, after planning or copying showed that the first one does not work."""
         changed = replace(disk, decision=decision)
         self._require_allowed(changed)
         self._require_writable(disk.state, decision)
@@ -383,12 +383,12 @@ class _Backup:
         )
 
     def _entries(self, disk: str, kind: str) -> list[DiskEntry]:
-        """The disk's entries, from the oldest, that were read from this kind of source."""
+        """Return the disk's entries that were read from this kind of source, oldest first."""
         entries = [entry for manifest in self._by_age() if (entry := manifest.disk(disk)) is not None]
         return [entry for entry in entries if entry.source.kind == kind]
 
     def _by_age(self) -> list[Manifest]:
-        """The machine's manifests, from the oldest."""
+        """Return the machine's manifests, oldest first."""
         return sorted(self.contents.manifests.values(), key=lambda manifest: manifest.sequence)
 
     def _require_writable(self, state: DiskState, decision: Decision) -> None:
@@ -439,7 +439,7 @@ class _Backup:
             return self._copied(job, written, moment, content)
 
     def _copied(self, job: _Job, written: list[str], moment: Moment, content: ChainContent | None = None) -> _Stored:
-        """Make the data file of what is planned; with `content`, only of what differs from the chain."""
+        """Write the data file of the planned data; with `content`, only the data that differs from the chain."""
         began = time.monotonic()
         disk, planned = job.disk, job.planned
         self.progress.begin(disk.name, planned.totals.data)
@@ -476,8 +476,8 @@ class _Backup:
         """
         Plan a disk; return the plan, and the disk with the decision that the plan follows.
 
-        If planning shows that the decision cannot hold, the disk gets another decision and another plan: an incremental
-        may become a rescan or a full, and a rescan may become a full.
+        If planning shows that the decision does not work, the disk gets another decision and another plan: an
+        incremental may become a rescan or a full, and a rescan may become a full.
         """
         decision = disk.decision
         try:
@@ -602,7 +602,7 @@ class _Backup:
         return [f"disk {disk.name}: the new bitmap was lost; the next backup is a {self.request.unusable}"]
 
     def _known_otherwise(self, disk: _Disk) -> list[str]:
-        """Warn if a disk that has no point yet is a disk that the machine has under another name."""
+        """Warn if the points of the machine seem to know a disk without a point under another name."""
         manifests = self.contents.manifests
         known = known_name(manifests, disk.name, disk.state.path, given=True)
         if known != disk.name:  # which only a name of the configuration can be

@@ -2,8 +2,9 @@
 Copy the points of a machine that another repository lacks, and check every block against its digest.
 
 Each point is published as a whole, in the order of the sequence numbers, so that the second place can be restored from
-at every instant.  A copy has the id of the source, and the same manifests byte for byte.  Nothing there is overwritten.
-Only `make_second` (`pybackup init --copy-of`) creates a second place: a disk that is not mounted must not become one.
+at every instant.  A copy has the id of the source, and the same manifests byte for byte.  Nothing in the
+second place is overwritten.  Only `make_second` (`pybackup init --copy-of`) creates a second place: a disk that is not
+mounted must not become one.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _MARGIN = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class Replicated:
-    """The ids of the points that were copied and that existed there, the bytes copied, and what could not be copied."""
+    """Ids of copied points and of points that the second place already had, the bytes copied, and the problems."""
 
     copied: tuple[str, ...]
     present: tuple[str, ...]
@@ -97,24 +98,24 @@ def missing(source: Mapping[str, Manifest], second: Mapping[str, Manifest], want
         The second place has another point with the sequence number of a missing one.
     """
     sequences = {manifest.sequence: manifest.point for manifest in second.values()}
-    found: dict[str, Manifest] = {}
+    needed: dict[str, Manifest] = {}
     left = [point for point in wanted if point in source]
     while left:
         manifest = source[left.pop()]
-        held = second.get(manifest.point)
-        if held is not None:
-            _require_same(manifest, held)
+        existing = second.get(manifest.point)
+        if existing is not None:
+            _require_same(manifest, existing)
         elif manifest.sequence in sequences:
             raise Failed(
-                f"point {manifest.point} cannot be copied: there, {sequences[manifest.sequence]} has its "
-                "sequence number",
-                hint="the second place was backed up to as well; copy to a new folder",
+                f"point {manifest.point} cannot be copied: point {sequences[manifest.sequence]} of the second place "
+                "has its sequence number",
+                hint="backups were also made to the second place itself; copy to a new folder",
             )
-        elif manifest.point not in found:
-            found[manifest.point] = manifest
+        elif manifest.point not in needed:
+            needed[manifest.point] = manifest
             parents = [disk.parent.point for disk in manifest.disks if disk.parent is not None]
             left += [point for point in parents if point in source]
-    return sorted(found.values(), key=lambda manifest: manifest.sequence)
+    return sorted(needed.values(), key=lambda manifest: manifest.sequence)
 
 
 def _require_same(ours: Manifest, theirs: Manifest) -> None:
@@ -141,7 +142,7 @@ def replicate(
     limit: int | None = None,
 ) -> Replicated:
     """
-    Copy a machine's points, or one point and those it builds on, to a machine of another repository, under its lock.
+    Copy a machine's points, or one point and those it builds on, to a machine of another repository, which is locked.
 
     A point that cannot be read becomes a problem, and so do the points that build on it; the others are copied all the
     same.  A point that a prune removes meanwhile is no problem.
@@ -159,11 +160,11 @@ def replicate(
         The second place is locked, damaged, has too little space, or cannot be written.
     """
     with second.lock():
-        held = second.contents()
-        planned = _planned(source, second, held, point)
-        second.remove_leftovers(held)
+        existing = second.contents()
+        planned = _planned(source, second, existing, point)
+        second.remove_leftovers(existing)
         begin(_stored(planned.todo))
-        run = _Run(source, second, dict(held.manifests), workers=workers, advance=advance, pace=Pace(limit))
+        run = _Run(source, second, dict(existing.manifests), workers=workers, advance=advance, pace=Pace(limit))
         problems = list(planned.problems)
         for manifest in planned.todo:
             try:
@@ -193,22 +194,22 @@ def rehearse(source: Machine, second: Machine, point: str | None) -> Replicated:
 
 @dataclass(frozen=True, slots=True)
 class _Planned:
-    """The points to copy, in order; the ids of those that exist there; manifests that cannot be read."""
+    """The points to copy, in order; ids of points that the second place already has; unreadable manifests."""
 
     todo: Sequence[Manifest]
     present: tuple[str, ...]
     problems: tuple[Problem, ...]
 
 
-def _planned(source: Machine, second: Machine, held: Contents, point: str | None) -> _Planned:
-    for error in held.damaged.values():
+def _planned(source: Machine, second: Machine, existing: Contents, point: str | None) -> _Planned:
+    for error in existing.damaged.values():
         raise error  # a manifest that cannot be read may name any file there, and any point
     contents = source.contents()
     wanted = list(contents.manifests) if point is None else [point]
-    todo = missing(contents.manifests, held.manifests, wanted)
+    todo = missing(contents.manifests, existing.manifests, wanted)
     _require_room(second, todo)
     unreadable = [Problem(source.name, None, None, error) for error in contents.damaged.values() if point is None]
-    return _Planned(todo, tuple(sorted(set(wanted) & set(held.manifests))), tuple(unreadable))
+    return _Planned(todo, tuple(sorted(set(wanted) & set(existing.manifests))), tuple(unreadable))
 
 
 def _stored(points: Iterable[Manifest]) -> int:
@@ -229,7 +230,7 @@ def _require_room(second: Machine, points: Collection[Manifest]) -> None:
 
 
 def _read(files: Files, point: str) -> tuple[Manifest, bytes]:
-    """Read a manifest and its bytes; while prune replaces a data file, those that match the file now in place."""
+    """Read a manifest and its bytes; while prune replaces a data file, return those that match the present file."""
     raw, content = read_manifest_whole(files, manifest_name(point))
     stored = as_stored(files, raw)
     return stored, content if stored == raw else encode(stored)
@@ -250,13 +251,13 @@ class _Run:
         self,
         source: Machine,
         second: Machine,
-        held: dict[str, Manifest],
+        existing: dict[str, Manifest],
         *,
         workers: int,
         advance: Callable[[int], None],
         pace: Pace,
     ) -> None:
-        self._source, self._second, self._held = source, second, held
+        self._source, self._second, self._existing = source, second, existing
         self._workers, self._advance, self._pace = workers, advance, pace
         self._lock = threading.Lock()
         self.copied: list[str] = []
@@ -279,7 +280,7 @@ class _Run:
                         with suppress(OSError):
                             self._second.files.discard(name)
                 raise
-        self._held[point] = manifest
+        self._existing[point] = manifest
         self.copied.append(point)
 
     def _open(self, stack: ExitStack, point: str) -> tuple[Manifest, bytes, list[tuple[DataFile, CheckedFile]]]:
@@ -304,7 +305,7 @@ class _Run:
     def _require_parents(self, manifest: Manifest) -> None:
         """Refuse to publish a point whose chain is not complete in the second place."""
         for disk in manifest.disks:
-            if disk.parent is not None and disk.parent.point not in self._held:
+            if disk.parent is not None and disk.parent.point not in self._existing:
                 raise _Unreadable(
                     NotFound(
                         f"it builds on point {disk.parent.point}, which could not be copied either",
@@ -312,7 +313,7 @@ class _Run:
                     )
                 )
             try:
-                chains.build({**self._held, manifest.point: manifest}, manifest.point, disk.name)
+                chains.build({**self._existing, manifest.point: manifest}, manifest.point, disk.name)
             except BackupError as error:
                 raise _Unreadable(error) from None
 

@@ -36,8 +36,8 @@ def _require_bitmap(state: DiskState, name: str, warn: Callable[[str], None]) ->
     bitmap = state.bitmap(name)
     if bitmap is None:
         below = name in state.lower_bitmaps
-        where = " (a file below it has; writes to the image itself are not in that)" if below else ""
+        where = " (a file below it has one, which does not record writes to the image itself)" if below else ""
         names = ", ".join(shown.name for shown in state.bitmaps) or "none"
         raise SourceError(f"{state.path} has no dirty bitmap {name!r}{where}", hint=f"it has: {names}")
     if not bitmap.recording:
-        warn(f"bitmap {name} is disabled: writes since then are not in it")
+        warn(f"bitmap {name} is disabled: it has no record of later writes")

@@ -54,7 +54,7 @@ def recognised(request: Request, contents: Contents) -> tuple[Request, list[str]
         if any(other.name == name for other in disks):
             raise UsageError(
                 f"two disks are named {name}: the machine's points know {path} by that name",
-                hint=f"see `pybackup list {request.machine} --long` for the disks of the machine",
+                hint=f"see `pybackup list {request.machine}` for the disks of the machine",
             )
         if name != disk.name and given:
             notes.append(f"{path} is already disk {name} of machine {request.machine} and keeps that name")
@@ -64,10 +64,10 @@ def recognised(request: Request, contents: Contents) -> tuple[Request, list[str]
 
 def known_name(manifests: Mapping[str, Manifest], name: str, path: str, *, given: bool) -> str:
     """
-    The name by which the machine's points know the disk at `path`; `name` if they do not know the path.
+    Return the name by which the machine's points know the disk at `path`; `name` if they do not know the path.
 
-    If they know it by several names, `name` counts if the user has `given` it and it is one of them; otherwise the name
-    that was used last counts.
+    If the points know the disk by several names, the newest one is returned, unless `name` is one of them and the user
+    has `given` it.
     """
     newest: dict[str, DiskEntry] = {}
     for manifest in sorted(manifests.values(), key=lambda manifest: manifest.sequence):
@@ -79,7 +79,7 @@ def known_name(manifests: Mapping[str, Manifest], name: str, path: str, *, given
 
 
 def is_same_source(recorded: SourceRecord, path: str) -> bool:
-    """Whether a point was read from this path; a link counts by its own name and by the file that it leads to now."""
+    """Tell whether a point was read from this path; a link and the file to which it leads now are the same."""
     if recorded.path == path:
         return True
     return not recorded.of_server and os.path.realpath(recorded.path) == os.path.realpath(path)
@@ -117,7 +117,7 @@ def preflight(
     SourceError
         The disk cannot be inspected, or has lost its qcow2 header.
     UsageError, NotFound
-        What the user said about the disk cannot be right.
+        The point of --since, the format or the name does not fit the disk, or plaintext of the disk is not allowed.
     """
     newest = chains.newest_manifest(contents.manifests.values(), disk.name)
     _check_claim(disk, newest, contents)
@@ -157,14 +157,14 @@ def preflight(
 
 
 def _origins(machine: Machine, contents: Contents, disk: str, bitmaps: Iterable[str]) -> dict[str, str]:
-    """Tell for the existing points of these bitmaps whose points they are, as `decide` words it."""
+    """Return the points of these bitmaps that exist, and the disk or machine of each, as `decide` words it."""
     points = dict.fromkeys(name.rpartition(".")[2] for name in bitmaps)
     origins = {point: _origin(machine, contents, disk, point) for point in points}
     return {point: whose for point, whose in origins.items() if whose is not None}
 
 
 def _origin(machine: Machine, contents: Contents, disk: str, point: str) -> str | None:
-    """Tell whose point it is, as `decide` words it; None: there is no such point."""
+    """Return the disk or machine of a point, as `decide` words it; None if there is no such point."""
     manifest = contents.manifests.get(point)
     if manifest is None:
         other = machine_with(machine.storage, sorted(machine.storage.machines()), point)
@@ -178,12 +178,12 @@ def _last_chain(machine: Machine, contents: Contents, point: str, disk: str) -> 
     """
     Build the chain of the disk's newest point and open its files; return the chain, or what is wrong with it.
 
-    Damage counts that the files show when they are opened, and damage that a verify has found.
+    Damage is what opening the files shows, and what an earlier verify has found.
 
     Raises
     ------
     Failed
-        This process may not open the files, or may not open so many: that tells nothing about them.
+        This process may not open the files, or not so many at once.  The files may be intact.
     """
     try:
         chain = chains.build(contents.manifests, point, disk, contents.damaged)
@@ -198,7 +198,7 @@ def _last_chain(machine: Machine, contents: Contents, point: str, disk: str) -> 
 
 def _other_disk(disk: DiskRequest, newest: Manifest, state: DiskState) -> str | None:
     """
-    The other disk that the image was at the newest point; None: it was this disk, or none.
+    Return the name of the other disk that had this image at the newest point; None if there is no such disk.
 
     A node's name may mean another image after a restart of the machine, and a configuration may exchange disks.
     """

@@ -1,7 +1,7 @@
 """
 Remove the points that retention does not keep; merge what the others need of them into the points that stay.
 
-    manifests -> retention (which points) -> thin (which steps) -> space -> rewrite, exchange, remove, step by step
+    manifests -> retention (which points) -> thin (which steps) -> space -> rewrite, exchange and remove, step by step
 
 After every step and at every instant within a step, each point that stays restores to the same bytes, by pybackup and
 by `qemu-img convert`: a data file is replaced as a whole (`exchange`), and a point is removed only when no other point
@@ -121,7 +121,7 @@ def prune(machine: Machine, request: Request, progress: Progress) -> Report:
         The disk is full or fails, or a rewrite needs more space than is free.  What was done before stays done.
     """
     if request.dry_run or not _has_points(machine):
-        return _rehearse(machine, request)  # a folder that is no machine's must not even get a lock file
+        return _rehearse(machine, request)  # a folder that is not a machine's must not even get a lock file
     with settled(machine) as contents:
         return Thinner(machine, request, contents, _wanted(request, contents)).run(progress)
 
@@ -263,7 +263,7 @@ class Thinner:
             self.reasons[point] = (*before, why)
 
     def _untold(self) -> Iterator[str]:
-        """Yield a warning if points stay only because nothing tells whether they are in use: the repository grows."""
+        """Yield a warning if points stay only because it is unknown whether they are in use: the repository grows."""
         why = [reasons[0] for reasons in self.reasons.values() if reasons[0].startswith(UNTOLD)]
         if why:
             yield f"{counted(len(why), 'point')} not removed: {why[0]}"
@@ -337,9 +337,8 @@ class Thinner:
             action = REMOVE
         elif point in self.thinning.waiting:
             action = WAIT
-            reasons = (
-                f"until {batch.points} points can go at once, or points with {batch.share} % of the full's bytes",
-            )
+            share = f"points with {batch.share} % of the full's bytes"
+            reasons = (f"until {batch.points} points can be removed at once, or {share}",)
         return PointReport(point, manifest.sequence, manifest.started, action, reasons)
 
     def _rewritten(self, step: Rewrite, found: Estimate) -> RewriteReport:

@@ -26,6 +26,7 @@ from backup.storage.base import TEMPORARY, UNTOLD
 from backup.storage.refusals import explained
 
 _KEPT = ("not named",)
+"""The reason why the other points stay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,7 @@ def _point_removal(
             notes.append(f"no other point holds disk {disk.name}: its next backup is a full")
         elif older.sequence < gone.sequence:
             notes.append(
-                f"point {point} is the newest of disk {disk.name}, and the disk's bitmap continues no other: "
+                f"point {point} is the newest of disk {disk.name}, and the disk's bitmap continues no other point: "
                 "the next backup of that disk reads everything (a rescan)"
             )
     return Removal(machine.name, point, (point,), rewrites, (), freed, tuple(notes))

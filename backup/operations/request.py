@@ -39,6 +39,10 @@ class Request:
         zstd's compression level; None: no compression.
     cluster_size : int
         Bytes; only a full takes it.
+    max_chain : int
+        Number of points in a chain at which the next backup of the disk starts a new chain.
+    check_zeroes : bool
+        Have an incremental look for clusters that are clean and zero although the chain holds data there.
     spot_check : int
         Number of clean clusters that an incremental reads again.
     unusable : str
@@ -74,7 +78,7 @@ class Request:
 
     @property
     def compression(self) -> str:
-        """As the configuration and the manifest write it."""
+        """The compression as the configuration and the manifest write it: "none" or "zstd:LEVEL"."""
         return "none" if self.level is None else f"zstd:{self.level}"
 
     def complete(self) -> Request:

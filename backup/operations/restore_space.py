@@ -1,4 +1,4 @@
-"""Checks before the first byte is written whether the files of a restore will fit."""
+"""A check, before the first byte is written, whether the files of a restore will fit."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ def require(machine: Machine, point: Manifest, places: Sequence[Place]) -> None:
     Failed
         There is too little free space.
     """
-    files = [each for each in places if not is_uri(each.target) and not is_device(Path(each.target))]
+    files = [place for place in places if not is_uri(place.target) and not is_device(Path(place.target))]
     if not files:
         return
     sizes = {disk.name: disk.size for disk in point.disks}
     folder = _existing(Path(os.path.realpath(files[0].target)).parent)
     free = _free(folder)
-    if free is None or sum(sizes[each.disk] for each in files) <= free or _compresses(folder):
+    if free is None or sum(sizes[place.disk] for place in files) <= free or _compresses(folder):
         return
     try:
-        needed = sum(_data_bytes(machine, point, each.disk) for each in files)
+        needed = sum(_data_bytes(machine, point, place.disk) for place in files)
     except (Damaged, NotFound):
         return
     if needed > free:
@@ -56,7 +56,7 @@ def require(machine: Machine, point: Manifest, places: Sequence[Place]) -> None:
 
 
 def _existing(folder: Path) -> Path:
-    return next(each for each in (folder, *folder.parents) if os.path.isdir(each))
+    return next(path for path in (folder, *folder.parents) if os.path.isdir(path))
 
 
 def _free(folder: Path) -> int | None:
@@ -80,8 +80,8 @@ def _data_bytes(machine: Machine, point: Manifest, disk: str) -> int:
     """Count the bytes of the clusters that hold data, from the tables of the chain alone."""
     with open_chain(machine, point.point, disk, lambda chain: data_file.peeked(machine.files, chain)) as (chain, index):
         size = chain.cluster_size
-        held = (
+        counts = (
             int(index.holds_data(start // size, -(-(end - start) // size)).sum())
             for start, end in windows(0, chain.size, _WINDOW * size)
         )
-        return min(sum(held) * size, chain.size)
+        return min(sum(counts) * size, chain.size)

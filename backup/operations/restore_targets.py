@@ -1,7 +1,7 @@
 """
 What the TARGET of a restore means: where each disk of the point goes, and in which format.
 
-    a folder, or a name that ends in /     DISK.raw or DISK.qcow2 in it, for one disk or ten
+    a folder, or a name that ends in /     DISK.raw or DISK.qcow2 in it, for any number of disks
     several disks, and nothing there yet   the same, in a new folder of that name
     -                                      standard output
     anything else                          the one disk: a file, a block device or an NBD URI
@@ -27,6 +27,7 @@ STDOUT = "-"
 _SUFFIXES = {".qcow2": QCOW2, ".raw": RAW}
 """The format that the suffix of a file's name stands for."""
 _OF_FILES = (*_SUFFIXES, ".img")
+"""Suffixes that show that a name is meant for a file, and not for a folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +73,8 @@ def place(
         base = target.rstrip("/") or "/"
         made = image_format or RAW
         places = tuple(Place(name, os.path.join(base, f"{name}.{made}"), made) for name in names)
-        for each in places:
-            refuse_existing(Path(each.target), force=force)
+        for one in places:
+            refuse_existing(Path(one.target), force=force)
         return Placed(places, Path(base), ())
     if len(names) > 1 and target == STDOUT:
         raise UsageError(
@@ -95,7 +96,7 @@ def place(
 
 
 def _disks(point: Manifest, disk: str | None) -> list[str]:
-    names = [held.name for held in point.disks]
+    names = [entry.name for entry in point.disks]
     if disk is None:
         return names
     if disk not in names:
@@ -128,10 +129,10 @@ def made(folder: Path | None) -> Iterator[None]:
     Failed
         The folder cannot be created.
     """
-    missing = [] if folder is None else [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
+    missing = [] if folder is None else [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
-        for each in reversed(missing):
-            os.mkdir(each, 0o700)
+        for path in reversed(missing):
+            os.mkdir(path, 0o700)
     except OSError as error:
         raise Failed(
             f"{folder} cannot be created: {error.strerror}", hint="check the path and the permissions"
@@ -140,13 +141,13 @@ def made(folder: Path | None) -> Iterator[None]:
         yield
     except BaseException:
         with suppress(OSError):
-            for each in missing:
-                os.rmdir(each)
+            for path in missing:
+                os.rmdir(path)
         raise
 
 
 def _refuse_repository(machine: Machine, target: str) -> None:
-    """Refuse a target in a repository, whatever its path looks like."""
+    """Refuse a target in a repository, also through a link or a loop device."""
     ours = machine.files.local_folder()
     for place in real_places(target):
         for folder in (place, *place.parents):

@@ -1,7 +1,7 @@
 """
 Serve a disk of a point over NBD, by a qemu-nbd process on the data files of the chain.
 
-Nothing is copied and no digest is checked: the manifests and the files' sizes and headers are, and QEMU checks each
+Nothing is copied.  The manifests and the files' sizes and headers are checked, but no digest; QEMU checks each
 compressed cluster as it is read.  A shared flock on each digest file keeps `prune` away while the disk is served.
 """
 
@@ -53,7 +53,7 @@ def choose_disk(point: Manifest, disk: str | None) -> str:
     UsageError
         The point holds several disks, and none is named.
     """
-    names = [held.name for held in point.disks]
+    names = [entry.name for entry in point.disks]
     if disk is None and len(names) > 1:
         raise UsageError(f"point {point.point} holds {len(names)} disks", hint=f"name one: --disk {' or '.join(names)}")
     if disk is not None and disk not in names:

@@ -1,8 +1,9 @@
 """
-The spot check: read a few clusters that the bitmap calls clean, and compare them with the chain.
+The spot check: read a few clusters that the bitmap reports as clean, and compare them with the chain.
 
 A bitmap's name does not show that the bitmap was cleared, or disabled during writes, or that something wrote to the
-image without QEMU (trap 47).  A spot check finds that with a probability that grows with what the bitmap missed.
+image without QEMU (docs/traps.md, trap 47).  A spot check finds such changes with a probability that grows with their
+number.
 """
 
 from __future__ import annotations
@@ -31,12 +32,13 @@ def differing(disk: OpenDisk, clusters: Offsets, files: Files, chain: Chain, set
     Compare these clusters (ascending) of the disk with the chain in `files`.
 
     The first comparison checks only the frames' own checksums.  What differs is compared again, and this time every
-    block of the chain's files is verified against its digest: only then the bitmap is wrong, and not the chain.
+    block of the chain's files is verified against its digest: a difference that remains shows that the bitmap, and not
+    the chain, is wrong.
 
     Raises
     ------
     NotFound, Damaged
-        The chain is not what was written.
+        A file of the chain is missing or damaged.
     SourceError
         The disk cannot be read.
     """

@@ -1,7 +1,7 @@
 """
 Status: for each disk its newest point, how old that is, whether its chain is there, and what to do next.
 
-Nothing is read but manifests, the sizes of files, and what `verify` remembers: it may run every minute.
+Only manifests, sizes of files and the saved results of `verify` are read, so a monitoring system may ask every minute.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def look(machine: Machine, expected: Collection[str] | None, limits: Limits, *, 
         return assess(machine.name, evidence, expected, limits, named=named)
 
     try:
-        return examine(machine, look_at, doubtful=lambda found: any(each.code not in {0, OLD} for each in found))
+        return examine(machine, look_at, doubtful=lambda found: any(status.code not in {0, OLD} for status in found))
     except BackupError as error:  # the machine's folder; the other machines are shown all the same
         return [_without_point(machine.name, None, error.exit_code, _fault(error))]
 
@@ -141,7 +141,7 @@ def assess(
 
 
 def _with_remark(found: Sequence[DiskStatus], machine: str) -> list[DiskStatus]:
-    """Add to the first state, if it is no fault, that the configuration does not name the machine."""
+    """Add a remark to the first state, unless it is a fault: the configuration does not name the machine."""
     remark = f"not in the configuration: pybackup remove {machine} removes the machine and its points"
     first, *others = found
     if first.point is None and first.code == OLD:
@@ -162,7 +162,7 @@ def _doubtful(manifests: Iterable[Manifest], now: datetime) -> dict[str, dict[st
 
 
 def _with_doubts(status: DiskStatus, doubtful: Mapping[str, str]) -> DiskStatus:
-    """Add to the state of a disk without a fault which of its points have times that cannot be right."""
+    """Add a warning to the state of a disk without a fault if times of its points cannot be right."""
     if status.code or not doubtful:
         return status
     point, why = list(doubtful.items())[-1]
@@ -177,7 +177,7 @@ def _with_doubts(status: DiskStatus, doubtful: Mapping[str, str]) -> DiskStatus:
 def newest_by_disk(manifests: Mapping[str, Manifest]) -> dict[str, Manifest]:
     """Return the newest point of each disk."""
     found: dict[str, Manifest] = {}
-    for manifest in sorted(manifests.values(), key=lambda each: each.sequence):
+    for manifest in sorted(manifests.values(), key=lambda manifest: manifest.sequence):
         found.update({disk.name: manifest for disk in manifest.disks})
     return found
 
@@ -271,7 +271,7 @@ def summary(found: Collection[DiskStatus]) -> str:
 
 
 def _shortly(wrong: Collection[DiskStatus], most: int = 3) -> Iterator[str]:
-    for status in sorted(wrong, key=lambda each: -each.code)[:most]:
+    for status in sorted(wrong, key=lambda status: -status.code)[:most]:
         yield f"{status.machine}{'/' if status.disk else ''}{status.disk or ''}: {status.next}"
     if len(wrong) > most:
         yield f"and {len(wrong) - most} more"

@@ -1,9 +1,9 @@
 """
 Re-read what the repository holds, and find every changed byte.
 
-Of each data file, these are checked: its digest file against the manifest, every block against its digest, the header
-against the manifest and the parent's, the tables and all refcounts; with `deep`, every cluster is decompressed as well.
-Of each point, its chain is checked down to the full.
+Checks of each data file: the digest file against the manifest, every block against its digest, the header against the
+manifest and the parent's header, the tables and all refcounts; with `deep`, every cluster is decompressed as well.  The
+chain of each point is checked down to the full.
 
 The results are saved (`repository.verified`), so that a later run can skip what was read not long ago.
 
@@ -30,6 +30,10 @@ from backup.repository.opened_chain import examine
 from backup.repository.verified import Memory, Record
 from backup.runtime.pace import Pace
 from backup.storage.base import Files, Listing
+
+_CLOCKS = timedelta(minutes=5)
+"""The greatest normal difference between the clocks of two hosts."""
+_FROM_COPY = "bring the file back from a copy of the repository"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +95,7 @@ class Verified:
 
 
 def unverified(machine: Machine, error: BackupError) -> Verified:
-    """Return the result for a machine whose folder cannot be read, or is no machine's."""
+    """Return the result for a machine whose folder cannot be read, or is not a machine's."""
     return Verified(0, 0, 0, 0, 0, (Problem(machine.name, None, None, error),), None)
 
 
@@ -129,10 +133,6 @@ def is_due(record: Record | None, choice: Choice, *, deep: bool) -> bool:
     return not choice.since <= sound <= datetime.now(UTC) + _CLOCKS
 
 
-_CLOCKS = timedelta(minutes=5)
-"""The greatest difference between the clocks of two hosts that is taken for normal."""
-
-
 def draw(blocks: Sequence[int], share: float, chance: Callable[[], float]) -> list[list[int] | None]:
     """
     Choose the blocks of each file that are read, each with the probability `share`; at least one block in all.
@@ -163,9 +163,6 @@ def glance(files: Files, listing: Listing, data: DataFile) -> BackupError | None
         path = files.path(data.file)
         return Damaged(f"{path} has {size} bytes, and its manifest says {data.size}", hint=_FROM_COPY)
     return None
-
-
-_FROM_COPY = "bring the file back from a copy of the repository"
 
 
 def verify_machine(
@@ -207,7 +204,7 @@ def _unreadable(machine: Machine, contents: Contents, points: Sequence[str] | No
             yield Problem(machine.name, None, None, error)
     for point in points or ():
         if point not in contents.manifests and f"{point}.json" not in contents.damaged:
-            vanished = NotFound("its manifest was removed meanwhile", hint="see: `pybackup list`")
+            vanished = NotFound("its manifest was removed during the verify", hint="see: `pybackup list`")
             yield Problem(machine.name, point, None, vanished)
 
 

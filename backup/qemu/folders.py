@@ -1,4 +1,4 @@
-"""Folders for sockets: only this user can reach them, and those that killed runs left are removed."""
+"""Folders for sockets: only this user can enter them, and the next run removes folders that a killed run left."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Persistent dirty bitmaps in images that no QEMU has open: adding one, removing one, and room for one."""
+"""Persistent dirty bitmaps in images that no QEMU has open: add one, remove one, check that there is room for one."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def _change_bitmaps(action: str, path: Path, name: str) -> str:
 
 
 def _refusal(path: Path, name: str, complaints: str) -> BitmapRefused:
-    """Return the error for a bitmap that was not added; its words are the same every night, so that they compare."""
+    """Return the error for a bitmap that was not added; the same reason has the same words every night."""
     text = one_line(complaints).removeprefix("qemu-img: ")[:_LONGEST_REASON]
     of_system = next((why for why in (*_UNWRITABLE, *_FULL) if why in text), None)
     if of_system in _UNWRITABLE:

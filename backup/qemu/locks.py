@@ -1,11 +1,11 @@
 """
 QEMU's own locks on image files, taken by pybackup.
 
-Two uses: while an image is read, no QEMU may write to it, also where QEMU itself would allow that; before a file is
-replaced or overwritten, no QEMU may have it open.
+The locks have two uses.  While an image is read, no QEMU may write to it, not even where QEMU itself would allow that.
+Before a file is replaced or overwritten, no QEMU may have the file open.
 
-A QEMU places read locks on single bytes of a file (locks of the open file description, fcntl(2)).  They tell other
-QEMUs what it does with the file, and what they must not do (block/file-posix.c, raw_apply_lock_bytes):
+A QEMU places read locks on single bytes of a file (locks of the open file description, fcntl(2)).  The locks tell
+other QEMUs what this QEMU does with the file, and what they must not do (block/file-posix.c, raw_apply_lock_bytes):
 
     byte 100 + N   permission N is in use
     byte 200 + N   permission N is denied to all others

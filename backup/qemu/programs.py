@@ -1,5 +1,5 @@
 """
-Running QEMU's programs and guestfish: without a shell, and out of reach of a Ctrl-C in the terminal.
+Run QEMU's programs and guestfish: without a shell, and out of reach of a Ctrl-C in the terminal.
 
 This is the only module that uses `subprocess`.
 """
@@ -30,13 +30,13 @@ Conversation = subprocess.Popen[bytes]
 
 _PACKAGE = "install QEMU's tools: apt-get install qemu-utils (dnf install qemu-img)"
 _TICK = 0.25
-"""Seconds between two looks at a running program."""
+"""Seconds between two checks of a running program."""
 _DEATH_SECONDS = 2.0
 """Time for a killed program to end."""
 _WRITER_SECONDS = 30.0
-"""Time for a program that writes to end by itself after a signal stopped us."""
+"""Time for a program that writes to end by itself after a signal stopped pybackup."""
 _left: list[Process] = []
-"""Programs that keep running without us.  The references keep their output open for the life of this process."""
+"""Programs that keep running after this process ends.  Until then, the references keep their output open."""
 _KEEP_BUFFERS = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(128 << 20)}
 """
 Settings of glibc's malloc (mallopt(3)).  With the defaults, qemu-nbd returns the buffer of each large read to the
@@ -111,7 +111,7 @@ def run_to_end(
             )
         raise
     except BaseException:
-        # The signal is for us.  A qemu-img that writes the bitmaps of an image gets time to finish.
+        # The signal is for pybackup.  A qemu-img that writes the bitmaps of an image gets time to finish.
         with ignoring(_log, f"{command[0]} still runs", subprocess.TimeoutExpired):
             process.communicate(timeout=_WRITER_SECONDS)
         raise
@@ -184,7 +184,7 @@ def popen(command: Sequence[str], stderr: int | IO[str], pass_fds: Sequence[int]
             text=True,
             errors="replace",
             pass_fds=pass_fds,
-            # A Ctrl-C in the terminal is for us: a qemu-img must not die of it in the middle of a write.
+            # A Ctrl-C in the terminal is for pybackup: it must not kill a qemu-img in the middle of a write.
             start_new_session=True,
             umask=0o077,  # for the socket of a server: a client that can connect can read the whole disk
             env={**os.environ, **_KEEP_BUFFERS, "LC_ALL": "C"},

@@ -1,5 +1,5 @@
 """
-Connecting to Unix sockets whose paths are longer than the kernel allows.
+Connect to Unix sockets, also to those whose paths are longer than the kernel allows.
 
 An address of a Unix socket has 107 bytes (unix(7)).  Instead of a longer path, the address contains a short path that
 leads through a descriptor of the folder: /proc/self/fd/N/NAME.

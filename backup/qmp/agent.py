@@ -1,9 +1,9 @@
 """
-QEMU's guest agent: freezing and thawing the file systems of a guest (fsfreeze).
+QEMU's guest agent, which freezes and thaws the file systems of a guest (fsfreeze).
 
 The agent answers with JSON lines on a Unix socket, in the order of the requests.  No answer tells which request it
 belongs to, and the socket may still contain the answer to an earlier client or to a request that timed out.  So each
-request is preceded by a guest-sync-delimited, and everything before the answer to that is dropped.
+request is preceded by a guest-sync-delimited, and everything before the answer to this command is dropped.
 
 The agent's answers come from the guest and are not trusted: their length is limited, and each request has a deadline.
 """

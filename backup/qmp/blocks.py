@@ -29,7 +29,7 @@ _FILTERS = {
 _DOWN = ("file", "backing")
 """Names of the edges to the node from which a guest's data comes."""
 OURS = "pybackup-"
-"""Prefix of the names of our nodes, for all repositories.  No guest writes to an overlay of ours."""
+"""Prefix of the names of pybackup's nodes, for all repositories.  No guest writes to pybackup's overlays."""
 _WRITE = "write"
 """The permission to change the content of a node."""
 _FLASH = re.compile(r"/machine/[^/]+\.flash[0-9]+")
@@ -76,7 +76,7 @@ class Node:
 @dataclass(frozen=True, slots=True)
 class Device:
     """
-    A device of the guest, with its names and the node that is attached to it; `io_status` is QEMU's.
+    A device of the guest: its names, the attached node, and QEMU's `io_status` ("ok", "failed" or "nospace").
 
     `path` is the QOM path, empty for a drive without a device.  `writes` tells whether the guest can change the disk,
     and `shares` whether the device allows others to write to the disk.
@@ -136,7 +136,7 @@ class BlockGraph:
         """
         Read the answers to query-named-block-nodes (flat), query-block, x-debug-query-block-graph, query-block-exports.
 
-        The answers are of different moments; what only some of them contain is left out.
+        The answers come from different moments; nodes that only some of them contain are left out.
 
         Raises
         ------

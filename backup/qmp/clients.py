@@ -1,5 +1,5 @@
 """
-Our connections to the NBD server of a running QEMU: how they begin, and how they end before the server ends.
+pybackup's connections to the NBD server of a running QEMU: how they begin, and how they end before the server ends.
 
 Two bugs of QEMU 7.2 determine the rules.  First, QEMU aborts when a client leaves an export whose disk has an iothread
 (an assertion in nbd_blockdev_client_closed; virtnbdbackup #254), and we may be killed at any moment.  Second,
@@ -90,7 +90,7 @@ class Clients:
             self.close()
 
     def hung_up(self) -> None:
-        """Close the connections that the server has closed.  Called when all exports were told to end."""
+        """Close the connections that the server has closed; called after QEMU was told to end all exports."""
         self._drain()
 
     def close(self) -> None:

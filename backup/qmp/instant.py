@@ -10,8 +10,8 @@ changes them, and starts the jobs (QEMU: docs/interop/bitmaps.rst; libvirt does 
                               |                                           ^
                               +---------------- old data -----------------+
 
-`scratch` describes the storage of an overlay.  We open its file and the socket of the NBD server, and pass the
-descriptors to QEMU, which often runs as a user who may open neither.
+`scratch` describes the storage of an overlay.  pybackup opens the overlay's file and the socket of the NBD server, and
+passes the descriptors to QEMU, which often runs as a user who may open neither.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _log = logging.getLogger(__name__)
 _SPARE_FILES = 12
 """Descriptors.  A program that is started takes four of them, and a second connection to QEMU four more."""
 _WATCH_SECONDS = 0.2
-"""Seconds between two looks at the free space of the scratch folder and at QEMU's events."""
+"""Seconds between two checks of the free space of the scratch folder and of QEMU's events."""
 _LEAST = 4096
 """
 Bytes of the smallest reserve.  With less free space the next copy fails.  If QEMU has no quorum, a guest behind an
@@ -90,7 +90,7 @@ class Room:
 
 
 class Around(Protocol):
-    """What the guest does for the transaction."""
+    """What the guest does before and after the transaction that freezes the instant."""
 
     @property
     def wanted(self) -> bool:
@@ -178,7 +178,7 @@ def frozen_instant(
 
 @contextmanager
 def _spare_files() -> Iterator[Callable[[], None]]:
-    """Reserve descriptors for the removal, which must work in a run that has no others left; yields their release."""
+    """Reserve descriptors for the removal, in case the run has no others left; yield a function that frees them."""
     with ExitStack() as spare:
         for _ in range(_SPARE_FILES):
             spare.callback(os.close, os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
@@ -236,7 +236,7 @@ class Instant:
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know."""
+        """Facts that the user should know: whether this QEMU refuses a quorum."""
         if not self._guard_refused:
             return []
         return [f"this QEMU refuses a quorum ({self._guard_refused}): a full scratch folder would stop the guest"]
@@ -294,7 +294,7 @@ class Instant:
         except scratch.StorageHangs as error:
             self.troubles.append(error.message)
         except BackupError as error:
-            self.troubles.append(f"{error.message}; what is left in QEMU is removed by the next run")
+            self.troubles.append(f"{error.message}; the next run removes what is left in QEMU")
         while self._fds:
             fd = self._fds.pop()
             if self._storage_hangs:

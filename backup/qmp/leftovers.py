@@ -1,9 +1,9 @@
 """
 What a backup creates in a running QEMU, and its removal: at the end of a run, and after a run that was interrupted.
 
-QEMU keeps exports, jobs, nodes, its NBD server and passed descriptors when the connection ends.  Ours are recognized by
-their names, `pybackup-REPO8-...`; nothing else is touched.  They are removed in the order in which they depend on each
-other:
+QEMU keeps exports, jobs, nodes, its NBD server and passed descriptors when the connection ends.  Those of pybackup are
+recognized by their names, `pybackup-REPO8-...`; nothing else is touched.  The order of removal follows the
+dependencies:
 
     exports -> NBD server -> jobs (and their filters) -> overlays -> descriptors (and with them the scratch files)
 """
@@ -83,15 +83,15 @@ class Connected(Protocol):
 
     def hung_up(self) -> None:
         """
-        Close connections.  Called when all exports were told to end, since clients may not leave before (`clients`).
+        Close connections; called after QEMU was told to end all exports, since clients may not leave before.
         """
 
     def close(self) -> None:
-        """Close the remaining connections.  Called when all exports have ended, before the server ends."""
+        """Close the remaining connections; called after all exports have ended and before the server ends."""
 
 
 def find_leftovers(monitor: Monitor, prefixes: Sequence[str]) -> Leftovers:
-    """Return everything of ours in QEMU; the prefixes select one point or a whole repository."""
+    """Return everything in QEMU whose name has one of the prefixes: of one point, or of a whole repository."""
 
     def ours(name: str) -> bool:
         return name.startswith(tuple(prefixes))
@@ -193,7 +193,7 @@ def stopped_guest(graph: BlockGraph, leftovers: Leftovers) -> bool:
 
 
 def resume(monitor: Monitor) -> bool:
-    """Resume a guest that an I/O error stopped; False if it was not stopped by one."""
+    """Resume a guest that an I/O error stopped; return False if no I/O error stopped it."""
     if monitor.command("query-status")["status"] != "io-error":
         return False
     monitor.command("cont")

@@ -45,7 +45,7 @@ _COMMAND_SECONDS = 120.0
 _TICK = 0.25
 """Seconds between two checks of a wait."""
 _HUNG_SECONDS = 5.0
-"""Time for each answer after one that did not come, since the clean-up sends several commands to a QEMU that hangs."""
+"""Time for an answer after an earlier one did not come: the clean-up sends several commands to a QEMU that hangs."""
 _CLOSE_SECONDS = 5.0
 """Time for each step of closing the connection."""
 _LONGEST_MESSAGE = 6 << 20
@@ -199,7 +199,8 @@ class Monitor:
         taken = self._run(take(), _COMMAND_SECONDS)
         if self._overrun:
             raise MonitorLost(
-                f"the QMP peer at {self.path} sends events faster than they can be read", hint="is it a QEMU's socket?"
+                f"the QMP peer at {self.path} sends events faster than they can be read",
+                hint="does the socket belong to a QEMU?",
             )
         return taken
 

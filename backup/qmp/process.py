@@ -33,7 +33,7 @@ def lost_file(pid: int, path: str) -> str | None:
     open_files = _open_files(pid) if path.startswith("/") and _is_qemu(pid) else None
     if open_files is None:
         return None
-    name = f"/proc/{pid}/root{path}"  # the path as QEMU sees it, who may be in a container
+    name = f"/proc/{pid}/root{path}"  # the path as QEMU sees it; QEMU may run in a container
     try:
         status = os.stat(name)
     except FileNotFoundError:

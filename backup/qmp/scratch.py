@@ -35,8 +35,11 @@ from backup.runtime.ignoring import ignoring
 _log = logging.getLogger(__name__)
 
 _SPARE = 64 << 20
+"""Bytes that a scratch file may have beyond the size of the disk and a thousandth of it, for tables."""
 _UNIT = 64 << 10
+"""Cluster size (bytes) of a scratch image."""
 _LITTLE = 1 << 20
+"""Bytes by which a scratch file is extended if the file system refuses the full length."""
 _UNUSED = _UNIT - 1
 """An unused offset in the first cluster of a qcow2 image, whose header has some hundred bytes."""
 _WAIT_BEFORE = 1
@@ -60,7 +63,7 @@ class LostCopy:
 
 class Witness:
     """
-    What QEMU's events report about the scratch files of a run.  Safe to use from several threads.
+    Collects what QEMU's events report about the scratch files of a run.  Safe to use from several threads.
 
     QEMU sends the first event of a node before it answers a command that was sent after the failure, and further events
     of that node once a second.

@@ -88,7 +88,7 @@ def test_a_dry_run_for_people_has_a_line_for_each_point_and_each_rewrite(history
     assert [line.split()[1:4:2] for line in lines[:6]] == [[n, "wait"] for n in names[:3]] + [
         [n, "keep"] for n in names[3:]
     ]
-    assert lines[0].endswith("until 9 points can go at once, or points with 1000 % of the full's bytes")
+    assert lines[0].endswith("until 9 points can be removed at once, or points with 1000 % of the full's bytes")
     assert lines[5].endswith("newest, within 1d, last")
     assert total.startswith("m: would remove 0 of 6 points, 3 waiting, 0 data files rewritten")
     done = prune(history, "--keep-last", "3", "--batch", "3")

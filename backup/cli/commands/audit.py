@@ -156,11 +156,15 @@ def _disk_lines(machine: str, disk: DiskAudit) -> Iterator[str]:
 def _verdict(disk: DiskAudit) -> str:
     if disk.differing_bytes:
         return f"{disk.differing_bytes} bytes differ"
-    return "equal" if disk.size == disk.point_size else f"equal, but {disk.size - disk.point_size:+} bytes long"
+    return (
+        "equal"
+        if disk.size == disk.point_size
+        else f"equal, but the size differs by {disk.size - disk.point_size:+} bytes"
+    )
 
 
 def _show_fault(place: str, disk: DiskAudit) -> None:
-    """Show an error of two lines if the disk is not, or may not be, what its point says."""
+    """Show an error of two lines if the disk, its bitmap or its point is wrong or may be wrong."""
     if disk.verdict == "true":
         return
     if disk.bitmap is not None:
@@ -171,10 +175,10 @@ def _show_fault(place: str, disk: DiskAudit) -> None:
         hint = "`pybackup rescan` stores what differs and starts a new bitmap; keep the older points"
     else:
         message = (
-            f"{_verdict(disk)}, and it cannot be told whether the disk changed since point {disk.point} or the point "
+            f"{_verdict(disk)}, and it is unknown whether the disk changed since point {disk.point} or the point "
             f"is wrong: {disk.why or ''}"
         )
-        hint = "`pybackup rescan` stores what differs; an audit after it can tell"
+        hint = "`pybackup rescan` stores what differs; a later audit can then tell which"
     output.err(f"pybackup: error: {plain(place)}: {plain(message)}")
     output.err(f"pybackup: hint: {with_options(hint)}")
 

@@ -76,8 +76,8 @@ class CleanOptions:
     """
     The options of `clean`, which do not contradict each other.
 
-    `bitmaps` selects those of --repo or the configured repository, `repositories` those of short ids, also of
-    repositories that no longer exist.
+    `bitmaps` selects the bitmaps of --repo or of the configured repository.  `repositories` selects the
+    bitmaps of repositories by their short ids; these repositories need not exist any more.
     """
 
     qmp: Path | None
@@ -104,7 +104,7 @@ class CleanOptions:
 
     @property
     def of_bitmaps(self) -> bool:
-        """Tell whether bitmaps are to be listed or removed, and not what an interrupted run left."""
+        """Whether the command lists or removes bitmaps; otherwise it cleans up after an interrupted run."""
         return bool(self.bitmaps or self.repositories or self.images)
 
 
@@ -131,7 +131,7 @@ def _clean_machine(wanted: CleanOptions) -> None:
     if options.json:
         json_output.write(CleanDocument(removed))
     elif not options.quiet:
-        for what in removed or ["nothing: there was nothing of this repository"]:
+        for what in removed or ["nothing: QEMU had no leftovers of this repository"]:
             output.line(f"removed {what}")
 
 

@@ -85,12 +85,12 @@ def copy_(
 
 
 def _copied_line(machine: str, other: str, result: Replicated, seconds: float | None) -> str:
-    """Return the line of a machine that was copied in so many seconds, or, without seconds, would be copied."""
+    """Return the line of a machine that was copied in `seconds`; None means a dry run."""
     what = f"{counted(len(result.copied), 'point')}, {show_size(result.bytes)}, to {plain(other)}"
     if seconds is None:
-        return f"{machine}: would copy {what}; {len(result.present)} are there"
+        return f"{machine}: would copy {what}; {len(result.present)} are there already"
     spent = f"in {show_duration(seconds)}, {show_rate(result.bytes, seconds)}"
-    return f"{machine}: copied {what} {spent}; {len(result.present)} were there"
+    return f"{machine}: copied {what} {spent}; {len(result.present)} were there already"
 
 
 # JSON
@@ -98,7 +98,7 @@ def _copied_line(machine: str, other: str, result: Replicated, seconds: float | 
 
 @dataclass(frozen=True, slots=True)
 class CopyDocument:
-    """A machine that was copied, or would be: ids of the points that are copied and of those that are there."""
+    """A machine that was copied, or would be: ids of its copied points, and of those that were there already."""
 
     machine: str
     repository: str

@@ -33,7 +33,7 @@ def _set_pin(manifest: str, repo: str | None, *, pinned: bool) -> None:
 
 @dataclass(frozen=True, slots=True)
 class PinDocument:
-    """A point that is pinned or not; `changed`: it was otherwise before."""
+    """A point that is pinned or not; `changed` tells whether this command changed that."""
 
     machine: str
     point: str

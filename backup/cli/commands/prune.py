@@ -41,7 +41,7 @@ def prune(
         typer.Option(
             "--keep-within",
             metavar="D",
-            help="Keep the points of the time D before the newest point, for example 30d.  Units: h, d, w, m "
+            help="Keep the points that are at most D older than the newest point, for example 30d.  Units: h, d, w, m "
             "(months), y.",
         ),
     ] = None,
@@ -140,7 +140,7 @@ class Keep:
 
     def retention(self, config: Config, machine: str) -> Retention:
         """
-        Return the retention of a machine: the options, and what they leave open as configured.
+        Return the retention of a machine: the options, completed from the configuration.
 
         Raises
         ------

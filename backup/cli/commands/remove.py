@@ -79,7 +79,7 @@ def _require_confirmed(removal: Removal) -> None:
 
 
 def _lines(removal: Removal, verb: str) -> Iterator[str]:
-    """Say what is removed of a machine, and what follows from it."""
+    """Yield lines that say what is removed of a machine, and what the consequences are."""
     if removal.point is not None:
         what = f"point {removal.point}: {counted(len(removal.rewrites), 'data file')} rewritten"
     else:
@@ -95,7 +95,7 @@ def _lines(removal: Removal, verb: str) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class RemoveDocument:
-    """What was removed, or would be; `point` is null where the whole machine goes."""
+    """What was removed, or would be; `point` is null if the whole machine is removed."""
 
     machine: str
     point: str | None

@@ -95,7 +95,7 @@ def _choice(older_than: str | None, sample: str | None, *, deep: bool) -> Choice
     if deep and sample is not None:
         raise UsageError(
             "--deep together with --sample",
-            hint="give one of the two: a sample has single blocks, and most clusters lie in two",
+            hint="give one of the two: --deep needs whole files, and a sample has only some of their blocks",
         )
     since = None
     if older_than is not None:
