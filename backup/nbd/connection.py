@@ -27,9 +27,9 @@ _log = logging.getLogger(__name__)
 ALLOCATION = "base:allocation"
 DIRTY_BITMAP = "qemu:dirty-bitmap:"
 TICK = 100
-"""Milliseconds between checks for signals and deadlines."""
+"""Milliseconds between two checks for signals and deadlines."""
 _CONNECT_SECONDS = 30.0
-"""How long a server may take for the handshake; one that serves another client sends nothing until that one leaves."""
+"""How long a server may take for the handshake; a busy server for one client sends nothing until that client leaves."""
 EXTRA_SECONDS = 5.0
 """How long a server that has just answered may take for the handshake of one more connection."""
 _LEAVE_SECONDS = 5.0
@@ -79,7 +79,7 @@ def load_binding() -> Any:
 @dataclass(frozen=True, slots=True)
 class Dialled:
     """
-    How to make connections to an export where a URI cannot; the server ends these connections, without a disconnect.
+    How to connect to an export that no URI names; the server ends these connections, without a disconnect.
 
     `dial` returns a connected socket, which the caller owns.  `name` is the export's name.  `modest`: never request
     more than the server can send while no reply is read, which is the buffer of a unix socket (net.core.wmem_default,
@@ -101,15 +101,16 @@ def connect(
     dialled: Dialled | None = None,
 ) -> nbd.NBD:
     """
-    Connect one handle and negotiate `contexts`; the caller asks which of them the server has.
+    Connect and negotiate `contexts`; return the handle, from which the caller learns which contexts the server has.
 
     Parameters
     ----------
     contexts : sequence of str or None
-        None: only reads will follow, and the server answers each in one piece (a simple reply).
+        Names of meta contexts.  None: only reads will follow, and the server answers each in one piece (a simple
+        reply).
     offered : list of str, optional
         Receives the names of all dirty bitmap contexts that the server lists.  They are listed on the same connection,
-        since a server of one client lets a second client wait.
+        because a server for one client at a time keeps a second client waiting.
     seconds : float
         How long the server may take.
 
@@ -175,7 +176,7 @@ def _list_contexts(binding: Any, handle: nbd.NBD, uri: str, deadline: float, off
 
 
 def listed(names: Sequence[str]) -> str:
-    """Join names for a hint: the first ones, each cut to a length that a terminal can show."""
+    """Join the first of these names for a hint, each shortened to a length that a terminal can show."""
     more = f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
     return ", ".join(name[:_LONGEST_SHOWN] for name in names[:_MOST_SHOWN]) + more or "none"
 
@@ -187,7 +188,7 @@ def _hang_up(fd: int) -> None:
 
 
 def _keep_alive(handle: nbd.NBD) -> None:
-    """Have the kernel notice a TCP peer that is gone, also while no reply is due."""
+    """Let the kernel detect a TCP peer that has vanished, even while no reply is due."""
     with socket.socket(fileno=os.dup(handle.aio_get_fd())) as connection:
         if connection.family in {socket.AF_INET, socket.AF_INET6}:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -206,7 +207,7 @@ def _await_handshake(handle: nbd.NBD, uri: str, deadline: float) -> None:
 
 
 def tick(handle: nbd.NBD) -> None:
-    """Let libnbd work for a moment; signals wait, since libnbd swallows what a callback raises."""
+    """Let libnbd work for at most TICK; signals are deferred, because libnbd drops exceptions of callbacks."""
     with signals.deferred():
         handle.poll(TICK)
 

@@ -12,8 +12,8 @@ What a server may answer to a block status request; all of it is legal (NBD prot
 
 So each context is followed independently, by its own lengths.
 
-libnbd's blocking calls start again when a signal comes, so that nothing could stop a run whose server hangs.  So every
-call that may take long is started (aio_...) and awaited in ticks, between which Python delivers signals.
+A blocking call of libnbd starts again after a signal, so a run whose server hangs could not be stopped.  Therefore
+every call that may take long is started (aio_...) and awaited in ticks, between which Python delivers signals.
 """
 
 from __future__ import annotations
@@ -111,22 +111,22 @@ class Export:
 
     @property
     def smallest_request(self) -> int:
-        """Reads are rounded out to multiples of this (bytes); those that begin at one stay within `max_request`."""
+        """Bytes; reads are extended to multiples of this number, and stay within `max_request` if they start at one."""
         return self._blocks.smallest
 
     def has_bitmap(self, name: str) -> bool:
-        """Whether the bitmap's context was negotiated; a server silently leaves out one that it lacks (trap 14)."""
+        """Tell whether the server has the bitmap; a server silently leaves out a context that it lacks (trap 14)."""
         return DIRTY_BITMAP + name in self._by_context
 
     def allocation(self, start: int, end: int) -> Runs:
-        """Return base:allocation of [start, end); all data if the server has no such context, so that all is read."""
+        """Return base:allocation of [start, end); data everywhere if the server does not report allocation."""
         if ALLOCATION not in self._by_context:
             return Runs.uniform(start, end, 0)
         return self._status(ALLOCATION, start, end).masked(extents.HOLE | extents.ZERO)
 
     def dirty(self, bitmap: str, start: int, end: int) -> Runs:
         """
-        Return what the dirty bitmap says about [start, end).
+        Return which of the bytes [start, end) the dirty bitmap reports as dirty.
 
         Raises
         ------
@@ -149,13 +149,13 @@ class Export:
         self._expect(DIRTY_BITMAP + bitmap, start, end)
 
     def offered_bitmaps(self) -> list[str]:
-        """Names of the dirty bitmaps that the server offers; empty if it cannot list them, or none was requested."""
+        """Return the names of the bitmaps that the server offers; empty if it lists none, or none was requested."""
         return [name.removeprefix(DIRTY_BITMAP) for name in self._offered or () if name.startswith(DIRTY_BITMAP)]
 
     @contextmanager
     def lanes(self, wanted: int) -> Iterator[list[Lane]]:
         """
-        Connections to read through: `wanted` if the server allows several (can_multi_conn) and accepts them, else one.
+        Open lanes: `wanted` if the server allows several connections (can_multi_conn) and accepts them, else one.
 
         Existing connections are used first, so that no server sees more connections than needed.
         """
@@ -187,7 +187,7 @@ class Export:
         self.close()
 
     def _withdraw(self) -> None:
-        """Receive the answers to requests that were sent and not needed: a lane receives only its own."""
+        """Receive the answers to requests that were sent but not needed; a lane accepts only those to its own reads."""
         while self._expected:
             _, question = self._expected.popitem()
             self._answer(question)
@@ -196,8 +196,8 @@ class Export:
         """
         Open one more connection, only for reads if `contexts` is None.
 
-        Returns None if the server does not accept it; then no further one is tried.  `qemu-nbd --shared=2` allows
-        several connections and lets the third one wait for ever; other servers close it.
+        Returns None if the server does not accept the connection; then no further connection is tried.
+        `qemu-nbd --shared=2` allows several connections and lets the third one wait for ever; other servers close it.
         """
         if not self._takes_more:
             return None
@@ -314,7 +314,7 @@ class _Read:
         self._pieces: Pieces | None = None
 
     def arrived(self, data: Any, start: int, _status: int, _error: object) -> int:
-        """Note a piece of the answer (an error has no bytes); libnbd's callback, which fails the read with -1."""
+        """Note a piece of the answer (an error has no bytes).  A callback of libnbd; -1 makes the read fail."""
         self._begun.add(self)
         if len(data) == self._length:  # nearly always; libnbd counts the bytes and finds any further piece
             self._whole = True
@@ -345,7 +345,7 @@ class Lane:
         self._in_pieces: bool = handle.get_structured_replies_negotiated()
         self._reads: dict[int, _Read] = {}
         self._begun: set[_Read] = set()
-        """Reads of which pieces arrived: only these can be finished (a failed one is noticed a moment later)."""
+        """Reads that have received a piece: only these can be finished (a failed read is noticed at the next poll)."""
         self._patience = Wait(f"data from {uri}")
         # A read that lacks bytes is an error, so that zeroing the buffer before each read would only cost time.
         handle.set_pread_initialize(False)
@@ -378,12 +378,12 @@ class Lane:
 
     def wait(self, milliseconds: int, enough: int) -> list[object]:
         """
-        Wait until `enough` reads have finished, or the time is over; return the tokens of all that have.
+        Wait until `enough` reads have finished or the time is over; return the tokens of all reads that have finished.
 
         Raises
         ------
         SourceError
-            A read failed or lacks bytes, the connection broke, or nothing arrived within the time limit of all waits.
+            A read failed or lacks bytes, the connection broke, or nothing arrived within the timeout.
         """
         self._patience.resume()
         poll = self._handle.poll
@@ -408,8 +408,7 @@ class Lane:
         """
         Take the reads that have an answer.
 
-        Only the question whether a command is completed tells whether all bytes arrived: libnbd tells a completion
-        callback of success.
+        Only `aio_command_completed` reports missing bytes: to a completion callback, libnbd reports success.
         """
         done = []
         while self._reads and (cookie := self._handle.aio_peek_command_completed()):
@@ -427,7 +426,7 @@ class Lane:
     def _failed(self, why: str) -> SourceError:
         return SourceError(
             f"{self._uri}: reading failed: {why}",
-            hint="look at the server's log and the storage below it; no point was made",
+            hint="check the server's log and the storage below it; no point was made",
         )
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What an NBD server answers: block status as extents, and the pieces of a structured reply."""
+"""Understand the answers of an NBD server: block status as extents, and the pieces of a structured reply."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MAX_REQUEST = 32 << 20
 """Largest read or write of a server that announces no other limit (NBD protocol, "Block sizes")."""
 _SMALLEST_PIECE = 512
-"""Bytes of a read for each piece that may arrive out of order: the memory for the pieces must be bounded."""
+"""A read may arrive in one piece for each of this many bytes; the limit bounds the memory for the pieces."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Question:
 @dataclass(frozen=True, slots=True)
 class Blocks:
     """
-    What a server demands of a request (NBD protocol, "Block sizes").  Bytes.
+    The sizes of requests that a server accepts (NBD protocol, "Block sizes").  Bytes.
 
     A request begins and ends at multiples of `smallest` or at the end of the export, which has `size` bytes.  A read or
     write has at most `largest` bytes, a multiple of `smallest`.
@@ -95,7 +95,7 @@ class Pieces:
         self._found: list[list[int]] = []
 
     def add(self, start: int, length: int) -> bool:
-        """Note a piece; False if there are more pieces than a server can have a reason for."""
+        """Note a piece; return False if there are more separate pieces than a sane server sends."""
         if self._found and self._found[-1][1] == start:
             self._found[-1][1] += length
         elif length:
@@ -103,7 +103,7 @@ class Pieces:
         return len(self._found) <= 1 + (self._end - self._start) // _SMALLEST_PIECE
 
     def complete(self) -> bool:
-        """Whether every byte has arrived exactly once."""
+        """Tell whether every byte has arrived exactly once."""
         end = self._start
         for low, high in sorted(self._found):
             if low != end:

@@ -40,7 +40,7 @@ class NbdTarget:
     Raises
     ------
     Failed
-        The server cannot be reached.  Not a SourceError, whose exit code stands for a backup's source.
+        The server cannot be reached.  This is not a SourceError, whose exit code stands for the source of a backup.
     """
 
     _ZEROES = memoryview(bytes(1 << 20))  # a server without write-zeroes may announce requests of 4 GiB
@@ -52,9 +52,8 @@ class NbdTarget:
         self._address = uri
         self._nbd = load_binding()
         self._abandoned = threading.Event()
-        self._mending = (
-            threading.Lock()
-        )  # for threads that write parts of the same block: one must read what the other wrote
+        # For threads that write parts of the same block: each must read what the others have written.
+        self._mending = threading.Lock()
         try:
             first = connect(self._nbd, uri, ())
         except SourceError as error:
@@ -126,7 +125,7 @@ class NbdTarget:
         self._idle = queue.LifoQueue()
 
     def _whole_blocks(self, start: int, end: int) -> tuple[int, int]:
-        """The part of [start, end) that is whole blocks of the server; an empty part at `end` if there is none."""
+        """Return the part of [start, end) that consists of whole blocks; an empty part at `end` if there is none."""
         smallest = self._blocks.smallest
         first, last = start + -start % smallest, end if end >= self.size else end - end % smallest
         return (first, last) if first <= last else (end, end)
@@ -189,7 +188,7 @@ class NbdTarget:
                 return handle
 
     def _another(self) -> nbd.NBD | None:
-        """Open one more connection; None: the server does not accept it (see Export), and no further one is tried."""
+        """Open one more connection, or return None: the server does not accept it, and no further one is tried."""
         if not self._takes_more:
             return None
         handle: nbd.NBD = self._nbd.NBD()

@@ -6,7 +6,7 @@ Read the content of a chain, cluster by cluster in the disk's order.
 
 The chain and the disk are read side by side, batch by batch, so that neither is kept in memory.  `checked` verifies
 every block of a data file against its digest before a byte of the block is used.  `glanced` reads a few clusters
-without digests: a compressed cluster has a checksum of its own, and one that equals the disk's needs no other proof.
+without digests: a compressed cluster has a checksum of its own, and a cluster that equals the disk's needs no proof.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from backup.storage.base import Files
 _MOST_CACHED = 64
 """Most blocks (4 MiB each) in the cache; a batch of a long chain reads from many files."""
 _WINDOWS = 8
-"""Windows whose holders are kept: each worker is in another one."""
+"""Windows whose holders are cached: the workers read in different windows."""
 
 
 class StoredFile(Protocol):
@@ -48,6 +48,8 @@ class ChainContent:
 
     Parameters
     ----------
+    chain : Chain
+        The chain of the disk.
     size : int
         The exact size of the disk now: bytes beyond it read as zeroes, as do those beyond the end of any point.
     files : sequence of StoredFile
@@ -117,22 +119,22 @@ class _InWindows:
         windows = clusters // self._window
         for number in distinct(windows).tolist():
             here = windows == number
-            found = self._resolve(number)
+            of_window = self._resolve(number)
             at = clusters[here] - number * self._window
-            holders[here], entries[here] = found[0][at], found[1][at]
+            holders[here], entries[here] = of_window[0][at], of_window[1][at]
         return holders, entries
 
     def _resolve(self, number: int) -> HoldersAndEntries:
         """Return the holders and entries of a window."""
         with self._lock:
-            found = self._resolved.get(number)
-            if found is None:
+            resolved = self._resolved.get(number)
+            if resolved is None:
                 first = number * self._window
-                found = self._index.resolve(first, min(self._window, self._clusters - first))
-                self._resolved[number] = found
+                resolved = self._index.resolve(first, min(self._window, self._clusters - first))
+                self._resolved[number] = resolved
                 while len(self._resolved) > _WINDOWS:
                     self._resolved.popitem(last=False)
-        return found
+        return resolved
 
 
 class _Chosen:
@@ -140,12 +142,12 @@ class _Chosen:
 
     def __init__(self, index: Index, chosen: Offsets) -> None:
         self._chosen = chosen
-        self._found = index.resolve_some(chosen)
+        self._resolved = index.resolve_some(chosen)
 
     def holders(self, clusters: Offsets) -> HoldersAndEntries:
         """Return holders and entries, as `_InWindows`."""
         at = np.searchsorted(self._chosen, clusters)
-        return self._found[0][at], self._found[1][at]
+        return self._resolved[0][at], self._resolved[1][at]
 
 
 def kept_blocks(chain: Chain) -> int:
@@ -169,6 +171,6 @@ def checked(files: Files, chain: Chain, size: int) -> Iterator[ChainContent]:
 
 @contextmanager
 def glanced(files: Files, chain: Chain, size: int, clusters: Offsets) -> Iterator[ChainContent]:
-    """Open a chain to read a few clusters (ascending) without digests; `checked` must confirm any difference."""
+    """Open a chain to read a few clusters (ascending) without digests; `checked` must confirm every difference."""
     with data_file.peeked_files(files, chain) as peeked_at:
         yield ChainContent(chain, peeked_at, size, clusters)

@@ -32,7 +32,7 @@ def load(files: Files, name: str, expected: str, blocks: int) -> bytes:
     """
     path = files.path(name)
     with closing(open_file(files, name)) as file:
-        # The length is compared first: a hostile manifest may name a size that no memory holds.
+        # The length is compared first: a hostile manifest may name a size that is larger than the memory.
         fits = file.size == blocks * LENGTH
         try:
             content = bytes(file.read_at(0, file.size)) if fits else b""
@@ -48,14 +48,14 @@ _FROM_COPY = (
     "and `pybackup restore --salvage` restores what is not damaged"
 )
 _PATIENCE = 2.0
-"""Seconds to wait for another thread's block before it is loaded again, which only costs time."""
+"""Seconds to wait until another thread has loaded a block; after that the block is loaded twice, at no risk."""
 CACHED = 16
 """Default number of blocks in a cache."""
 
 
 class BlockCache:
     """
-    Caches the most recent verified blocks of the files that share it; several threads load a block once.
+    Caches the most recent verified blocks of the files that share the cache; several threads load a block once.
 
     Tables lie between the data, and compressed clusters cross from one block to the next, so that successive reads need
     the same blocks.  `capacity` (blocks) limits the memory for a chain of any length.
@@ -105,13 +105,14 @@ class CheckedFile:
     """
     A data file of which every byte is verified against its digest before use.  Safe to use from several threads.
 
-    With `once`, nothing is read again soon, so that no cache need keep it.  Without `whole`, a file of another length
-    is opened as well, and `digests` may be empty: then each block counts as damaged.
+    `size` is the length of the file in bytes that its manifest names, and `digests` the content of its digest file.
+    With `once`, no block is read again soon, so the system's cache needs to keep none.  Without `whole`, a file of
+    another length is opened as well, and `digests` may be empty: then each block counts as damaged.
 
     Raises
     ------
     NotFound, Damaged
-        The file is missing, or its length is not what its manifest says.
+        The file is missing, or has another length than its manifest names.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class CheckedFile:
         actual = self._file.size
         if whole and actual != size:
             self.close()
-            raise Damaged(f"{self.path} has {actual} bytes where its manifest says {size}", hint=_FROM_COPY)
+            raise Damaged(f"{self.path} has {actual} bytes, and its manifest says {size}", hint=_FROM_COPY)
 
     @property
     def blocks(self) -> int:
@@ -169,7 +170,7 @@ class CheckedFile:
         Raises
         ------
         Damaged
-            The storage fails, or the file ends before.
+            The storage fails, or the file is too short.
         """
         try:
             content = bytes(self._file.read_at(offset, length))

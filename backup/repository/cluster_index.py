@@ -26,7 +26,7 @@ NOBODY = -1
 """The holder of a cluster that no file of the chain holds: the cluster reads as zero."""
 
 _NEAR_TABLES = 4
-"""Gaps of up to this many missing L2 tables are walked through: that is faster than a walk for each side."""
+"""Gaps of up to this many missing L2 tables are read through: one longer read is faster than two short ones."""
 
 ZERO = 1
 """The code of a cluster that reads as zeroes; higher codes are data (see backup.qcow2)."""
@@ -81,7 +81,8 @@ class Index:
         """
         Return the same as `resolve` for a few clusters (ascending) that are scattered over the disk.
 
-        Each link is asked once for all clusters that it may hold: a chain may have many more links than clusters asked.
+        Each link is searched once for all clusters that it may hold: a chain may have far more links than there are
+        clusters.
         """
         holders = np.full(len(clusters), NOBODY, dtype=np.int16)
         found = np.zeros(len(clusters), dtype=np.uint64)
@@ -114,7 +115,7 @@ class Index:
         """
         Find the allocated clusters of each link, among `count` clusters from `first`, that no newer link hides.
 
-        Yields a link's number, the clusters counted from `first`, their entries and their codes; a link several times.
+        Yields a link's number, the clusters counted from `first`, their entries and their codes; a link may come again.
         """
         hidden = np.zeros(count, dtype=np.bool_)
         tables = slice(first // self._per_table, -(-(first + count) // self._per_table))

@@ -1,6 +1,4 @@
-"""
-Open data files, and verify that they are what their manifests describe.
-"""
+"""Open data files, and verify that they are what their manifests describe."""
 
 from __future__ import annotations
 
@@ -42,9 +40,7 @@ class OpenDataFile:
 
 
 class PeekedDataFile:
-    """
-    A data file that is open for reading without digests: for planning, and for comparing a few clusters.
-    """
+    """A data file that is open for reading without digests: for planning, and for comparing a few clusters."""
 
     def __init__(self, files: Files, entry: DiskEntry) -> None:
         data = entry.data
@@ -52,9 +48,7 @@ class PeekedDataFile:
         self._file = open_file(files, data.file)
         try:
             if self._file.size != data.size:
-                raise Damaged(
-                    f"{path} has {self._file.size} bytes where its manifest says {data.size}", hint=_FROM_COPY
-                )
+                raise Damaged(f"{path} has {self._file.size} bytes, and its manifest says {data.size}", hint=_FROM_COPY)
             if not files.has(data.digests):
                 raise Damaged(f"{files.path(data.digests)} is missing", hint=_FROM_COPY)
             self.reader = qcow2.Reader(self.read_at, data.size, path)
@@ -97,7 +91,7 @@ def peeked_files(files: Files, chain: Chain, *, whole: bool = True) -> Iterator[
     """
     Open all data files of a chain, newest first; their existence, sizes and heads are verified, not their content.
 
-    Without `whole`, the chain may be a part of one, whose last link is no full.
+    Without `whole`, `chain` may be a part of a chain, whose last link is not a full.
     """
     with ExitStack() as stack:
         peeked_at = [stack.enter_context(closing(PeekedDataFile(files, link.entry))) for link in chain.links]
@@ -108,7 +102,7 @@ def peeked_files(files: Files, chain: Chain, *, whole: bool = True) -> Iterator[
 
 @contextmanager
 def peeked(files: Files, chain: Chain, *, whole: bool = True) -> Iterator[Index]:
-    """Open the tables of a chain for planning, as `peeked_files`."""
+    """Open the tables of a chain for planning, as `peeked_files`; yield the index of its clusters."""
     with peeked_files(files, chain, whole=whole) as peeked_at:
         yield Index(chain, [file.reader for file in peeked_at])
 
@@ -116,7 +110,7 @@ def peeked(files: Files, chain: Chain, *, whole: bool = True) -> Iterator[Index]
 @contextmanager
 def hold(files: Files, chain: Chain) -> Iterator[bool]:
     """
-    Hold a chain's files, so that prune leaves them; yields False if the storage has no locks.
+    Hold a chain's files, so that prune keeps them; yields False if the storage has no locks.
 
     The files are verified as by `peeked_files`.  A prune may have changed them just before, so the caller reads the
     manifests again.  The digest files are held, because QEMU does not open them: on NFS an flock is one of fcntl's

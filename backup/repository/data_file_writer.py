@@ -35,7 +35,7 @@ class PartFile:
             raise _cannot_write(self.path, error) from None
 
     def put(self, number: int, data: bytes | bytearray | memoryview, known: bytes | None = None) -> None:
-        """Write part `number` (digests.BLOCK bytes, the last may be short); `known` is its digest, if known."""
+        """Write part `number` (digests.BLOCK bytes; the last may be shorter); `known` is its digest, if known."""
         block_digest = digests.digest(data) if known is None else known
         with self._lock:
             self._digests[number] = block_digest
@@ -116,7 +116,7 @@ class DataFileMaker:
         self._writer.zero(first_cluster, count)
 
     def completed_below(self, cluster: int) -> None:
-        """Note that no cluster below this one is written any more."""
+        """Promise that no cluster below this one will be written; their tables can leave memory."""
         self._writer.completed_below(cluster)
 
     def finish(self, compression: str) -> DataFile:

@@ -16,7 +16,7 @@ from backup.storage.base import NO_FILES, TEMPORARY, Listing, Storage
 from backup.storage.refusals import explained, opening
 
 ATTEMPTS = 50
-"""How often a reader starts again while a prune changes what it reads; each step of a prune takes some fsyncs."""
+"""How often a reader starts again while a prune changes the manifests; a step of a prune takes several fsyncs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Contents:
     """
     The manifests of a machine.
 
-    Two contents are equal if their readable manifests are equal; an error equals no other error.
+    Two contents are equal if their readable manifests are equal.  Errors are not compared.
 
     Attributes
     ----------
@@ -33,7 +33,7 @@ class Contents:
     damaged : mapping
         The errors of the others, by file name.
     exchanged : frozenset
-        The names of all files of replacements that are not complete; they are no leftovers.
+        The names of all files of replacements that are not complete.  These files are not leftovers.
     """
 
     manifests: Mapping[str, Manifest]
@@ -63,7 +63,7 @@ class Machine:
         Raises
         ------
         Damaged, UsageError, Failed
-            Something else has the folder's name; see `Files.exists`.
+            The name is not that of the machine's folder; see `Files.exists`.
         """
         return self.files.exists()
 
@@ -128,12 +128,12 @@ class Machine:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """
-        Hold the machine's lock; the machine's folder is made when it is missing.
+        Hold the machine's lock; a missing folder of the machine is made.
 
         Raises
         ------
         Locked
-            Another run holds it.
+            Another run holds the lock.
         """
         with self.files.lock():
             yield
@@ -145,7 +145,7 @@ class Machine:
         Raises
         ------
         Locked
-            A run has it.
+            A run has the lock.
         """
         self.files.require_unlocked()
 
@@ -171,10 +171,10 @@ class Machine:
         """
         Keep readers from files of these disks while the block removes or replaces the files.
 
-        Yields None, or the reason, as `points_in_use`, why the files must stay.  A reader either held the files before,
-        and is the reason, or gets them afterwards, and sees from the manifests what changed.
+        Yields None, or the reason why the files must stay (as `points_in_use`).  A reader that held the files before is
+        such a reason; a reader that comes later sees from the manifests what has changed.
         """
-        # The digest file comes first: then no reader starts a QEMU, which a lock on the data file might disturb.
+        # The digest file is locked first, so that no reader starts a QEMU, which a lock on a data file may disturb.
         names = [name for disk in disks for name in (disk.data.digests, disk.data.file)]
         with self._alone(names) as why_not:
             yield why_not
@@ -219,7 +219,7 @@ class Machine:
         Raises
         ------
         Damaged
-            No higher sequence is possible; no number of backups can lead there.
+            No higher sequence is possible.  Backups alone never reach the highest: a manifest was forged.
         """
         highest = max((point.sequence for point in contents.manifests.values()), default=0)
         highest = max(highest, self._highest_removed())
@@ -235,7 +235,7 @@ class Machine:
         """
         Store the sequence of the newest point, which is removed next, so that no later point gets it again.
 
-        A second place may still hold the removed point, and a later point must be the latest there.
+        A copy of the repository may still hold the removed point, and a later point must count as newer there.
         """
         with explained(self.files.location):
             self.files.publish(SEQUENCE, f"{sequence}\n".encode())
@@ -287,7 +287,7 @@ class Machine:
         Raises
         ------
         Failed
-            The manifest cannot be written; the point has either the former or the new one.
+            The manifest cannot be written; the point has either the previous or the new one.
         """
         name = manifest_name(manifest.point)
         content = manifests.encode(manifest)

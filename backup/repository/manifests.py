@@ -30,10 +30,10 @@ def as_stored(files: Files, manifest: Manifest) -> Manifest:
 
 def is_exchanged(files: Files, disk: DiskEntry) -> bool:
     """
-    Tell whether the rewritten data file has taken the former one's name.
+    Tell whether the rewritten data file has replaced the previous one.
 
-    The backing file in the header tells, because it differs between the two.  If the file cannot be read, the answer is
-    whether the rewritten file no longer waits; readers then find what is wrong.
+    The two files name different backing files in their headers, so the header shows which of them has the name.  If the
+    file cannot be read, a missing pending file (.new) means that the replacement is done; readers then find the fault.
     """
     from backup import qcow2  # noqa: PLC0415 - brings numpy, which a list of points need not import
 
@@ -75,9 +75,7 @@ def read_manifest_whole(files: Files, name: str) -> tuple[Manifest, bytes]:
     try:
         content = files.read(name, documents.MAX_BYTES)
     except (FileNotFoundError, NotADirectoryError):
-        raise NotFound(
-            f"there is no manifest {path}", hint="see `pybackup list` for the points that there are"
-        ) from None
+        raise NotFound(f"there is no manifest {path}", hint="`pybackup list` shows the points") from None
     except OSError as error:
         if error.errno in NOT_DAMAGE:
             raise Failed(
@@ -85,7 +83,7 @@ def read_manifest_whole(files: Files, name: str) -> tuple[Manifest, bytes]:
             ) from None
         raise Damaged(
             f"manifest {path} cannot be read: {error.strerror}",
-            hint="a manifest is a plain file, no link, folder or pipe; bring it back from a copy of the repository",
+            hint="a manifest is a plain file, not a link, folder or pipe; bring it back from a copy of the repository",
         ) from None
     manifest = manifests.decode(content, path)
     if name != f"{manifest.point}.json":

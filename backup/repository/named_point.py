@@ -1,6 +1,4 @@
-"""
-Find the point of a machine that a text names: the newest one, one by its id or a part of it, or one by a day.
-"""
+"""Find the point of a machine that a text names: the newest, one by its id or a part of the id, or one by a day."""
 
 from __future__ import annotations
 
@@ -39,19 +37,19 @@ def pick(machine: str, contents: Contents, text: str) -> Manifest:
     if _DAY.fullmatch(text):
         return _newest(machine, contents, _end_of(text))
     ids = [*contents.manifests, *(name.removesuffix(".json") for name in contents.damaged)]
-    found = matching(ids, text)
-    if not found:
+    fitting = matching(ids, text)
+    if not fitting:
         raise NotFound(f"machine {machine} has no point {text}", hint=f"see: `pybackup list {machine}`")
-    if len(found) > 1:
-        raise ambiguous(text, found)
-    damaged = contents.damaged.get(f"{found[0]}.json")
+    if len(fitting) > 1:
+        raise ambiguous(text, fitting)
+    damaged = contents.damaged.get(f"{fitting[0]}.json")
     if damaged is not None:
         raise damaged
-    return contents.manifests[found[0]]
+    return contents.manifests[fitting[0]]
 
 
 def matching(points: Iterable[str], text: str) -> list[str]:
-    """Return the point id that is `text`, or else those that begin or end with it."""
+    """Return the point id that equals `text`, or else all ids that begin or end with `text`."""
     ids = sorted(point for point in points if is_point_id(point))
     if text in ids:
         return [text]
@@ -72,17 +70,17 @@ def ambiguous(text: str, found: list[str]) -> UsageError:
 def _newest(machine: str, contents: Contents, end: datetime | None) -> Manifest:
     """Return the newest point (by sequence) of those that began before `end`, or of all if `end` is None."""
     some = [point for point in contents.manifests.values() if end is None or moment_of(point.started) < end]
-    found = chains.newest_manifest(some)
+    newest = chains.newest_manifest(some)
     for name, error in contents.damaged.items():
-        # The damaged one may have the highest sequence; an older point must not pass for the newest.
-        if end is None or (_in_id(name) < end and (found is None or name > f"{found.point}.json")):
+        # The damaged manifest may have the highest sequence; an older point must not pass for the newest.
+        if end is None or (_in_id(name) < end and (newest is None or name > f"{newest.point}.json")):
             raise Damaged(
                 f"machine {machine} has a manifest that cannot be read, which may be "
                 f"{'its latest point' if end is None else 'the point that is meant'}: {error.message}",
                 hint=f"name a point: `pybackup list {machine}`",
             )
-    if found is not None:
-        return found
+    if newest is not None:
+        return newest
     if end is None or not contents.manifests:
         raise NotFound(f"machine {machine} has no point", hint=f"see: `pybackup list {machine}`")
     oldest = min(contents.manifests.values(), key=lambda point: point.sequence)
@@ -93,7 +91,7 @@ def _newest(machine: str, contents: Contents, end: datetime | None) -> Manifest:
 
 
 def _in_id(name: str) -> datetime:
-    """Return the time in a point's id: nothing else tells when a damaged manifest was made."""
+    """Return the time in a point's id, the only evidence of when a damaged manifest was made."""
     try:
         return datetime.strptime(f"{name[:15]}+0000", "%Y%m%dT%H%M%S%z")
     except ValueError:

@@ -1,9 +1,9 @@
 """
-Readers and prune: open what a reader needs, and start again where a prune changed it meanwhile.
+Open what a reader needs, and start again if a prune has changed the files meanwhile.
 
 A reader takes no lock of a machine.  It reads the manifests, opens the files that they name, and reads the manifests a
-second time.  Where they are as before, what it opened belongs together, and a failure is real.  Where they changed, a
-prune has replaced or removed files in between, and the reader starts again.
+second time.  If the manifests are unchanged, the opened files belong together, and a failure is real.  If the manifests
+have changed, a prune has replaced or removed files in between, and the reader starts again.
 
 Every command that reads a chain goes through this module, with one number of attempts and one error.
 """
@@ -29,14 +29,14 @@ def open_unchanged(
     what: str, read: Callable[[], _Facts], open_files: Callable[[_Facts], AbstractContextManager[_Opened]]
 ) -> Iterator[tuple[_Facts, _Opened]]:
     """
-    Open files for what `read` returns, so that `read` returns the same afterwards.
+    Open files for what `read` returns, and make sure that `read` returns the same afterwards.
 
     Parameters
     ----------
     what : str
         The thing that is opened, for the error message.
     read : callable
-        Reads the manifests; two results are equal where no prune changed anything in between.
+        Reads the manifests; two results are equal if no prune has changed anything in between.
     open_files : callable
         Opens the files; they stay open until the block ends.
 
@@ -92,8 +92,8 @@ def examine(
     """
     Return what `look` finds in a machine's contents, without the machine's lock.
 
-    Where `look` fails, or its result is `doubtful`, and a prune changed the manifests meanwhile, `look` is called again
-    with the new contents: damage counts only where nothing changed.
+    If `look` fails or its result is `doubtful`, and a prune has changed the manifests meanwhile, `look` is called again
+    with the new contents: damage counts only if nothing has changed.
 
     Raises
     ------
@@ -121,7 +121,7 @@ def examine(
 
 
 class KeptChanging(Failed):
-    """A prune changed what a reader opens at each attempt."""
+    """At each attempt of a reader, a prune changed the files that the reader opened."""
 
     def __init__(self, what: str) -> None:
         super().__init__(

@@ -3,14 +3,16 @@ Replace a data file by a rewritten one, so that the chain is whole at every inst
 
     1  DISK.POINT.qcow2.new and its own digest file are written; both are durable, and so are their names
     2  the manifest is published that lists both files (`DiskEntry.replaces`)
-    3  the new file takes the former one's name
+    3  the new file takes the name of the existing file
     4  the manifest is published that lists the new file only
-    5  the former digest file is removed
+    5  the digest file of the replaced file is removed
 
-Each step is durable before the next.  Between steps 2 and 4, readers tell from the file's backing name which entry
-holds (`manifests.as_stored`).  Both chains are whole, because the points that the former file builds on are removed
-only afterwards.  If a run is killed, the next run completes the replacement if the waiting file has all its digests;
-else, or if a reader holds the former file, it takes the replacement back.
+Each step is durable before the next.  Between steps 2 and 4, readers find out from the file's backing name which entry
+is right (`manifests.as_stored`).  Both chains are whole, because the points that the replaced file builds on are
+removed only afterwards.
+
+If a run is killed, the next run completes the replacement, provided that the pending file matches all its digests and
+no reader holds the existing file.  Otherwise the next run rolls the replacement back.
 """
 
 from __future__ import annotations
@@ -33,10 +35,10 @@ _log = logging.getLogger(__name__)
 
 def exchange(machine: Machine, manifest: Manifest, entry: DiskEntry) -> Manifest:
     """
-    Replace a disk's data file by the waiting one that `entry` describes.  The caller holds the lock.
+    Replace a disk's data file with the pending file that `entry` describes.  The caller holds the lock.
 
-    `manifest` is the point's, and no reader uses its file (`Machine.unused`).  The waiting file and its digest file are
-    already durable.
+    `manifest` is the manifest of the point, and no reader uses the existing file (`Machine.unused`).  The pending file
+    and its digest file are already durable.
 
     Returns
     -------
@@ -46,7 +48,7 @@ def exchange(machine: Machine, manifest: Manifest, entry: DiskEntry) -> Manifest
     Raises
     ------
     Failed
-        The storage is full or fails; `settle` completes the replacement or takes it back.
+        The storage is full or fails; `settle` completes the replacement or rolls it back.
     """
     former = manifest.disk(entry.name)
     assert former is not None
@@ -65,7 +67,7 @@ def exchange(machine: Machine, manifest: Manifest, entry: DiskEntry) -> Manifest
 
 def settle(machine: Machine) -> Contents:
     """
-    Complete or take back the replacements of a run that was killed, and remove its other leftovers.
+    Complete or roll back the replacements of a run that was killed, and remove the other leftovers of the run.
 
     The caller holds the lock.
 
@@ -97,17 +99,17 @@ def _settle(machine: Machine, manifest: Manifest) -> None:
 
 
 def _settled(machine: Machine, disk: DiskEntry) -> DiskEntry:
-    """Complete the replacement of a disk's file that was cut off, or take it back; return the entry that holds."""
+    """Complete the interrupted replacement of a disk's file, or roll it back; return the entry that is right."""
     name = disk.data.file
     if not is_exchanged(machine.files, disk) and not (_waits(machine, disk) and _take_place(machine, disk)):
-        _log.info("%s: took back the replacement of %s, which was cut off", machine.name, name)
+        _log.info("%s: rolled back the interrupted replacement of %s", machine.name, name)
         return disk.restored()
-    _log.info("%s: completed the replacement of %s, which was cut off", machine.name, name)
+    _log.info("%s: completed the interrupted replacement of %s", machine.name, name)
     return replace(disk, replaces=None)
 
 
 def _take_place(machine: Machine, disk: DiskEntry) -> bool:
-    """Let the waiting file take the former one's name, unless a reader holds that; return whether it did."""
+    """Let the pending file replace the existing one, unless a reader holds that; return whether it did."""
     with machine.unused(disk.restored()) as why_not, explained(machine.files.location):
         if why_not is None:
             machine.files.take_name(disk.data.file + NEW, disk.data.file)
@@ -115,7 +117,7 @@ def _take_place(machine: Machine, disk: DiskEntry) -> bool:
 
 
 def _waits(machine: Machine, disk: DiskEntry) -> bool:
-    """Tell whether the waiting file exists and matches all its digests."""
+    """Tell whether the pending file exists and matches all its digests."""
     data = disk.data
     try:
         listed = checked_file.load(machine.files, data.digests, data.digest, digests.block_count(data.size))

@@ -6,10 +6,10 @@ The order in which a point is written (FORMAT.md, "Order of writing"); breaking 
 1. every data file and digest file is written and durable,
 2. a barrier makes their names durable,
 3. the manifest is published whole: from here on the point exists,
-4. a barrier makes its name durable, and the machine's folder if the machine is new.
+4. a barrier makes the manifest's name durable, and the machine's folder if the machine is new.
 
 A data file that no manifest names is a leftover of a run that was killed; readers never see it.  While prune replaces a
-data file, its manifest names both files (see `replacement`); readers get the entry of the file that has the name.
+data file, the manifest names both files (see `replacement`); readers get the entry of the file that has the name.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Repository:
         Raises
         ------
         NotFound
-            There is none.
+            There is no repository.
         Damaged, Failed
             The marker cannot be understood, or a newer program wrote it.
         """
@@ -78,7 +78,7 @@ class Repository:
     @classmethod
     def create(cls, storage: Storage, identity: str | None = None) -> Repository:
         """
-        Create a repository in a new or empty place, with `identity` or a random id.  Only `pybackup init` does.
+        Create a repository in a new or empty place, with `identity` or a random id.  Only `pybackup init` calls this.
 
         Raises
         ------
@@ -120,7 +120,7 @@ class Repository:
         return Machine(self.storage, check_name("machine", name))
 
     def ownership(self, machine: str | None) -> Ownership:
-        """Return what tells this repository's bitmaps from others; `machine` is the one whose lock is held, or None."""
+        """Return the `Ownership` of this repository; `machine` is the one whose lock is held, or None."""
         return Ownership(self, machine)
 
 
@@ -179,7 +179,7 @@ _MARKER_HINT = 'bring it back from a copy; every manifest beside it names the id
 @dataclass(frozen=True, slots=True)
 class Ownership:
     """
-    Tells which bitmaps and nodes in a running QEMU belong to this repository, and whether a run still needs them.
+    Decides which bitmaps and nodes in a running QEMU belong to this repository, and whether a run still needs them.
 
     `machine` is the machine whose lock is held, or None.
     """

@@ -119,7 +119,10 @@ class SalvagedFile:
             listed = _listed(files, data)
             self._file = CheckedFile(files, data.file, data.size, listed, cache, whole=False)
             self._reader = self._read_head()
-        except (Damaged, NotFound) as error:  # others say nothing about the file: no rights, too many open files
+        except (
+            Damaged,
+            NotFound,
+        ) as error:  # other errors (no permission, too many open files) say nothing about the file
             self.why = error.message
 
     @property
@@ -135,7 +138,7 @@ class SalvagedFile:
         return np.ones(max(1, -(-self.entry.size // (cluster * (cluster // 8)))), np.bool_)
 
     def allocated(self, first: int, count: int) -> tuple[Offsets, U64]:
-        """Return clusters, counted from `first`, with entries other than 0, and the entries: UNKNOWN if not proven."""
+        """Return the clusters (from `first`) with entries other than 0, and the entries; UNKNOWN if not proven."""
         if self._reader is None:
             return _unknown(0, count)
         try:
@@ -167,8 +170,8 @@ class SalvagedFile:
         """
         Read a stored cluster into `cluster`; `codec` decodes a compressed one, None means uncompressed.
 
-        Returns None if the content is proven, else what `cluster` was filled with, and why.  Safe to use from several
-        threads.
+        Returns None if the content is proven; else what `cluster` was filled with (see `Lost.content`), and why.  Safe
+        to use from several threads.
         """
         assert self._file is not None
         try:
@@ -201,7 +204,7 @@ class SalvagedFile:
         """
         Read the head and all tables without digests, and accept them if they account for the whole file.
 
-        They do if the head says what the manifest says, each host cluster is referred to exactly as often as the
+        They do if the head agrees with the manifest, each host cluster is referred to exactly as often as the
         refcounts say, and an incremental has as many zero clusters as its manifest counts.  Then no entry of stored
         data was lost, gained or changed.  (The counts of a merged point describe how the disk was read, not the file.)
         """
@@ -363,7 +366,7 @@ class _Builder:
         return self._files[-1]
 
     def _by_manifest(self, child: Link, wanted: Parent) -> tuple[Link | None, str]:
-        """Return the parent, or None and why its manifest does not tell."""
+        """Return the parent; or None, and why the parent's manifest cannot be used."""
         manifests = self._contents.manifests
         if wanted.identity or wanted.point not in manifests:
             try:
@@ -458,11 +461,11 @@ def drop_unknown(
 
 
 def loss(machine: str, lost: Sequence[tuple[str, Lost]]) -> Damaged | None:
-    """Return the error for what a salvage could not bring back of a machine's disks, or None."""
+    """Return the error that reports `lost` ranges of a machine's disks (disk name, range); None if none are lost."""
     if not lost:
         return None
-    total = sum(each.length for _, each in lost)
-    first = ", ".join(f"{disk} {each.start} to {each.start + each.length}" for disk, each in lost[:_SHOWN])
+    total = sum(part.length for _, part in lost)
+    first = ", ".join(f"{disk} {part.start} to {part.start + part.length}" for disk, part in lost[:_SHOWN])
     rest = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
     return Damaged(
         f"{total} bytes of machine {machine} could not be proven: bytes of disk {first}{rest}",
@@ -471,9 +474,7 @@ def loss(machine: str, lost: Sequence[tuple[str, Lost]]) -> Damaged | None:
 
 
 def located(error: Damaged, machine: Machine, point: str, disk: str) -> Damaged:
-    """
-    Return the error with the ranges of a point's disk that the damage puts in doubt, if these can be told.
-    """
+    """Return the error with the ranges of a point's disk that the damage puts in doubt, if these can be found."""
     if not isinstance(error, DamagedBlock) or error.ranges:
         return error
     try:
@@ -491,9 +492,7 @@ def located(error: Damaged, machine: Machine, point: str, disk: str) -> Damaged:
 def located_in_file(
     files: Files, entry: DiskEntry, parent: DiskEntry | None, errors: Sequence[BackupError]
 ) -> BackupError:
-    """
-    Return the first error of a data file, with the ranges of the disk that all its damaged blocks hold.
-    """
+    """Return the first error of a data file, with the ranges of the disk that all its damaged blocks hold."""
     first = errors[0]
     blocks = sorted({(error.start, error.end) for error in errors if isinstance(error, DamagedBlock)})
     if not isinstance(first, DamagedBlock):
@@ -538,7 +537,7 @@ def with_ranges(error: DamagedBlock, ranges: Sequence[tuple[int, int]], more: st
     else:
         some = ", ".join(f"{low} to {high}" for low, high in ranges[:_SHOWN])
         rest = f" and {len(ranges) - _SHOWN} more ranges" if len(ranges) > _SHOWN else ""
-        where = f"; of the disk that affects bytes {some}{rest}"
+        where = f"; affected bytes of the disk: {some}{rest}"
     found = DamagedBlock(error.path, error.start, error.end, message=f"{error.message}{more}{where}", hint=error.hint)
     found.ranges = tuple(ranges)
     return found

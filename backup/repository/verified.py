@@ -1,8 +1,8 @@
 """
 The records of `verify`: when each data file of a machine was last read whole, and with what result (FORMAT.md).
 
-They lie in the machine's folder, for convenience only.  If a record is lost, damaged, or about a file that has another
-digest by now, the file is verified again, and nothing else is lost.
+The records are a file in the machine's folder, and only save work.  If a record is lost or damaged, or the data file
+has another digest by now, the data file is verified again, and nothing else is lost.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def remember(machine: Machine, added: Memory, present: Collection[str] | None) -
     Returns
     -------
     str or None
-        Why that was not possible (a read-only repository, a full disk), or None.
+        Why the records could not be written (a read-only repository, a full disk), or None.
     """
 
     def merged() -> bytes:
@@ -125,7 +125,7 @@ def encode(memory: Memory) -> bytes:
 
 def decode(content: bytes) -> Memory:
     """
-    Read what `encode` returned; anything else holds no records.
+    Read the records that `encode` returned; return none if the content is anything else.
 
     The digest is verified before anything is parsed, and each line is parsed on its own, so that little memory is
     needed.

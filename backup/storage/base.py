@@ -1,10 +1,10 @@
 """
-Where a repository's files lie: the protocols that each kind of storage implements.
+The protocols that each kind of storage implements: how a repository's files are listed, read, written and locked.
 
 A storage holds folders of files, one level deep: the repository's own files in the folder "", and the files of each
 machine in a folder with the machine's name.  A file name is a plain string of the repository's layout (FORMAT.md), and
-no path.  `folder` keeps the files in a folder of this host, `memory` keeps them in memory.  Both pass the tests in
-tests/storage/test_storage.py; so must any other kind.
+not a path.  `folder` keeps the files in a folder of this host, `memory` keeps them in memory.  Every kind of storage
+must pass the tests in tests/storage/test_storage.py.
 
 Errors
 ------
@@ -31,10 +31,10 @@ from typing import Protocol
 from backup.errors import Failed
 
 TEMPORARY = ".tmp"
-"""What a storage may add to the name of a small file until the file is whole; a kill can leave such a file behind."""
+"""Suffix of a small file that is not whole yet; a run that is killed can leave such a file behind."""
 IN_USE = "in use"
-UNTOLD = "no telling whether it is in use"
-"""Why `Files.alone` could not take a file: a reader holds it; or the storage cannot tell (and why not)."""
+UNTOLD = "cannot determine whether it is in use"
+"""Why `Files.alone` could not lock a file: a reader holds the file; or the storage could not tell, and why not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +46,17 @@ class Stat:
 
 
 class Listing(Protocol):
-    """The names in a folder when it was listed, sorted, and what each file is."""
+    """The names in a folder at the time of the listing, sorted, with the size and the tag of each file."""
 
     def __iter__(self) -> Iterator[str]: ...
 
     def stat(self, name: str) -> Stat:
-        """Return a file's size and tag; FileNotFoundError where there is no such file."""
+        """Return a file's size and tag; raise FileNotFoundError if the file does not exist."""
 
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """A listing that was made as a whole."""
+    """A `Listing` that already has the size and the tag of every file."""
 
     files: Mapping[str, Stat]
     location: str = ""
@@ -75,10 +75,10 @@ NO_FILES = Names({})
 
 
 class RangeReader(Protocol):
-    """A file that is open for reading, from several threads; it stays what it was when its name goes."""
+    """A file that is open for reading from several threads; it stays readable when its name is removed or replaced."""
 
     size: int
-    """Bytes of the file when it was opened."""
+    """Size of the file in bytes when it was opened."""
 
     def read_at(self, offset: int, length: int) -> bytes | memoryview:
         """Return bytes [offset, offset + length), fewer where the file ends before."""
@@ -88,13 +88,13 @@ class RangeReader(Protocol):
 
 
 class PartWriter(Protocol):
-    """A new file that is written in parts of equal size, the last may be short; the parts come in any order."""
+    """A new file that is written in parts of equal size (the last may be shorter), in any order."""
 
     def put(self, number: int, data: bytes | bytearray | memoryview) -> None:
-        """Write part `number`, from any thread; part 0 comes last."""
+        """Write part `number`.  Any thread may call this; part 0 comes last."""
 
     def finish(self) -> None:
-        """Give the complete file its name; its content is durable."""
+        """Make the content of the complete file durable, and give the file its name."""
 
     def close(self) -> None:
         """Stop writing; a file that is not finished never gets its name."""
@@ -104,7 +104,7 @@ class Files(Protocol):
     """The files of one folder of a storage; the folder need not exist."""
 
     location: str
-    """The folder for people: its path or its URL."""
+    """The folder's path or URL, for messages."""
 
     def path(self, name: str) -> str:
         """Return a file's path or URL, for messages."""
@@ -112,7 +112,7 @@ class Files(Protocol):
     def local_folder(self) -> Path | None:
         """Return the folder's path, for programs that read the files themselves; None where the files are not local."""
 
-    # Looking
+    # Queries
 
     def exists(self) -> bool:
         """
@@ -121,7 +121,7 @@ class Files(Protocol):
         Raises
         ------
         Damaged, UsageError, Failed
-            Something else has the folder's name.
+            The name is not that of a folder of this machine (a link, for example).
         """
 
     def listing(self) -> Listing:
@@ -131,67 +131,67 @@ class Files(Protocol):
         """Tell whether anything has this name."""
 
     def free_bytes(self) -> int | None:
-        """Return the bytes that can still be written there; None where the storage has no limit, or does not know."""
+        """Return how many bytes can still be written to the folder; None if there is no limit, or it is unknown."""
 
     # Reading
 
     def read(self, name: str, limit: int) -> bytes:
-        """Return a small file's content, at most `limit` bytes and one."""
+        """Return a small file's content, at most `limit` + 1 bytes: the last one shows that the file is too large."""
 
     def open(self, name: str, *, once: int = 0) -> RangeReader:
         """
         Open a file for reading ranges.
 
-        With `once`, no range is longer than that many bytes and none is needed again soon, so that no cache need keep
-        it; a thread's next `read_at` may overwrite the memory that the former one returned.
+        `once` (bytes) is 0, or the length of the longest range, if no range is needed again soon.  Then no cache needs
+        to keep the ranges, and a thread's next `read_at` may overwrite the memory that the one before returned.
         """
 
     # Writing
 
     def create(self, name: str, part: int) -> PartWriter:
-        """Create a file in parts of `part` bytes; until it is finished, it does not have its name."""
+        """Create a file in parts of `part` bytes; the file gets its name only when it is finished."""
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a new file that nothing refers to yet; after a kill, a part of it may be there."""
+        """Write a new file.  A kill may leave a part of the file behind, so nothing may refer to it yet."""
 
     def publish(self, name: str, content: bytes, *, replace: bool = False) -> None:
         """
-        Write a small file, durable, that has its name whole or not at all.
+        Write a small file, durable; the file appears under its name whole or not at all.
 
-        With `replace`, a file has the name already: it is replaced at once, and the new one gets its permissions.
+        With `replace`, the file replaces an existing one in one step, and takes over its permissions.
         """
 
     def publish_first(self, name: str, content: bytes) -> None:
-        """Publish a file unless another process was faster: FileExistsError then."""
+        """Publish a file; raise FileExistsError if the name exists, because another process was faster, for example."""
 
     def update(self, name: str, change: Callable[[], bytes]) -> None:
-        """Replace a small file, durable, by what `change` returns; concurrent updates wait for each other."""
+        """Replace a small file, durable, with what `change` returns; concurrent updates wait for each other."""
 
     def take_name(self, waiting: str, name: str) -> None:
-        """Let a file take the name of another, at once and durable; the other is gone then."""
+        """Rename the file `waiting` to `name`, durable, in one step; a file that had the name is gone then."""
 
     def remove(self, name: str) -> None:
         """Remove a file."""
 
     def discard(self, name: str) -> None:
-        """Remove a file, and what `create` left of it unfinished; no error where neither exists."""
+        """Remove a file and its unfinished parts (`create`); no error if neither exists."""
 
     def barrier(self) -> None:
-        """Make all names and removals in the folder durable before anything that is done afterwards."""
+        """Make all new names and all removals in the folder durable, before anything else is done."""
 
     def remove_folder(self) -> list[str]:
-        """Remove the folder and its lock, unless it holds other files: return their names then."""
+        """Remove the folder and its lock.  If the folder holds other files, remove nothing and return their names."""
 
     # Locks; each ends with the block, or with the process that took it
 
     def lock(self) -> AbstractContextManager[None]:
         """
-        Take the writer's exclusive lock, and make the folder where it is missing.
+        Take the writer's exclusive lock of the folder; a missing folder is made.
 
         Raises
         ------
         Locked
-            Another process has it.
+            Another process has the lock.
         """
 
     def require_unlocked(self) -> None:
@@ -201,24 +201,24 @@ class Files(Protocol):
         Raises
         ------
         Locked
-            A process has it.
+            A process has the lock.
         """
 
     def hold(self, names: Sequence[str]) -> AbstractContextManager[bool]:
-        """Hold files as a reader; yields False where the storage has no locks.  A file that is missing is an error."""
+        """Hold files as a reader; a missing file is an error.  Yields False if the storage has no locks."""
 
     def alone(self, names: Sequence[str]) -> AbstractContextManager[str | None]:
-        """Keep readers from files, those that exist; yields why that was not possible: IN_USE, or UNTOLD and why."""
+        """Keep readers from those files that exist.  Yields None, or why not: IN_USE, or UNTOLD with a reason."""
 
 
 class Storage(Protocol):
     """A place for one repository."""
 
     location: str
-    """The place for people: its path or its URL."""
+    """The path or URL of the place, for messages."""
 
     def is_same_place(self, other: Storage) -> bool:
-        """Tell whether two storages are one place."""
+        """Tell whether another storage is the same place."""
 
     def machines(self) -> list[str]:
         """Return the names of the folders, in any order."""
@@ -233,7 +233,7 @@ class Storage(Protocol):
         Raises
         ------
         UsageError
-            It does.
+            The place lies within another repository.
         """
 
     def occupants(self) -> list[str]:
@@ -247,12 +247,12 @@ class Storage(Protocol):
         """
 
     def new(self) -> AbstractContextManager[None]:
-        """Make the place where it does not exist; it is durable when the block ends."""
+        """Make the place if it does not exist, and make it durable when the block ends."""
 
 
 def require_local_folder(files: Files) -> Path:
     """
-    Return the folder of files that another program is to read.
+    Return the local folder of files, for another program that reads them.
 
     Raises
     ------
@@ -262,7 +262,7 @@ def require_local_folder(files: Files) -> Path:
     folder = files.local_folder()
     if folder is None:
         raise Failed(
-            f"{files.location} is no folder of this host, and QEMU reads a point's files from a folder only",
+            f"{files.location} is not a folder of this host, and QEMU can read a point's files only from a folder",
             hint="copy the point to a repository in a folder first (`pybackup copy`), and use it there",
         )
     return folder

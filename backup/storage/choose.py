@@ -1,4 +1,4 @@
-"""The storage that a repository's location names."""
+"""Choose the kind of storage for a repository's location; there is one kind so far, a folder."""
 
 from __future__ import annotations
 

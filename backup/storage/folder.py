@@ -24,7 +24,7 @@ from backup.storage.refusals import explained
 LOCK = "lock"
 """Name of the file whose flock is the writer's lock."""
 _LOCK_ATTEMPTS = 20
-"""How often the lock is taken again because its file lost its name meanwhile."""
+"""How often the lock is taken again because another run removed the lock's file meanwhile."""
 NO_LINKS = (
     "nothing was changed; move the real folder into the repository, or mount it there if it has its own disk "
     "(mount --bind)"
@@ -33,7 +33,7 @@ NO_LINKS = (
 
 @dataclass(frozen=True, slots=True)
 class Modes:
-    """Permissions of new files and folders: a backup holds everything that the machine held."""
+    """Permissions of new files and folders.  The default is the owner only: a backup holds all data of a machine."""
 
     file: int = 0o600
     folder: int = 0o700
@@ -52,7 +52,7 @@ class FolderStorage:
         return isinstance(other, FolderStorage) and os.path.realpath(self.folder) == os.path.realpath(other.folder)
 
     def machines(self) -> list[str]:
-        """Return the names of the folders; a link that leads in a circle is none, and hides none."""
+        """Return the names of the folders; an entry that cannot be examined (a circle of links) is left out."""
         with os.scandir(self.folder) as entries:
             return [entry.name for entry in entries if _is_folder(entry)]
 
@@ -67,7 +67,7 @@ class FolderStorage:
         Raises
         ------
         UsageError
-            It does.
+            The folder lies within another repository.
         """
         for folder in Path(os.path.realpath(self.folder)).parents:
             if os.path.lexists(folder / MARKER):
@@ -82,13 +82,13 @@ class FolderStorage:
         Raises
         ------
         UsageError
-            Something else than a folder has the name.
+            The name is not that of a folder.
         """
         if not os.path.lexists(self.folder):
             return []
         if not self.folder.is_dir():
             raise UsageError(
-                f"{self.folder} is no folder",
+                f"{self.folder} is not a folder",
                 hint="name a new or empty folder; pybackup mixes its files with no others",
             )
         return sorted(name for name in os.listdir(self.folder) if name != "lost+found")
@@ -96,14 +96,14 @@ class FolderStorage:
     @contextmanager
     def new(self) -> Iterator[None]:
         """Make the folder, and the folders that lead to it; all their names are durable when the block ends."""
-        # The folder itself counts as new where it exists: a first `init` may have been cut off before it was durable.
+        # The folder counts as new even if it exists: a first `init` may have been interrupted before it was durable.
         new = [folder for folder in self.folder.absolute().parents if not os.path.lexists(folder)]
         for folder in (*reversed(new), self.folder):
             if not os.path.lexists(folder):
                 make_folder(folder, self.modes.folder)
         yield
         for folder in (self.folder, *new):
-            with suppress(PermissionError):  # a folder of another user, which we may write to but not read
+            with suppress(PermissionError):  # a folder of another user, in which we may write but not read
                 sync_folder(folder.parent)
 
 
@@ -130,10 +130,10 @@ class FolderFiles:
         Raises
         ------
         Damaged
-            A link has its name, which would lead out of the repository.
+            The name is that of a link, which would lead out of the repository.
         UsageError
-            The folder's real name is another: the file system does not tell upper from lower case, for example.  Two
-            machines would share one folder.
+            The folder has another name: the file system ignores the case of letters, for example.  Two machines would
+            share one folder.
         Failed
             The folder cannot be examined.
         """
@@ -180,10 +180,10 @@ class FolderFiles:
 
     def read(self, name: str, limit: int) -> bytes:
         """
-        Read a plain file, at most `limit` bytes and one; never through a link, never waiting for a pipe's writer.
+        Read a plain file, but no more than `limit` + 1 bytes; never through a link, never waiting for a pipe's writer.
 
-        A run reads each manifest of a machine.  So no file object is made, and no more memory is asked for than the
-        file has: to get megabytes for a kilobyte, and give them back, takes longer than to read it.
+        Every run reads all manifests of a machine.  So no file object is made, and no more memory is requested than the
+        file needs: requesting megabytes for a kilobyte takes longer than reading the file.
         """
         fd = open_file(self._path / name, os.O_RDONLY)
         try:
@@ -214,7 +214,7 @@ class FolderFiles:
         write_whole(path, content, stat.S_IMODE(os.stat(path).st_mode) if replace else self._modes.file)
 
     def publish_first(self, name: str, content: bytes) -> None:
-        """Publish a file unless another process was faster; a link tells, as it replaces nothing."""
+        """Publish a file through a hard link, which fails if the name exists."""
         path = self._path / name
         temporary = path.with_name(f"{name}.{os.urandom(4).hex()}{TEMPORARY}")
         try:
@@ -223,7 +223,7 @@ class FolderFiles:
                 os.link(temporary, path)
             except FileExistsError:
                 raise
-            except OSError:  # a file system without links, or a run of the other's repository that tidied up
+            except OSError:  # no hard links here, or a faster process has removed the temporary file (`tidy`)
                 if os.path.lexists(path):
                     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
                 os.rename(temporary, path)
@@ -232,7 +232,7 @@ class FolderFiles:
         sync_folder(self._path)
 
     def update(self, name: str, change: Callable[[], bytes]) -> None:
-        """Write `change`'s content to the temporary file under an flock on that file, fsync and rename it."""
+        """Write what `change` returns to a temporary file, under an flock on that file; fsync and rename it."""
         temporary = self._path / f"{name}{TEMPORARY}"
         with _alone_in_update(temporary, self._modes.file) as fd:
             content = change()
@@ -253,7 +253,7 @@ class FolderFiles:
         os.unlink(self._path / name)
 
     def discard(self, name: str) -> None:
-        """Remove a file, and what is unfinished of it, where they exist."""
+        """Remove a file and its unfinished parts, if they exist."""
         for path in (_part_path(self._path / name), self._path / name):
             path.unlink(missing_ok=True)
 
@@ -262,11 +262,11 @@ class FolderFiles:
         sync_folder(self._path)
 
     def remove_folder(self) -> list[str]:
-        """Remove the lock and the folder, and fsync its parent, unless it holds other files: return their names."""
+        """Remove the lock and the folder, and fsync its parent.  If there are other files, only return their names."""
         others = sorted(name for name in os.listdir(self._path) if name != LOCK)
         if not others:
             os.unlink(self._path / LOCK)
-            with suppress(OSError):  # something came in meanwhile: it stays, and the folder with it
+            with suppress(OSError):  # a new file appeared meanwhile: the file stays, and so does the folder
                 os.rmdir(self._path)
             sync_folder(self._path.parent)
         return others
@@ -274,18 +274,18 @@ class FolderFiles:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """
-        Hold an flock on the folder's lock file; the kernel frees it when its holder dies, however it dies.
+        Hold an flock on the folder's lock file; the kernel frees the lock when the process ends, however it ends.
 
         Raises
         ------
         Locked
-            Another process holds it.
+            Another process holds the lock.
         """
         fd = self._take_lock()
-        for _ in range(_LOCK_ATTEMPTS):  # a file system may number one file differently each time
+        for _ in range(_LOCK_ATTEMPTS):  # limited: a file system may report another inode of the same file each time
             if locks.has_name(fd, self._path / LOCK):
                 break
-            os.close(fd)  # its holder removed the machine, and the lock with it
+            os.close(fd)  # the run that held the lock has removed the machine and its lock file
             fd = self._take_lock()
         try:
             yield
@@ -314,7 +314,7 @@ class FolderFiles:
         Raises
         ------
         Locked
-            A process has it.
+            A process has the lock.
         """
         with explained(self.path(LOCK)):
             try:
@@ -328,7 +328,7 @@ class FolderFiles:
 
     @contextmanager
     def hold(self, names: Sequence[str]) -> Iterator[bool]:
-        """Hold a shared flock on each file; waits for a prune that replaces one just now."""
+        """Hold a shared flock on each file; wait for a prune that is replacing one of them."""
         with ExitStack() as stack:
             yield all(self._hold(stack, name) for name in names)
 
@@ -349,7 +349,7 @@ class FolderFiles:
 
 
 class FolderListing:
-    """The names in a folder, sorted; a file's size and tag are asked for when they are needed."""
+    """The names in a folder, sorted; the size and tag of a file are read only when they are needed."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -413,7 +413,7 @@ class FilePartWriter:
 
 
 def _part_path(path: Path) -> Path:
-    """What a file is called until it is complete."""
+    """Return the path of a file until it is complete."""
     return path.with_name(path.name + UNFINISHED)
 
 
@@ -425,7 +425,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def write_whole(path: Path, content: bytes, mode: int) -> None:
-    """Write a file that appears under its name whole or not at all, and lasts: fsync, rename, fsync of the folder."""
+    """Write a file, durable, that appears under its name whole or not at all: fsync, rename, fsync of the folder."""
     temporary = path.with_name(path.name + TEMPORARY)
     try:
         write_temporary(temporary, content, mode)
@@ -437,13 +437,13 @@ def write_whole(path: Path, content: bytes, mode: int) -> None:
 
 
 def make_folder(path: Path, mode: int) -> None:
-    """Make a folder of this mode, whatever the umask; another first run may have been faster."""
+    """Make a folder of this mode, whatever the umask, unless another process has just made it."""
     path.mkdir(mode=mode, exist_ok=True)
     allow(path, mode)
 
 
 def write_temporary(path: Path, content: bytes, mode: int) -> None:
-    """Write a new file that lasts; a file that has its name already is a leftover, and is removed."""
+    """Write a new file and fsync it; an existing file of this name is a leftover, and is removed."""
     try:
         _write_new(path, content, mode)
     except FileExistsError:
@@ -460,7 +460,7 @@ def _write_new(path: Path, content: bytes, mode: int) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Make the names in a folder last: a rename without it can vanish in a power cut (trap 43)."""
+    """Fsync a folder, so that its names are durable: otherwise a power cut can undo a rename (trap 43)."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -484,7 +484,7 @@ def _alone_in_update(path: Path, mode: int) -> Iterator[int]:
                     allow(fd, mode)
                     yield fd
                 except BaseException:
-                    path.unlink(missing_ok=True)  # under the lock still: a full disk keeps no half of it
+                    path.unlink(missing_ok=True)  # still under the lock; a full disk must not keep half a file
                     raise
                 return
         finally:

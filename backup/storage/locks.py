@@ -1,4 +1,4 @@
-"""Locks on files: one writer, many readers."""
+"""Locks on the files of a folder, with flock(2): one writer, many readers."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from backup.errors import Locked
 from backup.storage.base import IN_USE, UNTOLD
 from backup.storage.plain_file import open_file
 
-_PATIENCE = 0.5
-"""Seconds to wait for a machine's lock: another machine's run may only be looking whether anybody has it."""
+_LOCK_SECONDS = 0.5
+"""Seconds to wait for a machine's lock, which another run may hold for an instant to test whether it is free."""
 
 
 @contextmanager
 def alone(paths: Sequence[Path]) -> Iterator[str | None]:
-    """Have files to ourselves until the block ends, those that there are; yields why we have not, if so."""
+    """Hold an exclusive flock on each file that exists, until the block ends.  Yields None, or why not."""
     with ExitStack() as stack:
-        found = (_why_held(path, stack) for path in paths)
-        yield next((why for why in found if why is not None), None)
+        reasons = (_why_held(path, stack) for path in paths)
+        yield next((why for why in reasons if why is not None), None)
 
 
 def _why_held(path: Path, stack: ExitStack) -> str | None:
-    """Lock a file until the stack ends; why not, where somebody else has a lock on it, or there is no telling."""
+    """Lock a file until the stack ends, and return None; or return why not: IN_USE, or UNTOLD with a reason."""
     try:
         fd = _open_to_lock(path)
     except FileNotFoundError:
@@ -40,7 +40,7 @@ def _why_held(path: Path, stack: ExitStack) -> str | None:
 
 
 def _open_to_lock(path: Path) -> int:
-    """Open a file for writing if we may: on NFS, only so it can be locked exclusively (flock(2))."""
+    """Open a file for writing if permitted: NFS allows an exclusive flock only then (flock(2))."""
     try:
         return open_file(path, os.O_RDWR)
     except OSError:
@@ -48,7 +48,7 @@ def _open_to_lock(path: Path) -> int:
 
 
 def has_name(fd: int, path: Path) -> bool:
-    """Is it this file that has the name?"""
+    """Tell whether `path` still is the name of the open file `fd`."""
     try:
         return os.path.samestat(os.fstat(fd), os.lstat(path))
     except FileNotFoundError:
@@ -56,8 +56,17 @@ def has_name(fd: int, path: Path) -> bool:
 
 
 def flock(fd: int, machine: str, *, shared: bool = False) -> None:
-    """Take a machine's lock, and say in it who has it; `shared`: only for a look, which writes nothing."""
-    until = time.monotonic() + _PATIENCE
+    """
+    Take a machine's lock, and write this process's id into the lock file.
+
+    With `shared`, the caller only tests whether the lock is free, and nothing is written.
+
+    Raises
+    ------
+    Locked
+        Another process still has the lock after half a second.
+    """
+    until = time.monotonic() + _LOCK_SECONDS
     while not _try_flock(fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
         if time.monotonic() > until:
             holder = os.pread(fd, 200, 0).decode("ascii", "replace").strip() or "an unknown process"
@@ -65,17 +74,17 @@ def flock(fd: int, machine: str, *, shared: bool = False) -> None:
                 f"machine {machine} is locked by another run ({holder})",
                 hint="wait for that run to end; the lock is freed by itself when the process ends",
             )
-        time.sleep(_PATIENCE / 20)
+        time.sleep(_LOCK_SECONDS / 20)
     if not shared:
-        with suppress(OSError):  # a full disk: the lock holds all the same, only its holder is not named
+        with suppress(OSError):  # a full disk: the lock is held all the same, but its holder is not named
             os.ftruncate(fd, 0)
             os.pwrite(fd, f"host {socket.gethostname()} pid {os.getpid()}\n".encode("ascii", "replace"), 0)
 
 
 def _try_flock(fd: int, kind: int) -> bool:
-    """Take an flock at once; False where somebody else's is in the way."""
+    """Take an flock without waiting; return False if another process's lock prevents it."""
     try:
         fcntl.flock(fd, kind | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # the latter, where the file system has fcntl's locks for it (NFS)
+    except (BlockingIOError, PermissionError):  # PermissionError from a file system that uses fcntl locks (NFS)
         return False
     return True

@@ -1,12 +1,12 @@
 """
 A storage in memory, with faults on request: for tests, and as the plainest implementation of `base`.
 
-    Memory            what the storage holds, durable or not, and who has which lock
+    Memory            what the storage holds, durable or not, and which access has which lock
     MemoryStorage     one writer's or reader's access to a Memory; a `base.Storage`
     Fault             what happens at one call: an error, or a kill after the call succeeded
 
-Several accesses to one Memory are as several processes that use one folder.  A killed access can do nothing more: each
-of its calls raises Killed, and its locks are free.  `Memory.lose_power` drops what was not durable.
+Several accesses to one Memory behave like several processes that use one folder.  After a kill, each call of the access
+raises Killed, and its locks are free.  `Memory.lose_power` drops what was not durable.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LOCK = "lock"
 
 
 class Killed(BaseException):
-    """The process was killed: no code of it that runs afterwards reaches the storage."""
+    """A simulated kill of the process: code that still runs afterwards cannot reach the storage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def no_fault(call: Call) -> None:
 
 @dataclass(eq=False, slots=True)
 class _File:
-    """A file's content; a name that is taken by another file leaves this one to its readers."""
+    """A file's content and tag; readers keep the object when another file takes its name."""
 
     content: bytearray
     tag: str
@@ -73,7 +73,7 @@ class Memory:
     Parameters
     ----------
     location : str
-        The place's name in messages.
+        The name of the place in messages.
     """
 
     def __init__(self, location: str = "memory") -> None:
@@ -88,7 +88,7 @@ class Memory:
         self.tags = itertools.count(1)
 
     def lose_power(self) -> None:
-        """Drop all names that no barrier made durable, and bring back those whose removal none did; free all locks."""
+        """Undo all new names and removals that no barrier has made durable, and free all locks."""
         with self.mutex:
             self.folders = {
                 name: _Folder(dict(folder.durable), dict(folder.durable))
@@ -145,7 +145,7 @@ class MemoryStorage:
 
     @contextmanager
     def call(self, method: str, folder: str = "", name: str = "") -> Iterator[None]:
-        """Make one call: one at a time, and with the fault that it is to have."""
+        """Run one call, with no other call at the same time, and apply its fault."""
         with self.memory.mutex:
             if self.killed:
                 raise Killed
@@ -206,7 +206,7 @@ class MemoryFiles:
             return None
 
     def read(self, name: str, limit: int) -> bytes:
-        """Return a small file's content, at most `limit` bytes and one."""
+        """Return a small file's content, but no more than `limit` + 1 bytes."""
         with self.call("read", name):
             return bytes(self._file(name).content[: limit + 1])
 
@@ -249,7 +249,7 @@ class MemoryFiles:
             self._make_durable()
 
     def update(self, name: str, change: Callable[[], bytes]) -> None:
-        """Replace a small file, durable, by what `change` returns."""
+        """Replace a small file, durable, with what `change` returns."""
         with self._storage.memory.updating:
             content = change()
             with self.call("update", name):
@@ -257,7 +257,7 @@ class MemoryFiles:
                 self._make_durable()
 
     def take_name(self, waiting: str, name: str) -> None:
-        """Let a file take the name of another, durable."""
+        """Rename the file `waiting` to `name`, durable."""
         with self.call("take_name", name):
             file = self._file(waiting)
             folder = self.existing()
@@ -272,20 +272,20 @@ class MemoryFiles:
             del self.existing().files[name]
 
     def discard(self, name: str) -> None:
-        """Remove a file, and what is unfinished of it."""
+        """Remove a file and its unfinished parts, if they exist."""
         with self.call("discard", name):
             files = self.existing().files
             files.pop(name, None)
             files.pop(name + UNFINISHED, None)
 
     def barrier(self) -> None:
-        """Make the names in the folder durable; of the repository's own folder, the machines' folders are names."""
+        """Make the names in the folder durable; in the repository's own folder, these include the machines' folders."""
         with self.call("barrier"):
             self.existing()
             self._make_durable()
 
     def remove_folder(self) -> list[str]:
-        """Remove the folder and its lock, unless it holds other files: return their names."""
+        """Remove the folder and its lock.  If there are other files, only return their names."""
         with self.call("remove_folder"):
             others = sorted(name for name in self.existing().files if name != LOCK)
             if not others:
@@ -296,12 +296,12 @@ class MemoryFiles:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """
-        Take the writer's lock, and make the folder where it is missing.
+        Take the writer's lock of the folder; a missing folder is made.
 
         Raises
         ------
         Locked
-            Another access has it.
+            Another access has the lock.
         """
         memory = self._storage.memory
         with self.call("lock"):
@@ -325,7 +325,7 @@ class MemoryFiles:
         Raises
         ------
         Locked
-            An access has it.
+            An access has the lock.
         """
         with self.call("require_unlocked"):
             self._require_unlocked()
@@ -336,7 +336,7 @@ class MemoryFiles:
 
     @contextmanager
     def hold(self, names: Sequence[str]) -> Iterator[bool]:
-        """Hold files as a reader; waits for an access that has a file alone."""
+        """Hold files as a reader; wait for an access that keeps readers from a file."""
         with ExitStack() as stack:
             for name in names:
                 with self.call("hold", name):
@@ -361,7 +361,7 @@ class MemoryFiles:
 
     @contextmanager
     def alone(self, names: Sequence[str]) -> Iterator[str | None]:
-        """Keep readers from files, those that exist."""
+        """Keep readers from those files that exist; yields IN_USE if one of them is in use."""
         memory = self._storage.memory
         taken: list[tuple[str, str]] = []
         with self.call("alone", names[0] if names else ""):
@@ -380,11 +380,11 @@ class MemoryFiles:
                         del memory.exclusive[key]
                 memory.freed.notify_all()
 
-    # What the methods share; each runs within a call
+    # Shared by the methods above, within a call
 
     @contextmanager
     def call(self, method: str, name: str = "") -> Iterator[None]:
-        """Make one call of the access, about a file of this folder."""
+        """Run one call of the access, for a file of this folder."""
         with self._storage.call(method, self._folder, name):
             yield
 
@@ -407,7 +407,7 @@ class MemoryFiles:
         return made
 
     def _make_durable(self) -> None:
-        """Make the folder's names durable, and of the repository's own folder those of the machines' folders."""
+        """Make the folder's names durable; in the repository's own folder, these include the machines' folders."""
         memory, folder = self._storage.memory, self.existing()
         folder.durable = dict(folder.files)
         if not self._folder:

@@ -1,10 +1,10 @@
 """
-Opens the files of a repository: plain files only, and for writing only files that no other name leads to.
+Open the files of a repository: plain files only, and for writing only files that have no other name.
 
-A repository may come back from another place, or lie where others write.  A link under one of our names would lead out
-of the repository, a pipe would block, and a hard link would let us overwrite another file's content.  Reading a file
-with several names is safe: copies made with hard links (`cp -al`, `rsync --link-dest`) share their points, and no point
-is ever written to.
+A repository may come back from another place, or lie where others can write.  A link in the place of a file would lead
+out of the repository, a pipe would block, and a write to a file with a second hard link would change another file.
+Reading a file with several names is safe: copies made with hard links (`cp -al`, `rsync --link-dest`) share their
+points, and a point is never written to.
 """
 
 from __future__ import annotations
@@ -19,19 +19,21 @@ HINT = "a repository holds plain files and folders, and no links; bring them bac
 
 
 class NotPlainError(OSError):
-    """Something else than a plain file of one name is there; `strerror` says what."""
+    """The name is not that of a plain file, or the file has further names; `strerror` says which."""
 
 
 def open_file(path: Path, flags: int, mode: int = 0o600, *, sole: bool = False) -> int:
     """
     Open a file of the repository and return its descriptor; never follow a link, never wait for a pipe.
 
-    With `sole`, the file must have one name only: it will be written to in place.
+    With `sole`, the file must have no other name, because it will be written to in place.
 
     Raises
     ------
-    NotPlainError, OSError
-        It is no plain file, or cannot be opened.
+    NotPlainError
+        The name is not that of a plain file, or with `sole` the file has several names.
+    OSError
+        The file cannot be opened.
     """
     try:
         fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, mode)
@@ -39,13 +41,13 @@ def open_file(path: Path, flags: int, mode: int = 0o600, *, sole: bool = False) 
         if error.errno == errno.ELOOP:
             raise _not_plain(path, "it is a link") from None
         if error.errno == errno.ENXIO:
-            raise _not_plain(path, "it is no plain file") from None  # a pipe without a reader, a socket
+            raise _not_plain(path, "it is not a plain file") from None  # a pipe without a reader, a socket
         raise
-    found = os.fstat(fd)
-    if not stat.S_ISREG(found.st_mode):
-        why = "it is no plain file"
-    elif sole and found.st_nlink > 1:
-        why = f"it has {found.st_nlink} names (hard links), and writing would change the others' content"
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        why = "it is not a plain file"
+    elif sole and status.st_nlink > 1:
+        why = f"it has {status.st_nlink} names (hard links), and writing would change the others' content"
     else:
         return fd
     os.close(fd)
@@ -61,10 +63,10 @@ def create_file(path: Path, mode: int) -> int:
 
 def allow(file: Path | int, mode: int) -> None:
     """
-    Give a new file or folder the bits of its mode that the umask took.
+    Add the permissions of `mode` to a new file or folder, because the umask may have removed some.
 
-    Bits that it has besides (a set-group-id folder's, which its content inherits) stay.  A file system without modes
-    refuses; then the mode is the mount's.
+    Other permissions stay (the set-group-ID bit that a folder inherits, for example).  A file system without modes
+    refuses the change; there the mount decides about permissions.
     """
     with suppress(OSError):
         os.chmod(file, stat.S_IMODE(os.stat(file).st_mode) | mode)

@@ -1,4 +1,4 @@
-"""Turn a storage's refusals (OSError) into errors of two lines."""
+"""Turn an OSError of a storage into an error for the user, with a hint."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def opening(location: str) -> Iterator[None]:
     NotFound
         The file does not exist.
     Failed
-        This process may not open the file, or not so many files: nothing is known to be damaged.
+        This process has no permission, or too many open files: nothing is known to be damaged.
     Damaged
-        Something else than a file has the name, or the storage fails.
+        The name is not that of a plain file, or the storage fails.
     """
     try:
         yield
@@ -60,7 +60,14 @@ def _not_opened(error: OSError, location: str) -> BackupError:
 
 @contextmanager
 def explained(location: str) -> Iterator[None]:
-    """Explain why the repository cannot be changed or listed.  `location` is named where the error names no file."""
+    """
+    Explain why the repository cannot be changed or listed.  `location` is named where the error names no file.
+
+    Raises
+    ------
+    Failed
+        The block raised an OSError.
+    """
     try:
         yield
     except NotPlainError as error:

@@ -812,7 +812,7 @@ def test_a_pipe_with_a_writer_is_no_file_of_the_repository(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with (tmp_path / "pipe").open("r+b", buffering=0) as writer:
         writer.write(b"x")
-        with pytest.raises(Damaged, match="no plain file"):
+        with pytest.raises(Damaged, match="not a plain file"):
             open_file(files_at(tmp_path), "pipe")
 
 

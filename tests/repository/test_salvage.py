@@ -463,12 +463,12 @@ def test_restore_and_verify_name_the_ranges_of_the_disk_that_a_damaged_block_hol
     found = {each for start, end in ranges for each in range(start, end, CLUSTER)}
     assert expected - newer <= found
     assert not found & newer
-    assert f"affects bytes {ranges[0][0]} to {ranges[0][1]}" in done.stderr
+    assert f"affected bytes of the disk: {ranges[0][0]} to {ranges[0][1]}" in done.stderr
     checked = call_pybackup(["verify", "--json", "--repo", victim.night.repository])
     [problem] = checked.document["problems"]
     assert expected <= {each for start, end in pairs(problem) for each in range(start, end, CLUSTER)}
     assert sum(end - start for start, end in pairs(problem)) < victim.size // 2
-    assert "of the disk that affects bytes" in problem["message"]
+    assert "affected bytes of the disk:" in problem["message"]
 
 
 def test_verify_names_all_damaged_places_of_a_file_in_one_problem(victim):

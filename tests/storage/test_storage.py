@@ -120,7 +120,7 @@ def test_free_space_is_told_or_is_not_limited(files, storage):
 def test_a_local_folder_holds_the_files_or_is_refused_in_two_lines(files):
     files.publish("a", b"x")
     if files.local_folder() is None:
-        with pytest.raises(Failed, match="no folder of this host"):
+        with pytest.raises(Failed, match="not a folder of this host"):
             require_local_folder(files)
     else:
         assert (require_local_folder(files) / "a").read_bytes() == b"x"

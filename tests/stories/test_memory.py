@@ -178,7 +178,7 @@ def test_points_are_copied_between_storages_of_two_kinds(told, tmp_path):
 def test_what_needs_a_local_folder_says_so_in_two_lines(told):
     story = told.copied()
     with (
-        pytest.raises(Failed, match="memory/m is no folder of this host") as stopped,
+        pytest.raises(Failed, match="memory/m is not a folder of this host") as stopped,
         serve.serving(story.machine(), story.points[0], "vd0", None, writable=False),
     ):
         pass
