@@ -90,12 +90,12 @@ class Rescanned:
         return self._sink.write(clusters[stored], rows.reshape(-1).data)
 
     def zero(self, first_cluster: int, count: int) -> None:
-        """Pass the zeroes on: a rescan's plan has zeroes only where the chain holds data."""
+        """Count the zeroes as different and pass them on: a rescan plans zeroes only where the chain holds data."""
         self._count(first_cluster + count, count)
         self._sink.zero(first_cluster, count)
 
     def completed_below(self, cluster: int) -> None:
-        """Pass the call on."""
+        """Pass the call on to the other sink."""
         self._sink.completed_below(cluster)
 
     def _count(self, end: int, count: int) -> None:

@@ -210,8 +210,8 @@ class Thinner:
     def rehearse(self) -> Report:
         """Report what a run would do, with a warning if it would run out of space."""
         lacking = self.lacking()
-        found = self.report()
-        return found if lacking is None else replace(found, warnings=(*found.warnings, lacking.error.message))
+        report = self.report()
+        return report if lacking is None else replace(report, warnings=(*report.warnings, lacking.error.message))
 
     def _rewrite(self, step: Rewrite, progress: Progress) -> None:
         merge = _merge(self.manifests, step)
@@ -318,13 +318,13 @@ class Thinner:
         """Report what was done or is planned; `freed` is in bytes, or None for the estimate."""
         if freed is None:
             gone = sum(disk.data.size for point in self.thinning.going for disk in self.all[point].disks)
-            grown = sum(found.writes - self._former_size(step) for step, found in self.estimates.items())
+            grown = sum(cost.writes - self._former_size(step) for step, cost in self.estimates.items())
             freed = gone - grown
         ordered = sorted(self.all.values(), key=lambda manifest: manifest.sequence)
         return Report(
             machine=self.machine.name,
             points=tuple(self._point(manifest) for manifest in ordered),
-            rewrites=tuple(self._rewritten(step, found) for step, found in self.estimates.items()),
+            rewrites=tuple(self._rewritten(step, cost) for step, cost in self.estimates.items()),
             freed_bytes=freed,
             warnings=(*self._untold(), *self._doubted()),
         )
@@ -341,12 +341,12 @@ class Thinner:
             reasons = (f"until {batch.points} points can be removed at once, or {share}",)
         return PointReport(point, manifest.sequence, manifest.started, action, reasons)
 
-    def _rewritten(self, step: Rewrite, found: Estimate) -> RewriteReport:
+    def _rewritten(self, step: Rewrite, cost: Estimate) -> RewriteReport:
         done = self.manifests[step.point].disk(step.disk)
         former = self._former_size(step)
-        after = found.writes if done is None or self.request.dry_run else done.data.size
+        after = cost.writes if done is None or self.request.dry_run else done.data.size
         kind = "full" if step.onto is None else "incremental"
-        return RewriteReport(step.point, step.disk, kind, step.merged, found.reads, former, after)
+        return RewriteReport(step.point, step.disk, kind, step.merged, cost.reads, former, after)
 
 
 def _require_whole(machine: Machine, contents: Contents) -> None:

@@ -152,28 +152,28 @@ def _machine_removal(machine: Machine, contents: Contents) -> Removal:
 
 
 def _remove_machine(machine: Machine, contents: Contents, planned: Removal) -> Removal:
-    found = _machine_removal(machine, contents)
-    if (found.removed, found.damaged) != (planned.removed, planned.damaged):
+    removal = _machine_removal(machine, contents)
+    if (removal.removed, removal.damaged) != (planned.removed, planned.damaged):
         raise Failed(
             f"the points of machine {machine.name} changed meanwhile; nothing was removed",
             hint=f"see: `pybackup list {machine.name}`, and run the command again",
         )
-    for point in reversed(found.removed):
+    for point in reversed(removal.removed):
         manifest = contents.manifests[point]
         with machine.unused(*manifest.disks) as why_not:
             if why_not is not None:
                 raise _in_use(machine, point, why_not)
             machine.remove_point(manifest)
     with explained(machine.files.location):
-        for name in found.damaged:
+        for name in removal.damaged:
             machine.files.remove(name)
         machine.files.barrier()
     machine.remove_leftovers(Contents({}, {}))
     others = _remove_folder(machine)
     if others:
         note = f"the folder {machine.files.location} stays, as it holds what is not pybackup's: {', '.join(others[:5])}"
-        found = replace(found, notes=(*found.notes, note))
-    return found
+        removal = replace(removal, notes=(*removal.notes, note))
+    return removal
 
 
 def _remove_folder(machine: Machine) -> list[str]:

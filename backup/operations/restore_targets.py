@@ -84,7 +84,7 @@ def place(
     if len(names) > 1:
         raise UsageError(
             f"{target} is not a folder, and point {point.point} holds several disks",
-            hint=f"name a folder ({target.rstrip('/')}/ is one), or one disk: --disk {' or '.join(names)}",
+            hint=f"name a folder (a new one with a slash at its end), or one disk: --disk {' or '.join(names)}",
         )
     suffix = _SUFFIXES.get(Path(target).suffix.lower())
     if suffix is None or target == STDOUT or is_uri(target) or is_device(Path(target)):

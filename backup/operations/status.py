@@ -88,12 +88,12 @@ class Evidence:
     files_problem: Callable[[Chain], BackupError | None]
 
 
-def exit_code(found: Collection[DiskStatus]) -> int:
+def exit_code(states: Collection[DiskStatus]) -> int:
     """Merge the codes of the disks: damaged (12), missing (10), unreadable (2), too old (1); 10 without any disk."""
-    if not found:
+    if not states:
         return NotFound.exit_code
     worst = (Damaged.exit_code, NotFound.exit_code, UsageError.exit_code)
-    return merged_exit_code((status.code for status in found), worst=worst)
+    return merged_exit_code((status.code for status in states), worst=worst)
 
 
 def look(machine: Machine, expected: Collection[str] | None, limits: Limits, *, named: bool = True) -> list[DiskStatus]:
@@ -115,7 +115,7 @@ def look(machine: Machine, expected: Collection[str] | None, limits: Limits, *, 
         return assess(machine.name, evidence, expected, limits, named=named)
 
     try:
-        return examine(machine, look_at, doubtful=lambda found: any(status.code not in {0, OLD} for status in found))
+        return examine(machine, look_at, doubtful=lambda states: any(status.code not in {0, OLD} for status in states))
     except BackupError as error:  # the machine's folder; the other machines are shown all the same
         return [_without_point(machine.name, None, error.exit_code, _fault(error))]
 
@@ -127,23 +127,23 @@ def assess(
     if not named:
         return _with_remark(assess(machine, evidence, (), limits), machine)
     contents = evidence.contents
-    found = [_without_point(machine, None, error.exit_code, _fault(error)) for error in contents.damaged.values()]
+    states = [_without_point(machine, None, error.exit_code, _fault(error)) for error in contents.damaged.values()]
     newest = newest_by_disk(contents.manifests)
     doubtful = _doubtful(contents.manifests.values(), limits.now)
     for disk in sorted({*newest, *(expected or ())}):
         point = newest.get(disk)
         if point is None:
-            found.append(_without_point(machine, disk, OLD, _NO_POINT))
+            states.append(_without_point(machine, disk, OLD, _NO_POINT))
         else:
             ages = limits if expected is None or disk in expected else Limits(limits.now, None)
-            found.append(_with_doubts(_disk_status(point, disk, evidence, ages), doubtful.get(disk, {})))
-    return found or [_without_point(machine, None, OLD, _NO_POINT)]
+            states.append(_with_doubts(_disk_status(point, disk, evidence, ages), doubtful.get(disk, {})))
+    return states or [_without_point(machine, None, OLD, _NO_POINT)]
 
 
-def _with_remark(found: Sequence[DiskStatus], machine: str) -> list[DiskStatus]:
+def _with_remark(states: Sequence[DiskStatus], machine: str) -> list[DiskStatus]:
     """Add a remark to the first state, unless it is a fault: the configuration does not name the machine."""
     remark = f"not in the configuration: pybackup remove {machine} removes the machine and its points"
-    first, *others = found
+    first, *others = states
     if first.point is None and first.code == OLD:
         return [_without_point(machine, None, 0, f"no point, and {remark}")]
     if not first.code:
@@ -158,7 +158,7 @@ def _doubtful(manifests: Iterable[Manifest], now: datetime) -> dict[str, dict[st
         for disk in manifest.disks:
             points[disk.name].append(dated_point(manifest))
     wrong = (FUTURE, DISORDER)
-    return {disk: {p: why for p, why in doubts(held, now).items() if why in wrong} for disk, held in points.items()}
+    return {disk: {p: why for p, why in doubts(dated, now).items() if why in wrong} for disk, dated in points.items()}
 
 
 def _with_doubts(status: DiskStatus, doubtful: Mapping[str, str]) -> DiskStatus:
@@ -176,21 +176,21 @@ def _with_doubts(status: DiskStatus, doubtful: Mapping[str, str]) -> DiskStatus:
 
 def newest_by_disk(manifests: Mapping[str, Manifest]) -> dict[str, Manifest]:
     """Return the newest point of each disk."""
-    found: dict[str, Manifest] = {}
+    newest: dict[str, Manifest] = {}
     for manifest in sorted(manifests.values(), key=lambda manifest: manifest.sequence):
-        found.update({disk.name: manifest for disk in manifest.disks})
-    return found
+        newest.update({disk.name: manifest for disk in manifest.disks})
+    return newest
 
 
 def files_problem(files: Files, listing: Listing, chain: Chain) -> BackupError | None:
     """Return what is wrong with a chain's files, judged by existence and size, or None."""
-    found = (glance(files, listing, link.entry.data) for link in chain.links)
-    return next((problem for problem in found if problem is not None), None)
+    problems = (glance(files, listing, link.entry.data) for link in chain.links)
+    return next((problem for problem in problems if problem is not None), None)
 
 
 def trust_in(chain: Chain, memory: Memory) -> Trust:
     """Return what earlier verifications found out about a chain's data files."""
-    records = [found for link in chain.links if (found := record_of(memory, link.entry.data)) is not None]
+    records = [record for link in chain.links if (record := record_of(memory, link.entry.data)) is not None]
     wrong = next((record for record in records if record.code), None)
     return Trust(
         last=max((record.checked for record in records), default=None),
@@ -258,16 +258,16 @@ def _without_point(machine: str, disk: str | None, code: int, advice: str) -> Di
     return DiskStatus(machine, disk, None, None, None, None, None, None, None, code, advice)
 
 
-def summary(found: Collection[DiskStatus]) -> str:
+def summary(states: Collection[DiskStatus]) -> str:
     """Return one line for a monitoring system."""
-    wrong = [status for status in found if status.code]
+    wrong = [status for status in states if status.code]
     if not wrong:
-        machines = counted(len({status.machine for status in found}), "machine")
-        oldest = max((status.age_seconds or 0.0 for status in found), default=0.0)
-        return f"OK: {counted(len(found), 'disk')} of {machines}, none older than {show_age(oldest)}"
-    word = "WARNING" if exit_code(found) == OLD else "CRITICAL"
+        machines = counted(len({status.machine for status in states}), "machine")
+        oldest = max((status.age_seconds or 0.0 for status in states), default=0.0)
+        return f"OK: {counted(len(states), 'disk')} of {machines}, none older than {show_age(oldest)}"
+    word = "WARNING" if exit_code(states) == OLD else "CRITICAL"
     shown = "; ".join(_shortly(wrong))
-    return f"{word}: {len(wrong)} of {counted(len(found), 'disk')}: {shown}"
+    return f"{word}: {len(wrong)} of {counted(len(states), 'disk')}: {shown}"
 
 
 def _shortly(wrong: Collection[DiskStatus], most: int = 3) -> Iterator[str]:

@@ -248,8 +248,8 @@ def _verify(
     try:
         run.run(workers)
     finally:  # also if the run was interrupted, so that the next run need not begin again
-        found = _records(checks, memory, timestamp(began), deep=deep)
-        forgotten = memories.remember(machine, found, _present(contents)) if found else None
+        records = _records(checks, memory, timestamp(began), deep=deep)
+        forgotten = memories.remember(machine, records, _present(contents)) if records else None
     problems += [
         Problem(machine.name, check.point, check.entry.name, _located(machine.files, check))
         for check in checks
@@ -283,18 +283,18 @@ def _sample(checks: Sequence[Check], share: float) -> None:
 
 def _records(checks: Sequence[Check], memory: Memory, now: str, *, deep: bool) -> dict[str, Record]:
     """Return the results to save: files that were read as a whole, and damage; not failures of this process alone."""
-    found: dict[str, Record] = {}
+    records: dict[str, Record] = {}
     for check in checks:
         data = check.entry.data
         known = memories.record_of(memory, data)
         if check.wrong:
             error = check.wrong[min(check.wrong)]
             if error.exit_code in {Damaged.exit_code, NotFound.exit_code}:
-                found[data.file] = Record(data.digest, now, None, error.exit_code, error.message)
-        elif check.is_proven and not (data.file in found and found[data.file].code):
+                records[data.file] = Record(data.digest, now, None, error.exit_code, error.message)
+        elif check.is_proven and not (data.file in records and records[data.file].code):
             before = known.deep if known is not None and not known.code else None
-            found[data.file] = Record(data.digest, now, now if deep else before, 0, None)
-    return found
+            records[data.file] = Record(data.digest, now, now if deep else before, 0, None)
+    return records
 
 
 def _present(contents: Contents) -> Collection[str] | None:

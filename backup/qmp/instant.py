@@ -403,13 +403,13 @@ class Instant:
                 raise (self._server_in_the_way() if "already running" in error.text else error) from None
 
     def _server_in_the_way(self) -> SourceError:
-        what = "the machine's QEMU runs an NBD server already, and it can run only one"
+        what = "the machine's QEMU runs an NBD server already, and a QEMU can run only one"
         exports = [export["id"] for export in self._monitor.command("query-block-exports")]
         ours = next((name for name in exports if name.startswith(OURS)), None)
         if ours is not None:
             return SourceError(
                 f"{what}: it serves {ours}",
-                hint="is a backup running? if one was interrupted, the next run or `pybackup clean` removes its rest",
+                hint="is a backup running? if one was interrupted, the next run or `pybackup clean` cleans up after it",
             )
         return SourceError(
             what,
