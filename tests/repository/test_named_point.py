@@ -139,7 +139,7 @@ def test_a_data_file_or_digest_file_finds_its_manifest(made):
 
 def test_another_file_is_no_manifest(made):
     done = call_pybackup(["show", made.image, "--repo", made.repository])
-    assert (done.rc, "no manifest and no data file" in done.stderr) == (2, True)
+    assert (done.rc, "neither a manifest nor a data file" in done.stderr) == (2, True)
 
 
 def test_a_damaged_manifest_that_may_be_meant_is_damage_and_one_that_is_not_does_no_harm(repository):
