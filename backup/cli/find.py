@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from backup.cli import output
 from backup.cli.context import options
-from backup.config.settings import default
 from backup.errors import BackupError, NotFound, UsageError
 from backup.model.names import check_folder
 
@@ -51,6 +50,8 @@ def config_or_default() -> Config:
     try:
         return config()
     except UsageError:
+        from backup.config.settings import default
+
         return default()
 
 

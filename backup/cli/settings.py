@@ -11,7 +11,6 @@ import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from backup.config import reader as configuration
 from backup.config import settings
 from backup.config.settings import Config
 from backup.errors import UsageError
@@ -40,7 +39,9 @@ def find_config(given: Path | None, environment: Mapping[str, str], warn: Callab
             if (why := distrust(status, os.geteuid())) is not None:
                 warn(f"the configuration {path} {why}; change that with chown or chmod, or name another with --config")
 
-        return configuration.load(path, check)
+        from backup.config import reader  # imports yaml, which a run without a configuration need not load
+
+        return reader.load(path, check)
 
     config = _load_first(given, environment, load)
     timeouts.set_limit(config.timeout)

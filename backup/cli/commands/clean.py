@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from backup.cli import find, json_output, output, requests
+from backup.cli import find, json_output, output
 from backup.cli.context import options
 from backup.cli.parameters import AgentSocket, Qmp, Repo
 from backup.errors import WARNINGS_EXIT_CODE, UsageError
@@ -111,6 +111,7 @@ class CleanOptions:
 @contextmanager
 def _running(wanted: CleanOptions) -> Iterator[Running]:
     """Connect to the running machine."""
+    from backup.cli import requests
     from backup.sources.base import Freeze
     from backup.sources.running import Running
 

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from backup.cli import find, json_output, output, settings
+from backup.cli import find, json_output, output
 from backup.cli.context import options, show_error, user_error
 from backup.cli.parameters import DryRun, MachineNames, Repo
-from backup.config.settings import Config, Retention
-from backup.errors import BackupError, UsageError, merged_exit_code
-from backup.planning.retention import MAX_COUNT, Batch, Duration, Policy
+from backup.errors import BackupError, merged_exit_code
 from backup.units import counted, show_size
 
 if TYPE_CHECKING:
+    from backup.config.settings import Config, Retention
     from backup.operations.prune import PointReport, Report, RewriteReport
 
 
@@ -64,6 +63,8 @@ def prune(
 
     The --keep options, all together, replace those of `retention` in the configuration.
     """
+    from backup.cli import settings
+    from backup.cli.retention import KeepOptions
     from backup.night.night import attempt
 
     counts = {
@@ -75,7 +76,7 @@ def prune(
         "yearly": keep_yearly,
     }
     config = find.config() if repo is None else find.config_or_default()
-    keep = Keep.of(counts, keep_within, batch)
+    keep = KeepOptions.of(counts, keep_within, batch)
     path = settings.repository_path(find.folder_of(repo), config)
     retentions = {name: keep.retention(config, name) for name in _machine_names(path, machines)}
     outcomes: dict[str, Report | BackupError] = {}
@@ -101,6 +102,7 @@ def _machine_names(repository: Path, machines: Sequence[str] | None) -> list[str
 
 
 def _prune_machine(repository: Path, machine: str, retention: Retention, config: Config, *, dry_run: bool) -> Report:
+    from backup.cli import settings
     from backup.operations import prune as pruning
     from backup.repository.repository import Repository
 
@@ -108,62 +110,6 @@ def _prune_machine(repository: Path, machine: str, retention: Retention, config:
     opened = Repository.open(settings.storage(repository, config)).machine(machine)
     with output.progress(wanted=not options.quiet) as progress:
         return pruning.prune(opened, request, progress)
-
-
-# The --keep options
-
-
-@dataclass(frozen=True, slots=True)
-class Keep:
-    """The --keep options and --batch, as given."""
-
-    policy: Policy
-    batch: int | None
-
-    @classmethod
-    def of(cls, counts: Mapping[str, str | None], within: str | None, batch: str | None) -> Keep:
-        """
-        Read the texts of the options.
-
-        Raises
-        ------
-        UsageError
-            One is not a number or not a duration, or all counts are 0.
-        """
-        numbers = {rule: _count(f"--keep-{rule}", text, 0) for rule, text in counts.items() if text is not None}
-        policy = Policy(**numbers, within=None if within is None else Duration.parse(within))
-        if numbers and policy.empty:
-            raise UsageError(
-                "the --keep options keep nothing: every count is 0", hint="give at least one count above 0"
-            )
-        return cls(policy, None if batch is None else _count("--batch", batch, 1))
-
-    def retention(self, config: Config, machine: str) -> Retention:
-        """
-        Return the retention of a machine: the options, completed from the configuration.
-
-        Raises
-        ------
-        UsageError
-            Neither the options nor the configuration say what to keep.
-        """
-        retention = config.retention_of(machine) or Retention(Policy(), Batch())
-        if not self.policy.empty:
-            retention = replace(retention, policy=self.policy)
-        if retention.policy.empty:
-            raise UsageError(
-                f"nothing says which points of machine {machine} to keep",
-                hint="give --keep-last N or another --keep option, or `retention:` in the configuration",
-            )
-        if self.batch is None:
-            return retention
-        return replace(retention, batch=replace(retention.batch, points=self.batch))
-
-
-def _count(option: str, text: str, least: int) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) <= len(str(MAX_COUNT)) and least <= int(text) <= MAX_COUNT):
-        raise UsageError(f"{option} {text!r} is not a count", hint=f"give a whole number from {least} to {MAX_COUNT}")
-    return int(text)
 
 
 # Text
