@@ -4,13 +4,14 @@ export PATH := $(PATH):/usr/sbin:/sbin# mke2fs and debugfs, which Debian hides f
 PYTHON_FILES := backup stubs tests $(wildcard bench) tools
 JOBS ?= $(shell nproc)
 
-.PHONY: help setup demo test test-guest check man bench clean
+.PHONY: help setup demo test test-guest test-libvirt check man bench clean
 
 help:
 	@echo "make setup   what the tests and the demo need: distribution packages (as root), .venv, pybackup in it"
 	@echo "make demo    back up, damage and restore a real file system, with each command shown; under two minutes"
 	@echo "make test    all tests; make test ARGS='-k restore' for some, JOBS=4 for more at once"
 	@echo "make test-guest  back up a real guest: Linux, emulated, which goes on writing; and read files from points; some minutes"
+	@echo "make test-libvirt  back up domains of a libvirtd of the tests' own; some minutes"
 	@echo "make check   format, lint, types, and the rules of the architecture, and what the documents cite"
 	@echo "make man     write docs/pybackup.1 anew, after a change of --help or of docs/commands.md"
 	@echo "make bench   measure speed and memory against nbdcopy and qemu-img"
@@ -28,6 +29,10 @@ test: setup
 test-guest:
 	@tools/setup guest
 	.venv/bin/python -m pytest -n $(JOBS) --dist loadfile tests/real_guest $(ARGS)
+
+test-libvirt:
+	@tools/setup libvirt
+	.venv/bin/python -m pytest -n $(JOBS) --dist loadfile tests/libvirt $(ARGS)
 
 check: setup
 	.venv/bin/ruff format --check $(PYTHON_FILES)

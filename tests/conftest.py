@@ -7,7 +7,8 @@ import signal
 
 from hypothesis import settings
 
-collect_ignore = ["real_guest"]  # `make test-guest` names it: an emulated machine takes a minute, and packages of 28 MB
+# `make test-guest` and `make test-libvirt` name them: they take minutes, and more packages.
+collect_ignore = ["real_guest", "libvirt"]
 
 # Two cores shared with QEMU's programs: a slow example is no fault.  In CI the examples are the same in each run.
 settings.register_profile("local", deadline=None)

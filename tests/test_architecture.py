@@ -50,6 +50,7 @@ EFFECTS = {"os", "socket", "subprocess", "threading", "select", "fcntl", "shutil
 ONLY_USERS = {
     "nbd": {"backup.nbd.connection", "backup.nbd.export", "backup.nbd.replies", "backup.nbd.target"},
     "subprocess": {"backup.qemu.programs"},
+    "libvirt": {"backup.sources.libvirt_domain"},
     "rich": {"backup.cli.output"},
     "yaml": {"backup.config.reader", "backup.config.sections"},
     "zstandard": {"backup.qcow2.codec"},

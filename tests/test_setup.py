@@ -160,7 +160,7 @@ def test_the_venv_holds_the_binding_and_nothing_else_of_the_distribution_and_hea
 
 def test_make_alone_says_what_there_is(project):
     done = subprocess.run(["make"], cwd=project, check=True, capture_output=True, text=True)
-    for target in ("setup", "demo", "test", "test-guest", "check", "bench", "clean"):
+    for target in ("setup", "demo", "test", "test-guest", "test-libvirt", "check", "bench", "clean"):
         assert f"make {target} " in done.stdout
     assert not (project / ".venv").exists()
 

@@ -89,6 +89,23 @@ Qmp = Annotated[
     str | None,
     typer.Option("--qmp", metavar="SOCKET", help="QMP socket of the QEMU that runs the machine."),
 ]
+LibvirtUri = Annotated[
+    str | None,
+    typer.Option("--libvirt", metavar="URI", help="URI of the local libvirt that has the domain: qemu:///system."),
+]
+DomainName = Annotated[
+    str | None,
+    typer.Option("--domain", metavar="NAME", help="With --libvirt: the domain, on or off."),
+]
+Domains = Annotated[
+    str | None,
+    typer.Option(
+        "--domain",
+        metavar="NAME",
+        help="With --libvirt: the domain, on or off.  A pattern ('web*') means every domain that matches, each as a "
+        "machine of its own.",
+    ),
+]
 Nodes = Annotated[
     list[str] | None,
     typer.Option(
@@ -103,8 +120,8 @@ Exclude = Annotated[
     typer.Option(
         "--exclude",
         metavar="DISK",
-        help="With --qmp: a writable disk to leave out, named as for --node.  Repeat it for more.  A disk that is left "
-        "out without this option causes a warning.",
+        help="With --qmp or --libvirt: a disk to leave out, named as for --node, or by its target device (vdb).  "
+        "Repeat it for more.  A disk that is left out without this option causes a warning.",
     ),
 ]
 Scratch = Annotated[
@@ -112,16 +129,16 @@ Scratch = Annotated[
     typer.Option(
         "--scratch",
         metavar="DIR",
-        help="With --qmp: folder in which QEMU saves, while the disks are read, the old content of data that the "
-        "guest overwrites.  Default: `scratch` in the configuration, else the folder of each image.",
+        help="With --qmp or --libvirt: folder in which QEMU saves, while the disks are read, the old content of data "
+        "that the guest overwrites.  Default: `scratch` in the configuration, else the folder of each image.",
     ),
 ]
 FreezeFlag = Annotated[
     bool,
     typer.Option(
         "--freeze",
-        help="With --qmp and --agent: have the guest agent freeze the guest's file systems for the instant of the "
-        "backup.",
+        help="With --libvirt, or with --qmp and --agent: have the guest agent freeze the guest's file systems for the "
+        "instant of the backup.",
     ),
 ]
 AgentSocket = Annotated[
@@ -132,7 +149,8 @@ AllowPlaintext = Annotated[
     bool,
     typer.Option(
         "--allow-plaintext",
-        help="With --qmp: back up encrypted disks although the repository will hold their content unencrypted.",
+        help="With --qmp or --libvirt: back up encrypted disks although the repository will hold their content "
+        "unencrypted.",
     ),
 ]
 MachineName = Annotated[
@@ -140,8 +158,8 @@ MachineName = Annotated[
     typer.Option(
         "--machine",
         metavar="NAME",
-        help="Name under which the machine is stored.  Default: the name of the image (without its suffix), export or "
-        "node.  Needed for several disks.",
+        help="Name under which the machine is stored.  Default: the name of the domain, image (without its suffix), "
+        "export or node.  Needed for several images or nodes.",
     ),
 ]
 DiskNames = Annotated[
@@ -150,7 +168,8 @@ DiskNames = Annotated[
         "--disk",
         metavar="NAME",
         help="Name under which a disk is stored.  Repeat it in the order of --image or --node.  Default: the name of "
-        "the image, export, node or device.",
+        "the image, export, node or device.  With --libvirt: the target device (vda) of a disk to back up.  Default: "
+        "all disks but cdroms and floppies.",
     ),
 ]
 

@@ -6,20 +6,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from backup.cli import settings
 from backup.config.settings import Config, MachineConfig
 from backup.engine.copier import Settings
-from backup.errors import NotFound, UsageError
+from backup.errors import BackupError, NotFound, UsageError
 from backup.model.compression import Compression
+from backup.model.libvirt_uri import URI_HINT, is_pattern, uri_problem
 from backup.model.names import check_name, name_problem, without_password
 from backup.operations.request import Names, Request
 from backup.planning.decision import FULL, INCREMENTAL, RESCAN
-from backup.sources.base import NO_FREEZE, Freeze
-from backup.sources.choose import DiskSpecification, Specification, choose
+from backup.sources.base import NO_FREEZE, Freeze, Unavailable
+from backup.sources.choose import DiskSpecification, Specification, choose, matching_domains
 
 AUDIT = "audit"
 """The value of `Options.wanted` for an audit; the other values are those of `planning.decision`."""
@@ -41,6 +42,8 @@ class Options:
     images: tuple[Path, ...]
     image_formats: tuple[str, ...]
     nbd: str | None
+    libvirt: str | None
+    domain: str | None
     bitmap: str | None
     since: str | None
     qmp: Path | None
@@ -67,6 +70,8 @@ class Options:
         image: Iterable[str] | None,
         image_format: Iterable[str] | None,
         nbd: str | None,
+        libvirt: str | None,
+        domain: str | None,
         qmp: str | None,
         node: Iterable[str] | None,
         exclude: Iterable[str] | None,
@@ -90,6 +95,8 @@ class Options:
             images=tuple(map(Path, image or ())),
             image_formats=tuple(image_format or ()),
             nbd=nbd,
+            libvirt=libvirt,
+            domain=domain,
             bitmap=None if nbd is None else bitmap,
             since=since,
             qmp=_path(qmp),
@@ -111,7 +118,12 @@ class Options:
     @property
     def sources(self) -> list[str]:
         """The given options that name a source."""
-        given = {"--image": self.images, "--nbd": self.nbd is not None, "--qmp": self.qmp is not None}
+        given = {
+            "--libvirt": self.libvirt is not None,
+            "--image": self.images,
+            "--nbd": self.nbd is not None,
+            "--qmp": self.qmp is not None,
+        }
         return [name for name, value in given.items() if value]
 
 
@@ -125,13 +137,16 @@ def make_requests(options: Options, config: Config) -> list[Request]:
         The options contradict each other or name no machine of the configuration.
     """
     _check(options)
+    if options.libvirt is not None:
+        return _from_libvirt(options.libvirt, options, config)
     if options.qmp is not None:
         return [_from_qmp(options.qmp, options, config)]
     if options.images:
         return [_from_images(options, config)]
     if options.nbd is not None:
         return [_from_nbd(options.nbd, options, config)]
-    return [_from_config(machine, options, config) for machine in _chosen(options.machines, config)]
+    chosen = _chosen(options.machines, config)
+    return [request for machine in chosen for request in _from_config(machine, options, config)]
 
 
 def one_disk(
@@ -140,6 +155,9 @@ def one_disk(
     image: str | None,
     image_format: str | None,
     nbd: str | None,
+    libvirt: str | None,
+    domain: str | None,
+    disk: str | None,
     qmp: str | None,
     node: str | None,
     scratch: str | None,
@@ -153,12 +171,21 @@ def one_disk(
     UsageError
         Not exactly one source is named.
     """
-    if [image, nbd, qmp].count(None) != 2 or (qmp is None) != (node is None):
-        raise UsageError("map needs one source", hint="give --image FILE, --nbd URI, or --qmp SOCKET --node NODE")
-    disk = DiskSpecification(_UNNAMED, _path(image), image_format, nbd, bitmap if nbd is not None else None, node=node)
+    of_domain = {libvirt is None, domain is None, disk is None}
+    if [image, nbd, qmp, libvirt].count(None) != 3 or (qmp is None) != (node is None) or len(of_domain) > 1:
+        raise UsageError(
+            "map needs one source",
+            hint="give --image FILE, --nbd URI, --qmp SOCKET --node NODE, or --libvirt URI --domain NAME --disk vda",
+        )
+    if libvirt is not None:
+        check_uri(libvirt)
+    server_bitmap = bitmap if nbd is not None else None
+    only = DiskSpecification(disk or _UNNAMED, _path(image), image_format, nbd, server_bitmap, node=node)
     return Specification(
-        disks=(disk,),
+        disks=(only,),
         qmp=_path(qmp),
+        libvirt=libvirt,
+        domain=domain or "",
         scratch=_path(scratch) or config.scratch,
         scratch_reserve=config.scratch_reserve,
     )
@@ -188,7 +215,9 @@ def _check(options: Options) -> None:
         ("--image-format", options.image_formats),
     ):
         if value and not sources:
-            raise UsageError(f"{name} without a source", hint="use it with --image FILE, --nbd URI or --qmp SOCKET")
+            raise UsageError(
+                f"{name} without a source", hint="use it with --libvirt URI, --image FILE, --nbd URI or --qmp SOCKET"
+            )
     if options.since is not None and options.nbd is None:
         raise UsageError(
             "--since without --nbd",
@@ -198,6 +227,7 @@ def _check(options: Options) -> None:
         raise UsageError("--disk given twice", hint="an NBD export is one disk")
     _check_images(options)
     _check_qmp(options)
+    _check_libvirt(options)
 
 
 def _check_images(options: Options) -> None:
@@ -228,16 +258,21 @@ def _check_images(options: Options) -> None:
 
 
 def _check_qmp(options: Options) -> None:
+    if options.qmp is None:
+        for name, given in (("--node", options.nodes), ("--agent", options.agent)):
+            if given:
+                raise UsageError(f"{name} without --qmp", hint="it is for a running machine: --qmp SOCKET")
     for name, value in (
-        ("--node", options.nodes),
         ("--exclude", options.exclude),
         ("--allow-plaintext", options.allow_plaintext),
         ("--freeze", options.freeze),
-        ("--agent", options.agent),
         ("--scratch", options.scratch),
     ):
-        if value and options.qmp is None:
-            raise UsageError(f"{name} without --qmp", hint="the option is for a running machine: --qmp SOCKET")
+        if value and options.qmp is None and options.libvirt is None:
+            raise UsageError(
+                f"{name} without --qmp and --libvirt",
+                hint="the option is for a running machine: --qmp SOCKET, or --libvirt URI --domain NAME",
+            )
     if options.qmp is None:
         return
     if not options.nodes and options.machine is None:
@@ -254,12 +289,43 @@ def _check_qmp(options: Options) -> None:
         raise UsageError("--freeze without --agent", hint="name the guest agent's socket: --agent SOCKET")
 
 
+def _check_libvirt(options: Options) -> None:
+    if options.libvirt is None:
+        if options.domain is not None:
+            raise UsageError("--domain without --libvirt", hint="name the libvirt: --libvirt qemu:///system")
+        return
+    check_uri(options.libvirt)
+    if options.domain is None:
+        raise UsageError(
+            "--libvirt without --domain", hint="name the domain: --domain NAME; virsh list --all shows them"
+        )
+    if options.machine is not None and is_pattern(options.domain):
+        raise UsageError(
+            f"--machine {options.machine} with the pattern --domain {options.domain}",
+            hint="each domain that matches is a machine of its own name",
+        )
+
+
+def check_uri(uri: str) -> None:
+    """
+    Make sure that pybackup can use a URI of libvirt.
+
+    Raises
+    ------
+    UsageError
+        It cannot: the URI is wrong, or names a daemon on another host.
+    """
+    problem = uri_problem(uri)
+    if problem is not None:
+        raise UsageError(f"--libvirt {without_password(uri)} cannot be used: {problem}", hint=URI_HINT)
+
+
 def _chosen(names: Sequence[str], config: Config) -> Sequence[MachineConfig]:
     if not config.machines:
         where = f"the configuration {config.path} names no machine" if config.path else "there is no configuration"
         raise UsageError(
             f"nothing to back up: {where}",
-            hint="name a source with --image FILE, --nbd URI or --qmp SOCKET, "
+            hint="name a source with --libvirt URI --domain NAME, --image FILE, --nbd URI or --qmp SOCKET, "
             "or write a configuration: `pybackup check-config --example`",
         )
     by_name = {machine.name: machine for machine in config.machines}
@@ -323,13 +389,67 @@ def _from_qmp(socket: Path, options: Options, config: Config) -> Request:
     return _request(machine, specification, bitmap_family, options, config)
 
 
-def _from_config(machine: MachineConfig, options: Options, config: Config) -> Request:
+def _from_libvirt(uri: str, options: Options, config: Config) -> list[Request]:
+    domain = options.domain or ""
+    bitmap_family = _bitmap_family(options, config.bitmap_family)
+    _require_bitmap(options, bitmap_family)
+    specification = Specification(
+        disks=tuple(DiskSpecification(check_name("disk", name)) for name in options.disks),
+        libvirt=uri,
+        exclude=options.exclude,
+        warn_of_others=options.wanted != AUDIT,
+        scratch=options.scratch or config.scratch,
+        scratch_reserve=config.scratch_reserve,
+        freeze=Freeze(wanted=options.freeze, rehearsed=options.dry_run),
+    )
+    domains = matching_domains(uri, domain) if is_pattern(domain) else [domain]
+    return [
+        _request(
+            options.machine or _derived(name, "machine"),
+            replace(specification, domain=name),
+            bitmap_family,
+            options,
+            config,
+        )
+        for name in domains
+    ]
+
+
+def _from_config(machine: MachineConfig, options: Options, config: Config) -> list[Request]:
+    """Request the backup of a machine of the configuration, or of each domain that its pattern means."""
+    if machine.libvirt is None or machine.domains is None:
+        return [_from_machine(machine, options, config)]
+    try:
+        domains = matching_domains(machine.libvirt, machine.domains)
+        machines = [
+            replace(machine, name=_derived(domain, "machine"), domain=domain, domains=None) for domain in domains
+        ]
+        _require_new(machines, config)
+    except BackupError as error:  # which must not keep other machines from their backups
+        return [replace(_from_machine(machine, options, config), host=Unavailable(error))]
+    return [_from_machine(each, options, config) for each in machines]
+
+
+def _require_new(machines: Iterable[MachineConfig], config: Config) -> None:
+    """Refuse a domain whose name is that of another machine of the configuration."""
+    known = {machine.name for machine in config.machines if machine.domains is None}
+    for machine in machines:
+        if machine.name in known:
+            raise UsageError(
+                f"domain {machine.name} matches a pattern of the configuration, and is a machine of it by name, too",
+                hint="correct the pattern `domains:`, or remove the machine",
+            )
+
+
+def _from_machine(machine: MachineConfig, options: Options, config: Config) -> Request:
     bitmap_family = _bitmap_family(options, machine.bitmap_family)
     if any(disk.nbd is None for disk in machine.disks):
         _require_bitmap(options, bitmap_family)
     specification = Specification(
         disks=tuple(DiskSpecification.of_config(disk, machine) for disk in machine.disks),
         qmp=machine.qmp,
+        libvirt=machine.libvirt,
+        domain=machine.domain or machine.name,
         exclude=machine.exclude,
         warn_of_others=options.wanted != AUDIT,
         scratch=machine.scratch or config.scratch,
@@ -370,7 +490,7 @@ def _request(
         fallback=options.fallback and unusable != "fail",
         begin=options.fallback,
         dry_run=options.dry_run,
-        named_by_path=machine is None and options.machine is None,
+        named_by_path=machine is None and options.machine is None and options.libvirt is None,
         names=_names(options, machine),
         allow_plaintext=options.allow_plaintext or options.wanted == AUDIT,  # an audit stores nothing
         copying=Settings(
@@ -390,7 +510,7 @@ def _compression(options: Options, config: Config, machine: MachineConfig | None
 
 
 def _names(options: Options, machine: MachineConfig | None) -> Names:
-    if machine is not None:
+    if machine is not None or options.libvirt is not None:  # whose disks libvirt names
         return Names.CONFIGURED
     return Names.GIVEN if options.disks else Names.SUGGESTED
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from backup.config import settings
@@ -82,11 +82,22 @@ def repository_path(given: Path | None, config: Config) -> Path:
     return path
 
 
-def expected_disks(config: Config, repository: Path | None) -> dict[str, tuple[str, ...]]:
-    """Return each configured machine and its disks; nothing if the configuration names another repository."""
+def expected_disks(
+    config: Config, repository: Path | None, machines: Iterable[str]
+) -> dict[str, tuple[str, ...] | None]:
+    """
+    Return each configured machine and its disks; nothing if the configuration names another repository.
+
+    `machines` are those that the repository has.  None in place of disks: all disks that libvirt tells.
+    """
     if repository is not None and config.repository is not None and config.repository.resolve() != repository.resolve():
         return {}
-    return {machine.name: tuple(disk.name for disk in machine.disks) for machine in config.machines}
+    named = {machine.name: machine for machine in config.machines if machine.domains is None}
+    known = {name: found for name in machines if (found := config.machine_of(name)) is not None}
+    return {
+        name: tuple(disk.name for disk in machine.disks) if machine.disks else None
+        for name, machine in {**named, **known}.items()
+    }
 
 
 def storage(path: Path, config: Config) -> Storage:

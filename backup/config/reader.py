@@ -128,23 +128,24 @@ def _machine(
     retention: Retention | None,
 ) -> MachineConfig:
     section.allow(
-        "disks", "bitmap", "compression", "on_unusable_bitmap", "qmp", "agent", "freeze", "scratch", "exclude",
-        "allow_plaintext", "retention",
+        "disks", "bitmap", "compression", "on_unusable_bitmap", "qmp", "agent", "libvirt", "domain", "domains",
+        "freeze", "scratch", "exclude", "allow_plaintext", "retention",
     )  # fmt: skip
-    running = "qmp" in section.fields
+    running, of_libvirt = "qmp" in section.fields, "libvirt" in section.fields
     children = list(section.children("disk", "disks"))
-    disks = tuple(_disk(child, running=running) for child in children)
+    disks = tuple(_domain_disk(child) if of_libvirt else _disk(child, running=running) for child in children)
     _require_different(children, disks)
-    if "disks" not in section.fields:
+    if "disks" not in section.fields and not of_libvirt:
         section.problem(None, "expected `disks`, with a name for each disk")
     if running and len({disk.image is None for disk in disks}) > 1:
         section.problem("disks", "expected `image` beside `node` for each disk, or for none")
-    for key in ("agent", "freeze", "scratch", "exclude", "allow_plaintext"):
-        if key in section.fields and not running:
-            section.problem(key, "only a running machine, with `qmp`, can have this key")
+    for key in ("freeze", "scratch", "exclude", "allow_plaintext"):
+        if key in section.fields and not (running or of_libvirt):
+            section.problem(key, "only a running machine, with `qmp` or `libvirt`, can have this key")
     freeze = section.freeze()
-    if freeze != "no" and "agent" not in section.fields:
+    if freeze != "no" and "agent" not in section.fields and not of_libvirt:
         section.problem("freeze", "expected `agent` beside it, the guest agent's socket")
+    _check_libvirt(section, running=running, of_libvirt=of_libvirt)
     return MachineConfig(
         name=section.last,
         disks=disks,
@@ -153,12 +154,36 @@ def _machine(
         on_unusable_bitmap=section.unusable(unusable),
         qmp=section.path("qmp"),
         agent=section.path("agent"),
+        libvirt=section.libvirt(),
+        domain=(section.text("domain", "a domain's name") or section.last) if of_libvirt else None,
+        domains=section.text("domains", "a pattern of domains' names, as lab-*"),
         freeze=freeze,
         scratch=section.path("scratch"),
         exclude=section.texts("exclude", "a node's name, a device's id or an image's path"),
         allow_plaintext=section.boolean("allow_plaintext", otherwise=False),
         retention=_retention(section, retention),
     )
+
+
+def _check_libvirt(section: Section, *, running: bool, of_libvirt: bool) -> None:
+    """Note what goes with `libvirt` only, and what does not go with it."""
+    if "agent" in section.fields and not running:
+        section.problem(
+            "agent", "libvirt has its own channel to the agent" if of_libvirt else "only a machine with `qmp` has that"
+        )
+    if of_libvirt and running:
+        section.problem("libvirt", "expected one of `qmp` and `libvirt`, got both")
+    for key in ("domain", "domains"):
+        if key in section.fields and not of_libvirt:
+            section.problem(key, "expected `libvirt` beside it, for example qemu:///system")
+    if "domain" in section.fields and "domains" in section.fields:
+        section.problem("domains", "expected one of `domain` and `domains`, got both")
+
+
+def _domain_disk(section: Section) -> DiskConfig:
+    """A disk of a domain, which its name alone tells: it is the target device (vda)."""
+    section.allow("allow_plaintext")
+    return DiskConfig(section.last, allow_plaintext=section.boolean("allow_plaintext", otherwise=False))
 
 
 def _retention(outer: Section, otherwise: Retention | None) -> Retention | None:

@@ -14,6 +14,7 @@ import yaml
 from backup.config.settings import OnUnusableBitmap
 from backup.errors import UsageError
 from backup.model.compression import Compression
+from backup.model.libvirt_uri import URI_HINT, uri_problem
 from backup.model.names import FOLDER_HINT, Kind, folder_problem, name_problem, without_password
 from backup.planning.retention import Duration
 from backup.units import parse_duration, parse_size, show_duration, show_size
@@ -284,6 +285,14 @@ class Section:
                 "nbd",
                 f"expected an NBD URI, for example nbd://HOST/EXPORT or nbd+unix:///EXPORT?socket=PATH, got {shown!r}",
             )
+            return None
+        return text
+
+    def libvirt(self) -> str | None:
+        """The URI of a local libvirt."""
+        text = self._scalar("libvirt", ("str",), "a URI of libvirt")
+        if text is not None and (problem := uri_problem(text)):
+            self.problem("libvirt", f"{without_password(text)!r} cannot be used: {problem} ({URI_HINT})")
             return None
         return text
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
@@ -56,6 +57,10 @@ class MachineConfig:
     the backup fails if the freeze fails.  `scratch` is the folder for the scratch images of a backup; None: the global
     one.  `exclude` names disks of the running machine that no point needs to hold.  `allow_plaintext` allows QEMU to
     decrypt all disks of the machine.
+
+    `libvirt` is the URI of the libvirt that has the machine as `domain`, and then `disks` are named by their target
+    devices; without any, all disks of the domain are meant.  `domains` is a pattern: every matching domain is a machine
+    of its own, with these settings.
     """
 
     name: str
@@ -65,6 +70,9 @@ class MachineConfig:
     on_unusable_bitmap: OnUnusableBitmap = "rescan"
     qmp: Path | None = None
     agent: Path | None = None
+    libvirt: str | None = None
+    domain: str | None = None
+    domains: str | None = None
     freeze: Literal["no", "yes", "required"] = "no"
     scratch: Path | None = None
     exclude: tuple[str, ...] = ()
@@ -137,7 +145,14 @@ class Config:
 
     def retention_of(self, machine: str) -> Retention | None:
         """Return a machine's own retention, or else the global one (None: none); the machine need not be configured."""
-        return next((known.retention for known in self.machines if known.name == machine), self.retention)
+        found = self.machine_of(machine)
+        return self.retention if found is None else found.retention
+
+    def machine_of(self, name: str) -> MachineConfig | None:
+        """Return the machine of this name, or the one whose pattern means the domain of this name; None: neither."""
+        named = [known for known in self.machines if known.name == name and known.domains is None]
+        matched = [known for known in self.machines if known.domains and fnmatchcase(name, known.domains)]
+        return next(iter((*named, *matched)), None)
 
 
 def default() -> Config:

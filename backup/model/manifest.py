@@ -140,7 +140,8 @@ NBD = "nbd"
 @dataclass(frozen=True, slots=True)
 class SourceRecord:
     """
-    How a disk was read: kind ("image", "nbd" or "qmp"), path or URI, format, consistency, QEMU's version or None.
+    How a disk was read: kind ("image", "nbd", "qmp" or "libvirt"), path or URI, format, consistency, QEMU's version or
+    None.
 
     `plaintext`: the image is encrypted, and QEMU decrypted what was read.
     """

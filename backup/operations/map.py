@@ -22,6 +22,7 @@ def open_disk(host: Host, disk: DiskRequest, bitmap: str | None, warn: Callable[
         The disk cannot be opened, or has no such bitmap.
     """
     with host:
+        disk.source.expect_bitmaps([] if bitmap is None else [bitmap])
         state = disk.source.inspect()
         if state.owns_bitmaps and bitmap is not None:  # a server's open disk names the bitmaps that it offers
             _require_bitmap(state, bitmap, warn)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from backup.errors import BackupError, Damaged, NotFound, SourceError, UsageError
 from backup.model import chain as chains
 from backup.model.chain import Chain
-from backup.model.disk import DiskState, own_bitmaps
+from backup.model.disk import DiskState, bitmap_name, own_bitmaps
 from backup.model.manifest import DiskEntry, Manifest, SourceRecord
 from backup.operations.request import Names, Request
 from backup.planning import decision as decide
@@ -125,6 +125,7 @@ def preflight(
         _check_first_format(disk)
     else:
         _check_format(disk, newest)
+    disk.source.expect_bitmaps(_known_bitmaps(contents, request.bitmap_family, short_id, disk.name))
     state = disk.source.inspect()
     if state.plaintext and not (request.allow_plaintext or disk.allow_plaintext):
         raise UsageError(
@@ -154,6 +155,21 @@ def preflight(
         ),
     )
     return Preflight(state, last, decision)
+
+
+def _known_bitmaps(contents: Contents, bitmap_family: str | None, short_id: str, disk: str) -> set[str]:
+    """
+    Names of the bitmaps that the disk may have of this repository, as far as its points tell.
+
+    They are those of its two newest points: if a run was cut off before it removed the older one, it is still there.
+    """
+    held = [manifest for manifest in contents.manifests.values() if manifest.disk(disk) is not None]
+    newest = sorted(held, key=lambda manifest: manifest.sequence)[-2:]
+    entries = [entry for manifest in newest if (entry := manifest.disk(disk)) is not None]
+    names = {entry.bitmap.started for entry in entries if entry.bitmap.started is not None}
+    if newest and bitmap_family:
+        names.add(bitmap_name(bitmap_family, short_id, newest[-1].point))
+    return names
 
 
 def _origins(machine: Machine, contents: Contents, disk: str, bitmaps: Iterable[str]) -> dict[str, str]:

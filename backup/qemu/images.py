@@ -172,9 +172,12 @@ def qemu_version() -> str:
     return words[2] if len(words) > 2 else "unknown"
 
 
-def image_info(path: Path, image_format: str) -> ImageInfo:
+def image_info(path: Path, image_format: str, *, shared: bool = False) -> ImageInfo:
     """
     Ask qemu-img about an image and its backing chain.
+
+    `shared`: also if a running machine has the image open.  Then QEMU may have bitmaps that are not in the image yet,
+    and all bitmaps in the image are in use.
 
     Raises
     ------
@@ -183,7 +186,8 @@ def image_info(path: Path, image_format: str) -> ImageInfo:
     SourceError
         The image has another format, or a file below it is missing.
     """
-    command = ["qemu-img", "info", "--output=json", "--backing-chain", "-f", image_format, filename(path)]
+    sharing = ["--force-share"] if shared else []
+    command = ["qemu-img", "info", "--output=json", "--backing-chain", *sharing, "-f", image_format, filename(path)]
     layers = json.loads(_run_on_image(command, path))
     data = _data(layers[0])
     size = os.stat(path).st_size if image_format == RAW and path.is_file() else int(layers[0]["virtual-size"])

@@ -8,13 +8,13 @@ What operations ask of a source, whichever kind it is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from backup.errors import SourceError
+from backup.errors import BackupError, SourceError
 from backup.model.disk import NO_CLAIM, Claim, DiskState
 
 if TYPE_CHECKING:
@@ -29,6 +29,13 @@ class Source(Protocol):
 
     def guessed_format(self) -> str | None:
         """The format that the image's first bytes tell, without a program opening the image; None: it was given."""
+
+    def expect_bitmaps(self, names: Collection[str]) -> None:
+        """
+        Tell which bitmaps the disk may have; called before `inspect`.
+
+        Only libvirt needs to be told, because it does not list the bitmaps that QEMU has.
+        """
 
     def inspect(self) -> DiskState:
         """
@@ -212,6 +219,35 @@ class Host(Protocol):
         SourceError
             A disk cannot be opened.
         """
+
+
+@dataclass(frozen=True, slots=True)
+class Unavailable:
+    """A host that cannot be used: why shows when it is used, so that other machines are backed up before."""
+
+    error: BackupError
+
+    def __enter__(self) -> object:
+        raise self.error
+
+    def __exit__(self, *exc_info: object) -> None:
+        return None
+
+    def discover(self) -> Sequence[tuple[str, Source]]:
+        """Raise the error."""
+        raise self.error
+
+    def recover(self, owner: Owner) -> Sequence[str]:
+        """Raise the error."""
+        del owner
+        raise self.error
+
+    def instant(
+        self, captures: Sequence[Capture], lanes: int, *, point: str, repository: Path | None, short_id: str
+    ) -> AbstractContextManager[Moment]:
+        """Raise the error."""
+        del captures, lanes, point, repository, short_id
+        raise self.error
 
 
 class Moved(SourceError):

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from backup.errors import SourceError
 from backup.model.disk import Claim
 from backup.qemu.programs import filename
 from backup.sources.base import NO_FREEZE, DiskRequest, Freeze, Host, Source
@@ -61,14 +63,17 @@ class Specification:
     """
     Where a machine's disks are, and how one instant of them is captured.
 
-    `qmp` is the QMP socket of the machine's running QEMU, and the other fields are for a running machine only: without
-    `disks`, all its writable disks but those in `exclude` are meant; `warn_of_others` warns of writable disks that are
-    neither in `disks` nor in `exclude`; QEMU keeps what the guest overwrites meanwhile in the folder `scratch` (None:
-    that of each image), where `scratch_reserve` bytes stay free.
+    `qmp` is the QMP socket of the machine's running QEMU; or `libvirt` is the URI of the libvirt that has the machine
+    as `domain`.  The other fields are for these two only: without `disks`, all its writable disks but those in
+    `exclude` are meant; `warn_of_others` warns of writable disks that are neither in `disks` nor in `exclude`; QEMU
+    keeps what the guest overwrites meanwhile in the folder `scratch` (None: that of each image), where
+    `scratch_reserve` bytes stay free.
     """
 
     disks: tuple[DiskSpecification, ...] = ()
     qmp: Path | None = None
+    libvirt: str | None = None
+    domain: str = ""
     exclude: tuple[str, ...] = ()
     warn_of_others: bool = False
     scratch: Path | None = None
@@ -84,8 +89,27 @@ def choose(specification: Specification) -> tuple[Host, tuple[DiskRequest, ...]]
     """
     if specification.qmp is not None:
         return _running(specification.qmp, specification)
+    if specification.libvirt is not None:
+        return _domain(specification.libvirt, specification)
     sources = [_resting(disk) for disk in specification.disks]
     return AtRest(sources), _requests(specification.disks, sources)
+
+
+def matching_domains(uri: str, pattern: str) -> list[str]:
+    """
+    Return the names of the domains of a libvirt, on or off, that match a pattern (`web*`); at least one.
+
+    Raises
+    ------
+    SourceError
+        No domain matches, or libvirt cannot be asked.
+    """
+    from backup.sources.libvirt_domain import matching  # noqa: PLC0415 - as below
+
+    domains = matching(uri, lambda name: fnmatchcase(name, pattern))
+    if not domains:
+        raise SourceError(f"no domain of libvirt at {uri} matches {pattern!r}", hint="see: virsh -c URI list --all")
+    return domains
 
 
 def _running(qmp: Path, specification: Specification) -> tuple[Host, tuple[DiskRequest, ...]]:
@@ -105,6 +129,22 @@ def _running(qmp: Path, specification: Specification) -> tuple[Host, tuple[DiskR
         freeze=specification.freeze,
     )
     return _on_or_off(running, disks) if images else (running, _requests(disks, running.sources))
+
+
+def _domain(uri: str, specification: Specification) -> tuple[Host, tuple[DiskRequest, ...]]:
+    from backup.sources.libvirt import Libvirt  # noqa: PLC0415 - libvirt-python is optional
+
+    host = Libvirt(
+        uri,
+        specification.domain,
+        [disk.name for disk in specification.disks],
+        exclude=specification.exclude,
+        complain=specification.warn_of_others,
+        scratch=specification.scratch,
+        reserve=specification.scratch_reserve,
+        freeze=specification.freeze,
+    )
+    return host, _requests(specification.disks, host.sources)
 
 
 def _on_or_off(running: Running, disks: Sequence[DiskSpecification]) -> tuple[Host, tuple[DiskRequest, ...]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,9 @@ class ImageSource:
         """Tell qcow2 and raw by the image's first bytes, unless the format was given."""
         detected = images.detect_format(self.path)  # also where the format was given: the image must be readable
         return None if self.format else detected
+
+    def expect_bitmaps(self, names: Collection[str]) -> None:
+        """Do nothing: qemu-img lists all bitmaps."""
 
     def inspect(self) -> DiskState:
         """Have qemu-img inspect the image."""

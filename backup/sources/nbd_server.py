@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from backup.errors import SourceError, UsageError
@@ -32,6 +32,9 @@ class NbdSource:
     def guessed_format(self) -> str | None:
         """Return None: a server shows the disk's bytes, whatever image they come from."""
         return None
+
+    def expect_bitmaps(self, names: Collection[str]) -> None:
+        """Do nothing: the server lists all bitmaps."""
 
     def inspect(self) -> DiskState:
         """Ask the server for the disk's size and for the bitmap."""

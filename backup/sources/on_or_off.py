@@ -7,7 +7,7 @@ from starting meanwhile.  Both ways continue one chain: the bitmaps are kept in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
@@ -120,6 +120,9 @@ class _Disk:
     def guessed_format(self) -> str | None:
         """Tell it by the image, while the machine is off."""
         return self._now.guessed_format()
+
+    def expect_bitmaps(self, names: Collection[str]) -> None:
+        """Do nothing: QEMU lists all bitmaps."""
 
     def inspect(self) -> DiskState:
         """

@@ -7,8 +7,7 @@ from __future__ import annotations
 import logging
 import os
 import stat
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
@@ -28,12 +27,11 @@ from backup.qmp.blocks import OURS, BlockGraph, Device, Node
 from backup.qmp.instant import Instant, InstantDisk, Room
 from backup.qmp.monitor import Monitor, Refused
 from backup.runtime.ignoring import ignoring
-from backup.runtime.signals import to_the_end
 from backup.sources.base import NO_FREEZE, Capture, Freeze, Moved, NotStarted, Opened, Owner, Source
+from backup.sources.freezing import Freezing
 
 _log = logging.getLogger(__name__)
 
-_THAW_TRIES = 3
 _STORAGE_SECONDS = 60.0
 """How long it may take to make a file in the scratch folder of an interrupted run."""
 _ELSEWHERE = {
@@ -241,6 +239,10 @@ class Running:
             done.append(f"bitmap {name} of node {node}, which belongs to no point")
         return done
 
+    def _open_agent(self) -> Agent:
+        assert self._freeze.agent is not None
+        return Agent(self._freeze.agent)
+
     def _thaw_leftover(self) -> list[str]:
         """Thaw a guest that was frozen when an earlier run was killed."""
         if self._freeze.agent is None:
@@ -277,7 +279,7 @@ class Running:
             source.require_untouched_by_reading(blocks)
         doubts = [*self._unnamed(blocks), *(doubt for source in self.sources for doubt in source.doubts(blocks))]
         targets = [self._target(source, capture) for source, capture in zip(self.sources, captures, strict=True)]
-        freezing = _Freezing(self._freeze, self._no_agent)
+        freezing = Freezing(self._freeze, self._open_agent, self._no_agent)
         own = fleece.prefix(short_id, point)
         moment = RunningMoment(freezing, doubts)
         try:
@@ -383,6 +385,9 @@ class NodeSource:
     def guessed_format(self) -> str | None:
         """Return None: QEMU has the image open already, in the format that QEMU was given."""
         return None
+
+    def expect_bitmaps(self, names: Collection[str]) -> None:
+        """Do nothing: QEMU lists all bitmaps."""
 
     def inspect(self) -> DiskState:
         """Query QEMU for the disk's node and the files below it."""
@@ -492,7 +497,7 @@ class NodeSource:
 class RunningMoment:
     """An instant that QEMU keeps for pybackup."""
 
-    _freezing: _Freezing
+    _freezing: Freezing
     _doubts: Sequence[str]
     disks: list[Opened] = field(default_factory=list)
     instant: Instant | None = None
@@ -526,87 +531,6 @@ class RunningMoment:
         """Make sure that all jobs still run, and that no copy of what the guest overwrote was lost."""
         assert self.instant is not None
         self.instant.require_sound()
-
-
-class _Freezing:
-    """
-    Has the guest flush and freeze its file systems for the transaction, and thaw them, whatever happens.
-
-    `no_agent`: why the agent did not answer at the start of the run.
-    """
-
-    def __init__(self, freeze: Freeze, no_agent: AgentError | None) -> None:
-        self._freeze = freeze
-        self._no_agent = no_agent
-        self._asked: float | None = None
-        self.consistency = "crash"
-        self.warnings: list[str] = []
-        self.seconds: float | None = None
-        self.stuck: str | None = None
-        """A warning that the guest may still be frozen, with what to do."""
-
-    @property
-    def wanted(self) -> bool:
-        """Whether the guest is to be frozen or, for a rehearsal, its agent is to be asked."""
-        return self._freeze.wanted
-
-    def begin(self) -> None:
-        """Freeze; a failure is a warning, or an error if a freeze is required."""
-        if not self._freeze.wanted:
-            return
-        assert self._freeze.agent is not None
-        try:
-            if self._no_agent is not None:
-                raise self._no_agent
-            with Agent(self._freeze.agent) as agent:
-                frozen = agent.frozen()
-                if self._freeze.rehearsed:
-                    return
-                if frozen:
-                    agent.thaw()
-                self._asked = time.monotonic()
-                agent.freeze()
-        except AgentError as error:
-            self.end()  # the guest may be frozen
-            if self._freeze.required:
-                raise SourceError(
-                    f"the guest's file systems cannot be frozen: {error.message}",
-                    hint=f"{error.hint}; with `freeze: true` the backup is taken without the freeze",
-                ) from None
-            self.warnings.append(f"the guest was not frozen, and the backup is only crash-consistent: {error.message}")
-        else:
-            self.consistency = "filesystem"
-
-    def end(self) -> None:
-        """Thaw, if the guest was asked to freeze."""
-        to_the_end(self._thaw_again)
-
-    def _thaw_again(self) -> None:
-        if self._asked is None:
-            return
-        problems = [self._thaw()]
-        while problems[-1] is not None and len(problems) < _THAW_TRIES:
-            problems.append(self._thaw())
-        if problems[-1] is not None:
-            self.stuck = (
-                f"the guest's file systems may still be frozen: {problems[-1]}; thaw them through the agent "
-                "(guest-fsfreeze-thaw, virsh domfsthaw)"
-            )
-        self.seconds, self._asked = time.monotonic() - self._asked, None
-
-    def _thaw(self) -> str | None:
-        """Try to thaw once; return what went wrong."""
-        assert self._freeze.agent is not None
-        agent = Agent(self._freeze.agent)
-        try:
-            with agent:
-                if agent.frozen():
-                    agent.thaw()
-        except AgentError as error:
-            return error.message
-        finally:
-            agent.close()  # also if a signal came before `with`: the next attempt would find the agent busy
-        return None
 
 
 def _disk_name(device: Device, node: Node, file: str) -> str:

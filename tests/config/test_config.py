@@ -56,6 +56,27 @@ def test_the_example_loads_and_means_what_it_says():
     assert config.repository == Path("/srv/backup")
     assert config.machines == (
         MachineConfig(
+            "vm1",
+            (DiskConfig("vda"),),
+            "b1",
+            Compression(1),
+            libvirt="qemu:///system",
+            domain="vm1",
+            freeze="yes",
+            exclude=("vdb",),
+            retention=RETENTION,
+        ),
+        MachineConfig(
+            "lab",
+            (),
+            "b1",
+            Compression(1),
+            libvirt="qemu:///system",
+            domain="lab",
+            domains="lab-*",
+            retention=RETENTION,
+        ),
+        MachineConfig(
             "web1",
             (
                 DiskConfig("vda", image=Path("/var/lib/libvirt/images/web1.qcow2")),
@@ -240,7 +261,7 @@ machines:
         ),
         (
             "machines:\n  a:\n    exclude: b\n    disks: {vda: {image: x}}\n",
-            "line 3: machines.a.exclude: only a running machine, with `qmp`, can have this key",
+            "line 3: machines.a.exclude: only a running machine, with `qmp` or `libvirt`, can have this key",
         ),
         (
             "machines:\n  a:\n    disks: {vda: {image: x, allow_plaintext: true}}\n",
@@ -252,7 +273,7 @@ machines:
         ),
         (
             "machines:\n  a:\n    scratch: /tmp\n    disks: {vda: {image: x}}\n",
-            "line 3: machines.a.scratch: only a running machine, with `qmp`, can have this key",
+            "line 3: machines.a.scratch: only a running machine, with `qmp` or `libvirt`, can have this key",
         ),
         (
             "machines:\n  a:\n    qmp: q\n    freeze: perhaps\n    agent: a\n    disks: {vda: {node: x}}\n",
@@ -285,6 +306,30 @@ machines:
         (
             "machines:\n  a: {disks: {d: {image: x}}}\n  b: {disks: {d: {image: ./x}}}\n",
             "line 3: machines.b.disks.d.image: FOLDER/x is already the image of machines.a.disks.d",
+        ),
+        (
+            "machines:\n  a:\n    libvirt: qemu+ssh://host/system\n",
+            "line 3: machines.a.libvirt: 'qemu+ssh://host/system' cannot be used: it names a daemon on ",
+        ),
+        (
+            "machines:\n  a:\n    libvirt: qemu:///system\n    qmp: /run/q\n",
+            "line 3: machines.a.libvirt: expected one of `qmp` and `libvirt`, got both",
+        ),
+        (
+            "machines:\n  a:\n    libvirt: qemu:///system\n    agent: /run/a\n",
+            "line 4: machines.a.agent: libvirt has its own channel to the agent",
+        ),
+        (
+            "machines:\n  a:\n    domains: web*\n    disks: {vda: {image: x}}\n",
+            "line 3: machines.a.domains: expected `libvirt` beside it, for example qemu:///system",
+        ),
+        (
+            "machines:\n  a:\n    libvirt: qemu:///system\n    domain: b\n    domains: b*\n",
+            "line 5: machines.a.domains: expected one of `domain` and `domains`, got both",
+        ),
+        (
+            "machines:\n  a:\n    libvirt: qemu:///system\n    disks: {vda: {image: x}}\n",
+            "line 4: machines.a.disks.vda.image: unknown key",
         ),
         (
             "a: [1\n",
@@ -428,3 +473,24 @@ def test_whatever_the_file_holds_it_loads_or_is_a_usage_error(tmp_path_factory, 
 def test_a_start_without_a_configuration_does_not_load_yaml():
     code = "import sys, backup.units, backup.model.names; sys.exit('yaml' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_machine_of_libvirt_needs_two_lines(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("machines:\n  web1:\n    libvirt: qemu:///system\n")
+    [machine] = load(path).machines
+    assert (machine.libvirt, machine.domain, machine.disks) == ("qemu:///system", "web1", ())
+
+
+def test_domains_that_a_pattern_means_have_the_retention_of_the_pattern(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "machines:\n  lab:\n    libvirt: qemu:///system\n    domains: lab-*\n    retention: {last: 3}\n"
+        "  lab-1:\n    libvirt: qemu:///system\n    retention: {last: 5}\n"
+    )
+    config = load(path)
+    kept = {name: config.retention_of(name) for name in ("lab-1", "lab-2", "lab", "web1")}
+    assert kept["lab-1"].policy.last == 5
+    assert kept["lab-2"].policy.last == 3
+    assert kept["lab"] is None
+    assert kept["web1"] is None

@@ -147,7 +147,7 @@ def test_a_run_that_is_killed_in_the_freeze_is_made_up_for_by_the_next(nights, s
         *IN_THE_FREEZE,
         Step("Agent.freeze", "after", module=AGENT),
         Step("Agent.__exit__", "before", 2, module=AGENT),
-        Step("_Freezing.end", "before", module="backup.sources.running"),
+        Step("Freezing.end", "before", module="backup.sources.freezing"),
     ],
     ids=str,
 )

@@ -7,7 +7,7 @@ more.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,6 +105,9 @@ class MemorySource:
 
     def guessed_format(self) -> str | None:
         return None
+
+    def expect_bitmaps(self, names: Collection[str]) -> None:
+        """Do nothing: the bitmaps are at hand."""
 
     def inspect(self) -> DiskState:
         bitmaps = tuple(Bitmap(name, GRANULARITY) for name in self.bitmaps)

@@ -19,11 +19,13 @@ from backup.cli.parameters import (
     CompressionText,
     ConfiguredMachines,
     DiskNames,
+    Domains,
     DryRun,
     Exclude,
     FreezeFlag,
     ImageFormats,
     Images,
+    LibvirtUri,
     Limit,
     MachineName,
     Nbd,
@@ -48,6 +50,8 @@ def full(
     image: Images = None,
     image_format: ImageFormats = None,
     nbd: Nbd = None,
+    libvirt: LibvirtUri = None,
+    domain: Domains = None,
     qmp: Qmp = None,
     node: Nodes = None,
     exclude: Exclude = None,
@@ -66,8 +70,8 @@ def full(
     """
     Back up whole disks, and start a new chain.
 
-    Without MACHINE and without a source (--image, --nbd or --qmp), every machine of the configuration is backed up; one
-    that fails does not stop the others.  Exit code 3: the points exist, and there were warnings.
+    Without MACHINE and without a source (--libvirt, --image, --nbd or --qmp), every machine of the configuration is
+    backed up; one that fails does not stop the others.  Exit code 3: the points exist, and there were warnings.
     """
     from backup.cli.requests import Options
 
@@ -78,6 +82,8 @@ def full(
             image=image,
             image_format=image_format,
             nbd=nbd,
+            libvirt=libvirt,
+            domain=domain,
             qmp=qmp,
             node=node,
             exclude=exclude,
@@ -102,6 +108,8 @@ def incremental(
     image_format: ImageFormats = None,
     nbd: Nbd = None,
     since: Since = None,
+    libvirt: LibvirtUri = None,
+    domain: Domains = None,
     qmp: Qmp = None,
     node: Nodes = None,
     exclude: Exclude = None,
@@ -124,8 +132,8 @@ def incremental(
     A dirty bitmap of QEMU tells what changed.  Where no bitmap can be continued, the whole disk is read (a rescan or a
     full), the reason is shown, and the exit code is 3.  A disk without a point gets a full.
 
-    Without MACHINE and without a source (--image, --nbd or --qmp), every machine of the configuration is backed up; one
-    that fails does not stop the others.
+    Without MACHINE and without a source (--libvirt, --image, --nbd or --qmp), every machine of the configuration is
+    backed up; one that fails does not stop the others.
     """
     from backup.cli.requests import Options
 
@@ -136,6 +144,8 @@ def incremental(
             image=image,
             image_format=image_format,
             nbd=nbd,
+            libvirt=libvirt,
+            domain=domain,
             qmp=qmp,
             node=node,
             exclude=exclude,
@@ -161,6 +171,8 @@ def rescan(
     image: Images = None,
     image_format: ImageFormats = None,
     nbd: Nbd = None,
+    libvirt: LibvirtUri = None,
+    domain: Domains = None,
     qmp: Qmp = None,
     node: Nodes = None,
     exclude: Exclude = None,
@@ -181,8 +193,8 @@ def rescan(
 
     No bitmap is trusted: all data is read, compared with the newest point, and stored where it differs.
 
-    Without MACHINE and without a source (--image, --nbd or --qmp), every machine of the configuration is backed up; one
-    that fails does not stop the others.
+    Without MACHINE and without a source (--libvirt, --image, --nbd or --qmp), every machine of the configuration is
+    backed up; one that fails does not stop the others.
     """
     from backup.cli.requests import Options
 
@@ -193,6 +205,8 @@ def rescan(
             image=image,
             image_format=image_format,
             nbd=nbd,
+            libvirt=libvirt,
+            domain=domain,
             qmp=qmp,
             node=node,
             exclude=exclude,

@@ -13,16 +13,18 @@ import typer
 
 from backup.cli import find, json_output, output
 from backup.cli.context import options
-from backup.cli.parameters import AgentSocket, Qmp, Repo
+from backup.cli.parameters import AgentSocket, DomainName, LibvirtUri, Qmp, Repo
 from backup.errors import WARNINGS_EXIT_CODE, UsageError
 
 if TYPE_CHECKING:
     from backup.operations.clean import Outcome, Place
-    from backup.sources.base import Owner
+    from backup.sources.base import Host, Owner
     from backup.sources.running import Running
 
 
 def clean(
+    libvirt: LibvirtUri = None,
+    domain: DomainName = None,
     qmp: Qmp = None,
     image: Annotated[
         list[str] | None,
@@ -52,12 +54,14 @@ def clean(
     """
     Remove what backups left in a running QEMU or in images.
 
-    With --qmp alone, clean up after a run that was interrupted: remove its jobs, exports, nodes and bitmaps, and thaw
-    the guest.
+    With --qmp alone, or with --libvirt and --domain, clean up after a run that was interrupted: remove its jobs,
+    exports, nodes and bitmaps, and thaw the guest.
 
     With --image, --bitmaps or --repository, list pybackup's dirty bitmaps; with --yes, remove the selected ones.
     """
     wanted = CleanOptions(
+        libvirt=libvirt,
+        domain=domain,
         qmp=find.path_of(qmp),
         images=tuple(map(Path, image or ())),
         agent=find.path_of(agent),
@@ -80,6 +84,8 @@ class CleanOptions:
     bitmaps of repositories by their short ids; these repositories need not exist any more.
     """
 
+    libvirt: str | None
+    domain: str | None
     qmp: Path | None
     images: tuple[Path, ...]
     agent: Path | None
@@ -89,9 +95,19 @@ class CleanOptions:
     yes: bool
 
     def __post_init__(self) -> None:
-        if (self.qmp is None) == (not self.images):
+        if [self.libvirt is None, self.qmp is None, not self.images].count(True) != 2:
             raise UsageError(
-                "clean needs either --qmp or --image", hint="give --qmp SOCKET, or --image FILE (repeatable)"
+                "clean needs one of --libvirt, --qmp and --image",
+                hint="give --libvirt URI --domain NAME, --qmp SOCKET, or --image FILE (repeatable)",
+            )
+        if (self.libvirt is None) != (self.domain is None):
+            raise UsageError("--libvirt and --domain go together", hint="--libvirt qemu:///system --domain web1")
+        if self.libvirt is not None:
+            requests.check_uri(self.libvirt)
+        if self.libvirt is not None and self.of_bitmaps:
+            raise UsageError(
+                "bitmaps of a domain are listed and removed while it is off",
+                hint="shut it down, and give its images: pybackup clean --image FILE --bitmaps",
             )
         for short_id in self.repositories:
             if not re.fullmatch("[0-9a-f]{8}", short_id):
@@ -106,6 +122,19 @@ class CleanOptions:
     def of_bitmaps(self) -> bool:
         """Whether the command lists or removes bitmaps; otherwise it cleans up after an interrupted run."""
         return bool(self.bitmaps or self.repositories or self.images)
+
+
+@contextmanager
+def _domain(wanted: CleanOptions) -> Iterator[Host]:
+    """Connect to the domain."""
+    from backup.sources.base import Freeze
+    from backup.sources.choose import Specification, choose
+
+    assert wanted.libvirt is not None
+    scratch, freeze = find.config_or_default().scratch, Freeze(wanted=True)  # so that a guest that is frozen is thawed
+    host, _ = choose(Specification(libvirt=wanted.libvirt, domain=wanted.domain or "", scratch=scratch, freeze=freeze))
+    with host:
+        yield host
 
 
 @contextmanager
@@ -127,7 +156,7 @@ def _running(wanted: CleanOptions) -> Iterator[Running]:
 def _clean_machine(wanted: CleanOptions) -> None:
     """Remove what an interrupted run left in a running machine."""
     repository = find.repository(wanted.repo)
-    with _running(wanted) as host:
+    with _domain(wanted) if wanted.libvirt is not None else _running(wanted) as host:
         removed = list(host.recover(repository.ownership(None)))
     if options.json:
         json_output.write(CleanDocument(removed))

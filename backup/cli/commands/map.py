@@ -10,7 +10,7 @@ import typer
 from backup.cli import find, json_output, output
 from backup.cli.context import options
 from backup.cli.output import line, plain
-from backup.cli.parameters import Image, ImageFormat, Nbd, Qmp, Scratch
+from backup.cli.parameters import DomainName, Image, ImageFormat, LibvirtUri, Nbd, Qmp, Scratch
 from backup.units import show_size
 
 if TYPE_CHECKING:
@@ -24,6 +24,12 @@ def map_(
     image: Image = None,
     image_format: ImageFormat = None,
     nbd: Nbd = None,
+    libvirt: LibvirtUri = None,
+    domain: DomainName = None,
+    disk: Annotated[
+        str | None,
+        typer.Option("--disk", metavar="NAME", help="With --libvirt: the disk, named by its target device (vda)."),
+    ] = None,
     qmp: Qmp = None,
     node: Annotated[
         str | None,
@@ -51,13 +57,16 @@ def map_(
         image=image,
         image_format=image_format,
         nbd=nbd,
+        libvirt=libvirt,
+        domain=domain,
+        disk=disk,
         qmp=qmp,
         node=node,
         scratch=scratch,
         bitmap=bitmap,
     )
-    host, [disk] = choose(specification)
-    with open_disk(host, disk, bitmap, output.warning) as opened:
+    host, [request] = choose(specification)
+    with open_disk(host, request, bitmap, output.warning) as opened:
         if totals:
             sums = extent_map.map_totals(opened.disk, opened.bitmap)
             json_output.write(sums) if options.json else _show_totals(sums)

@@ -43,7 +43,7 @@ def status(
     limits = states.Limits(datetime.now(UTC), None if max_age is None else parse_duration(max_age))
     config = find.config() if repo is None else find.config_or_default()
     repository = find.repository(find.folder_of(repo))
-    expected = settings.expected_disks(config, find.folder_of(repo))
+    expected = settings.expected_disks(config, find.folder_of(repo), repository.machine_names())
     known = {*repository.machine_names(), *expected}
     disks: list[DiskStatus] = []
     for name in dict.fromkeys(machines or sorted(known)):

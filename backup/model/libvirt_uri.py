@@ -1,0 +1,45 @@
+"""URIs of libvirt: pybackup reads the disks of a domain through a Unix socket, so that the daemon must be local."""
+
+from __future__ import annotations
+
+from urllib.parse import parse_qs, urlsplit
+
+_SCHEMES = {"qemu", "qemu+unix"}
+_PATHS = {"/system", "/session"}
+
+
+def uri_problem(text: str) -> str | None:
+    """Return why pybackup cannot use a libvirt URI; None if it can."""
+    try:
+        parts = urlsplit(text)
+        host = parts.netloc
+    except ValueError:
+        return "it is not a URI"
+    driver, _, transport = parts.scheme.partition("+")
+    if driver != "qemu":
+        return "it does not name libvirt's QEMU driver"
+    if host or parts.scheme not in _SCHEMES:
+        return (
+            f"it names a daemon on another host ({host or transport}), and pybackup reads the domains of this host only"
+        )
+    if parts.path not in _PATHS:
+        return f"its path is {parts.path or 'missing'}, not /system or /session"
+    return None
+
+
+URI_HINT = "for example qemu:///system or qemu:///session; back up the domains of another host on that host"
+
+
+def socket_of(uri: str) -> str | None:
+    """Return the path in a URI's parameter `socket`; None: the URI means the daemon's default socket."""
+    return parse_qs(urlsplit(uri).query).get("socket", [None])[0]
+
+
+def is_session(uri: str) -> bool:
+    """Tell whether a URI means a user's own daemon."""
+    return urlsplit(uri).path == "/session"
+
+
+def is_pattern(domain: str) -> bool:
+    """Tell whether a domain's name is a pattern (`web*`) that several domains may match."""
+    return any(character in domain for character in "*?[")

@@ -1,0 +1,616 @@
+"""
+The disks of a domain of libvirt: on, through a backup job of libvirt; off, from their images under their locks.
+
+Both ways continue one chain, because the bitmaps are kept in the images.  libvirt knows a bitmap only as a checkpoint,
+and its records of checkpoints are in the way of users (`virsh undefine` refuses) and of other backup tools.  So a run
+has libvirt record the bitmaps that it needs, and removes the records at its end; the bitmaps stay.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Self
+
+from backup.errors import BackupError, Interrupted, Locked, SourceError
+from backup.model.disk import Bitmap, DiskState, own_bitmaps, repository_of
+from backup.model.manifest import LowerFile
+from backup.qemu import images
+from backup.qmp.agent import AgentError
+from backup.runtime.ignoring import ignoring
+from backup.runtime.shortage import free_bytes
+from backup.runtime.signals import to_the_end
+from backup.sources import libvirt_job as jobs
+from backup.sources.base import NO_FREEZE, Capture, Freeze, Moment, Moved, Opened, Owner, Source
+from backup.sources.freezing import Freezing
+from backup.sources.image import ImageSource
+from backup.sources.libvirt_domain import Domain
+from backup.sources.libvirt_job import DomainMoment, Job, Room
+from backup.sources.libvirt_xml import DomainDisk, DomainDocument, JobDisk
+from backup.sources.resting import AtRest
+
+_log = logging.getLogger(__name__)
+
+KIND = "libvirt"
+"""The kind of source that the manifest records."""
+_FORMATS = {images.QCOW2, images.RAW}
+_LOCAL = {"file", "block"}
+"""Types of disks that lie in local files and block devices."""
+
+
+class Libvirt:
+    """
+    A domain; each `with` decides anew whether it is on or off.
+
+    Parameters
+    ----------
+    uri : str
+        The daemon's.
+    name : str
+        The domain's.
+    targets : sequence of str
+        Its disks by their target devices (vda); none: all but drives for removable media.
+    exclude : sequence of str
+        Disks that are left out knowingly.
+    complain : bool
+        Warn of disks that are neither named nor excluded.
+    scratch : Path or None
+        The folder for what the guest overwrites meanwhile; None: the image's own.
+    reserve : int
+        Bytes that must stay free there.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        name: str,
+        targets: Sequence[str] = (),
+        *,
+        exclude: Sequence[str] = (),
+        complain: bool = False,
+        scratch: Path | None = None,
+        reserve: int = 0,
+        freeze: Freeze = NO_FREEZE,
+    ) -> None:
+        self.name = name
+        self.domain = Domain(uri, name)
+        self.sources = tuple(DomainSource(self, target) for target in targets)
+        self._all = not targets
+        self._exclude = tuple(exclude)
+        self._complain = complain
+        self._scratch = None if scratch is None else scratch.absolute()
+        self._reserve = reserve
+        self._freeze = freeze
+        self._no_agent: AgentError | None = None
+        self._is_on = False
+        self._records: set[str] = set()
+        """Checkpoints of which libvirt got a record from this run."""
+
+    def __enter__(self) -> Self:
+        self.domain.connect()
+        try:
+            self._is_on = self.domain.is_on()
+        except BaseException:
+            self.domain.close()
+            raise
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        try:
+            to_the_end(self._forget_records)
+        finally:
+            self.domain.close()
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the domain had a running QEMU when this run looked."""
+        return self._is_on
+
+    # Disks
+
+    def document(self) -> DomainDocument:
+        """The domain as it is, or will be at its next start."""
+        return self.domain.document(on=self._is_on)
+
+    def discover(self) -> Sequence[tuple[str, Source]]:
+        """
+        Return all disks but drives for removable media and the excluded ones, if no disks were named.
+
+        Raises
+        ------
+        SourceError
+            There is no such disk.
+        """
+        if not self._all:
+            return ()
+        found = [disk for disk in self.document().disks if not disk.removable and disk.target not in self._exclude]
+        if not found:
+            raise SourceError(
+                f"domain {self.name} has no disk that is not excluded",
+                hint="name a disk with --disk (vda, for example); a cdrom or a floppy must be named",
+            )
+        self.sources = tuple(DomainSource(self, disk.target) for disk in found)
+        return [(source.target, source) for source in self.sources]
+
+    def disk(self, target: str) -> DomainDisk:
+        """
+        Find a disk that pybackup can read.
+
+        Raises
+        ------
+        SourceError
+            The domain has no such disk, or it cannot be read.
+        """
+        disks = {disk.target: disk for disk in self.document().disks}
+        if target not in disks:
+            raise SourceError(
+                f"domain {self.name} has no disk {target!r}", hint=f"it has: {', '.join(disks) or 'no disk at all'}"
+            )
+        why_not = self._why_unreadable(disks[target])
+        if why_not is not None:
+            raise SourceError(f"disk {target} of domain {self.name} cannot be backed up: {why_not[0]}", hint=why_not[1])
+        return disks[target]
+
+    def _why_unreadable(self, disk: DomainDisk) -> tuple[str, str] | None:
+        """Why pybackup cannot read a disk, and what the user can do; None if it can."""
+        leave_out = f"leave the disk out: --exclude {disk.target} (`exclude:` in the configuration)"
+        if not disk.medium:
+            return f"the {disk.device} has no medium", leave_out
+        if disk.storage not in _LOCAL or disk.path is None:
+            return (
+                f"its source is of type {disk.storage}, and pybackup reads local files and block devices only",
+                f"{leave_out}; a network disk can be served by an NBD server: pybackup full --nbd URI",
+            )
+        if disk.format not in _FORMATS:
+            return f"its format is {disk.format}, and pybackup reads qcow2 and raw", leave_out
+        if disk.lost is not None:
+            return disk.lost, leave_out
+        if disk.iothread and self._is_on:
+            return (
+                "it has an iothread, and QEMU can abort when a program leaves the NBD server of such a disk",
+                "give the machine a QMP socket of its own and use --qmp (`qmp:`), or back it up while it is off",
+            )
+        return None
+
+    def _unnamed(self, document: DomainDocument) -> list[str]:
+        """Warnings: disks of the domain that no point holds though nobody excluded them."""
+        known = {*self._exclude, *(source.target for source in self.sources)}
+        return [
+            f"disk {disk.target} ({disk.path or disk.storage}) of domain {self.name} is in no point: name the disk "
+            "(--disk, `disks:`), or exclude it (--exclude, `exclude:`)"
+            for disk in document.disks
+            if self._complain and not disk.removable and disk.target not in known
+        ]
+
+    def _doubts(self, document: DomainDocument) -> list[str]:
+        """Warnings: what makes a point of the domain less than it seems."""
+        read = {source.target for source in self.sources}
+        shared = [disk.target for disk in document.disks if disk.shareable and disk.target in read]
+        return [
+            *self._unnamed(document),
+            *(f"disk {target}: {_SHARED}; the point may hold several moments of the disk" for target in shared),
+        ]
+
+    def _remarks(self, document: DomainDocument) -> list[str]:
+        """Notes: what the user may want to know."""
+        there = {disk.target for disk in document.disks}
+        gone = [target for target in self._exclude if target not in there]
+        notes = [f"disk {target} is excluded, and domain {self.name} has no such disk" for target in gone]
+        if not self._is_on and self.domain.is_saved():
+            saved = f"the memory of domain {self.name} is saved (managedsave) and in no point"
+            notes.append(f"{saved}: a restored machine starts anew")
+        return notes
+
+    # What cut-off runs left
+
+    def recover(self, owner: Owner) -> Sequence[str]:
+        """
+        Remove what runs of this repository that were cut off have left in libvirt, and nothing else.
+
+        Raises
+        ------
+        Locked
+            Another program's job runs, or a run of another machine to which what is left may belong.
+        """
+        done = self._thaw_leftover() if self._is_on else []
+        if self._is_on:
+            done += self._end_leftover(owner)
+        done += self._delete_leftovers(owner)
+        folders = self._scratch_folders()
+        return [*done, *jobs.remove_stale(self.domain, folders, owner.short_id)]
+
+    def _thaw_leftover(self) -> list[str]:
+        """A run that was killed while the guest was frozen must not leave it so."""
+        if not self._freeze.wanted or self.document().agent != "connected":
+            return []
+        try:
+            thawed = self.domain.thaw()
+        except AgentError as error:
+            self._no_agent = error  # said when the freeze is due, without another wait
+            return []
+        return ["a freeze of the guest's file systems"] if thawed else []
+
+    def _end_leftover(self, owner: Owner) -> list[str]:
+        self.require_free(jobs.prefixes(owner.short_id))
+        job = self.domain.job()
+        if job is None:
+            return []
+        owner.require_alone()
+        stopped = self.domain.stopped_by_io_error() and any(map(_is_full, job.scratch))
+        self.domain.end_job()
+        done = [f"backup job {job.exports[0]}"]
+        if stopped and self.domain.stopped_by_io_error():
+            self.domain.resume()
+            done.append("a stop of the guest: a full scratch folder was the reason")
+        return done
+
+    def require_free(self, ours: Sequence[str] = ()) -> None:
+        """
+        Make sure that libvirt runs no job of the domain but a backup whose exports have names that begin with `ours`.
+
+        libvirt would let a new backup wait for half a minute, and then refuse.
+
+        Raises
+        ------
+        Locked
+            It runs one.
+        """
+        job = self.domain.job()
+        if job is None:
+            self.domain.require_no_other_job()
+            return
+        if job.is_named(ours):
+            return
+        exports = ", ".join(name or "without a name" for name in job.exports) or "none"
+        if job.is_named([jobs.OURS]):
+            raise Locked(
+                f"libvirt runs a backup job of pybackup for domain {self.name} already (exports: {exports})",
+                hint="wait for its end; if that run was killed, its next run removes the job, and so does `pybackup "
+                "clean --libvirt URI --domain NAME` with its repository",
+            )
+        raise Locked(
+            f"libvirt runs a backup job of another program for domain {self.name} (exports: {exports})",
+            hint=f"wait for its end; if nobody needs the job, end it: virsh domjobabort {self.name}",
+        )
+
+    def _delete_leftovers(self, owner: Owner) -> list[str]:
+        """
+        Delete the checkpoints of points that were never published.
+
+        The other records of this repository's checkpoints go at the end of the run: the run needs them to find bitmaps
+        that are to be removed.  While the domain is off, its images show the bitmaps.
+        """
+        done = []
+        for name in own_bitmaps(self.domain.checkpoints(), owner.short_id, keep=None):
+            if self._is_on and not owner.has_point(name.rpartition(".")[2]):
+                owner.require_alone()
+                self.domain.delete(name)
+                done.append(f"checkpoint {name}, which belongs to no point")
+            else:
+                self._records.add(name)
+        return done
+
+    def _scratch_folders(self) -> list[Path]:
+        if self._scratch is not None:
+            return [self._scratch]
+        paths = [disk.path for disk in self.document().disks if disk.path is not None]
+        return list(dict.fromkeys(Path(path).parent for path in paths if not path.startswith("/dev/")))
+
+    # Records of bitmaps
+
+    def dirty_bytes(self, name: str, target: str) -> int | None:
+        """
+        Return the dirty bytes of a bitmap that is sound; None if the bitmap is missing or inconsistent.
+
+        If libvirt has no record of a bitmap of pybackup's, it gets one for the rest of the run.  Records of other
+        programs are read, and never changed.
+        """
+        sizes = self._sizes(name)
+        if target not in sizes and repository_of(name) is not None:
+            if not self.domain.record(name, [*sizes, target]):
+                return None
+            self._records.add(name)
+            sizes = self._sizes(name)
+        found = sizes.get(target)
+        return found[1] if found is not None and found[0] == name else None
+
+    def _sizes(self, name: str) -> dict[str, tuple[str, int | None]]:
+        return self.domain.bitmap_sizes(name) if name in self.domain.checkpoints() else {}
+
+    def remove_bitmap(self, name: str, target: str) -> None:
+        """
+        Remove the bitmap of this name from one disk, and from that disk only.
+
+        libvirt removes a checkpoint's bitmap from all disks of its record, so the record must name the disk alone.
+        """
+        others = [disk for disk in self._sizes(name) if disk != target]
+        if name in self.domain.checkpoints():
+            self.domain.forget(name)
+        self._records.add(name)
+        self.domain.record(name, [target], checked=False)
+        self.domain.delete(name)
+        if others:
+            self.domain.record(name, others, checked=False)
+
+    def _forget_records(self) -> None:
+        if not self._records:
+            return
+        with ignoring(_log, "removing libvirt's records of checkpoints", SourceError):
+            for name in self._records.intersection(self.domain.checkpoints()):
+                self.domain.forget(name)
+            self._records.clear()
+
+    # The instant
+
+    @contextmanager
+    def instant(
+        self, captures: Sequence[Capture], lanes: int, *, point: str, repository: Path | None, short_id: str
+    ) -> Iterator[Moment]:
+        """
+        Capture one instant of all disks.
+
+        Raises
+        ------
+        Moved
+            A disk changed since it was inspected.
+        NotStarted
+            A disk takes no new bitmap.
+        Locked
+            libvirt runs another job.
+        """
+        if not self._is_on:
+            with self._resting(captures, lanes, point=point, repository=repository, short_id=short_id) as resting:
+                yield resting
+            return
+        self.require_free()
+        document = self.document()
+        unique = point.rpartition("-")[2]
+        disks = [
+            self._job_disk(source, capture, short_id, unique)
+            for source, capture in zip(self.sources, captures, strict=True)
+        ]
+        self._records.update(disk.start for disk in disks if disk.start is not None)
+        freezing = Freezing(self._freeze, lambda: Agent(self), self._no_agent)
+        job = Job(
+            self.domain,
+            disks,
+            document,
+            Room(self._reserve, repository, sum(self._writes(disk) for disk in disks)),
+            freezing,
+        )
+        moment = DomainMoment(job, freezing, self._doubts(document), self._remarks(document))
+        try:
+            with jobs.running_job(job), ExitStack() as opened:  # connections close before the job ends
+                for number, (source, capture) in enumerate(zip(self.sources, captures, strict=True)):
+                    _require_settled(source, capture)
+                    export = job.open(number)
+                    opened.callback(export.close)
+                    moment.disks.append(Opened(export, capture.read_bitmap))
+                yield moment
+        except (BackupError, Interrupted) as error:
+            if freezing.stuck is not None:
+                error.hint = f"{error.hint}; {freezing.stuck}"
+            raise
+
+    @contextmanager
+    def _resting(
+        self, captures: Sequence[Capture], lanes: int, *, point: str, repository: Path | None, short_id: str
+    ) -> Iterator[Moment]:
+        document = self.document()
+        resting = AtRest([source.image() for source in self.sources])
+        try:
+            with resting.instant(captures, lanes, point=point, repository=repository, short_id=short_id) as moment:
+                notes = (*moment.notes, *self._remarks(document))
+                yield replace(moment, warnings=(*moment.warnings, *self._doubts(document)), notes=notes)
+        except images.ImageLocked as error:
+            error.hint = (
+                f"domain {self.name} was off when this run began; if it was started meanwhile, run the command again; "
+                "else another program uses the image"
+            )
+            raise
+
+    def _job_disk(self, source: DomainSource, capture: Capture, short_id: str, unique: str) -> JobDisk:
+        folder = self._scratch or self._folder_of(capture.state.path)
+        scratch = jobs.scratch_file(folder, short_id, self.domain.short_uuid(), source.target, unique)
+        export = f"{jobs.OURS}{short_id}-{unique}-{source.target}"
+        return JobDisk(source.target, capture.read_bitmap, capture.start_bitmap, export, os.fspath(scratch))
+
+    def _folder_of(self, image: str) -> Path:
+        folder = Path(image).parent
+        if image.startswith("/dev/") or Path(image).is_block_device() or not folder.is_dir():
+            raise SourceError(
+                f"no scratch folder is named, and {image} is no local file whose folder could serve",
+                hint="name one with --scratch (`scratch:` in the configuration)",
+            )
+        return folder
+
+    def _writes(self, disk: JobDisk) -> int:
+        if disk.read is not None:
+            return self.dirty_bytes(disk.read, disk.target) or 0
+        return self.domain.size(disk.target)[1]
+
+    def require_agent(self) -> None:
+        """
+        Make sure that the domain has an agent channel, and that an agent is connected to it.
+
+        Raises
+        ------
+        AgentError
+            It has none.
+        """
+        agent = self.document().agent
+        if agent != "connected":
+            why = "has no agent channel" if agent is None else "has an agent channel, but no agent is connected to it"
+            raise AgentError(
+                f"domain {self.name} {why}",
+                hint="install qemu-guest-agent in the guest, and give the domain the channel org.qemu.guest_agent.0",
+            )
+
+
+def _is_full(scratch: str) -> bool:
+    try:
+        return free_bytes(Path(scratch).parent) < jobs.FULL
+    except OSError:
+        return False
+
+
+def _require_settled(source: DomainSource, capture: Capture) -> None:
+    """After the instant, everything must be as it was inspected."""
+    now = source.inspect()
+    before = replace(now, bitmaps=tuple(bitmap for bitmap in now.bitmaps if bitmap.name != capture.start_bitmap))
+    if before != capture.state:
+        raise Moved(f"disk {source.target} of the domain changed before its instant was captured")
+    if capture.start_bitmap is not None and now.bitmap(capture.start_bitmap) is None:
+        raise Moved(f"disk {source.target} of the domain has no bitmap {capture.start_bitmap}, which was to start")
+
+
+class Agent:
+    """The guest agent, through libvirt's channel (`freezing.GuestAgent`)."""
+
+    def __init__(self, host: Libvirt) -> None:
+        self._host = host
+
+    def __enter__(self) -> Self:
+        self._host.require_agent()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        return None
+
+    def close(self) -> None:
+        """Do nothing: the channel is libvirt's."""
+
+    def frozen(self) -> bool:
+        """Return true: libvirt does not tell, and thawing a guest that is not frozen changes nothing."""
+        return True
+
+    def freeze(self) -> None:
+        """Freeze the guest's file systems."""
+        self._host.domain.freeze()
+
+    def thaw(self) -> None:
+        """Thaw the guest's file systems."""
+        self._host.domain.thaw()
+
+
+@dataclass(frozen=True, slots=True)
+class DomainImage(ImageSource):
+    """The image of a domain that is off.  `disk` is its disk in the domain."""
+
+    disk: DomainDisk = field(kw_only=True)
+
+    def inspect(self) -> DiskState:
+        """Have qemu-img inspect the image; the source is libvirt, whether the domain is on or off."""
+        return _of_domain(replace(ImageSource.inspect(self), kind=KIND), self.disk)
+
+
+class DomainSource:
+    """A disk of a domain, by its target device."""
+
+    def __init__(self, host: Libvirt, target: str) -> None:
+        self._host = host
+        self.target = target
+        self._expected: frozenset[str] = frozenset()
+
+    def image(self) -> DomainImage:
+        """The disk's image, to be read while the domain is off."""
+        disk = self._host.disk(self.target)
+        return DomainImage(Path(disk.path or ""), disk.format, disk=disk)
+
+    def foreign_format(self) -> str | None:
+        """None: libvirt says the format."""
+        return None
+
+    def guessed_format(self) -> str | None:
+        """None: libvirt says the format."""
+        return None
+
+    def expect_bitmaps(self, names: Collection[str]) -> None:
+        """Have every inspection ask libvirt for these bitmaps: it does not list what it has no record of."""
+        self._expected = frozenset(names)
+
+    def inspect(self) -> DiskState:
+        """
+        Inspect the disk through libvirt, or its image while the domain is off.
+
+        Raises
+        ------
+        SourceError
+            The disk cannot be inspected.
+        """
+        disk = self._host.disk(self.target)
+        if not self._host.is_on:
+            return self.image().inspect()
+        info = images.image_info(Path(disk.path or ""), disk.format, shared=True)
+        size, _ = self._host.domain.size(self.target)
+        state = DiskState(
+            kind=KIND,
+            path=disk.path or "",
+            format=disk.format,
+            size=-(-size // 512) * 512,
+            bitmaps=tuple(self._bitmaps(info.bitmaps)),
+            no_bitmaps=info.no_bitmaps,
+            unseen_writes=info.unseen_writes or _why_other_chain(disk, info.lower),
+            lower=tuple(LowerFile(layer.path, layer.size, layer.mtime_ns, layer.inode) for layer in info.lower),
+            lower_bitmaps=info.lower_bitmaps,
+            plaintext=info.encrypted or disk.encrypted,
+        )
+        return _of_domain(state, disk)
+
+    def _bitmaps(self, stored: Sequence[images.ImageBitmap]) -> Iterator[Bitmap]:
+        """
+        The bitmaps that libvirt vouches for, and those that are stored in the image.
+
+        libvirt tells of no others than those it is asked for.  QEMU has all stored ones in use, so that the image does
+        not show which are sound: only libvirt's word makes one usable.
+        """
+        names = sorted(self._expected.union(self._host.domain.checkpoints()))
+        granularities = {bitmap.name: bitmap.granularity for bitmap in stored}
+        for name in names:
+            if self._host.dirty_bytes(name, self.target) is not None:
+                yield Bitmap(name)
+            elif name in granularities:
+                yield Bitmap(name, granularities[name], inconsistent=True)
+        for name, granularity in granularities.items():
+            if name not in names:
+                yield Bitmap(name, granularity, inconsistent=True)
+
+    def why_no_bitmap(self, state: DiskState) -> str | None:
+        """An image that can hold no bitmap, or whose writers no bitmap sees, gets none."""
+        return state.unseen_writes or state.no_bitmaps
+
+    def remove_bitmap(self, name: str) -> None:
+        """Remove a bitmap of the disk, through libvirt or from the image."""
+        if self._host.is_on:
+            self._host.remove_bitmap(name, self.target)
+        else:
+            self.image().remove_bitmap(name)
+
+    def qemu_version(self) -> str | None:
+        """The version of libvirt's QEMU, or of qemu-img."""
+        return self._host.domain.qemu_version() if self._host.is_on else self.image().qemu_version()
+
+
+_SHARED = "libvirt shares it with other machines (<shareable/>), whose writes this QEMU cannot see"
+
+
+def _of_domain(state: DiskState, disk: DomainDisk) -> DiskState:
+    """What libvirt's configuration of a disk says beyond its image, on and off alike."""
+    unseen = state.unseen_writes or (_SHARED if disk.shareable else None)
+    no_bitmaps = state.no_bitmaps
+    if disk.read_only and no_bitmaps is None:
+        no_bitmaps = "libvirt gives it to the machine read-only, and QEMU keeps no bitmap in such an image"
+    return replace(state, unseen_writes=unseen, no_bitmaps=no_bitmaps)
+
+
+def _why_other_chain(disk: DomainDisk, lower: Sequence[images.Layer]) -> str | None:
+    """Why the files below the image may not be those that QEMU reads."""
+    ours = [os.path.realpath(layer.path) for layer in lower]
+    theirs = [None if path is None else os.path.realpath(path) for path in disk.backing]
+    if ours == theirs:
+        return None
+    return "QEMU has other files below the image than its header names, so that changes of them could go unseen"

@@ -1,0 +1,190 @@
+"""libvirt's XML documents: what a domain's disks are, and what a backup job is to do.  Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from xml.etree import ElementTree as ET
+
+_OWNER = re.compile(r"\+?([0-9]+):\+?([0-9]+)")
+_AGENT = "org.qemu.guest_agent.0"
+REMOVABLE = {"cdrom", "floppy"}
+"""Devices whose medium is not the machine's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class DomainDisk:
+    """
+    One `<disk>` of a domain.
+
+    `target` is the name that libvirt's commands use (vda).  `storage` is the type of the source (file, block, network,
+    ...), `path` the source's path (None: no local file or block device, or no medium), and `backing` are the paths of
+    the files below it, nearest first, as far as libvirt tells them.  `lost` says why the guest's writes do not reach
+    the source.  `iothread`: QEMU serves the disk in a thread of its own.
+    """
+
+    target: str
+    device: str
+    storage: str
+    path: str | None
+    format: str
+    backing: tuple[str | None, ...] = ()
+    medium: bool = True
+    read_only: bool = False
+    shareable: bool = False
+    encrypted: bool = False
+    iothread: bool = False
+    lost: str | None = None
+
+    @property
+    def removable(self) -> bool:
+        """Whether the device is a drive for removable media."""
+        return self.device in REMOVABLE
+
+
+@dataclass(frozen=True, slots=True)
+class DomainDocument:
+    """What a domain's XML tells: its disks, the state of its agent channel (None: no channel), and QEMU's user."""
+
+    disks: tuple[DomainDisk, ...]
+    agent: str | None
+    owner: tuple[int, int] | None
+
+    @classmethod
+    def parse(cls, text: str) -> DomainDocument:
+        """Read the XML that libvirt gives for a domain."""
+        root = ET.fromstring(text)  # noqa: S314 - libvirt's own document
+        threaded = {
+            controller.get("index", "0")
+            for controller in root.iterfind("./devices/controller[@type='scsi']")
+            if _has_iothread(controller)
+        }
+        disks = tuple(_disk(element, threaded) for element in root.iterfind("./devices/disk"))
+        channel = root.find(f"./devices/channel/target[@name='{_AGENT}']")
+        label = root.findtext("./seclabel[@model='dac']/label") or ""
+        owner = _OWNER.fullmatch(label)
+        return cls(
+            disks=disks,
+            agent=None if channel is None else channel.get("state", "disconnected"),
+            owner=None if owner is None else (int(owner[1]), int(owner[2])),
+        )
+
+
+def _disk(element: ET.Element, threaded: Collection[str]) -> DomainDisk:
+    target, source, driver = element.find("target"), element.find("source"), element.find("driver")
+    assert target is not None
+    address = element.find("address")
+    on_threaded = target.get("bus") == "scsi" and (
+        (address is None and bool(threaded)) or (address is not None and address.get("controller", "0") in threaded)
+    )
+    lost = "the disk is transient: libvirt discards the guest's writes when the machine ends"
+    return DomainDisk(
+        target=target.get("dev", ""),
+        device=element.get("device", "disk"),
+        storage=element.get("type", "file"),
+        path=_path(source),
+        format="raw" if driver is None else driver.get("type", "raw"),
+        backing=tuple(_backing(element)),
+        medium=source is not None,
+        read_only=element.find("readonly") is not None,
+        shareable=element.find("shareable") is not None,
+        encrypted=element.find(".//encryption") is not None,
+        iothread=on_threaded or _has_iothread(element),
+        lost=None if element.find("transient") is None else lost,
+    )
+
+
+def _path(source: ET.Element | None) -> str | None:
+    return None if source is None else source.get("file") or source.get("dev")
+
+
+def _backing(element: ET.Element) -> Iterable[str | None]:
+    below = element.find("backingStore")
+    while below is not None and below.find("source") is not None:
+        yield _path(below.find("source"))
+        below = below.find("backingStore")
+
+
+def _has_iothread(element: ET.Element) -> bool:
+    driver = element.find("driver")
+    return driver is not None and (driver.get("iothread") is not None or driver.find("iothreads") is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class JobDisk:
+    """One disk of a backup job: `read` and `start` name bitmaps, `scratch` the file for what the guest overwrites."""
+
+    target: str
+    read: str | None
+    start: str | None
+    export: str
+    scratch: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunningJob:
+    """A backup job that libvirt runs: the path of its NBD socket if any, its exports, and its scratch files."""
+
+    socket: str | None
+    exports: tuple[str, ...]
+    scratch: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> RunningJob:
+        """Read the XML that libvirt gives for a backup job."""
+        root = ET.fromstring(text)  # noqa: S314 - libvirt's own document
+        server = root.find("server")
+        disks = [disk for disk in root.iterfind("./disks/disk") if disk.get("backup") == "yes"]
+        return cls(
+            socket=None if server is None else server.get("socket"),
+            exports=tuple(disk.get("exportname", "") for disk in disks),
+            scratch=tuple(found for disk in disks if (found := _path(disk.find("scratch"))) is not None),
+        )
+
+    def is_named(self, prefixes: Sequence[str]) -> bool:
+        """Tell whether the names of all its exports begin with one of these."""
+        return bool(self.exports) and all(name.startswith(tuple(prefixes)) for name in self.exports)
+
+
+def backup_xml(socket: str, disks: Sequence[JobDisk], others: Iterable[str]) -> str:
+    """Describe a job in pull mode for `disks`; `others` are the domain's other disks."""
+    root = ET.Element("domainbackup", mode="pull")
+    ET.SubElement(root, "server", transport="unix", socket=socket)
+    listed = ET.SubElement(root, "disks")
+    for disk in disks:
+        how = {"backupmode": "full"}
+        if disk.read is not None:
+            how = {"backupmode": "incremental", "incremental": disk.read, "exportbitmap": disk.read}
+        element = ET.SubElement(
+            listed, "disk", {"name": disk.target, "backup": "yes", "type": "file", **how, "exportname": disk.export}
+        )
+        ET.SubElement(element, "driver", type="qcow2")
+        ET.SubElement(element, "scratch", file=disk.scratch)
+    for target in others:
+        ET.SubElement(listed, "disk", name=target, backup="no")
+    return ET.tostring(root, encoding="unicode")
+
+
+def checkpoint_xml(name: str, targets: Iterable[str], others: Iterable[str] = ()) -> str:
+    """Describe a checkpoint whose bitmap of the same name is on `targets`; libvirt must be told of all other disks."""
+    root = ET.Element("domaincheckpoint")
+    ET.SubElement(root, "name").text = name
+    ET.SubElement(root, "creationTime").text = "1"
+    listed = ET.SubElement(root, "disks")
+    for target in targets:
+        ET.SubElement(listed, "disk", name=target, checkpoint="bitmap", bitmap=name)
+    for target in others:
+        ET.SubElement(listed, "disk", name=target, checkpoint="no")
+    return ET.tostring(root, encoding="unicode")
+
+
+def bitmap_sizes(text: str) -> dict[str, tuple[str, int | None]]:
+    """Return for each disk of a checkpoint its bitmap's name, and the dirty bytes (None: missing or inconsistent)."""
+    root = ET.fromstring(text)  # noqa: S314 - libvirt's own document
+    found = {}
+    for disk in root.iterfind("./disks/disk"):
+        name, size = disk.get("bitmap"), disk.get("size")
+        if disk.get("checkpoint") == "bitmap" and name is not None:
+            found[disk.get("name", "")] = (name, None if size is None else int(size))
+    return found

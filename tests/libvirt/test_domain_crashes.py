@@ -1,0 +1,274 @@
+"""The crash matrix: pybackup, libvirtd, QEMU and other programs end at any step; the next night is right."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+from domains import Domain, wait_until
+from kills import DRIVER
+from lab import bitmaps, init, run
+
+from backup.model.names import MARKER
+from backup.sources.libvirt import Libvirt
+from backup.sources.libvirt_domain import Domain as OurDomain
+from backup.sources.libvirt_job import Job
+
+DOMAIN, JOB, MACHINE = "backup.sources.libvirt_domain", "backup.sources.libvirt_job", "backup.repository.machine"
+STEPS = {
+    "before the job": f"{DOMAIN} Domain.begin_job before",
+    "job begun": f"{DOMAIN} Domain.begin_job after",
+    "disks open": f"{JOB} Job.open after",
+    "read": f"{MACHINE} Machine.publish before",
+    "published": f"{MACHINE} Machine.publish after",
+    "job ended": f"{DOMAIN} Domain.end_job after",
+    "old bitmap found": f"{DOMAIN} Domain.delete before",
+    "old bitmap deleted": f"{DOMAIN} Domain.delete after",
+    "record removed": f"{DOMAIN} Domain.close before",
+}
+
+
+def killed_night(domain: Domain, step: str, number: int = signal.SIGKILL) -> None:
+    words = domain.words("incremental")
+    init(words)
+    command = [sys.executable, "-c", DRIVER, f"{STEPS[step]} 1 {int(number)}", *map(str, words)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=100)
+    assert done.returncode == (-number if number == signal.SIGKILL else 128 + number), done
+
+
+def begun(domain: Domain) -> None:
+    domain.io("vda", "write -P 7 1M 64k")
+    domain.require_night("full", "full")
+    domain.io("vda", "write -P 8 2M 64k")
+    domain.io("vdb", "write -z 3M 64k")
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_run_that_is_killed_leaves_nothing_that_the_next_one_does_not_mend(domain, step):
+    begun(domain)
+    killed_night(domain, step)
+    domain.io("vda", "write -P 9 4M 64k")
+    domain.require_night("incremental", "incremental")
+    domain.destroy()
+    names = [name for image in domain.disks.values() for name in bitmaps(image)]
+    assert len(names) == len(set(names)) + 1 == 2, names  # the newest point's, on both disks
+
+
+def test_a_stopped_run_ends_its_job_and_says_so(domain):
+    begun(domain)
+    killed_night(domain, "read", signal.SIGTERM)
+    assert (domain.job(), domain.checkpoints(), domain.leftovers()) == ("", [], [])
+    domain.require_night("incremental", "incremental")
+
+
+def restarted(domain: Domain) -> None:
+    domain.daemon.restart()
+    wait_until(lambda: domain.state == "running", "the daemon's connection to the domain")
+
+
+def off_and_on(domain: Domain) -> None:
+    domain.destroy()
+    domain.start()
+
+
+def both(domain: Domain) -> None:
+    restarted(domain)
+    off_and_on(domain)
+
+
+def off(domain: Domain) -> None:
+    domain.destroy()
+
+
+@pytest.mark.parametrize("then", [restarted, off_and_on, both, off])
+@pytest.mark.parametrize("step", ["job begun", "published"])
+def test_a_killed_run_and_another_end_meanwhile(domain, step, then: Callable[[Domain], None]):
+    begun(domain)
+    killed_night(domain, step)
+    then(domain)
+    domain.require_night("incremental", "incremental")
+
+
+def test_clean_removes_what_a_killed_run_left(domain):
+    from lab import call_pybackup
+
+    begun(domain)
+    killed_night(domain, "job begun")
+    assert domain.job()
+    words = ["clean", "--repo", domain.repository, "--libvirt", domain.daemon.uri, "--domain", domain.name]
+    done = call_pybackup(words)
+    assert (done.rc, "backup job pybackup-" in done.stdout) == (0, True), done
+    assert (domain.job(), domain.checkpoints(), domain.leftovers()) == ("", [], [])
+    domain.require_night("incremental", "incremental")
+
+
+@pytest.mark.parametrize("exports", ["", "exportname='theirs'", "exportname='pybackup-12345678-abcdef12-vda'"])
+def test_another_programs_job_is_refused_at_once_and_left_alone(domain, exports):
+    begun(domain)
+    job = domain.folder / "job.xml"
+    job.write_text(
+        f"<domainbackup mode='pull'><server transport='unix' socket='{domain.folder}/s'/><disks>"
+        f"<disk name='vda' backup='yes' type='file' {exports}><scratch file='{domain.folder}/x'/></disk>"
+        "<disk name='vdb' backup='no'/></disks></domainbackup>"
+    )
+    domain.daemon.virsh("backup-begin", domain.name, job)
+    there = domain.job()
+    began = time.monotonic()
+    for wanted in ("incremental", "audit"):
+        done = domain.night(wanted)
+        assert (done.rc, "runs a backup job" in done.stderr, done.stderr.count("\n")) == (11, True, 2), done
+    assert time.monotonic() - began < 25
+    assert domain.job() == there
+    domain.daemon.virsh("domjobabort", domain.name)
+    domain.require_night("incremental", "incremental")
+
+
+def test_a_killed_qemu_costs_a_rescan(domain):
+    begun(domain)
+    off_and_on(domain)  # the bitmaps are in the images
+    domain.io("vda", "write -P 9 5M 64k", "flush")
+    domain.kill_qemu()
+    domain.start()
+    domain.require_night("rescan", "rescan")
+    domain.require_night("incremental", "incremental")
+    domain.destroy()
+    assert [len(bitmaps(image)) for image in domain.disks.values()] == [1, 1]
+
+
+def test_a_bitmap_that_was_removed_behind_our_back_costs_a_rescan_of_its_disk(domain):
+    import libvirt_qemu
+
+    begun(domain)
+    [disk, _] = domain.point("")["disks"]
+    with domain.found() as found:
+        node = libvirt_qemu.qemuMonitorCommand(found, '{"execute":"query-named-block-nodes"}', 0)
+        nodes = json.loads(node)["return"]
+        name = next(
+            node["node-name"]
+            for node in nodes
+            if any(b["name"] == disk["bitmap"]["started"] for b in node.get("dirty-bitmaps", ()))
+            and node["image"]["filename"] == str(domain.disks["vda"])
+        )
+        arguments = {"node": name, "name": disk["bitmap"]["started"]}
+        command = {"execute": "block-dirty-bitmap-remove", "arguments": arguments}
+        libvirt_qemu.qemuMonitorCommand(found, json.dumps(command), 0)
+    domain.require_night("rescan", "incremental")
+    domain.require_night("incremental", "incremental")
+
+
+def test_bitmaps_of_no_point_are_removed_from_the_image(domain):
+    begun(domain)
+    short = json.loads((domain.repository / MARKER).read_text())["repository"][:8]
+    domain.destroy()
+    stray = f"b1.{short}.20200101T000000Z-00000001"
+    foreign = "b1.12345678.20200101T000000Z-00000001"
+    for name in (stray, foreign):
+        run("qemu-img", "bitmap", "--add", "-f", "qcow2", domain.disks["vda"], name)
+    domain.daemon.give(domain.disks["vda"])
+    domain.start()
+    domain.require_night("incremental", "incremental")
+    domain.destroy()
+    assert stray not in bitmaps(domain.disks["vda"])
+    assert foreign in bitmaps(domain.disks["vda"])
+
+
+def during(monkeypatch, domain: Domain, event: Callable[[], object]) -> None:
+    """Have something happen once, when the job has begun and before a byte is read."""
+    begin = Job.begin
+    happened: list[object] = []
+
+    def begin_and_more(job: Job) -> None:
+        begin(job)
+        if not happened:
+            happened.append(True)
+            event()
+
+    monkeypatch.setattr(Job, "begin", begin_and_more)
+
+
+def test_the_daemon_is_restarted_while_the_disks_are_read(domain, monkeypatch):
+    begun(domain)
+    during(monkeypatch, domain, domain.daemon.restart)
+    domain.require_night("incremental", "incremental")
+
+
+@pytest.mark.parametrize("how", ["destroy", "kill", "domjobabort"])
+def test_what_ends_the_job_while_the_disks_are_read_fails_the_run_and_nothing_else(domain, monkeypatch, how):
+    begun(domain)
+    events = {
+        "destroy": domain.destroy,
+        "kill": domain.kill_qemu,
+        "domjobabort": lambda: domain.daemon.virsh("domjobabort", domain.name),
+    }
+    during(monkeypatch, domain, events[how])
+    done = domain.night()
+    assert (done.rc, done.stderr.count("\n")) == (13, 2), done
+    assert ("was shut off while" in done.stderr) == (how != "domjobabort"), done
+    assert (domain.checkpoints(), domain.leftovers()) == ([], [])
+    kind = "rescan" if how == "kill" else "incremental"
+    if how != "domjobabort":
+        if how == "kill":
+            domain.require_night("rescan", "rescan")
+            return
+        domain.start()
+    domain.require_night(kind, kind)
+
+
+def test_a_job_that_someone_ends_when_all_was_read_fails_the_run(domain, monkeypatch):
+    """The reads went well, and yet may not be of the instant."""
+    begun(domain)
+    require = Job.require_sound
+
+    def abort_and_require(job: Job) -> None:
+        domain.daemon.virsh("domjobabort", domain.name)
+        require(job)
+
+    monkeypatch.setattr(Job, "require_sound", abort_and_require)
+    done = domain.night()
+    assert (done.rc, "job ended while disk vda was read" in done.stderr) == (13, True), done
+    monkeypatch.undo()
+    domain.require_night("incremental", "incremental")
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_a_domain_that_starts_or_stops_between_look_and_begin_is_an_error_and_no_wrong_point(domain, monkeypatch, on):
+    begun(domain)
+    if not on:
+        domain.destroy()
+    instant = Libvirt.instant
+
+    def change_and_capture(host: Libvirt, *args, **keywords):
+        if (domain.state == "running") == on:
+            domain.destroy() if on else domain.start()
+        return instant(host, *args, **keywords)
+
+    monkeypatch.setattr(Libvirt, "instant", change_and_capture)
+    done = domain.night()
+    assert (done.rc, done.stderr.count("\n")) == (13, 2), done
+    monkeypatch.undo()
+    domain.require_night("incremental", "incremental")
+
+
+def test_a_job_that_begins_after_our_look_is_refused_when_libvirts_wait_is_over(domain, monkeypatch):
+    """Without the question beforehand, libvirt would let the run wait for half a minute, and then refuse."""
+    begun(domain)
+    monkeypatch.setattr(OurDomain, "job", lambda _domain: None)
+    monkeypatch.setattr(OurDomain, "require_no_other_job", lambda _domain: None)
+    job = domain.folder / "job.xml"
+    job.write_text(
+        f"<domainbackup mode='pull'><server transport='unix' socket='{domain.folder}/s'/><disks>"
+        f"<disk name='vda' backup='yes' type='file'><scratch file='{domain.folder}/x'/></disk>"
+        "<disk name='vdb' backup='no'/></disks></domainbackup>"
+    )
+    domain.daemon.virsh("backup-begin", domain.name, job)
+    done = domain.night()
+    assert (done.rc, "busy with another job" in done.stderr) == (11, True), done
+    monkeypatch.undo()
+    assert domain.job()
+    domain.daemon.virsh("domjobabort", domain.name)
+    domain.require_night("incremental", "incremental")

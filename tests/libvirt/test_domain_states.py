@@ -1,0 +1,276 @@
+"""What a domain may have and be: raw disks, drives, network disks, disks that come and go, snapshots, a freeze."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from domains import Domain, kind_of
+from lab import MIB, call_pybackup, make_image, run
+
+from backup.qmp.agent import AgentError
+from backup.sources.libvirt import Libvirt
+from backup.sources.libvirt_domain import Domain as OurDomain
+from backup.sources.libvirt_job import Job
+
+
+@pytest.fixture
+def drawn(daemon, tmp_path):
+    """A domain of one disk that is not defined yet."""
+    domain = Domain.of(daemon, tmp_path / "repo", "t3", "vda")
+    yield domain
+    domain.remove()
+
+
+def extra_image(domain: Domain, name: str, image_format: str = "raw", size: int = 4 * MIB) -> Path:
+    image = make_image(domain.folder / name, size, image_format=image_format)
+    domain.daemon.give(image)
+    return image
+
+
+def test_a_raw_disk_is_a_rescan_each_night_and_gets_no_checkpoint(drawn):
+    image = extra_image(drawn, "vdb.raw")
+    drawn.shapes["vdb"] = (
+        f"<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{image}'/>"
+        "<target dev='vdb' bus='virtio'/></disk>"
+    )
+    drawn.disks["vdb"] = image
+    drawn.define().start()
+    drawn.io("vdb", "write -P 7 1M 64k")
+    drawn.require_night("full", "full")
+    for on in (True, False):
+        if on:
+            drawn.io("vdb", "write -P 8 2M 64k", "write -z 1M 4k")
+        else:
+            drawn.destroy()
+        held = drawn.hold()
+        done = drawn.night()
+        assert [kind_of(disk) for disk in done.machine["disks"]] == ["incremental", "rescan"], done
+        drawn.require_holds(done.machine["point"], held)
+        reasons = [disk["bitmap"]["why_none"] for disk in drawn.point("")["disks"]]
+        assert reasons[0] is None
+        assert "raw image cannot hold dirty bitmaps" in reasons[1]
+
+
+def test_drives_are_left_out_unless_they_are_named(drawn):
+    medium = extra_image(drawn, "cd.iso")
+    drawn.devices = (
+        f"<disk type='file' device='cdrom'><driver name='qemu' type='raw'/><source file='{medium}'/>"
+        "<target dev='sda' bus='sata'/><readonly/></disk>"
+        "<disk type='file' device='cdrom'><target dev='sdb' bus='sata'/><readonly/></disk>"
+    )
+    drawn.define().start()
+    assert [disk["name"] for disk in drawn.night("full").machine["disks"]] == ["vda"]
+    named = drawn.night("full", "--disk", "vda", "--disk", "sda")
+    assert [disk["name"] for disk in named.machine["disks"]] == ["vda", "sda"], named
+    empty = drawn.night("full", "--disk", "sdb")
+    assert (empty.rc, "has no medium" in empty.stderr) == (13, True), empty
+    wrong = drawn.night("full", "--disk", "vdz")
+    assert (wrong.rc, "it has: vda, sda, sdb" in wrong.stderr) == (13, True), wrong
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_a_network_disk_is_refused_in_so_many_words_and_can_be_excluded(drawn, on):
+    with subprocess.Popen(
+        ["qemu-nbd", "-r", "-t", "-e", "8", "-f", "raw", "-k", drawn.daemon.place / "nbd", extra_image(drawn, "n.raw")]
+    ) as server:
+        try:
+            for _ in range(100):
+                if (drawn.daemon.place / "nbd").exists():
+                    break
+                subprocess.run(["sleep", "0.1"], check=True)
+            (drawn.daemon.place / "nbd").chmod(0o777)
+            drawn.devices = (
+                "<disk type='network' device='disk'><driver name='qemu' type='raw'/><source protocol='nbd'>"
+                f"<host transport='unix' socket='{drawn.daemon.place}/nbd'/></source>"
+                "<target dev='vdc' bus='virtio'/><readonly/></disk>"
+            )
+            drawn.define()
+            if on:
+                drawn.start()
+            refused = drawn.night("full")
+            assert (refused.rc, "its source is of type network" in refused.stderr) == (13, True), refused
+            assert "--exclude vdc" in refused.stderr
+            assert not drawn.repository.joinpath("t3").exists()
+            assert drawn.night("full", "--exclude", "vdc").rc == 0
+        finally:
+            drawn.remove()
+            server.kill()
+
+
+def test_a_disk_that_came_gets_a_full_and_one_that_went_is_in_no_further_point(domain):
+    domain.require_night("full", "full")
+    image = extra_image(domain, "vdc.qcow2", "qcow2")
+    words = ["attach-disk", domain.name, image, "vdc", "--driver", "qemu", "--subdriver", "qcow2", "--targetbus"]
+    domain.daemon.virsh(*words, "virtio")
+    domain.require_night("incremental", "incremental", "full")
+    domain.require_night("incremental", "incremental", "incremental")
+
+
+def test_a_shared_disk_is_a_rescan_with_a_warning(drawn):
+    image = extra_image(drawn, "shared.raw")
+    drawn.disks["vda"] = image
+    drawn.shapes["vda"] = (
+        f"<disk type='file' device='disk'><driver name='qemu' type='raw' cache='none'/><source file='{image}'/>"
+        "<target dev='vda' bus='virtio'/><shareable/></disk>"
+    )
+    drawn.define().start()
+    drawn.night("full")
+    done = drawn.night()
+    assert (done.rc, kind_of(done.disk)) == (3, "rescan"), done
+    assert "libvirt shares it with other machines" in done.stderr
+
+
+def test_a_disk_with_an_iothread_is_refused_while_the_domain_is_on(drawn):
+    drawn.iothreads = True
+    drawn.define().start()
+    for wanted in ("full", "audit"):
+        refused = drawn.night(wanted)
+        assert refused.rc == (13 if wanted == "full" else 10), refused
+    assert "it has an iothread" in drawn.night("full").stderr
+    assert "qmp:" in drawn.night("full").stderr
+    assert drawn.state == "running"
+    drawn.destroy()
+    drawn.require_night("full")
+    drawn.start()
+    assert drawn.night().rc == 13
+    assert drawn.state == "running"
+
+
+def test_an_external_snapshot_and_its_commit_cost_rescans_and_no_byte(domain):
+    domain.require_night("full", "full")
+    domain.io("vda", "write -P 7 1M 64k")
+    words = ["snapshot-create-as", domain.name, "s1", "--disk-only", "--no-metadata", "--diskspec"]
+    base, top = domain.disks["vda"], domain.folder / "vda.s1"
+    domain.daemon.virsh(*words, f"vda,file={top}", "--diskspec", "vdb,snapshot=no")
+    domain.io("vda", "write -P 8 2M 64k")
+    domain.disks["vda"] = top
+    domain.require_night("rescan", "incremental")
+    domain.io("vda", "write -P 9 3M 64k")
+    domain.daemon.virsh("blockcommit", domain.name, "vda", "--active", "--pivot", "--wait")
+    domain.disks["vda"] = base
+    domain.require_night("rescan", "incremental")
+    domain.require_night("incremental", "incremental")
+
+
+def test_a_full_scratch_folder_ends_the_job_and_the_guest_goes_on(domain, tmp_path, monkeypatch):
+    scratch = domain.daemon.place / "scratch"
+    scratch.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "size=4m,mode=777", "none", scratch)
+    try:
+        config = tmp_path / "c.yaml"
+        config.write_text(
+            f"repository: {domain.repository}\nbitmap: b1\nscratch: {scratch}\nscratch_reserve: 0\nspot_check: 0\n"
+            f"machines:\n  t1: {{libvirt: '{domain.daemon.uri}'}}\n"
+        )
+        words = ["--config", config, "incremental", "--json"]
+        domain.io("vda", "write -P 6 0 7M")  # what is zero needs no room when it is overwritten
+        done = call_pybackup(words)
+        assert done.rc == 0, done
+        begin = Job.begin
+
+        def begin_and_fill(job: Job) -> None:
+            begin(job)
+            for start in range(6):
+                domain.io("vda", f"write -P 7 {start}M 1M", fails=True)
+            job._over.wait(3)
+
+        monkeypatch.setattr(Job, "begin", begin_and_fill)
+        stopped, resumed = iter([False]), []  # HMP's qemu-io gets the error that would stop a device's guest
+        monkeypatch.setattr(OurDomain, "stopped_by_io_error", lambda _domain: next(stopped, True))
+        monkeypatch.setattr(OurDomain, "resume", lambda _domain: resumed.append(True))
+        done = call_pybackup(words)
+        assert (done.rc, "ran out of space" in done.stderr, len(resumed)) == (13, True, 1), done
+        monkeypatch.undo()
+        assert domain.job() == ""
+        assert domain.state == "running"
+        assert list(scratch.iterdir()) == []
+        domain.io("vda", "write -P 9 1M 1M")
+        held = domain.hold()
+        done = call_pybackup(words)
+        assert done.rc == 0, done
+        domain.require_holds(done.machine["point"], held)
+    finally:
+        run("umount", "-l", scratch)
+
+
+def test_a_scratch_folder_without_room_is_refused_before_the_job(domain, tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        f"repository: {domain.repository}\nbitmap: b1\nscratch_reserve: 1P\n"
+        f"machines:\n  t1: {{libvirt: '{domain.daemon.uri}'}}\n"
+    )
+    done = call_pybackup(["--config", config, "full"])
+    assert (done.rc, "must stay free" in done.stderr) == (13, True), done
+    assert domain.job() == ""
+
+
+class Guest:
+    """A guest agent that libvirt would reach, and what it was asked."""
+
+    def __init__(self, monkeypatch, *, fails: bool = False) -> None:
+        self.heard: list[str] = []
+        self.frozen = False
+        begin = OurDomain.begin_job
+
+        def freeze(_domain: OurDomain) -> None:
+            self.heard.append("freeze")
+            if fails:
+                raise AgentError("the agent is silent", hint="look")
+            self.frozen = True
+
+        def thaw(_domain: OurDomain) -> int:
+            self.heard.append("thaw")
+            was, self.frozen = self.frozen, False
+            return int(was)
+
+        def begin_job(found: OurDomain, backup: str, checkpoint: str | None) -> None:
+            self.heard.append("begin frozen" if self.frozen else "begin")
+            begin(found, backup, checkpoint)
+
+        monkeypatch.setattr(OurDomain, "freeze", freeze)
+        monkeypatch.setattr(OurDomain, "thaw", thaw)
+        monkeypatch.setattr(OurDomain, "begin_job", begin_job)
+        monkeypatch.setattr(Libvirt, "require_agent", lambda _host: None)
+
+
+def test_the_guest_is_frozen_for_the_begin_alone(domain, monkeypatch):
+    guest = Guest(monkeypatch)
+    done = domain.night("full", "--freeze")
+    assert (done.rc, guest.heard) == (0, ["thaw", "freeze", "begin frozen", "thaw"]), done
+    assert domain.point("")["disks"][0]["source"]["consistency"] == "filesystem"
+    assert "file systems were frozen for" in done.stderr
+
+
+def test_the_guest_is_thawed_when_the_job_cannot_begin(domain, monkeypatch):
+    guest = Guest(monkeypatch)
+    monkeypatch.setattr("backup.sources.libvirt_job.backup_xml", lambda *_: "<nonsense/>")
+    done = domain.night("full", "--freeze")
+    assert (done.rc, guest.heard[-1], guest.frozen) == (13, "thaw", False), (done, guest.heard)
+
+
+def test_a_guest_without_an_agent_is_backed_up_with_a_warning_unless_the_freeze_is_required(domain, tmp_path):
+    done = domain.night("full", "--freeze")
+    assert (done.rc, "has no agent channel" in done.stderr) == (3, True), done
+    assert domain.point("")["disks"][0]["source"]["consistency"] == "crash"
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        f"repository: {domain.repository}\nbitmap: b1\n"
+        f"machines:\n  t1: {{libvirt: '{domain.daemon.uri}', freeze: required}}\n"
+    )
+    done = call_pybackup(["--config", config, "incremental"])
+    assert (done.rc, "cannot be frozen" in done.stderr) == (13, True), done
+    assert domain.checkpoints() == []
+
+
+def test_a_frozen_guest_of_a_killed_run_is_thawed_by_the_next(domain, monkeypatch):
+    guest = Guest(monkeypatch)
+    guest.frozen = True
+    document = OurDomain.document
+    connected = lambda found, *, on: replace(document(found, on=on), agent="connected")  # noqa: E731
+    monkeypatch.setattr(OurDomain, "document", connected)
+    done = domain.night("full", "--freeze")
+    assert (done.rc, "a freeze of the guest's file systems" in done.stderr) == (0, True), done
+    assert guest.heard[0] == "thaw"

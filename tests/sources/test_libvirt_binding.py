@@ -1,0 +1,256 @@
+"""libvirt-python is optional, may hang, and says what it refuses: what users and callers get then."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import types
+
+import pytest
+from lab import MIB, call_pybackup, make_image
+
+from backup.errors import BackupError, Locked, SourceError
+from backup.runtime import timeouts
+from backup.sources.libvirt_domain import Disconnected, Domain, Refused
+
+
+class LibvirtError(Exception):
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(text)
+        self.code, self.text = code, text
+
+    def get_error_code(self) -> int:
+        return self.code
+
+    def get_error_message(self) -> str:
+        return self.text
+
+
+class FakeDomain:
+    """A domain whose requests do what the test says."""
+
+    def __init__(self) -> None:
+        self.does = {}
+        self.heard = []
+
+    def __getattr__(self, name):
+        def asked(*args):
+            self.heard.append(name)
+            return self.does[name](*args)
+
+        return asked
+
+
+class FakeConnection:
+    def __init__(self, domain: FakeDomain) -> None:
+        self.domain = domain
+        self.alive = 1
+
+    def lookupByName(self, name):  # noqa: N802 - libvirt's
+        return self.domain
+
+    def isAlive(self):  # noqa: N802 - libvirt's
+        return self.alive
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """The binding's domain and its connection, and our domain on them."""
+    domain = FakeDomain()
+    connections = []
+
+    def connect(uri):
+        connections.append(FakeConnection(domain))
+        return connections[-1]
+
+    binding = types.SimpleNamespace(
+        libvirtError=LibvirtError, open=connect, registerErrorHandler=lambda *_: None, VIR_DOMAIN_JOB_NONE=0
+    )
+    monkeypatch.setitem(sys.modules, "libvirt", binding)
+    ours = Domain("qemu:///system", "web1")
+    ours.connect()
+    return types.SimpleNamespace(domain=domain, connections=connections, ours=ours)
+
+
+def raising(code: int, text: str = "no"):
+    def request(*_args):
+        raise LibvirtError(code, text)
+
+    return request
+
+
+def test_a_missing_binding_is_two_lines_with_the_package(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "libvirt", None)
+    words = ["full", "--repo", tmp_path / "r", "--libvirt", "qemu:///system", "--domain", "web1"]
+    done = call_pybackup(words)
+    assert (done.rc, done.stderr.count("\n")) == (1, 2), done
+    assert "apt-get install python3-libvirt" in done.stderr
+    assert not (tmp_path / "r/web1").exists()
+
+
+def test_a_command_that_reads_no_domain_does_not_import_libvirt(tmp_path):
+    code = (
+        "import sys\nfrom backup.cli.app import _run\n"
+        "_run(['incremental', '--image', '/no/image', '--repo', sys.argv[1], '--bitmap', 'b1'])\n"
+        "import backup.sources.choose\n"
+        "assert 'libvirt' not in sys.modules and 'backup.sources.libvirt' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_libvirt_that_does_not_answer_ends_the_wait(fake, monkeypatch):
+    release = threading.Event()
+    fake.domain.does["isActive"] = release.wait
+    monkeypatch.setattr(timeouts._Settings, "limit", 0.3)
+    with pytest.raises(timeouts.TimedOut):
+        fake.ours.is_on()
+    release.set()
+
+
+def test_a_refusal_has_libvirts_code_and_words(fake):
+    fake.domain.does["ID"] = raising(38, "out of cheese")
+    with pytest.raises(Refused) as caught:
+        fake.ours.number()
+    assert (caught.value.code, "out of cheese" in caught.value.message) == (38, True)
+
+
+def test_a_request_is_repeated_after_a_restart_of_the_daemon(fake):
+    answers = iter([raising(1, "client socket is closed"), lambda: 7])
+
+    def number():
+        answer = next(answers)
+        fake.connections[0].alive = 0
+        return answer()
+
+    fake.domain.does["ID"] = number
+    assert fake.ours.number() == 7
+    assert len(fake.connections) == 2
+
+
+def test_the_begin_of_a_job_is_never_repeated(fake):
+    def begin(*_args):
+        fake.connections[0].alive = 0
+        raise LibvirtError(1, "client socket is closed")
+
+    fake.domain.does["backupBegin"] = begin
+    with pytest.raises(Disconnected):
+        fake.ours.begin_job("<x/>", None)
+    assert fake.domain.heard.count("backupBegin") == 1
+
+
+def test_another_job_is_no_failure_of_libvirt_but_a_lock(fake):
+    fake.domain.does["backupBegin"] = raising(68, "cannot acquire state change lock")
+    with pytest.raises(Locked):
+        fake.ours.begin_job("<x/>", None)
+    fake.domain.does["jobInfo"] = lambda: [3, 0]
+    with pytest.raises(Locked, match="a migration, a save or a dump"):
+        fake.ours.require_no_other_job()
+
+
+def test_only_the_answer_that_there_is_no_job_means_that_there_is_none(fake):
+    fake.domain.does["backupGetXMLDesc"] = raising(104)
+    assert fake.ours.job() is None
+    fake.domain.does["backupGetXMLDesc"] = raising(1)
+    with pytest.raises(SourceError):
+        fake.ours.job()
+
+
+def test_only_a_broken_bitmap_is_an_answer_to_a_record(fake):
+    fake.ours._libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE = 1
+    fake.ours._libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE_VALIDATE = 4
+    fake.domain.does["checkpointCreateXML"] = raising(109)
+    assert fake.ours.record("b1.x.P", ["vda"]) is False
+    with pytest.raises(Refused):
+        fake.ours.record("b1.x.P", ["vda"], checked=False)
+    fake.domain.does["checkpointCreateXML"] = raising(1)
+    with pytest.raises(Refused):
+        fake.ours.record("b1.x.P", ["vda"])
+
+
+def test_an_unknown_domain_is_said(fake):
+    fake.connections.clear()
+    lookup = FakeConnection.lookupByName
+    FakeConnection.lookupByName = raising(42)
+    try:
+        with pytest.raises(BackupError, match="has no domain 'web1'"):
+            Domain("qemu:///system", "web1").connect()
+    finally:
+        FakeConnection.lookupByName = lookup
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--libvirt", "qemu+ssh://host/system", "--domain", "a"], "a daemon on another host (host)"),
+        (["--libvirt", "qemu:///system"], "--libvirt without --domain"),
+        (["--domain", "a"], "--domain without --libvirt"),
+        (["--libvirt", "qemu:///system", "--domain", "a*", "--machine", "m"], "with the pattern --domain a*"),
+        (["--libvirt", "qemu:///system", "--domain", "a", "--node", "n"], "--node without --qmp"),
+        (["--libvirt", "qemu:///system", "--domain", "a", "--qmp", "/q"], "--libvirt together with --qmp"),
+        (["--libvirt", "qemu:///system", "--domain", "a b"], "can be derived from 'a b'"),
+        (["--libvirt", "xen:///system", "--domain", "a"], "does not name libvirt's QEMU driver"),
+    ],
+)
+def test_options_that_do_not_fit_are_two_lines(words, said, tmp_path):
+    done = call_pybackup(["full", "--repo", tmp_path / "r", *words])
+    assert (done.rc, said in done.stderr, done.stderr.count("\n")) == (2, True, 2), done
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["clean", "--libvirt", "qemu:///system"], "--libvirt and --domain go together"),
+        (["clean", "--libvirt", "qemu:///system", "--domain", "a", "--bitmaps"], "while it is off"),
+        (["clean", "--libvirt", "qemu:///system", "--domain", "a", "--qmp", "/q"], "clean needs one of"),
+        (["clean", "--libvirt", "qemu+ssh://h/system", "--domain", "a"], "on another host"),
+        (["map", "--libvirt", "qemu:///system", "--domain", "a"], "map needs one source"),
+        (["map", "--libvirt", "qemu+ssh://h/system", "--domain", "a", "--disk", "vda"], "on another host"),
+    ],
+)
+def test_the_same_for_clean_and_map(words, said):
+    done = call_pybackup(words)
+    assert (done.rc, said in done.stderr, done.stderr.count("\n")) == (2, True, 2), done
+
+
+def test_a_libvirt_that_fails_costs_its_own_machines_only(monkeypatch, tmp_path):
+    """Which domains a pattern means is asked before the first backup."""
+    monkeypatch.setitem(sys.modules, "libvirt", None)
+    image = make_image(tmp_path / "old.qcow2", MIB)
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        f"repository: {tmp_path}/r\nbitmap: b1\nmachines:\n"
+        "  lab: {libvirt: 'qemu:///system', domains: 'lab-*'}\n  web1: {libvirt: 'qemu:///system'}\n"
+        f"  old: {{disks: {{vda: {{image: {image}}}}}}}\n"
+    )
+    done = call_pybackup(["--config", config, "incremental", "--json"])
+    assert done.rc == 1, done
+    assert [(found["machine"], found["error"] is None) for found in done.document] == [
+        ("lab", False),
+        ("web1", False),
+        ("old", True),
+    ]
+    assert sorted(path.name for path in (tmp_path / "r").iterdir() if path.is_dir()) == ["old"]
+
+
+def test_status_knows_the_domains_that_a_pattern_means(tmp_path):
+    image = make_image(tmp_path / "lab-1.qcow2", MIB)
+    repository = tmp_path / "r"
+    for name in ("lab-1", "other"):
+        done = call_pybackup(["full", "--image", image, "--machine", name, "--repo", repository])
+        assert done.rc == 0, done
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        f"repository: {repository}\nmachines:\n  lab: {{libvirt: 'qemu:///system', domains: 'lab-*'}}\n"
+        "  web1: {libvirt: 'qemu:///system'}\n"
+    )
+    done = call_pybackup(["--config", config, "status", "--max-age", "1h", "--json"])
+    states = {(disk["machine"], disk["disk"]): disk["next"] for disk in done.document["disks"]}
+    assert "not in the configuration" not in states["lab-1", "lab-1"]
+    assert "not in the configuration" in states["other", "lab-1"]
+    assert "no point" in states["web1", None]
+    assert done.rc == 1

@@ -1,0 +1,86 @@
+"""libvirt's documents: what is read from a domain's, and what a job is told."""
+
+from xml.etree import ElementTree as ET
+
+from backup.sources.libvirt_xml import (
+    DomainDocument,
+    JobDisk,
+    RunningJob,
+    backup_xml,
+    bitmap_sizes,
+    checkpoint_xml,
+)
+
+DOMAIN = """
+<domain type='kvm' id='1'><name>web1</name><iothreads>1</iothreads><devices>
+  <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='/v/top.qcow2' index='1'/>
+    <backingStore type='file'><format type='qcow2'/><source file='/v/mid.qcow2'/>
+      <backingStore type='network'><source protocol='nbd' name='x'/><backingStore/></backingStore></backingStore>
+    <target dev='vda' bus='virtio'/></disk>
+  <disk type='block' device='disk'><driver name='qemu' type='raw' iothread='1'/><source dev='/dev/vg/lv'/>
+    <backingStore/><target dev='vdb' bus='virtio'/><shareable/></disk>
+  <disk type='network' device='disk'><driver type='raw'/><source protocol='rbd' name='pool/x'/>
+    <target dev='vdc' bus='virtio'/></disk>
+  <disk type='file' device='cdrom'><target dev='sda' bus='sata'/><readonly/></disk>
+  <disk type='file' device='floppy'><source file='/v/f.img'/><target dev='fda' bus='fdc'/></disk>
+  <disk type='file' device='disk'><driver type='qcow2'/><source file='/v/s'><encryption format='luks'/></source>
+    <target dev='sdb' bus='scsi'/><address type='drive' controller='1'/></disk>
+  <disk type='file' device='disk'><driver type='qcow2'/><source file='/v/t'/>
+    <target dev='sdc' bus='scsi'/><address type='drive' controller='0'/><transient/></disk>
+  <disk type='file' device='disk'><driver type='qcow2'><iothreads><iothread id='1'/></iothreads></driver>
+    <source file='/v/u'/><target dev='vdd' bus='virtio'/></disk>
+  <controller type='scsi' index='0'/><controller type='scsi' index='1'><driver iothread='1'/></controller>
+  <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0' state='connected'/></channel>
+</devices><seclabel type='dynamic' model='apparmor' relabel='yes'><label>x</label></seclabel>
+<seclabel type='dynamic' model='dac' relabel='yes'><label>+64055:+108</label></seclabel></domain>
+"""
+
+
+def test_a_domains_disks():
+    document = DomainDocument.parse(DOMAIN)
+    disks = {disk.target: disk for disk in document.disks}
+    assert disks["vda"].path == "/v/top.qcow2"
+    assert disks["vda"].backing == ("/v/mid.qcow2", None)
+    assert (disks["vdb"].path, disks["vdb"].format, disks["vdb"].shareable) == ("/dev/vg/lv", "raw", True)
+    assert (disks["vdc"].storage, disks["vdc"].path, disks["vdc"].medium) == ("network", None, True)
+    assert [name for name, disk in disks.items() if disk.removable] == ["sda", "fda"]
+    assert [name for name, disk in disks.items() if not disk.medium] == ["sda"]
+    assert [name for name, disk in disks.items() if disk.iothread] == ["vdb", "sdb", "vdd"]
+    assert [name for name, disk in disks.items() if disk.encrypted] == ["sdb"]
+    assert [name for name, disk in disks.items() if disk.lost] == ["sdc"]
+    assert (document.agent, document.owner) == ("connected", (64055, 108))
+
+
+def test_a_domain_without_agent_and_label():
+    document = DomainDocument.parse("<domain><devices/></domain>")
+    assert (document.disks, document.agent, document.owner) == ((), None, None)
+
+
+def test_a_job_names_every_disk_and_each_ones_bitmap():
+    disks = [
+        JobDisk("vda", "b1.r.P1", "b1.r.P2", "pybackup-r-x-vda", "/s/a"),
+        JobDisk("vdb", None, "b1.r.P2", "pybackup-r-x-vdb", "/s/<b>"),
+    ]
+    root = ET.fromstring(backup_xml("/run/s", disks, ["sda"]))
+    found = {disk.get("name"): disk.attrib for disk in root.iter("disk")}
+    assert found["vda"]["incremental"] == found["vda"]["exportbitmap"] == "b1.r.P1"
+    assert (found["vdb"]["backupmode"], found["sda"]["backup"]) == ("full", "no")
+    assert root.find("server").get("socket") == "/run/s"
+    assert [scratch.get("file") for scratch in root.iter("scratch")] == ["/s/a", "/s/<b>"]
+
+
+def test_a_running_job_is_recognised_by_the_names_of_its_exports():
+    job = RunningJob.parse(backup_xml("/s", [JobDisk("vda", None, None, "pybackup-r-x-vda", "/f")], ["vdb"]))
+    assert job == RunningJob("/s", ("pybackup-r-x-vda",), ("/f",))
+    assert job.is_named(["pybackup-r-"])
+    assert not job.is_named(["pybackup-q-"])
+    assert not job.is_named([])
+    nameless = RunningJob.parse("<domainbackup><disks><disk name='vda' backup='yes'/></disks></domainbackup>")
+    assert not nameless.is_named(["pybackup-r-"])
+    assert not RunningJob(None, (), ()).is_named(["pybackup-r-"])
+    assert not RunningJob(None, ("pybackup-r-x", "other"), ()).is_named(["pybackup-r-"])
+
+
+def test_a_checkpoint_and_the_sizes_of_its_bitmaps():
+    text = checkpoint_xml("P", ["vda", "vdb"], ["sda"]).replace('name="vda"', 'name="vda" size="65536"')
+    assert bitmap_sizes(text) == {"vda": ("P", 65536), "vdb": ("P", None)}
