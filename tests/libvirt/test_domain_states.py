@@ -179,7 +179,7 @@ def test_a_full_scratch_folder_ends_the_job_and_the_guest_goes_on(domain, tmp_pa
 
         monkeypatch.setattr(Job, "begin", begin_and_fill)
         stopped, resumed = iter([False]), []  # HMP's qemu-io gets the error that would stop a device's guest
-        monkeypatch.setattr(OurDomain, "stopped_by_io_error", lambda _domain: next(stopped, True))
+        monkeypatch.setattr(OurDomain, "stopped_by_io_error", lambda _domain: next(stopped, not resumed))
         monkeypatch.setattr(OurDomain, "resume", lambda _domain: resumed.append(True))
         done = call_pybackup(words)
         assert (done.rc, "ran out of space" in done.stderr, len(resumed)) == (13, True, 1), done
