@@ -144,24 +144,41 @@ def test_a_killed_qemu_costs_a_rescan(domain):
     assert [len(bitmaps(image)) for image in domain.disks.values()] == [1, 1]
 
 
-def test_a_bitmap_that_was_removed_behind_our_back_costs_a_rescan_of_its_disk(domain):
+def tamper(domain: Domain, command: str) -> None:
+    """Do something to the newest point's bitmap on vda, past pybackup and libvirt."""
     import libvirt_qemu
 
-    begun(domain)
-    [disk, _] = domain.point("")["disks"]
+    name = domain.point("")["disks"][0]["bitmap"]["started"]
     with domain.found() as found:
-        node = libvirt_qemu.qemuMonitorCommand(found, '{"execute":"query-named-block-nodes"}', 0)
-        nodes = json.loads(node)["return"]
-        name = next(
+        said = libvirt_qemu.qemuMonitorCommand(found, '{"execute":"query-named-block-nodes"}', 0)
+        [node] = [
             node["node-name"]
-            for node in nodes
-            if any(b["name"] == disk["bitmap"]["started"] for b in node.get("dirty-bitmaps", ()))
+            for node in json.loads(said)["return"]
+            if any(bitmap["name"] == name for bitmap in node.get("dirty-bitmaps", ()))
             and node["image"]["filename"] == str(domain.disks["vda"])
-        )
-        arguments = {"node": name, "name": disk["bitmap"]["started"]}
-        command = {"execute": "block-dirty-bitmap-remove", "arguments": arguments}
-        libvirt_qemu.qemuMonitorCommand(found, json.dumps(command), 0)
+        ]
+        question = {"execute": command, "arguments": {"node": node, "name": name}}
+        assert "error" not in json.loads(libvirt_qemu.qemuMonitorCommand(found, json.dumps(question), 0))
+
+
+@pytest.mark.parametrize("command", ["block-dirty-bitmap-remove", "block-dirty-bitmap-disable"])
+def test_a_bitmap_that_is_tampered_with_behind_our_back_costs_a_rescan_of_its_disk(domain, command):
+    """A disabled bitmap is there, and says that nothing was written since."""
+    begun(domain)
+    tamper(domain, command)
+    domain.io("vda", "write -P 11 6M 64k")
     domain.require_night("rescan", "incremental")
+    domain.require_night("incremental", "incremental")
+
+
+def test_a_night_of_one_disk_spares_the_others_bitmap_in_a_record_of_both(domain):
+    """libvirt deletes a checkpoint's bitmap from every disk of the record, and a killed run leaves one of both."""
+    begun(domain)
+    killed_night(domain, "job begun")
+    assert len(domain.checkpoints()) == 2
+    done = domain.night("incremental", "--disk", "vda", "--exclude", "vdb")
+    assert (done.rc, len(done.machine["disks"])) == (0, 1), done
+    domain.io("vdb", "write -P 12 5M 64k")
     domain.require_night("incremental", "incremental")
 
 
