@@ -103,6 +103,8 @@ class CleanOptions:
         if (self.libvirt is None) != (self.domain is None):
             raise UsageError("--libvirt and --domain go together", hint="--libvirt qemu:///system --domain web1")
         if self.libvirt is not None:
+            from backup.cli import requests
+
             requests.check_uri(self.libvirt)
         if self.libvirt is not None and self.of_bitmaps:
             raise UsageError(
