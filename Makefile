@@ -32,7 +32,7 @@ test-guest:
 
 test-libvirt:
 	@tools/setup libvirt
-	.venv/bin/python -m pytest -n $(JOBS) --dist loadfile tests/libvirt $(ARGS)
+	.venv/bin/python -m pytest -n $(JOBS) --dist loadfile tests/libvirt_daemon $(ARGS)
 
 check: setup
 	.venv/bin/ruff format --check $(PYTHON_FILES)

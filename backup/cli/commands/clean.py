@@ -109,7 +109,7 @@ class CleanOptions:
         if self.libvirt is not None and self.of_bitmaps:
             raise UsageError(
                 "bitmaps of a domain are listed and removed while it is off",
-                hint="shut it down, and give its images: pybackup clean --image FILE --bitmaps",
+                hint="shut it down, and give its images: `pybackup clean --image FILE --bitmaps`",
             )
         for short_id in self.repositories:
             if not re.fullmatch("[0-9a-f]{8}", short_id):
