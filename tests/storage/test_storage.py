@@ -265,6 +265,16 @@ def test_parts_from_several_threads_make_one_file(files):
     assert content(files, "a") == b"".join(data)
 
 
+@pytest.mark.parametrize(
+    "last", [b"", b"x", bytes(17), bytes(8192), b"x" + bytes(8192), bytes(8192) + b"x", bytes(5000) + b"x" * 4096]
+)
+def test_zeroes_in_parts_are_read_as_zeroes(files, last):
+    """A storage may store pages of zeroes as holes, also at the end of the file."""
+    first = bytes(4096) + b"x" * 4096 + bytes(PART - 8192)
+    parts(files, "a", first, *([last] if last else []))
+    assert content(files, "a") == first + last
+
+
 def test_a_file_that_is_not_finished_never_has_its_name_and_can_be_discarded(files):
     writer = files.create("a", PART)
     writer.put(0, b"x")
