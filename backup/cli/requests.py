@@ -5,7 +5,7 @@ Make requests from command-line options and the configuration: which machines an
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -402,43 +402,50 @@ def _from_libvirt(uri: str, options: Options, config: Config) -> list[Request]:
         scratch_reserve=config.scratch_reserve,
         freeze=Freeze(wanted=options.freeze, rehearsed=options.dry_run),
     )
-    domains = matching_domains(uri, domain) if is_pattern(domain) else [domain]
-    return [
-        _request(
-            options.machine or _derived(name, "machine"),
-            replace(specification, domain=name),
-            bitmap_family,
-            options,
-            config,
-        )
-        for name in domains
-    ]
+
+    def of_domain(name: str) -> Request:
+        machine = options.machine or _derived(name, "machine")
+        return _request(machine, replace(specification, domain=name), bitmap_family, options, config)
+
+    if not is_pattern(domain):
+        return [of_domain(domain)]
+    template = _request(domain, specification, bitmap_family, options, config)
+    return [_or_unavailable(of_domain, name, template) for name in matching_domains(uri, domain)]
+
+
+def _or_unavailable(of_domain: Callable[[str], Request], name: str, template: Request) -> Request:
+    """Make the request of a domain, or one that fails: a domain must not keep the others of a pattern from backups."""
+    try:
+        return of_domain(name)
+    except BackupError as error:
+        return replace(template, machine=name, host=Unavailable(error))
 
 
 def _from_config(machine: MachineConfig, options: Options, config: Config) -> list[Request]:
     """Request the backup of a machine of the configuration, or of each domain that its pattern means."""
     if machine.libvirt is None or machine.domains is None:
         return [_from_machine(machine, options, config)]
+    template = _from_machine(machine, options, config)
+
+    def of_domain(name: str) -> Request:
+        derived = _derived(name, "machine")
+        _require_new(derived, config)
+        return _from_machine(replace(machine, name=derived, domain=name, domains=None), options, config)
+
     try:
         domains = matching_domains(machine.libvirt, machine.domains)
-        machines = [
-            replace(machine, name=_derived(domain, "machine"), domain=domain, domains=None) for domain in domains
-        ]
-        _require_new(machines, config)
     except BackupError as error:  # which must not keep other machines from their backups
-        return [replace(_from_machine(machine, options, config), host=Unavailable(error))]
-    return [_from_machine(each, options, config) for each in machines]
+        return [replace(template, host=Unavailable(error))]
+    return [_or_unavailable(of_domain, name, template) for name in domains]
 
 
-def _require_new(machines: Iterable[MachineConfig], config: Config) -> None:
+def _require_new(domain: str, config: Config) -> None:
     """Refuse a domain whose name is that of another machine of the configuration."""
-    known = {machine.name for machine in config.machines if machine.domains is None}
-    for machine in machines:
-        if machine.name in known:
-            raise UsageError(
-                f"domain {machine.name} matches a pattern of the configuration, and is a machine of it by name, too",
-                hint="correct the pattern `domains:`, or remove the machine",
-            )
+    if any(machine.name == domain for machine in config.machines if machine.domains is None):
+        raise UsageError(
+            f"domain {domain} matches a pattern of the configuration, and is a machine of it by name, too",
+            hint="correct the pattern `domains:`, or remove the machine",
+        )
 
 
 def _from_machine(machine: MachineConfig, options: Options, config: Config) -> Request:

@@ -41,7 +41,8 @@ class DiskState:
     `lower` are the files of the backing chain, and `lower_bitmaps` the bitmaps in these files.  `plaintext`: the image
     is encrypted, and QEMU decrypts it.  `shows_encryption`: the source reports whether the image is encrypted.
     `owns_bitmaps`: pybackup adds and removes the disk's bitmaps.  Otherwise the bitmaps belong to an NBD server, and
-    the user states from which point one of them records.
+    the user states from which point one of them records.  `lists_bitmaps`: the source lists every bitmap of the disk.
+    Otherwise it knows only those that it was asked for (`Source.expect_bitmaps`).
     """
 
     kind: str
@@ -57,6 +58,7 @@ class DiskState:
     plaintext: bool = False
     owns_bitmaps: bool = True
     shows_encryption: bool = True
+    lists_bitmaps: bool = True
 
     def bitmap(self, name: str) -> Bitmap | None:
         """Return the bitmap of exactly this name in the disk's own image, not in a file below it."""

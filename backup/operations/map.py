@@ -38,7 +38,13 @@ def _require_bitmap(state: DiskState, name: str, warn: Callable[[str], None]) ->
     if bitmap is None:
         below = name in state.lower_bitmaps
         where = " (a file below it has one, which does not record writes to the image itself)" if below else ""
-        names = ", ".join(shown.name for shown in state.bitmaps) or "none"
-        raise SourceError(f"{state.path} has no dirty bitmap {name!r}{where}", hint=f"it has: {names}")
+        raise SourceError(f"{state.path} has no dirty bitmap {name!r}{where}", hint=_where_names_are(state))
     if not bitmap.recording:
         warn(f"bitmap {name} is disabled: it has no record of later writes")
+
+
+def _where_names_are(state: DiskState) -> str:
+    """Tell the user which exact names there are, or what shows them."""
+    if state.bitmaps or state.lists_bitmaps:
+        return f"it has: {', '.join(shown.name for shown in state.bitmaps) or 'none'}"
+    return "give the whole name, FAMILY.REPO8.POINT; `pybackup show MACHINE` names the bitmap that a point started"

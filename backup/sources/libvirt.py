@@ -558,6 +558,7 @@ class DomainSource:
             lower=tuple(LowerFile(layer.path, layer.size, layer.mtime_ns, layer.inode) for layer in info.lower),
             lower_bitmaps=info.lower_bitmaps,
             plaintext=info.encrypted or disk.encrypted,
+            lists_bitmaps=False,
         )
         return _of_domain(state, disk)
 

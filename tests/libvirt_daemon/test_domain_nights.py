@@ -155,3 +155,29 @@ def test_a_pattern_means_each_domain_that_matches(domain, pattern, tmp_path):
         assert [machine["machine"] for machine in done.document] == expected
     finally:
         other.remove()
+
+
+def test_a_domain_whose_name_no_machine_can_have_keeps_no_other_from_its_backup(domain):
+    other = Domain.of(domain.daemon, domain.repository, "t2", "vda")
+    other.name = "t 2"
+    other.define()
+    try:
+        words = domain.words("full")
+        words[words.index("--domain") + 1] = "t*"
+        done = call_pybackup(words)
+        assert done.rc == 2
+        assert [(machine["machine"], machine["error"] is None) for machine in done.document] == [
+            ("t 2", False),
+            ("t1", True),
+        ]
+        assert "'t 2' cannot name a machine" in done.stderr
+    finally:
+        other.remove()
+
+
+def test_map_says_where_the_exact_names_of_bitmaps_are(domain):
+    domain.require_night("full", "full")
+    words = ["map", "--libvirt", domain.daemon.uri, "--domain", domain.name, "--disk", "vda", "--bitmap", "b1"]
+    done = call_pybackup(words)
+    assert done.rc == 13
+    assert "`pybackup show MACHINE` names the bitmap" in done.stderr
