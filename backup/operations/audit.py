@@ -22,7 +22,7 @@ from backup.engine.compare import Differences
 from backup.errors import Damaged, NotFound, SourceError
 from backup.model import chain as chains
 from backup.model.chain import Chain
-from backup.operations.preflight import preflight, recognised
+from backup.operations.preflight import expect_bitmaps, preflight, recognised
 from backup.operations.request import Names, Request
 from backup.planning import decision, plan
 from backup.planning.plan import Plan
@@ -136,6 +136,8 @@ class _Audit:
         self.request = request if request.names is Names.GIVEN else recognised(request, self.contents)[0]
 
     def attempt(self) -> Audit:
+        for disk in self.request.disks:
+            expect_bitmaps(disk, self.contents, self._family(disk.name), self.short_id)
         disks = [self._prepared(disk) for disk in self.request.disks]
         with self._instant(disks) as moment:
             audits = [self._audited(disk, opened, moment) for disk, opened in zip(disks, moment.disks, strict=True)]
@@ -158,7 +160,7 @@ class _Audit:
             wanted=decision.INCREMENTAL,
             unusable=decision.RESCAN,
             max_chain=_UNBOUNDED,
-            bitmap_family=self.request.bitmap_family or self._family(disk.name),
+            bitmap_family=self._family(disk.name),
         )
         seen = preflight(self.machine, self.contents, asked, disk, self.short_id)
         if seen.last is None:
@@ -173,7 +175,9 @@ class _Audit:
         return _Disk(disk, Capture(seen.state, read, None), seen.last, why)
 
     def _family(self, disk: str) -> str | None:
-        """Return the family of the bitmap that the disk's newest point started, so that --bitmap can be omitted."""
+        """Return the family of --bitmap, or that of the bitmap that the disk's newest point started."""
+        if self.request.bitmap_family is not None:
+            return self.request.bitmap_family
         newest = chains.newest_manifest(self.contents.manifests.values(), disk)
         entry = None if newest is None else newest.disk(disk)
         started = None if entry is None else entry.bitmap.started

@@ -42,7 +42,7 @@ from backup.model.manifest import (
 )
 from backup.model.open_disk import OpenDisk
 from backup.operations import spot_check
-from backup.operations.preflight import known_name, preflight, recognised
+from backup.operations.preflight import expect_bitmaps, known_name, preflight, recognised
 from backup.operations.request import Request
 from backup.planning import decision as decide
 from backup.planning import plan
@@ -335,6 +335,8 @@ class _Backup:
         )
 
     def _decided(self, *, start_bitmaps: bool) -> list[_Disk]:
+        for request in self.request.disks:
+            expect_bitmaps(request, self.contents, self.request.bitmap_family, self._short_id)
         disks = [self._decide(disk, start_bitmaps=start_bitmaps) for disk in self.request.disks]
         for disk in disks:
             self._require_allowed(disk)
@@ -578,15 +580,20 @@ class _Backup:
         An image that refused the new bitmap is not changed: QEMU would store all bitmaps again, also those of other
         programs, and may lose them where it has no room.  A later run removes this repository's.
         """
-        for disk in disks:
-            if disk.state.owns_bitmaps and not disk.refused:
-                names = [bitmap.name for bitmap in disk.state.bitmaps]
-                for name in own_bitmaps(names, self._short_id, keep=disk.started):
-                    try:
-                        disk.source.remove_bitmap(name)
-                    except BackupError as error:
-                        self.warnings.append(f"disk {disk.name}: bitmap {name} could not be removed: {error.message}")
-                        self.warnings.extend(self._lost(disk))
+        retired = [(disk, self._replaced(disk)) for disk in disks if disk.state.owns_bitmaps and not disk.refused]
+        for disk, names in retired:
+            disk.source.expect_removal(names)
+        for disk, names in retired:
+            for name in names:
+                try:
+                    disk.source.remove_bitmap(name)
+                except BackupError as error:
+                    self.warnings.append(f"disk {disk.name}: bitmap {name} could not be removed: {error.message}")
+                    self.warnings.extend(self._lost(disk))
+
+    def _replaced(self, disk: _Disk) -> list[str]:
+        """Return the names of this repository's bitmaps of a disk, without the one that was started."""
+        return own_bitmaps((bitmap.name for bitmap in disk.state.bitmaps), self._short_id, keep=disk.started)
 
     def _lost(self, disk: _Disk) -> list[str]:
         """Warn that the new bitmap is gone, if QEMU lost it while it stored all bitmaps of the image again."""

@@ -110,6 +110,8 @@ def preflight(
     """
     Inspect a disk and decide what its backup can be; `short_id` is the repository's.
 
+    Call `expect_bitmaps` for all disks of the machine first.
+
     `refusal` says why an earlier attempt of this run could not start a new bitmap.
 
     Raises
@@ -125,7 +127,6 @@ def preflight(
         _check_first_format(disk)
     else:
         _check_format(disk, newest)
-    disk.source.expect_bitmaps(_known_bitmaps(contents, request.bitmap_family, short_id, disk.name))
     state = disk.source.inspect()
     if state.plaintext and not (request.allow_plaintext or disk.allow_plaintext):
         raise UsageError(
@@ -157,19 +158,20 @@ def preflight(
     return Preflight(state, last, decision)
 
 
-def _known_bitmaps(contents: Contents, bitmap_family: str | None, short_id: str, disk: str) -> set[str]:
+def expect_bitmaps(disk: DiskRequest, contents: Contents, bitmap_family: str | None, short_id: str) -> None:
     """
-    Names of the bitmaps that the disk may have of this repository, as far as its points tell.
+    Tell a disk's source which bitmaps of this repository the disk may have, as far as its points tell.
 
-    They are those of its two newest points: if a run was cut off before it removed the older one, it is still there.
+    That is the bitmap that began to record at the newest point.  If the newest point began none, because the image
+    refused it, the bitmap of the point before was not removed either.
     """
-    held = [manifest for manifest in contents.manifests.values() if manifest.disk(disk) is not None]
+    held = [manifest for manifest in contents.manifests.values() if manifest.disk(disk.name) is not None]
     newest = sorted(held, key=lambda manifest: manifest.sequence)[-2:]
-    entries = [entry for manifest in newest if (entry := manifest.disk(disk)) is not None]
-    names = {entry.bitmap.started for entry in entries if entry.bitmap.started is not None}
+    entries = [entry for manifest in newest if (entry := manifest.disk(disk.name)) is not None]
+    names = [entry.bitmap.started for entry in entries if entry.bitmap.started is not None][-1:]
     if newest and bitmap_family:
-        names.add(bitmap_name(bitmap_family, short_id, newest[-1].point))
-    return names
+        names.append(bitmap_name(bitmap_family, short_id, newest[-1].point))
+    disk.source.expect_bitmaps(names)
 
 
 def _origins(machine: Machine, contents: Contents, disk: str, bitmaps: Iterable[str]) -> dict[str, str]:

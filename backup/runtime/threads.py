@@ -1,10 +1,14 @@
-"""Worker threads: started together, stopped by the first error or signal, joined before the caller continues."""
+"""
+Threads: workers that are started together, stopped by the first error or signal, and joined before the caller
+continues; and single calls that go on while the caller does something else.
+"""
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 _T = TypeVar("_T")
 _TICK = 0.1
@@ -104,3 +108,47 @@ def in_threads(
             work(job)
 
     run_threads(pull, threads, show, stopped.set)
+
+
+class Begun(Generic[_T]):
+    """
+    A call in a thread of its own, which has begun; the process does not wait for its end.
+
+    Parameters
+    ----------
+    name : str
+        The thread's.
+    """
+
+    def __init__(self, call: Callable[[], _T], name: str) -> None:
+        self._answers: queue.SimpleQueue[Callable[[], _T]] = queue.SimpleQueue()
+        self._answer: Callable[[], _T] | None = None
+        threading.Thread(target=self._work, args=(call,), name=name, daemon=True).start()
+
+    def _work(self, call: Callable[[], _T]) -> None:
+        try:
+            result = call()
+        except Exception as error:  # noqa: BLE001 - raised where the result is asked for
+            self._answers.put(_raising(error))
+        else:
+            self._answers.put(lambda: result)
+
+    def result(self, look: Callable[[], None]) -> _T:
+        """
+        Wait for the end of the call and return its result, or raise its error; signals are noticed meanwhile.
+
+        `look` is called ten times a second, and may raise an error to end the waiting.
+        """
+        while self._answer is None:
+            try:
+                self._answer = self._answers.get(timeout=_TICK)
+            except queue.Empty:
+                look()
+        return self._answer()
+
+
+def _raising(error: Exception) -> Callable[[], Any]:
+    def answer() -> Any:
+        raise error
+
+    return answer

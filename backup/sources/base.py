@@ -32,9 +32,16 @@ class Source(Protocol):
 
     def expect_bitmaps(self, names: Collection[str]) -> None:
         """
-        Tell which bitmaps the disk may have; called before `inspect`.
+        Tell which bitmaps the disk may have; called for all disks of the machine before `inspect`.
 
         Only libvirt needs to be told, because it does not list the bitmaps that QEMU has.
+        """
+
+    def expect_removal(self, names: Collection[str]) -> None:
+        """
+        Tell which bitmaps `remove_bitmap` will be called for; called for all disks of the machine before that.
+
+        Only libvirt makes use of that: it can remove the bitmaps of several disks at once.
         """
 
     def inspect(self) -> DiskState:

@@ -34,6 +34,9 @@ class ImageSource:
     def expect_bitmaps(self, names: Collection[str]) -> None:
         """Do nothing: qemu-img lists all bitmaps."""
 
+    def expect_removal(self, names: Collection[str]) -> None:
+        """Do nothing: each bitmap is removed on its own."""
+
     def inspect(self) -> DiskState:
         """Have qemu-img inspect the image."""
         image_format = self.guessed_format() or self.format or images.RAW

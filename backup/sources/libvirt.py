@@ -8,32 +8,30 @@ has libvirt record the bitmaps that it needs, and removes the records at its end
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
 from backup.errors import BackupError, Interrupted, Locked, SourceError
-from backup.model.disk import Bitmap, DiskState, own_bitmaps, repository_of
+from backup.model.disk import Bitmap, DiskState, own_bitmaps
 from backup.model.manifest import LowerFile
 from backup.qemu import images
 from backup.qmp.agent import AgentError
-from backup.runtime.ignoring import ignoring
 from backup.runtime.shortage import free_bytes
 from backup.runtime.signals import to_the_end
+from backup.runtime.threads import Begun
 from backup.sources import libvirt_job as jobs
 from backup.sources.base import NO_FREEZE, Capture, Freeze, Moment, Moved, Opened, Owner, Source
 from backup.sources.freezing import Freezing
 from backup.sources.image import ImageSource
 from backup.sources.libvirt_domain import Domain
 from backup.sources.libvirt_job import DomainMoment, Job, Room
+from backup.sources.libvirt_records import Records
 from backup.sources.libvirt_xml import DomainDisk, DomainDocument, JobDisk
 from backup.sources.resting import AtRest
-
-_log = logging.getLogger(__name__)
 
 KIND = "libvirt"
 """The kind of source that the manifest records."""
@@ -87,8 +85,8 @@ class Libvirt:
         self._freeze = freeze
         self._no_agent: AgentError | None = None
         self._is_on = False
-        self._records: set[str] = set()
-        """Checkpoints of which libvirt got a record from this run."""
+        self.records = Records(self.domain)
+        self._seen = _Seen()
 
     def __enter__(self) -> Self:
         self.domain.connect()
@@ -97,11 +95,12 @@ class Libvirt:
         except BaseException:
             self.domain.close()
             raise
+        self._look_again()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         try:
-            to_the_end(self._forget_records)
+            to_the_end(self.records.forget)
         finally:
             self.domain.close()
 
@@ -111,6 +110,11 @@ class Libvirt:
         return self._is_on
 
     # Disks
+
+    def _look_again(self, reads: Mapping[str, str | None] | None = None) -> None:
+        """Drop what is known of the disks and their bitmaps (`reads`: see `Records.ask_again`)."""
+        self._seen = _Seen()
+        self.records.ask_again(reads)
 
     def document(self) -> DomainDocument:
         """The domain as it is, or will be at its next start."""
@@ -145,7 +149,7 @@ class Libvirt:
         SourceError
             The domain has no such disk, or it cannot be read.
         """
-        disks = {disk.target: disk for disk in self.document().disks}
+        disks = {disk.target: disk for disk in self._disks()}
         if target not in disks:
             raise SourceError(
                 f"domain {self.name} has no disk {target!r}", hint=f"it has: {', '.join(disks) or 'no disk at all'}"
@@ -154,6 +158,27 @@ class Libvirt:
         if why_not is not None:
             raise SourceError(f"disk {target} of domain {self.name} cannot be backed up: {why_not[0]}", hint=why_not[1])
         return disks[target]
+
+    def size(self, target: str) -> int:
+        """The size of a disk of the running domain, in bytes."""
+        if self._seen.sizes is None:
+            self._seen.sizes = self.domain.sizes()
+        size = self._seen.sizes.get(target)
+        return self.domain.size(target)[0] if size is None else size
+
+    def inspection(self, target: str) -> Begun[images.ImageInfo]:
+        """Have qemu-img inspect the image of a disk of the running domain; all disks' images are inspected at once."""
+        if target not in self._seen.images:
+            chosen = {source.target for source in self.sources}
+            for disk in self._disks():
+                if disk.target in chosen and self._why_unreadable(disk) is None:
+                    self._seen.images[disk.target] = _begin_inspection(disk)
+        return self._seen.images[target]
+
+    def _disks(self) -> Sequence[DomainDisk]:
+        if self._seen.document is None:
+            self._seen.document = self.document()
+        return self._seen.document.disks
 
     def _why_unreadable(self, disk: DomainDisk) -> tuple[str, str] | None:
         """Why pybackup cannot read a disk, and what the user can do; None if it can."""
@@ -288,10 +313,10 @@ class Libvirt:
         for name in own_bitmaps(self.domain.checkpoints(), owner.short_id, keep=None):
             if self._is_on and not owner.has_point(name.rpartition(".")[2]):
                 owner.require_alone()
-                self.domain.delete(name)
+                self.records.delete(name)
                 done.append(f"checkpoint {name}, which belongs to no point")
             else:
-                self._records.add(name)
+                self.records.forget_at_the_end(name)
         return done
 
     def _scratch_folders(self) -> list[Path]:
@@ -299,50 +324,6 @@ class Libvirt:
             return [self._scratch]
         paths = [disk.path for disk in self.document().disks if disk.path is not None]
         return list(dict.fromkeys(Path(path).parent for path in paths if not path.startswith("/dev/")))
-
-    # Records of bitmaps
-
-    def dirty_bytes(self, name: str, target: str) -> int | None:
-        """
-        Return the dirty bytes of a bitmap that is sound; None if the bitmap is missing or inconsistent.
-
-        If libvirt has no record of a bitmap of pybackup's, it gets one for the rest of the run.  Records of other
-        programs are read, and never changed.
-        """
-        sizes = self._sizes(name)
-        if target not in sizes and repository_of(name) is not None:
-            if not self.domain.record(name, [*sizes, target]):
-                return None
-            self._records.add(name)
-            sizes = self._sizes(name)
-        found = sizes.get(target)
-        return found[1] if found is not None and found[0] == name else None
-
-    def _sizes(self, name: str) -> dict[str, tuple[str, int | None]]:
-        return self.domain.bitmap_sizes(name) if name in self.domain.checkpoints() else {}
-
-    def remove_bitmap(self, name: str, target: str) -> None:
-        """
-        Remove the bitmap of this name from one disk, and from that disk only.
-
-        libvirt removes a checkpoint's bitmap from all disks of its record, so the record must name the disk alone.
-        """
-        others = [disk for disk in self._sizes(name) if disk != target]
-        if name in self.domain.checkpoints():
-            self.domain.forget(name)
-        self._records.add(name)
-        self.domain.record(name, [target], checked=False)
-        self.domain.delete(name)
-        if others:
-            self.domain.record(name, others, checked=False)
-
-    def _forget_records(self) -> None:
-        if not self._records:
-            return
-        with ignoring(_log, "removing libvirt's records of checkpoints", SourceError):
-            for name in self._records.intersection(self.domain.checkpoints()):
-                self.domain.forget(name)
-            self._records.clear()
 
     # The instant
 
@@ -366,6 +347,16 @@ class Libvirt:
             with self._resting(captures, lanes, point=point, repository=repository, short_id=short_id) as resting:
                 yield resting
             return
+        try:
+            with self._running(captures, point=point, repository=repository, short_id=short_id) as moment:
+                yield moment
+        finally:
+            self._look_again()
+
+    @contextmanager
+    def _running(
+        self, captures: Sequence[Capture], *, point: str, repository: Path | None, short_id: str
+    ) -> Iterator[Moment]:
         self.require_free()
         document = self.document()
         unique = point.rpartition("-")[2]
@@ -373,7 +364,9 @@ class Libvirt:
             self._job_disk(source, capture, short_id, unique)
             for source, capture in zip(self.sources, captures, strict=True)
         ]
-        self._records.update(disk.start for disk in disks if disk.start is not None)
+        for disk in disks:
+            if disk.start is not None:
+                self.records.forget_at_the_end(disk.start)
         freezing = Freezing(self._freeze, lambda: Agent(self), self._no_agent)
         job = Job(
             self.domain,
@@ -385,6 +378,7 @@ class Libvirt:
         moment = DomainMoment(job, freezing, self._doubts(document), self._remarks(document))
         try:
             with jobs.running_job(job), ExitStack() as opened:  # connections close before the job ends
+                self._look_again({disk.target: disk.read for disk in disks})
                 for number, (source, capture) in enumerate(zip(self.sources, captures, strict=True)):
                     _require_settled(source, capture)
                     export = job.open(number)
@@ -430,7 +424,7 @@ class Libvirt:
 
     def _writes(self, disk: JobDisk) -> int:
         if disk.read is not None:
-            return self.dirty_bytes(disk.read, disk.target) or 0
+            return self.records.dirty_bytes(disk.read, disk.target) or 0
         return self.domain.size(disk.target)[1]
 
     def require_agent(self) -> None:
@@ -449,6 +443,19 @@ class Libvirt:
                 f"domain {self.name} {why}",
                 hint="install qemu-guest-agent in the guest, and give the domain the channel org.qemu.guest_agent.0",
             )
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What was seen of the domain's disks, by target; libvirt and qemu-img are asked once for all of them."""
+
+    document: DomainDocument | None = None
+    sizes: dict[str, int] | None = None
+    images: dict[str, Begun[images.ImageInfo]] = field(default_factory=dict)
+
+
+def _begin_inspection(disk: DomainDisk) -> Begun[images.ImageInfo]:
+    return Begun(lambda: images.image_info(Path(disk.path or ""), disk.format, shared=True), "qemu-img")
 
 
 def _is_full(scratch: str) -> bool:
@@ -514,7 +521,6 @@ class DomainSource:
     def __init__(self, host: Libvirt, target: str) -> None:
         self._host = host
         self.target = target
-        self._expected: frozenset[str] = frozenset()
 
     def image(self) -> DomainImage:
         """The disk's image, to be read while the domain is off."""
@@ -531,7 +537,11 @@ class DomainSource:
 
     def expect_bitmaps(self, names: Collection[str]) -> None:
         """Have every inspection ask libvirt for these bitmaps: it does not list what it has no record of."""
-        self._expected = frozenset(names)
+        self._host.records.expect(self.target, names)
+
+    def expect_removal(self, names: Collection[str]) -> None:
+        """Have libvirt remove these bitmaps together with those of the other disks."""
+        self._host.records.expect_removal(self.target, names)
 
     def inspect(self) -> DiskState:
         """
@@ -545,14 +555,16 @@ class DomainSource:
         disk = self._host.disk(self.target)
         if not self._host.is_on:
             return self.image().inspect()
-        info = images.image_info(Path(disk.path or ""), disk.format, shared=True)
-        size, _ = self._host.domain.size(self.target)
+        inspection = self._host.inspection(self.target)
+        size = self._host.size(self.target)
+        sound = self._soundness()
+        info = inspection.result(lambda: None)  # the thread limits the time
         state = DiskState(
             kind=KIND,
             path=disk.path or "",
             format=disk.format,
             size=-(-size // 512) * 512,
-            bitmaps=tuple(self._bitmaps(info.bitmaps)),
+            bitmaps=tuple(_bitmaps(sound, info.bitmaps)),
             no_bitmaps=info.no_bitmaps,
             unseen_writes=info.unseen_writes or _why_other_chain(disk, info.lower),
             lower=tuple(LowerFile(layer.path, layer.size, layer.mtime_ns, layer.inode) for layer in info.lower),
@@ -562,23 +574,10 @@ class DomainSource:
         )
         return _of_domain(state, disk)
 
-    def _bitmaps(self, stored: Sequence[images.ImageBitmap]) -> Iterator[Bitmap]:
-        """
-        The bitmaps that libvirt vouches for, and those that are stored in the image.
-
-        libvirt tells of no others than those it is asked for.  QEMU has all stored ones in use, so that the image does
-        not show which are sound: only libvirt's word makes one usable.
-        """
-        names = sorted(self._expected.union(self._host.domain.checkpoints()))
-        granularities = {bitmap.name: bitmap.granularity for bitmap in stored}
-        for name in names:
-            if self._host.dirty_bytes(name, self.target) is not None:
-                yield Bitmap(name)
-            elif name in granularities:
-                yield Bitmap(name, granularities[name], inconsistent=True)
-        for name, granularity in granularities.items():
-            if name not in names:
-                yield Bitmap(name, granularity, inconsistent=True)
+    def _soundness(self) -> dict[str, bool]:
+        """Tell for each bitmap that the disk may have whether libvirt vouches for it."""
+        records = self._host.records
+        return {name: records.dirty_bytes(name, self.target) is not None for name in records.possible(self.target)}
 
     def why_no_bitmap(self, state: DiskState) -> str | None:
         """An image that can hold no bitmap, or whose writers no bitmap sees, gets none."""
@@ -587,13 +586,31 @@ class DomainSource:
     def remove_bitmap(self, name: str) -> None:
         """Remove a bitmap of the disk, through libvirt or from the image."""
         if self._host.is_on:
-            self._host.remove_bitmap(name, self.target)
+            self._host.records.remove(name, self.target)
         else:
             self.image().remove_bitmap(name)
 
     def qemu_version(self) -> str | None:
         """The version of libvirt's QEMU, or of qemu-img."""
         return self._host.domain.qemu_version() if self._host.is_on else self.image().qemu_version()
+
+
+def _bitmaps(sound: Mapping[str, bool], stored: Sequence[images.ImageBitmap]) -> Iterator[Bitmap]:
+    """
+    The bitmaps that libvirt vouches for, and those that are stored in the image.
+
+    libvirt tells of no others than those it is asked for.  QEMU has all stored ones in use, so that the image does not
+    show which are sound: only libvirt's word makes one usable.
+    """
+    granularities = {bitmap.name: bitmap.granularity for bitmap in stored}
+    for name, vouched in sound.items():
+        if vouched:
+            yield Bitmap(name)
+        elif name in granularities:
+            yield Bitmap(name, granularities[name], inconsistent=True)
+    for name, granularity in granularities.items():
+        if name not in sound:
+            yield Bitmap(name, granularity, inconsistent=True)
 
 
 _SHARED = "libvirt shares it with other machines (<shareable/>), whose writes this QEMU cannot see"

@@ -9,9 +9,7 @@ again.
 from __future__ import annotations
 
 import importlib
-import queue
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,14 +18,13 @@ from typing import Any, Self, TypeVar
 from backup.errors import BackupError, Locked, SourceError
 from backup.model.names import without_password
 from backup.qmp.agent import AgentError
+from backup.runtime.threads import Begun
 from backup.runtime.timeouts import Wait
-from backup.sources.libvirt_xml import DomainDocument, RunningJob, bitmap_sizes, checkpoint_xml
+from backup.sources.libvirt_xml import DomainDocument, RunningJob, bitmap_sizes, checkpoint_xml, disk_sizes
 
 _T = TypeVar("_T")
 _INSTALL = "install the distribution's binding: apt-get install python3-libvirt (dnf install python3-libvirt), then "
 _LOG = "see the log of libvirt (journalctl -u libvirtd -u virtqemud) and of the domain (/var/log/libvirt/qemu)"
-_TICK = 0.1
-"""Seconds between looks at signals and limits while libvirt does not answer."""
 _AGENT_SECONDS = 60.0
 """How long a guest may take to flush and freeze its file systems."""
 _RECONNECT_SECONDS, _RECONNECT_PAUSE = 20.0, 0.25
@@ -181,6 +178,12 @@ class Domain:
         """The first eight hex digits of the domain's UUID."""
         return str(self._ask("tell the domain's UUID", lambda domain: domain.UUIDString()))[:8]
 
+    def sizes(self) -> dict[str, int]:
+        """The sizes of a running domain's disks (bytes), as far as libvirt tells them all at once."""
+        flags = self._libvirt.VIR_DOMAIN_STATS_BLOCK
+        answers = self._ask("show the disks", lambda domain: domain.connect().domainListGetStats([domain], flags, 0))
+        return disk_sizes(answers[0][1]) if answers else {}
+
     def size(self, target: str) -> tuple[int, int]:
         """The size of a running domain's disk, and the allocated part (bytes)."""
         capacity, allocation, _ = self._ask(f"show disk {target}", lambda domain: domain.blockInfo(target))
@@ -284,6 +287,12 @@ class Domain:
         flags = self._libvirt.VIR_DOMAIN_CHECKPOINT_XML_SIZE | self._libvirt.VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN
         return bitmap_sizes(self._of_checkpoint("show checkpoint", checkpoint, lambda found: found.getXMLDesc(flags)))
 
+    def recorded(self, checkpoint: str) -> list[str]:
+        """The disks that a checkpoint is recorded of."""
+        flags = self._libvirt.VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN
+        text = self._of_checkpoint("show checkpoint", checkpoint, lambda found: found.getXMLDesc(flags))
+        return list(bitmap_sizes(text))
+
     def record(self, name: str, targets: Sequence[str], *, checked: bool = True) -> bool:
         """
         Have libvirt make a record of bitmaps that are there, with the record's name; nothing is changed in QEMU.
@@ -307,21 +316,24 @@ class Domain:
         flags = self._libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY
         self._of_checkpoint("remove the record of checkpoint", name, lambda found: found.delete(flags))
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str) -> bool:
         """
-        Remove a checkpoint with the bitmaps of all its disks.  A bitmap that is gone is no error.
+        Remove a checkpoint with the bitmaps of all its disks.
+
+        Returns False if a disk has no such bitmap: then libvirt has removed nothing.
 
         Raises
         ------
         Refused
-            libvirt removes neither.
+            libvirt refuses for another reason.
         """
         try:
             self._of_checkpoint("delete checkpoint", name, lambda found: found.delete(0))
         except Refused as error:
             if _NO_BITMAP not in error.text:
                 raise
-            self.forget(name)
+            return False
+        return True
 
     def _of_checkpoint(self, what: str, name: str, request: Callable[[Any], _T]) -> _T:
         return self._ask(f"{what} {name}", lambda domain: request(domain.checkpointLookupByName(name, 0)))
@@ -395,29 +407,14 @@ class Domain:
             time.sleep(_RECONNECT_PAUSE)
 
     def _answer(self, what: str, request: Callable[[], _T], seconds: float | None = None) -> _T:
-        answers: queue.SimpleQueue[tuple[_T | None, Exception | None]] = queue.SimpleQueue()
-
-        def work() -> None:
-            try:
-                answers.put((request(), None))
-            except Exception as error:  # noqa: BLE001 - raised by whoever waits for the answer
-                answers.put((None, error))
-
-        threading.Thread(target=work, name="libvirt", daemon=True).start()
+        answer = Begun(request, "libvirt")
         wait = Wait(f"libvirt, which was asked to {what}", seconds)
-        while True:
-            try:
-                answer, error = answers.get(timeout=_TICK)
-            except queue.Empty:
-                wait.look()
-                continue
-            if error is None:
-                return answer  # type: ignore[return-value]  # what the request returned
-            raise self._explained(what, error)
+        try:
+            return answer.result(wait.look)
+        except self._libvirt.libvirtError as error:
+            raise self._explained(what, error) from None
 
-    def _explained(self, what: str, error: Exception) -> Exception:
-        if not isinstance(error, self._libvirt.libvirtError):
-            return error
+    def _explained(self, what: str, error: Any) -> SourceError:
         if self._connection is not None and not self._alive():
             return Disconnected(self.uri, what)
         return Refused(what, error.get_error_code(), error.get_error_message() or "no reason given")

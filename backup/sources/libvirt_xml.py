@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree as ET
 
@@ -188,3 +188,10 @@ def bitmap_sizes(text: str) -> dict[str, tuple[str, int | None]]:
         if disk.get("checkpoint") == "bitmap" and name is not None:
             found[disk.get("name", "")] = (name, None if size is None else int(size))
     return found
+
+
+def disk_sizes(stats: Mapping[str, str | int]) -> dict[str, int]:
+    """Return the size in bytes of each disk in libvirt's statistics, where libvirt knows it."""
+    numbers = range(int(stats.get("block.count", 0)))
+    sizes = {str(stats[f"block.{number}.name"]): stats.get(f"block.{number}.capacity") for number in numbers}
+    return {target: int(size) for target, size in sizes.items() if size is not None}

@@ -36,6 +36,9 @@ class NbdSource:
     def expect_bitmaps(self, names: Collection[str]) -> None:
         """Do nothing: the server lists all bitmaps."""
 
+    def expect_removal(self, names: Collection[str]) -> None:
+        """Do nothing: each bitmap is removed on its own."""
+
     def inspect(self) -> DiskState:
         """Ask the server for the disk's size and for the bitmap."""
         export = self._connected()

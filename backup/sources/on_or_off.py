@@ -124,6 +124,9 @@ class _Disk:
     def expect_bitmaps(self, names: Collection[str]) -> None:
         """Do nothing: QEMU lists all bitmaps."""
 
+    def expect_removal(self, names: Collection[str]) -> None:
+        """Do nothing: each bitmap is removed on its own."""
+
     def inspect(self) -> DiskState:
         """
         Inspect the node or the image.

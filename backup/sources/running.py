@@ -389,6 +389,9 @@ class NodeSource:
     def expect_bitmaps(self, names: Collection[str]) -> None:
         """Do nothing: QEMU lists all bitmaps."""
 
+    def expect_removal(self, names: Collection[str]) -> None:
+        """Do nothing: each bitmap is removed on its own."""
+
     def inspect(self) -> DiskState:
         """Query QEMU for the disk's node and the files below it."""
         blocks = self._host.blocks()

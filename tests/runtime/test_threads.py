@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from backup.runtime.threads import in_threads, run_threads
+from backup.runtime.threads import Begun, in_threads, run_threads
 
 
 def test_all_jobs_are_done_once():
@@ -72,3 +72,36 @@ def test_threads_that_ended_by_themselves_are_not_halted():
     halted = threading.Event()
     run_threads(lambda: None, 2, lambda: None, halted.set)
     assert not halted.is_set()
+
+
+def test_a_call_goes_on_while_its_result_is_awaited_and_its_error_is_raised_there():
+    go = threading.Event()
+    looks = []
+
+    def work():
+        assert go.wait(10)
+        return 7
+
+    def look():
+        looks.append(1)
+        go.set()
+
+    begun = Begun(work, "seven")
+    assert begun.result(look) == 7
+    assert looks
+    assert begun.result(lambda: pytest.fail("the result is there")) == 7
+    failing = Begun(lambda: 1 // 0, "failing")
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            failing.result(lambda: None)
+
+
+def test_a_look_can_end_the_waiting():
+    never = threading.Event()
+
+    def give_up():
+        raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        Begun(never.wait, "never").result(give_up)
+    never.set()

@@ -109,6 +109,9 @@ class MemorySource:
     def expect_bitmaps(self, names: Collection[str]) -> None:
         """Do nothing: the bitmaps are at hand."""
 
+    def expect_removal(self, names: Collection[str]) -> None:
+        """Do nothing: each bitmap is removed on its own."""
+
     def inspect(self) -> DiskState:
         bitmaps = tuple(Bitmap(name, GRANULARITY) for name in self.bitmaps)
         return DiskState(kind="memory", path="memory", format="raw", size=len(self.content), bitmaps=bitmaps)
