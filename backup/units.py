@@ -112,6 +112,20 @@ def parse_duration(text: str) -> float:
     return float(number) * _SECONDS[unit]
 
 
+def parse_count(option: str, text: str, least: int, most: int) -> int:
+    """
+    Read a whole number from `least` to `most`; `option` is named in the error.
+
+    Raises
+    ------
+    UsageError
+        The text is not such a number.
+    """
+    if not (text.isascii() and text.isdigit() and len(text) <= len(str(most)) and least <= int(text) <= most):
+        raise UsageError(f"{option} {text!r} is not a count", hint=f"give a whole number from {least} to {most}")
+    return int(text)
+
+
 def parse_share(text: str) -> float:
     """
     Read a share as a fraction of 1, above 0 and at most 1: "5%" is 0.05.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from backup.config.settings import Config, Retention
 from backup.errors import UsageError
 from backup.planning.retention import MAX_COUNT, Batch, Duration, Policy
+from backup.units import parse_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +28,15 @@ class KeepOptions:
         UsageError
             One is not a number or not a duration, or all counts are 0.
         """
-        numbers = {rule: _count(f"--keep-{rule}", text, 0) for rule, text in counts.items() if text is not None}
+        numbers = {
+            rule: parse_count(f"--keep-{rule}", text, 0, MAX_COUNT) for rule, text in counts.items() if text is not None
+        }
         policy = Policy(**numbers, within=None if within is None else Duration.parse(within))
         if numbers and policy.empty:
             raise UsageError(
                 "the --keep options keep nothing: every count is 0", hint="give at least one count above 0"
             )
-        return cls(policy, None if batch is None else _count("--batch", batch, 1))
+        return cls(policy, None if batch is None else parse_count("--batch", batch, 1, MAX_COUNT))
 
     def retention(self, config: Config, machine: str) -> Retention:
         """
@@ -55,9 +58,3 @@ class KeepOptions:
         if self.batch is None:
             return retention
         return replace(retention, batch=replace(retention.batch, points=self.batch))
-
-
-def _count(option: str, text: str, least: int) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) <= len(str(MAX_COUNT)) and least <= int(text) <= MAX_COUNT):
-        raise UsageError(f"{option} {text!r} is not a count", hint=f"give a whole number from {least} to {MAX_COUNT}")
-    return int(text)

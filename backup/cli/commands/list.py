@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,16 +13,41 @@ from backup.cli import find, json_output, output
 from backup.cli.context import options
 from backup.cli.parameters import MachineNames, Repo
 from backup.errors import WARNINGS_EXIT_CODE, BackupError
-from backup.units import show_size
+from backup.units import parse_count, show_age, show_size
 
 if TYPE_CHECKING:
     from backup.model.manifest import DiskEntry, Manifest
 
+_MOST = 1_000_000
+"""Greatest N of --last."""
 
-def list_(machines: MachineNames = None, repo: Repo = None) -> None:
+
+def list_(
+    machines: MachineNames = None,
+    last: Annotated[
+        str | None, typer.Option("--last", metavar="N", help="Only the newest N points of each machine.")
+    ] = None,
+    since: Annotated[
+        str | None,
+        typer.Option(
+            "--since",
+            metavar="DATE",
+            help="Only points that began on this day, local time, or later: 2026-11-28, or 7d for seven days ago.",
+        ),
+    ] = None,
+    disk: Annotated[str | None, typer.Option("--disk", metavar="NAME", help="Only points that hold this disk.")] = None,
+    long: Annotated[
+        bool, typer.Option("--long", help="Show a line for each disk, with its size and the reason for its kind.")
+    ] = False,
+    repo: Repo = None,
+) -> None:
     """List the points of the repository."""
+    from backup.operations import listing
     from backup.repository.machine import Contents
 
+    now = datetime.now(UTC)
+    newest = None if last is None else parse_count("--last", last, 1, _MOST)
+    selection = listing.Selection(newest, None if since is None else listing.parse_since(since, now), disk)
     listed: list[tuple[Manifest, str]] = []
     damaged = False
     for machine in find.machines(find.repository(find.folder_of(repo)), machines):
@@ -32,20 +58,51 @@ def list_(machines: MachineNames = None, repo: Repo = None) -> None:
         for error in contents.damaged.values():
             damaged = True
             output.warning(error.message)
-        ordered = sorted(contents.manifests.values(), key=lambda manifest: manifest.sequence)
-        listed.extend((manifest, machine.location(manifest.point)) for manifest in ordered)
+        chosen = selection.of(contents.manifests.values())
+        listed.extend((manifest, machine.location(manifest.point)) for manifest in chosen)
     if options.json:
         json_output.write([PointDocument.of(manifest, path) for manifest, path in listed])
+    elif listed and long:
+        _show_disks([manifest for manifest, _ in listed], disk)
     elif listed:
-        _show_table([manifest for manifest, _ in listed])
+        _show_points([manifest for manifest, _ in listed], now)
     raise typer.Exit(WARNINGS_EXIT_CODE if damaged else 0)
 
 
 # Text
 
 
-def _show_table(points: Sequence[Manifest]) -> None:
-    """Show a line for each disk of each point."""
+def _show_points(points: Sequence[Manifest], now: datetime) -> None:
+    """Show a line for each point, which fits into 80 columns if the machine's name is short."""
+    from backup.model.documents import moment_of
+
+    rows = []
+    for point in points:
+        began = moment_of(point.started)
+        rows.append(
+            (
+                point.machine,
+                point.point,
+                f"{began.astimezone():%Y-%m-%d %H:%M}",
+                show_age((now - began).total_seconds()) if began <= now else "future",
+                _kind(point),
+                show_size(sum(disk.bytes.stored for disk in point.disks)),
+                "pinned" if point.pinned else "",
+            )
+        )
+    output.table(("MACHINE", "POINT", "TAKEN", "AGE", "KIND", "STORED", ""), rows, right=(3, 5))
+
+
+def _kind(point: Manifest) -> str:
+    """Return the kind of a point's disks in at most five letters: full, incr, or mixed."""
+    kinds = {disk.kind for disk in point.disks}
+    if len(kinds) > 1:
+        return "mixed"
+    return "full" if kinds == {"full"} else "incr"
+
+
+def _show_disks(points: Sequence[Manifest], wanted: str | None) -> None:
+    """Show a line for each disk of each point; with `wanted`, only for the disk of that name."""
     rows = [
         (
             point.machine,
@@ -58,6 +115,7 @@ def _show_table(points: Sequence[Manifest]) -> None:
         )
         for point in points
         for disk in point.disks
+        if wanted in {None, disk.name}
     ]
     output.table(("MACHINE", "POINT", "DISK", "KIND", "SIZE", "STORED", "REASON"), rows, right=(4, 5))
 
