@@ -13,6 +13,7 @@ from backup.runtime.signals import to_the_end
 from backup.sources.base import Freeze
 
 _THAW_TRIES = 3
+_EARLY = "another program, or the guest itself, thawed them while pybackup had them frozen"
 
 
 class GuestAgent(Protocol):
@@ -32,11 +33,11 @@ class GuestAgent(Protocol):
     def frozen(self) -> bool:
         """Tell whether any program has frozen the guest's file systems; also true where the agent does not tell."""
 
-    def freeze(self) -> object:
-        """Flush and freeze them."""
+    def freeze(self) -> int:
+        """Flush and freeze them; return how many."""
 
-    def thaw(self) -> object:
-        """Thaw them."""
+    def thaw(self) -> int:
+        """Thaw them; return how many, 0 if none was frozen."""
 
 
 class Freezing:
@@ -53,6 +54,9 @@ class Freezing:
         self._open_agent = open_agent
         self._no_agent = no_agent
         self._asked: float | None = None
+        self._frozen = 0
+        """How many file systems the agent froze."""
+        self._lost = False
         self.consistency = "crash"
         self.warnings: list[str] = []
         self.seconds: float | None = None
@@ -78,7 +82,7 @@ class Freezing:
                 if frozen:
                     agent.thaw()
                 self._asked = time.monotonic()
-                agent.freeze()
+                self._frozen = agent.freeze()
         except AgentError as error:
             self.end()  # the guest may be frozen
             if self._freeze.required:
@@ -94,28 +98,49 @@ class Freezing:
         """Thaw, if the guest was asked to freeze."""
         to_the_end(self._thaw_again)
 
+    def require_held(self) -> None:
+        """
+        Make sure that a freeze that is required lasted until the instant.
+
+        Raises
+        ------
+        SourceError
+            The guest was thawed too early.
+        """
+        if self._lost and self._freeze.required:
+            raise SourceError(
+                f"the guest's file systems were thawed too early: {_EARLY}",
+                hint="run the command again; with `freeze: true` the backup is taken without the freeze",
+            )
+
     def _thaw_again(self) -> None:
         if self._asked is None:
             return
-        problems = [self._thaw()]
-        while problems[-1] is not None and len(problems) < _THAW_TRIES:
-            problems.append(self._thaw())
-        if problems[-1] is not None:
+        tries = [self._thaw()]
+        while isinstance(tries[-1], AgentError) and len(tries) < _THAW_TRIES:
+            tries.append(self._thaw())
+        if isinstance(tries[-1], AgentError):
             self.stuck = (
-                f"the guest's file systems may still be frozen: {problems[-1]}; thaw them through the agent "
+                f"the guest's file systems may still be frozen: {tries[-1].message}; thaw them through the agent "
                 "(guest-fsfreeze-thaw, virsh domfsthaw)"
             )
+        elif tries == [0] and self._frozen:
+            self._doubt()
         self.seconds, self._asked = time.monotonic() - self._asked, None
 
-    def _thaw(self) -> str | None:
-        """Try to thaw once; return what went wrong."""
+    def _doubt(self) -> None:
+        """Take back that the guest was frozen, because it may have written before the instant."""
+        self._lost = True
+        self.consistency = "crash"
+        self.warnings.append(f"the guest's file systems were frozen, and the backup is only crash-consistent: {_EARLY}")
+
+    def _thaw(self) -> int | AgentError:
+        """Try to thaw once; return how many file systems were frozen until then, or what went wrong."""
         agent = self._open_agent()
         try:
             with agent:
-                if agent.frozen():
-                    agent.thaw()
+                return agent.thaw() if agent.frozen() else 0
         except AgentError as error:
-            return error.message
+            return error
         finally:
             agent.close()  # also if a signal came before `with`: the next attempt would find the agent busy
-        return None

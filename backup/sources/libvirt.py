@@ -27,7 +27,7 @@ from backup.sources import libvirt_job as jobs
 from backup.sources.base import NO_FREEZE, Capture, Freeze, Moment, Moved, Opened, Owner, Source
 from backup.sources.freezing import Freezing
 from backup.sources.image import ImageSource
-from backup.sources.libvirt_domain import Domain
+from backup.sources.libvirt_domain import Domain, Refused
 from backup.sources.libvirt_job import DomainMoment, Job, Room
 from backup.sources.libvirt_records import Records
 from backup.sources.libvirt_xml import DomainDisk, DomainDocument, JobDisk
@@ -409,7 +409,7 @@ class Libvirt:
 
     def _job_disk(self, source: DomainSource, capture: Capture, short_id: str, unique: str) -> JobDisk:
         folder = self._scratch or self._folder_of(capture.state.path)
-        scratch = jobs.scratch_file(folder, short_id, self.domain.short_uuid(), source.target, unique)
+        scratch = jobs.scratch_file(folder, short_id, self.domain.uuid(), source.target, unique)
         export = f"{jobs.OURS}{short_id}-{unique}-{source.target}"
         return JobDisk(source.target, capture.read_bitmap, capture.start_bitmap, export, os.fspath(scratch))
 
@@ -495,13 +495,13 @@ class Agent:
         """Return true: libvirt does not tell, and thawing a guest that is not frozen changes nothing."""
         return True
 
-    def freeze(self) -> None:
-        """Freeze the guest's file systems."""
-        self._host.domain.freeze()
+    def freeze(self) -> int:
+        """Freeze the guest's file systems; return how many."""
+        return self._host.domain.freeze()
 
-    def thaw(self) -> None:
-        """Thaw the guest's file systems."""
-        self._host.domain.thaw()
+    def thaw(self) -> int:
+        """Thaw the guest's file systems; return how many were frozen."""
+        return self._host.domain.thaw()
 
 
 @dataclass(frozen=True, slots=True)
@@ -586,9 +586,15 @@ class DomainSource:
     def remove_bitmap(self, name: str) -> None:
         """Remove a bitmap of the disk, through libvirt or from the image."""
         if self._host.is_on:
-            self._host.records.remove(name, self.target)
-        else:
-            self.image().remove_bitmap(name)
+            try:
+                self._host.records.remove(name, self.target)
+            except Refused:
+                if self._host.domain.is_on():
+                    raise
+                self._host.records.forget_at_the_end(name)
+            else:
+                return
+        self.image().remove_bitmap(name)  # the domain is off, perhaps since a moment ago
 
     def qemu_version(self) -> str | None:
         """The version of libvirt's QEMU, or of qemu-img."""

@@ -35,10 +35,14 @@ NO_SUCH_DOMAIN, INVALID, TIMED_OUT, NO_JOB, BROKEN_BITMAP = 42, 55, 68, 104, 109
 """Codes of libvirt's errors (virErrorNumber); they never change."""
 _BACKUP_JOB = 5
 """VIR_DOMAIN_BLOCK_JOB_TYPE_BACKUP"""
+_PRESERVING = 11_010_000
+"""The first libvirt that keeps a domain whose guest powers off for as long as a backup job runs (11.10.0)."""
 _PAUSED, _PAUSED_IO_ERROR = 3, 5
 """VIR_DOMAIN_PAUSED and VIR_DOMAIN_PAUSED_IOERROR"""
 _NO_BITMAP = "not found in backing chain"
 """In libvirt's message when a checkpoint is deleted whose bitmap is not there; the error has no code of its own."""
+_NO_JOB_DATA = "backup job data missing"
+"""In libvirt's message when it is asked for a job while it begins or ends one; the error has no code of its own."""
 
 
 class Refused(SourceError):
@@ -174,9 +178,9 @@ class Domain:
         """The running domain's id."""
         return int(self._ask("tell the domain's id", lambda domain: domain.ID()))
 
-    def short_uuid(self) -> str:
-        """The first eight hex digits of the domain's UUID."""
-        return str(self._ask("tell the domain's UUID", lambda domain: domain.UUIDString()))[:8]
+    def uuid(self) -> str:
+        """The domain's UUID."""
+        return str(self._ask("tell the domain's UUID", lambda domain: domain.UUIDString()))
 
     def sizes(self) -> dict[str, int]:
         """The sizes of a running domain's disks (bytes), as far as libvirt tells them all at once."""
@@ -219,7 +223,15 @@ class Domain:
         Locked
             It runs one.
         """
-        kind = self._ask("tell whether a job runs", lambda domain: domain.jobInfo())[0]
+        try:
+            kind = self._ask("tell whether a job runs", lambda domain: domain.jobInfo())[0]
+        except Refused as error:
+            if _NO_JOB_DATA not in error.text:
+                raise
+            raise Locked(
+                f"libvirt begins or ends a backup job of domain {self.name} just now",
+                hint="run the command again in a moment",
+            ) from None
         if kind != self._libvirt.VIR_DOMAIN_JOB_NONE:
             raise Locked(
                 f"libvirt runs another job of domain {self.name} (a migration, a save or a dump)",
@@ -238,7 +250,8 @@ class Domain:
             libvirt refuses; it has undone what it began.
         """
         try:
-            self._answer("begin the backup", lambda: self._domain.backupBegin(backup, checkpoint, 0))
+            flags = self._begin_flags()
+            self._answer("begin the backup", lambda: self._domain.backupBegin(backup, checkpoint, flags))
         except Refused as error:
             if error.code != TIMED_OUT:
                 raise
@@ -246,6 +259,18 @@ class Domain:
                 f"libvirt is busy with another job of domain {self.name}: {error.text}",
                 hint="wait for its end, and run the command again",
             ) from None
+
+    def _begin_flags(self) -> int:
+        """
+        What libvirt 11.10 can do: a guest that powers off is reset and paused, and ends with the job.
+
+        In an older libvirt, such a guest ends the job.
+        """
+        preserve = int(getattr(self._libvirt, "VIR_DOMAIN_BACKUP_BEGIN_PRESERVE_SHUTDOWN_DOMAIN", 0))
+        if not preserve:
+            return 0
+        version = self._ask("tell libvirt's version", lambda domain: domain.connect().getLibVersion())
+        return preserve if version >= _PRESERVING else 0
 
     def reads(self, target: str) -> bool:
         """Tell whether QEMU still saves what the guest overwrites on this disk."""
@@ -349,16 +374,16 @@ class Domain:
         """Let a guest that was stopped go on."""
         self._ask("resume the domain", lambda domain: domain.resume())
 
-    def freeze(self) -> None:
+    def freeze(self) -> int:
         """
-        Have the agent flush and freeze the guest's file systems.
+        Have the agent flush and freeze the guest's file systems; returns how many were frozen.
 
         Raises
         ------
         AgentError
             The agent does not.
         """
-        self._of_agent("freeze the guest", self._domain.fsFreeze)
+        return int(self._of_agent("freeze the guest", self._domain.fsFreeze))
 
     def thaw(self) -> int:
         """

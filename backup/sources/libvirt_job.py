@@ -69,7 +69,7 @@ def remove_stale(domain: Domain, scratch: Sequence[Path], short_id: str) -> list
 
     Call this only while no backup job of the domain runs.
     """
-    uuid = domain.short_uuid()
+    uuid = domain.uuid()
     found = [
         path for folder in scratch for each in (short_id, NOBODY) for path in folder.glob(f"{OURS}{each}-{uuid}-*")
     ]
@@ -360,10 +360,12 @@ class DomainMoment:
 
     def require_kept(self) -> None:
         """Make sure that no loss of the instant is known."""
+        self.freezing.require_held()
         self.job.require_kept()
 
     def require_sound(self) -> None:
         """Make sure that everything that was read belongs to the instant."""
+        self.freezing.require_held()
         self.job.require_sound()
 
 

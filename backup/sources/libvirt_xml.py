@@ -20,8 +20,8 @@ class DomainDisk:
 
     `target` is the name that libvirt's commands use (vda).  `storage` is the type of the source (file, block, network,
     ...), `path` the source's path (None: no local file or block device, or no medium), and `backing` are the paths of
-    the files below it, nearest first, as far as libvirt tells them.  `lost` says why the guest's writes do not reach
-    the source.  `iothread`: QEMU serves the disk in a thread of its own.
+    the files below it, nearest first, as far as libvirt tells them.  `lost` says why reading the source would not give
+    what the guest writes.  `iothread`: QEMU serves the disk in a thread of its own.
     """
 
     target: str
@@ -78,7 +78,6 @@ def _disk(element: ET.Element, threaded: Collection[str]) -> DomainDisk:
     on_threaded = target.get("bus") == "scsi" and (
         (address is None and bool(threaded)) or (address is not None and address.get("controller", "0") in threaded)
     )
-    lost = "the disk is transient: libvirt discards the guest's writes when the machine ends"
     return DomainDisk(
         target=target.get("dev", ""),
         device=element.get("device", "disk"),
@@ -91,8 +90,18 @@ def _disk(element: ET.Element, threaded: Collection[str]) -> DomainDisk:
         shareable=element.find("shareable") is not None,
         encrypted=element.find(".//encryption") is not None,
         iothread=on_threaded or _has_iothread(element),
-        lost=None if element.find("transient") is None else lost,
+        lost=_lost(element),
     )
+
+
+def _lost(element: ET.Element) -> str | None:
+    if element.find("transient") is not None:
+        return "the disk is transient: libvirt discards the guest's writes when the machine ends"
+    if element.find("source/slices") is not None:
+        return "the disk is a part of its file (<slices>), and pybackup reads whole files"
+    if element.get("device") == "lun":
+        return "the guest's SCSI commands go to the device itself (device='lun'), past what QEMU can capture"
+    return None
 
 
 def _path(source: ET.Element | None) -> str | None:

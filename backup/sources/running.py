@@ -528,11 +528,13 @@ class RunningMoment:
     def require_kept(self) -> None:
         """Make sure that nothing is known to have ended the instant."""
         assert self.instant is not None
+        self._freezing.require_held()
         self.instant.require_kept()
 
     def require_sound(self) -> None:
         """Make sure that all jobs still run, and that no copy of what the guest overwrote was lost."""
         assert self.instant is not None
+        self._freezing.require_held()
         self.instant.require_sound()
 
 

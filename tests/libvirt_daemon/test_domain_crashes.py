@@ -256,6 +256,23 @@ def test_a_job_that_someone_ends_when_all_was_read_fails_the_run(domain, monkeyp
     domain.require_night("incremental", "incremental")
 
 
+def test_a_domain_that_ends_when_its_point_is_published_keeps_only_the_new_bitmaps(domain, monkeypatch):
+    """libvirt removes no bitmaps of a domain that is off."""
+    begun(domain)
+    end = OurDomain.end_job
+
+    def end_both(found: OurDomain) -> None:
+        end(found)
+        domain.destroy()
+
+    monkeypatch.setattr(OurDomain, "end_job", end_both)
+    done = domain.night()
+    assert (done.rc, done.stderr, domain.checkpoints()) == (0, "", []), done
+    assert [len(bitmaps(image)) for image in domain.disks.values()] == [1, 1]
+    monkeypatch.undo()
+    domain.require_night("incremental", "incremental")
+
+
 @pytest.mark.parametrize("on", [True, False])
 def test_a_domain_that_starts_or_stops_between_look_and_begin_is_an_error_and_no_wrong_point(domain, monkeypatch, on):
     begun(domain)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-from domains import Domain
+from domains import Domain, kind_of
 from lab import MIB, call_pybackup, check_repository
 
+from backup.sources.libvirt_domain import Domain as OurDomain
 from backup.sources.libvirt_job import Job
 
 
@@ -140,6 +141,44 @@ def test_two_repositories_of_one_domain_do_not_touch_each_others_bitmaps(domain,
     domain.repository = ours
     domain.require_night("incremental", "incremental")
     domain.repository = tmp_path / "other"
+    domain.require_night("incremental", "incremental")
+
+
+def test_checkpoints_of_another_program_are_neither_changed_nor_asked_for(domain, monkeypatch):
+    """A backup program can have hundreds, and libvirt asks QEMU for each one's size."""
+    domain.require_night("full", "full")
+    theirs = [f"theirs.{number}" for number in range(3)]
+    with domain.found() as found:
+        for name in theirs:
+            found.checkpointCreateXML(f"<domaincheckpoint><name>{name}</name></domaincheckpoint>", 0)
+    asked: list[str] = []
+    sizes = OurDomain.bitmap_sizes
+
+    def ask(ours: OurDomain, checkpoint: str) -> object:
+        asked.append(checkpoint)
+        return sizes(ours, checkpoint)
+
+    monkeypatch.setattr(OurDomain, "bitmap_sizes", ask)
+    domain.io("vda", "write -P 7 1M 64k")
+    held = domain.hold()
+    done = domain.night()
+    assert (done.rc, [kind_of(disk) for disk in done.machine["disks"]]) == (0, ["incremental"] * 2), done
+    domain.require_holds(done.machine["point"], held)
+    assert sorted(domain.checkpoints()) == theirs
+    assert asked
+    assert not set(asked) & set(theirs)
+
+
+def test_a_disk_that_is_copied_elsewhere_goes_on(domain):
+    """libvirt takes the bitmaps along, also for what the guest writes while it copies."""
+    domain.require_night("full", "full")
+    copy = domain.folder / "copy.qcow2"
+    domain.io("vda", "write -P 7 4M 64k")
+    domain.daemon.virsh("blockcopy", domain.name, "vda", copy, "--wait", "--transient-job", "--format", "qcow2")
+    domain.io("vda", "write -P 8 3M 64k", "write -z 1M 64k")
+    domain.daemon.virsh("blockjob", domain.name, "vda", "--pivot")
+    domain.disks["vda"] = copy
+    domain.io("vda", "write -P 9 5M 64k")
     domain.require_night("incremental", "incremental")
 
 

@@ -109,6 +109,23 @@ def test_a_disk_that_came_gets_a_full_and_one_that_went_is_in_no_further_point(d
     domain.require_night("incremental", "incremental", "incremental")
 
 
+@pytest.mark.parametrize("on", [True, False])
+def test_a_disk_that_is_a_part_of_its_file_is_refused(drawn, on):
+    """While the domain is off, its file would be read as a whole: another disk."""
+    image = extra_image(drawn, "whole.raw")
+    drawn.shapes["vdb"] = (
+        f"<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{image}'><slices>"
+        "<slice type='storage' offset='1048576' size='2097152'/></slices></source>"
+        "<target dev='vdb' bus='virtio'/></disk>"
+    )
+    drawn.define()
+    if on:
+        drawn.start()
+    refused = drawn.night("full")
+    assert (refused.rc, "a part of its file" in refused.stderr) == (13, True), refused
+    assert drawn.night("full", "--exclude", "vdb").rc == 0
+
+
 def test_a_shared_disk_is_a_rescan_with_a_warning(drawn):
     image = extra_image(drawn, "shared.raw")
     drawn.disks["vda"] = image
@@ -215,11 +232,12 @@ class Guest:
         self.frozen = False
         begin = OurDomain.begin_job
 
-        def freeze(_domain: OurDomain) -> None:
+        def freeze(_domain: OurDomain) -> int:
             self.heard.append("freeze")
             if fails:
                 raise AgentError("the agent is silent", hint="look")
             self.frozen = True
+            return 1
 
         def thaw(_domain: OurDomain) -> int:
             self.heard.append("thaw")
@@ -242,6 +260,20 @@ def test_the_guest_is_frozen_for_the_begin_alone(domain, monkeypatch):
     assert (done.rc, guest.heard) == (0, ["thaw", "freeze", "begin frozen", "thaw"]), done
     assert domain.point("")["disks"][0]["source"]["consistency"] == "filesystem"
     assert "file systems were frozen for" in done.stderr
+
+
+def test_a_guest_that_another_program_thaws_too_early_is_not_called_frozen(domain, monkeypatch):
+    guest = Guest(monkeypatch)
+    begin = OurDomain.begin_job
+
+    def thaw_and_begin(found: OurDomain, backup: str, checkpoint: str | None) -> None:
+        guest.frozen = False
+        begin(found, backup, checkpoint)
+
+    monkeypatch.setattr(OurDomain, "begin_job", thaw_and_begin)
+    done = domain.night("full", "--freeze")
+    assert (done.rc, "is only crash-consistent: another program" in done.stderr) == (3, True), done
+    assert domain.point("")["disks"][0]["source"]["consistency"] == "crash"
 
 
 def test_the_guest_is_thawed_when_the_job_cannot_begin(domain, monkeypatch):

@@ -7,6 +7,7 @@ The agent is a fake (tests/agents.py), which says at any time whether "its" file
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from live import Machine, Nights, Step, kinds, private_tmp, remove_empty_folders
 
 from backup.qmp.agent import Agent
 from backup.qmp.monitor import Monitor
+from backup.sources.freezing import Freezing
 
 AGENT = "backup.qmp.agent"
 IN_THE_FREEZE = [Step("transaction", "before"), Step("transaction", "after")]
@@ -259,6 +261,33 @@ def test_a_thaw_that_fails_once_is_tried_again(nights):
         assert not agent.frozen
     assert (done.rc, kinds(done)) == (0, {"incremental"}), done
     assert agent.heard.count(THAW) == 2
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_a_guest_that_another_program_thaws_too_early_is_not_called_frozen(nights, monkeypatch, required):
+    with agent_of(nights) as agent:
+        execute = Monitor.command
+
+        def thaw_and_command(self, name, arguments=None):
+            agent.frozen = agent.frozen and name != "transaction"
+            return execute(self, name, arguments)
+
+        monkeypatch.setattr(Monitor, "command", thaw_and_command)
+        if required:
+            monkeypatch.setattr(Freezing, "__init__", requiring(Freezing.__init__))
+        done = nights.backup("incremental")
+    if required:
+        assert (done.rc, "were thawed too early" in done.stderr) == (13, True), done
+        return
+    assert (done.rc, "is only crash-consistent: another program" in done.stderr) == (3, True), done
+    assert consistency(nights) == {"crash"}
+
+
+def requiring(make):
+    def made(self, freeze, *words):
+        make(self, replace(freeze, required=True), *words)
+
+    return made
 
 
 def test_a_thaw_that_fails_always_is_said_loudly(nights):

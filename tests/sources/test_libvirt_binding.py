@@ -152,6 +152,29 @@ def test_another_job_is_no_failure_of_libvirt_but_a_lock(fake):
         fake.ours.require_no_other_job()
 
 
+def test_a_job_that_begins_or_ends_just_now_is_a_lock(fake):
+    fake.domain.does["jobInfo"] = raising(1, "internal error: backup job data missing")
+    with pytest.raises(Locked, match="just now"):
+        fake.ours.require_no_other_job()
+    fake.domain.does["jobInfo"] = raising(1, "internal error: no idea")
+    with pytest.raises(Refused):
+        fake.ours.require_no_other_job()
+
+
+@pytest.mark.parametrize(
+    ("known", "version", "flags"), [(True, 11_010_000, 2), (True, 11_009_000, 0), (False, 12_000_000, 0)]
+)
+def test_a_guest_that_powers_off_does_not_end_the_job_where_libvirt_can_prevent_that(fake, known, version, flags):
+    """The value is libvirt's own; an older daemon would refuse a flag that only a newer binding knows."""
+    if known:
+        fake.ours._libvirt.VIR_DOMAIN_BACKUP_BEGIN_PRESERVE_SHUTDOWN_DOMAIN = 2
+    fake.domain.does["connect"] = lambda: types.SimpleNamespace(getLibVersion=lambda: version)
+    begun = []
+    fake.domain.does["backupBegin"] = lambda *words: begun.append(words)
+    fake.ours.begin_job("<x/>", None)
+    assert begun == [("<x/>", None, flags)]
+
+
 def test_only_the_answer_that_there_is_no_job_means_that_there_is_none(fake):
     fake.domain.does["backupGetXMLDesc"] = raising(104)
     assert fake.ours.job() is None

@@ -2,6 +2,8 @@
 
 from xml.etree import ElementTree as ET
 
+import pytest
+
 from backup.sources.libvirt_xml import (
     DomainDocument,
     JobDisk,
@@ -49,6 +51,21 @@ def test_a_domains_disks():
     assert [name for name, disk in disks.items() if disk.encrypted] == ["sdb"]
     assert [name for name, disk in disks.items() if disk.lost] == ["sdc"]
     assert (document.agent, document.owner) == ("connected", (64055, 108))
+
+
+@pytest.mark.parametrize(
+    ("device", "source", "why"),
+    [
+        ("disk", "<slices><slice type='storage' offset='1048576' size='4194304'/></slices>", "a part of its file"),
+        ("lun", "", "SCSI commands go to the device itself"),
+    ],
+)
+def test_a_disk_whose_bytes_are_not_its_sources_is_known(device, source, why):
+    document = DomainDocument.parse(
+        f"<domain><devices><disk type='block' device='{device}'><driver type='raw'/><source dev='/dev/x'>{source}"
+        "</source><target dev='sda' bus='scsi'/></disk></devices></domain>"
+    )
+    assert why in (document.disks[0].lost or "")
 
 
 def test_a_domain_without_agent_and_label():
