@@ -110,6 +110,7 @@ BARS = (
     "full-zstd",
     "plan",
     "incremental",
+    "libvirt",
     "idle",
     "reads",
     "restore",
@@ -157,6 +158,10 @@ output, not the reading of a cold disk.
 - **The incremental of 1 %** runs against one qemu-storage-daemon, which holds the image open: QEMU's side is its
   backup job with a bitmap (what drive-backup runs) inside of it, from `qemu-img create` of the target to its
   `sync`; ours reads the daemon's NBD export of an identical bitmap. With `none` both store the same bytes.
+- **A domain of libvirt** has one disk of 2 GiB with 1 GiB of real data, and idles in its firmware (QEMU without KVM, 64
+  MiB). libvirtd runs in system mode in a mount namespace of its own (`domain.py`). Ours runs with its defaults, except
+  for `--compression none`: spot check, digests and fsync are included; virtnbdbackup's data is not synced. Before each
+  pair of 1 % the guest writes at 10 places. *Processor* is that of the tool and of the domain's QEMU.
 - **Prune** merges a full and five incrementals into one full, in a copy of the repository that is made before each run
   and not measured.
 - **Idle**: the image is sparse and holds 64 MiB of data in 1,024 places. `spot_check: 0`, as wherever the

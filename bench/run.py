@@ -5,9 +5,9 @@ Speed, memory and growth, measured side by side with the programs that an admini
     make bench ARGS=--quick                       small inputs, one run each, nothing stored: does it still work?
     make bench ARGS='--only restore scale-chain'  some parts, merged into results.json
 
-measure.py says what is measured, bars.py, latency.py, memory.py, scale.py and nights.py are the parts, inputs.py makes
-the disks, report.py makes the tables and plots of README.md from results.json alone.  It needs about 8 GiB of memory in
---tmpfs and 16 GiB of room in --disk.
+measure.py says what is measured, bars.py, domain.py, latency.py, memory.py, scale.py and nights.py are the parts,
+inputs.py makes the disks, report.py makes the tables and plots of README.md from results.json alone.  It needs about
+8 GiB of memory in --tmpfs and 16 GiB of room in --disk.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import bars
+import domain
 import latency
 import memory
 import nights
@@ -51,6 +52,7 @@ PARTS: dict[str, Part] = {
     "restore": bars.restore,
     "consolidate": bars.consolidate,
     "incremental": bars.incremental,
+    "libvirt": domain.against_virtnbdbackup,
     "guest-latency": latency.guest_latency,
     "memory-fragmented": memory.fragmented,
     "memory-huge": memory.huge,

@@ -31,27 +31,7 @@ METADATA_ONLY = 2
 """VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY"""
 STATES = ("no state", "running", "blocked", "paused", "in shutdown", "shut off", "crashed", "pmsuspended")
 """virDomainState, as virsh shows it."""
-SYSTEM = r"""
-set -e
-D=$1; user=$2
-mkdir -p "$D/etc/qemu" "$D/run" "$D/lib" "$D/log" "$D/cache"
-mkdir -p /etc/libvirt /run/libvirt /var/lib/libvirt /var/log/libvirt /var/cache/libvirt
-printf '%s\n' "user = \"$user\"" "group = \"$user\"" 'dynamic_ownership = 1' 'remember_owner = 0' \
-    'cgroup_controllers = []' 'stdio_handler = "file"' 'namespaces = []' \
-    >"$D/etc/qemu.conf"
-printf '%s\n' 'auth_unix_rw = "none"' 'auth_unix_ro = "none"' 'unix_sock_group = "root"' >"$D/etc/libvirtd.conf"
-{ grep -v '^libvirt-qemu:' /etc/passwd; echo 'libvirt-qemu:x:64055:64055::/nonexistent:/bin/false'; } >"$D/passwd"
-{ grep -v '^libvirt-qemu:' /etc/group; echo 'libvirt-qemu:x:64055:'; } >"$D/group"
-sed -i 's/^\(kvm:.*:\)$/\1libvirt-qemu/' "$D/group" # else libvirt examines QEMU anew each time that it is asked
-export D
-exec unshare -m --propagation private sh -ec '
-mount --bind $D/etc /etc/libvirt; mount --bind $D/run /run/libvirt; mount --bind $D/lib /var/lib/libvirt
-mount --bind $D/passwd /etc/passwd; mount --bind $D/group /etc/group; mount --bind $D/log /var/log/libvirt
-mount --bind $D/cache /var/cache/libvirt
-echo $$ >$D/pid
-exec libvirtd --config /etc/libvirt/libvirtd.conf --pid-file /run/libvirt/libvirtd.pid'
-"""
-"""Starts libvirtd in system mode; $1 holds all of its files, and QEMU runs as user $2."""
+SYSTEM = Path(__file__).parents[2] / "tools/libvirtd-system"
 
 
 def wait_until(done: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
@@ -170,7 +150,7 @@ class SystemDaemon(Daemon):
         return self.place / "run/qemu"
 
     def command(self) -> list[str | Path]:
-        return ["sh", "-c", SYSTEM, "sh", self.place, "libvirt-qemu"]
+        return [SYSTEM, self.place, "libvirt-qemu"]
 
     @property
     def inside(self) -> list[str]:
