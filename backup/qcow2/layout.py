@@ -60,7 +60,9 @@ _BACKING_FORMAT = b"qcow2"
 HEADER_BYTES = MIN_CLUSTER
 """Bytes that a reader of a header needs: header, extensions and backing name always fit into the smallest cluster."""
 
-DAMAGED_HINT = "keep the file as it is; restore it from another copy of the repository, or make a full backup (--full)"
+DAMAGED_HINT = (
+    "keep the file; bring it back from another copy of the repository, or make a full backup: `pybackup full`"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +179,7 @@ def require_writable(image: Image) -> None:
         limit = MAX_L1_BYTES // 8 * image.table_entries * size
         raise UsageError(
             f"a disk of {image.size} bytes is too large for clusters of {size} bytes, which end at {limit}",
-            hint="set a larger cluster_size and make a full backup (--full)",
+            hint="set a larger cluster_size and make a full backup: `pybackup full`",
         )
     if image.backing is not None and (fault := _fault_of_name(image.backing)):
         raise UsageError(f"backing name {image.backing!r} {fault}", hint="use the file name of the parent's data file")

@@ -118,7 +118,7 @@ class Space:
             raise Failed(
                 f"a data file with clusters of {self._size} bytes cannot be larger than "
                 f"{self._limit * self._size} bytes",
-                hint="set a larger cluster_size and make a full backup (--full)",
+                hint="set a larger cluster_size and make a full backup: `pybackup full`",
             )
         return first
 
