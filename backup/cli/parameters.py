@@ -153,6 +153,14 @@ AllowPlaintext = Annotated[
         "unencrypted.",
     ),
 ]
+TrustDataFile = Annotated[
+    bool,
+    typer.Option(
+        "--trust-data-file",
+        help="With --image, --qmp or --libvirt: use the bitmaps of images that have an external data file.  By this "
+        "option you state that nothing writes to the data file except through its image.",
+    ),
+]
 MachineName = Annotated[
     str | None,
     typer.Option(

@@ -53,6 +53,7 @@ class Options:
     freeze: bool
     agent: Path | None
     allow_plaintext: bool
+    trust_data_file: bool
     machine: str | None
     disks: tuple[str, ...]
     bitmap_family: str | None
@@ -84,6 +85,7 @@ class Options:
         freeze: bool = False,
         agent: str | None = None,
         allow_plaintext: bool = False,
+        trust_data_file: bool = False,
         compression: str | None = None,
         no_fallback: bool = False,
         dry_run: bool = False,
@@ -106,6 +108,7 @@ class Options:
             freeze=freeze,
             agent=_path(agent),
             allow_plaintext=allow_plaintext,
+            trust_data_file=trust_data_file,
             machine=machine,
             disks=tuple(disk or ()),
             bitmap_family=bitmap if nbd is None else None,
@@ -213,6 +216,7 @@ def _check(options: Options) -> None:
         ("--machine", options.machine),
         ("--disk", options.disks),
         ("--image-format", options.image_formats),
+        ("--trust-data-file", options.trust_data_file),
     ):
         if value and not sources:
             raise UsageError(
@@ -222,6 +226,11 @@ def _check(options: Options) -> None:
         raise UsageError(
             "--since without --nbd",
             hint="omit --since: the name of pybackup's own bitmap contains the point",
+        )
+    if options.nbd is not None and options.trust_data_file:
+        raise UsageError(
+            "--trust-data-file together with --nbd",
+            hint="omit --trust-data-file: an NBD server does not tell whether the image has an external data file",
         )
     if options.nbd is not None and len(options.disks) > 1:
         raise UsageError("--disk given twice", hint="an NBD export is one disk")
@@ -499,7 +508,10 @@ def _request(
         dry_run=options.dry_run,
         named_by_path=machine is None and options.machine is None and options.libvirt is None,
         names=_names(options, machine),
-        allow_plaintext=options.allow_plaintext or options.wanted == AUDIT,  # an audit stores nothing
+        allow_plaintext=options.allow_plaintext
+        or options.wanted == AUDIT  # an audit stores nothing
+        or (machine is not None and machine.allow_plaintext),
+        trust_data_file=options.trust_data_file or (machine is not None and machine.trust_data_file),
         copying=Settings(
             config.connections,
             config.requests,

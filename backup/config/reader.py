@@ -129,7 +129,7 @@ def _machine(
 ) -> MachineConfig:
     section.allow(
         "disks", "bitmap", "compression", "on_unusable_bitmap", "qmp", "agent", "libvirt", "domain", "domains",
-        "freeze", "scratch", "exclude", "allow_plaintext", "retention",
+        "freeze", "scratch", "exclude", "allow_plaintext", "trust_data_file", "retention",
     )  # fmt: skip
     running, of_libvirt = "qmp" in section.fields, "libvirt" in section.fields
     children = list(section.children("disk", "disks"))
@@ -161,6 +161,7 @@ def _machine(
         scratch=section.path("scratch"),
         exclude=section.texts("exclude", "a node's name, a device's id or an image's path"),
         allow_plaintext=section.boolean("allow_plaintext", otherwise=False),
+        trust_data_file=section.boolean("trust_data_file", otherwise=False),
         retention=_retention(section, retention),
     )
 
@@ -182,8 +183,12 @@ def _check_libvirt(section: Section, *, running: bool, of_libvirt: bool) -> None
 
 def _domain_disk(section: Section) -> DiskConfig:
     """A disk of a domain, which its name alone tells: it is the target device (vda)."""
-    section.allow("allow_plaintext")
-    return DiskConfig(section.last, allow_plaintext=section.boolean("allow_plaintext", otherwise=False))
+    section.allow("allow_plaintext", "trust_data_file")
+    return DiskConfig(
+        section.last,
+        allow_plaintext=section.boolean("allow_plaintext", otherwise=False),
+        trust_data_file=section.boolean("trust_data_file", otherwise=False),
+    )
 
 
 def _retention(outer: Section, otherwise: Retention | None) -> Retention | None:
@@ -216,7 +221,7 @@ def _require_different(children: Sequence[Section], disks: Sequence[DiskConfig])
 
 
 def _disk(section: Section, *, running: bool) -> DiskConfig:
-    section.allow("image", "nbd", "node", "format", "bitmap", "allow_plaintext")
+    section.allow("image", "nbd", "node", "format", "bitmap", "allow_plaintext", "trust_data_file")
     sources = [key for key in ("image", "nbd", "node") if key in section.fields]
     got = " and ".join(sources) or "nothing"
     if running and sources not in (["node"], ["image", "node"]):
@@ -233,6 +238,8 @@ def _disk(section: Section, *, running: bool) -> DiskConfig:
         )
     if not running and "allow_plaintext" in section.fields:
         section.problem("allow_plaintext", "only a running machine, with `qmp`, decrypts its disks")
+    if "nbd" in sources and "trust_data_file" in section.fields:
+        section.problem("trust_data_file", "an NBD server does not tell whether the image has an external data file")
     if "nbd" not in sources and "bitmap" in section.fields:
         section.problem("bitmap", "only an `nbd` disk names a bitmap; for other disks the machine's `bitmap` counts")
     return DiskConfig(
@@ -243,4 +250,5 @@ def _disk(section: Section, *, running: bool) -> DiskConfig:
         format=section.format(),
         bitmap=section.bitmap_name(),
         allow_plaintext=section.boolean("allow_plaintext", otherwise=False),
+        trust_data_file=section.boolean("trust_data_file", otherwise=False),
     )

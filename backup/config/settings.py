@@ -25,7 +25,7 @@ class DiskConfig:
     `format` is the image's format; None: the first bytes of the image show the format.  `bitmap` is the exact name of a
     bitmap on someone else's NBD server.  A backup by a configuration never continues from this bitmap, since a file
     cannot state from which point the bitmap starts each night.  `allow_plaintext` allows a running QEMU to decrypt the
-    disk.
+    disk.  `trust_data_file` states that nothing writes to the external data file of the image except through the image.
     """
 
     name: str
@@ -35,6 +35,7 @@ class DiskConfig:
     format: Literal["qcow2", "raw"] | None = None
     bitmap: str | None = None
     allow_plaintext: bool = False
+    trust_data_file: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,8 @@ class MachineConfig:
     absolute.  `freeze` tells whether the agent freezes the file systems for the instant of the backup; with "required",
     the backup fails if the freeze fails.  `scratch` is the folder for the scratch images of a backup; None: the global
     one.  `exclude` names disks of the running machine that no point needs to hold.  `allow_plaintext` allows QEMU to
-    decrypt all disks of the machine.
+    decrypt all disks of the machine.  `trust_data_file` is the
+    statement of `DiskConfig` about all disks of the machine.
 
     `libvirt` is the URI of the libvirt that has the machine as `domain`, and then `disks` are named by their target
     devices; without any, all disks of the domain are meant.  `domains` is a pattern: every matching domain is a machine
@@ -77,6 +79,7 @@ class MachineConfig:
     scratch: Path | None = None
     exclude: tuple[str, ...] = ()
     allow_plaintext: bool = False
+    trust_data_file: bool = False
     retention: Retention | None = None
 
     @property

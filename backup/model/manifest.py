@@ -133,6 +133,19 @@ class LowerFile:
     inode: int
 
 
+@dataclass(frozen=True, slots=True)
+class DataFileClaim:
+    """
+    The user's statement that nothing writes to the source image's external data file except through the image.
+
+    `path` and `file_id` name the file as it was at the backup.  `file_id` is "inode N" for a file, "uuid ID" for a
+    device of the device mapper (LVM), and "device" for any other block device.
+    """
+
+    path: str
+    file_id: str
+
+
 NBD = "nbd"
 """The kind of a source that is an export of someone else's NBD server."""
 
@@ -143,7 +156,8 @@ class SourceRecord:
     How a disk was read: kind ("image", "nbd", "qmp" or "libvirt"), path or URI, format, consistency, QEMU's version or
     None.
 
-    `plaintext`: the image is encrypted, and QEMU decrypted what was read.
+    `plaintext`: the image is encrypted, and QEMU decrypted what was read.  `trusted_data_file` is set if the image has
+    an external data file and the user trusts its bitmaps nevertheless.
     """
 
     kind: str
@@ -153,6 +167,7 @@ class SourceRecord:
     qemu: str | None
     lower: tuple[LowerFile, ...]
     plaintext: bool = False
+    trusted_data_file: DataFileClaim | None = None
 
     @property
     def of_server(self) -> bool:
@@ -458,7 +473,12 @@ def _source(fields: Fields) -> SourceRecord:
         qemu=fields.optional_text("qemu"),
         lower=tuple(_lower(item) for item in fields.items("lower")),
         plaintext=fields.has("plaintext") and fields.take("plaintext", bool),
+        trusted_data_file=_claim(fields.inner("trusted_data_file")) if fields.has("trusted_data_file") else None,
     )
+
+
+def _claim(fields: Fields) -> DataFileClaim:
+    return DataFileClaim(path=fields.text("path"), file_id=fields.text("file_id"))
 
 
 def _lower(fields: Fields) -> LowerFile:

@@ -570,6 +570,7 @@ class _Backup:
                 qemu=disk.source.qemu_version(),
                 lower=disk.state.lower,
                 plaintext=disk.state.plaintext,
+                trusted_data_file=disk.state.data_file_claim,
             ),
         )
 

@@ -127,7 +127,7 @@ def preflight(
         _check_first_format(disk)
     else:
         _check_format(disk, newest)
-    state = disk.source.inspect()
+    state = replace(disk.source.inspect(), trusts_data_file=request.trust_data_file or disk.trust_data_file)
     if state.plaintext and not (request.allow_plaintext or disk.allow_plaintext):
         raise UsageError(
             f"disk {disk.name} is encrypted (LUKS), and QEMU would decrypt it: the backup would contain plaintext",

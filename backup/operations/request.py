@@ -55,6 +55,8 @@ class Request:
         The machine's name was derived from an image's name, and not given.
     allow_plaintext : bool
         Allow a running QEMU to decrypt the disks.
+    trust_data_file : bool
+        The user states that nothing writes to the disks' external data files except through the images.
     """
 
     machine: str
@@ -74,6 +76,7 @@ class Request:
     named_by_path: bool = False
     names: Names = Names.SUGGESTED
     allow_plaintext: bool = False
+    trust_data_file: bool = False
     copying: copier.Settings = field(default_factory=copier.Settings)
 
     @property

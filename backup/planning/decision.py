@@ -16,7 +16,7 @@ from types import MappingProxyType
 from backup.errors import BackupError
 from backup.model.chain import Chain
 from backup.model.disk import Claim, DiskState, bitmap_name, own_bitmaps
-from backup.model.manifest import DiskEntry, LowerFile
+from backup.model.manifest import DataFileClaim, DiskEntry, LowerFile
 
 FULL, INCREMENTAL, RESCAN = "full", "incremental", "rescan"
 _FIRST = "first point of this disk"
@@ -195,7 +195,7 @@ def _why_not_mixed(state: DiskState, last: Chain) -> str:
 
 
 def _later_backups(state: DiskState, unusable: str, refusal: Refusal | None) -> str:
-    why = state.unseen_writes or state.no_bitmaps or (refusal.why if refusal and refusal.lasting else None)
+    why = state.why_untrusted or state.no_bitmaps or (refusal.why if refusal and refusal.lasting else None)
     later = "a full as well" if unusable == FULL else f"a {unusable}"
     return f"; every later one is {later}: {why}" if why else ""
 
@@ -214,7 +214,7 @@ def _decide_claim(state: DiskState, last: Chain, claim: Claim, unusable: str) ->
 
 def _never(why_not: str, state: DiskState, parent: DiskEntry, refusal: Refusal | None) -> bool:
     """Tell whether every later backup of this disk will meet the same reason, judged by the disk and newest point."""
-    if why_not in {state.unseen_writes, state.no_bitmaps}:
+    if why_not in {state.why_untrusted, state.no_bitmaps}:
         return True
     same = refusal is not None and refusal.lasting and parent.bitmap.why_none == refusal.why
     return same and why_not == _made_without(parent)
@@ -230,10 +230,14 @@ def _why_not(
     origins: Mapping[str, str],
 ) -> str | None:
     """Explain why the bitmap `name` cannot continue the parent point; None: it can."""
-    if state.unseen_writes or state.no_bitmaps:
-        return state.unseen_writes or state.no_bitmaps
+    if state.why_untrusted or state.no_bitmaps:
+        return state.why_untrusted or state.no_bitmaps
     if state.lower != parent.source.lower:
         return _lower_changed(parent.source.lower, state.lower)
+    if parent.bitmap.started is not None:
+        why_not = _data_file_changed(parent.source.trusted_data_file, state)
+        if why_not is not None:
+            return why_not
     bitmap = state.bitmap(name)
     if refusal is not None and refusal.lost == name and (bitmap is None or bitmap.inconsistent):
         return f"bitmap {name} was lost when QEMU tried to add a new one: {refusal.why}"
@@ -254,6 +258,10 @@ def _why_not(
         return (
             f"bitmap {name} has a granularity of {bitmap.granularity} bytes, and pybackup's had {recorded}: "
             "another program removed the bitmap and added one of the same name"
+        )
+    if state.data_file is not None and state.data_file.written:
+        return (
+            f"something wrote to the external data file {state.data_file.path} after the image {state.path} was closed"
         )
     return None
 
@@ -303,3 +311,24 @@ def _lower_changed(before: tuple[LowerFile, ...], now: tuple[LowerFile, ...]) ->
             which = old.path if old.path == new.path else f"{old.path} (now {new.path})"
             return f"the backing file {which} changed since the newest point"
     return f"the image's backing chain has {len(now)} files and had {len(before)}"
+
+
+def _data_file_changed(before: DataFileClaim | None, state: DiskState) -> str | None:
+    """Explain why the external data file is not the one of the newest point; None: it is."""
+    now = state.data_file_claim
+    if before is None and now is None:
+        return None
+    if before is None or now is None:
+        return f"the image has {_data_file(now)}, and had {_data_file(before)} at the newest point"
+    if before.path != now.path:
+        return f"the external data file is {now.path} now, and was {before.path} at the newest point"
+    if before.file_id != now.file_id:
+        return (
+            f"the external data file {now.path} was replaced since the newest point ({before.file_id}, now "
+            f"{now.file_id})"
+        )
+    return None
+
+
+def _data_file(claim: DataFileClaim | None) -> str:
+    return "no external data file" if claim is None else f"the external data file {claim.path}"

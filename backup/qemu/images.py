@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from backup.errors import BackupError, SourceError
+from backup.model.disk import ExternalFile
 from backup.qemu.programs import ProgramFailed, filename, one_line, stdout_of
 from backup.qemu.truncation import may_be_truncated
 
@@ -85,7 +86,8 @@ class ImageInfo:
     `size` is the virtual size in bytes, exact also for a raw image.  `no_bitmaps` is the reason why the image cannot
     hold bitmaps, and `unseen_writes` why writes can bypass them; None if there is no such reason.  `lower` are the
     files of the backing chain below the image, nearest first, and `lower_bitmaps` the names of the bitmaps in them.
-    `encrypted` is true if the image, or a file below it, cannot be read without a key.
+    `encrypted` is true if the image, or a file below it, cannot be read without a key.  `data_file` is the name of the
+    external data file as the image's header gives it; None: there is none.
     """
 
     path: Path
@@ -97,6 +99,7 @@ class ImageInfo:
     lower: tuple[Layer, ...]
     lower_bitmaps: tuple[str, ...]
     encrypted: bool
+    data_file: str | None
 
 
 def detect_format(path: Path) -> str:
@@ -202,6 +205,7 @@ def image_info(path: Path, image_format: str, *, shared: bool = False) -> ImageI
         lower=lower,
         lower_bitmaps=tuple(entry["name"] for layer in layers[1:] for entry in _data(layer).get("bitmaps", ())),
         encrypted=any(layer.get("encrypted", False) for layer in layers),
+        data_file=data.get("data-file"),
     )
 
 
@@ -230,11 +234,11 @@ def why_unseen_writes(details: Sequence[Mapping[str, Any]], lower: Sequence[Laye
     """
     Return why writes can bypass a bitmap of the topmost image and the stat of the files below it; None if they cannot.
 
+    An external data file of the topmost image is no reason here: the user may trust it (`DiskState.trusts_data_file`).
+
     `details` are the facts specific to the format, of the image and of each file in `lower`, as qemu-img info and QMP
     report them.
     """
-    if "data-file" in details[0]:
-        return "its data lies in an external data file, whose writes no bitmap need see"
     for data, layer in zip(details[1:], lower, strict=True):
         if "data-file" in data:
             return f"the data of its backing file {layer.path} lies in an external data file, which may change unseen"
@@ -252,6 +256,35 @@ def stat_layer(name: str) -> Layer:
     if not stat.S_ISREG(status.st_mode):
         return Layer(name, 0, 0, 0)  # the stat of a block device does not show writes
     return Layer(os.path.abspath(name), status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+def external_data_file(name: str, image: str, *, open_in_qemu: bool) -> ExternalFile:
+    """
+    Identify the external data file `name` of an image.  `open_in_qemu`: a running machine writes to both files now.
+
+    The name must be an absolute path: QEMU takes a relative one from its working folder, not from the image's.
+    """
+    if not name.startswith("/"):
+        return ExternalFile(name, None)
+    try:
+        status = os.stat(name)
+        written = not open_in_qemu and status.st_mtime_ns > os.stat(image).st_mtime_ns
+    except OSError:
+        return ExternalFile(name, None)
+    if stat.S_ISREG(status.st_mode):
+        return ExternalFile(name, f"inode {status.st_ino}", written)
+    if stat.S_ISBLK(status.st_mode):
+        return ExternalFile(name, device_id(status.st_rdev))
+    return ExternalFile(name, None)
+
+
+def device_id(device: int, sysfs: Path = Path("/sys/dev/block")) -> str:
+    """Return what identifies a block device after a restart of the host, too: the UUID that LVM gives it."""
+    try:
+        uuid = (sysfs / f"{os.major(device)}:{os.minor(device)}/dm/uuid").read_text("ascii").strip()
+    except (OSError, ValueError):
+        uuid = ""
+    return f"uuid {uuid}" if uuid else "device"
 
 
 def _run_on_image(command: Sequence[str], path: Path, codes: Sequence[int] = (0,)) -> str:

@@ -213,6 +213,11 @@ class BlockGraph:
         below = self._child(name, ("file",))
         return self.nodes[name] if below is None else self.storage(below)
 
+    def data_file(self, name: str) -> str | None:
+        """Return the name of the external data file of a node's image; None: the image has none."""
+        below = self._child(name, ("data-file",))
+        return self.nodes[name].details.get("data-file") if below is None else self.storage(below).file
+
     def devices_above(self, name: str) -> list[Device]:
         """Return the devices whose writes go through a node, for example a filter of ours."""
         above = self._above(name)
@@ -253,10 +258,11 @@ class BlockGraph:
             if child in below and writer not in below and writer != name and not writer.startswith(OURS):
                 what = f"{writer!r} of the same QEMU" if writer else "an export or a job of the same QEMU"
                 return f"{what} writes to node {child} below it"
-        file = self.storage(name).file
+        files = [self.storage(name).file, *filter(None, [self.data_file(name)])]
         for node in self.nodes.values():
             other = node.name != name and node.name not in below and not node.name.startswith(OURS)
-            if other and not node.read_only and node.name not in self._children and same_file(node.file, file):
+            at_the_end = node.name not in self._children
+            if other and not node.read_only and at_the_end and any(same_file(node.file, file) for file in files):
                 return f"node {node.name!r} of the same QEMU has the same file open for writing"
         return None
 

@@ -285,7 +285,8 @@ class DiskRequest:
 
     `claim` is the user's word about a bitmap on someone else's server.  `path` is the image's, where it is known before
     the image is opened: pybackup recognises a disk of the machine by its path.  `allow_plaintext` allows a running
-    QEMU to decrypt the disk.
+    QEMU to decrypt the disk.  `trust_data_file`: the user states that nothing writes to the external data file of the
+    image except through the image.
     """
 
     name: str
@@ -293,3 +294,4 @@ class DiskRequest:
     claim: Claim = NO_CLAIM
     path: str | None = None
     allow_plaintext: bool = False
+    trust_data_file: bool = False

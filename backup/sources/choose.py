@@ -33,6 +33,7 @@ class DiskSpecification:
     `node` and `image` together: the machine runs on some nights and is off on others.  `image_format` is "qcow2" or
     "raw"; None: the image's first bytes tell.  `bitmap` is the exact name of one of the server's dirty bitmaps, which
     starts from the point `since` by the user's word.  `allow_plaintext` allows a running QEMU to decrypt the disk.
+    `trust_data_file`: nothing writes to the external data file of the image except through the image.
     """
 
     name: str
@@ -43,6 +44,7 @@ class DiskSpecification:
     since: str | None = None
     node: str | None = None
     allow_plaintext: bool = False
+    trust_data_file: bool = False
 
     @classmethod
     def of_config(cls, disk: DiskConfig, machine: MachineConfig) -> DiskSpecification:
@@ -55,6 +57,7 @@ class DiskSpecification:
             bitmap=disk.bitmap,
             node=disk.node,
             allow_plaintext=disk.allow_plaintext or machine.allow_plaintext,
+            trust_data_file=disk.trust_data_file or machine.trust_data_file,
         )
 
 
@@ -169,6 +172,7 @@ def _requests(disks: Sequence[DiskSpecification], sources: Sequence[Source]) -> 
             Claim(disk.bitmap, disk.since),
             path=None if disk.image is None else filename(disk.image),
             allow_plaintext=disk.allow_plaintext,
+            trust_data_file=disk.trust_data_file,
         )
         for disk, source in zip(disks, sources, strict=True)
     )

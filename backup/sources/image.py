@@ -61,6 +61,9 @@ class ImageSource:
             unseen_writes=info.unseen_writes,
             lower=tuple(LowerFile(layer.path, layer.size, layer.mtime_ns, layer.inode) for layer in info.lower),
             lower_bitmaps=info.lower_bitmaps,
+            data_file=None
+            if info.data_file is None
+            else images.external_data_file(info.data_file, programs.filename(self.path), open_in_qemu=False),
         )
 
     def _require_raw(self, size: int) -> None:
@@ -73,8 +76,8 @@ class ImageSource:
             )
 
     def why_no_bitmap(self, state: DiskState) -> str | None:
-        """A raw image, a qcow2 of version 2 and an image with an external data file can hold no bitmap."""
-        return state.unseen_writes or state.no_bitmaps
+        """A raw image, a qcow2 of version 2 and an image with an untrusted external data file can hold no bitmap."""
+        return state.why_untrusted or state.no_bitmaps
 
     def require_room(self, state: DiskState, name: str) -> None:
         """Make sure that the image's file system has room for one more bitmap."""
@@ -98,10 +101,16 @@ class ImageSource:
     def open_disk(self, state: DiskState, bitmaps: Sequence[str], lanes: int) -> Iterator[Export]:
         """Serve the image with a qemu-nbd of pybackup's; QEMU's locks keep writers out of all its files meanwhile."""
         with (
-            locks.no_writers([state.path, *(layer.path for layer in state.lower)]),
+            locks.no_writers(_files(state)),
             servers.serve_image(
                 self.path, state.format, bitmaps, lanes + STATUS_CONNECTIONS, meanwhile=images.qemu_version
             ) as uri,
             Export(uri, bitmaps, state.size) as export,
         ):
             yield export
+
+
+def _files(state: DiskState) -> list[str]:
+    """Return the files that hold the disk's bytes."""
+    data = [] if state.data_file is None else [state.data_file.path]
+    return [state.path, *data, *(layer.path for layer in state.lower)]

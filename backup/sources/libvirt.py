@@ -566,11 +566,14 @@ class DomainSource:
             size=-(-size // 512) * 512,
             bitmaps=tuple(_bitmaps(sound, info.bitmaps)),
             no_bitmaps=info.no_bitmaps,
-            unseen_writes=info.unseen_writes or _why_other_chain(disk, info.lower),
+            unseen_writes=info.unseen_writes or _why_other_chain(disk, info),
             lower=tuple(LowerFile(layer.path, layer.size, layer.mtime_ns, layer.inode) for layer in info.lower),
             lower_bitmaps=info.lower_bitmaps,
             plaintext=info.encrypted or disk.encrypted,
             lists_bitmaps=False,
+            data_file=None
+            if info.data_file is None
+            else images.external_data_file(info.data_file, disk.path or "", open_in_qemu=True),
         )
         return _of_domain(state, disk)
 
@@ -581,7 +584,7 @@ class DomainSource:
 
     def why_no_bitmap(self, state: DiskState) -> str | None:
         """An image that can hold no bitmap, or whose writers no bitmap sees, gets none."""
-        return state.unseen_writes or state.no_bitmaps
+        return state.why_untrusted or state.no_bitmaps
 
     def remove_bitmap(self, name: str) -> None:
         """Remove a bitmap of the disk, through libvirt or from the image."""
@@ -631,9 +634,11 @@ def _of_domain(state: DiskState, disk: DomainDisk) -> DiskState:
     return replace(state, unseen_writes=unseen, no_bitmaps=no_bitmaps)
 
 
-def _why_other_chain(disk: DomainDisk, lower: Sequence[images.Layer]) -> str | None:
+def _why_other_chain(disk: DomainDisk, info: images.ImageInfo) -> str | None:
     """Why the files below the image may not be those that QEMU reads."""
-    ours = [os.path.realpath(layer.path) for layer in lower]
+    if disk.data_store is not None and disk.data_store != info.data_file:
+        return f"QEMU has the external data file {disk.data_store}, and the image's header names {info.data_file}"
+    ours = [os.path.realpath(layer.path) for layer in info.lower]
     theirs = [None if path is None else os.path.realpath(path) for path in disk.backing]
     if ours == theirs:
         return None

@@ -20,8 +20,9 @@ class DomainDisk:
 
     `target` is the name that libvirt's commands use (vda).  `storage` is the type of the source (file, block, network,
     ...), `path` the source's path (None: no local file or block device, or no medium), and `backing` are the paths of
-    the files below it, nearest first, as far as libvirt tells them.  `lost` says why reading the source would not give
-    what the guest writes.  `iothread`: QEMU serves the disk in a thread of its own.
+    the files below it, nearest first, as far as libvirt tells them.  `data_store` is the path of the external data file
+    (None: libvirt before 10.10 does not tell it).  `lost` says why reading the source would not give what the guest
+    writes.  `iothread`: QEMU serves the disk in a thread of its own.
     """
 
     target: str
@@ -36,6 +37,7 @@ class DomainDisk:
     encrypted: bool = False
     iothread: bool = False
     lost: str | None = None
+    data_store: str | None = None
 
     @property
     def removable(self) -> bool:
@@ -91,6 +93,7 @@ def _disk(element: ET.Element, threaded: Collection[str]) -> DomainDisk:
         encrypted=element.find(".//encryption") is not None,
         iothread=on_threaded or _has_iothread(element),
         lost=_lost(element),
+        data_store=_path(element.find("./source/dataStore/source")),
     )
 
 

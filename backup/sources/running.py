@@ -412,7 +412,14 @@ class NodeSource:
             lower=tuple(LowerFile(layer.path, layer.size, layer.mtime_ns, layer.inode) for layer in lower),
             lower_bitmaps=tuple(bitmap.name for link in chain[1:] for bitmap in link.bitmaps),
             plaintext=blocks.is_encrypted(node.name),
+            data_file=None
+            if (data_file := self._data_file(blocks)) is None
+            else images.external_data_file(data_file, files[0], open_in_qemu=True),
         )
+
+    def _data_file(self, blocks: BlockGraph) -> str | None:
+        file = blocks.data_file(self.node.name)
+        return None if file is None else self._host.local(file)
 
     def _require_image(self, files: Sequence[str]) -> None:
         """
@@ -432,7 +439,7 @@ class NodeSource:
 
     def why_no_bitmap(self, state: DiskState) -> str | None:
         """Refuse a bitmap where writes would pass it by: an external data file, for example, or a second writer."""
-        return state.unseen_writes
+        return state.why_untrusted
 
     def require_untouched_by_reading(self, blocks: BlockGraph) -> None:
         """
@@ -475,12 +482,13 @@ class NodeSource:
                 f"disk {self._label}: the machine writes to {file} now, and while it is off {self._image} would be "
                 "read, which lies below it: correct `image:`, or commit the snapshot"
             )
-        lost = process.lost_file(self._host.monitor.peer, file)
-        if lost is not None:
-            doubts.append(
-                f"disk {self._label}: the image {file} was {lost} while QEMU has it open; all that the guest writes is "
-                "lost when the machine ends"
-            )
+        for what, path in (("image", file), ("external data file", self._data_file(blocks))):
+            lost = None if path is None else process.lost_file(self._host.monitor.peer, path)
+            if lost is not None:
+                doubts.append(
+                    f"disk {self._label}: the {what} {path} was {lost} while QEMU has it open; all that the guest "
+                    "writes is lost when the machine ends"
+                )
         return doubts
 
     def remove_bitmap(self, name: str) -> None:

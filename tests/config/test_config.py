@@ -81,6 +81,7 @@ def test_the_example_loads_and_means_what_it_says():
             (
                 DiskConfig("vda", image=Path("/var/lib/libvirt/images/web1.qcow2")),
                 DiskConfig("vdb", image=Path("/srv/data.raw"), format="raw"),
+                DiskConfig("vdc", image=Path("/var/lib/libvirt/images/web1-vdc.qcow2"), trust_data_file=True),
             ),
             "b1",
             Compression(1),
@@ -266,6 +267,10 @@ machines:
         (
             "machines:\n  a:\n    disks: {vda: {image: x, allow_plaintext: true}}\n",
             "line 3: machines.a.disks.vda.allow_plaintext: only a running machine, with `qmp`, decrypts its disks",
+        ),
+        (
+            "machines:\n  a:\n    disks: {vda: {nbd: 'nbd://h', trust_data_file: true}}\n",
+            "line 3: machines.a.disks.vda.trust_data_file: an NBD server does not tell whether the image has",
         ),
         (
             "machines:\n  a: {disks: {vda: {node: disk0}}}\n",

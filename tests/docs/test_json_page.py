@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from fake_guestfish import FISH, path_with
-from lab import PYBACKUP, Night, bitmaps, call_pybackup, make_image, run, run_pybackup, write
+from lab import PYBACKUP, Night, bitmaps, call_pybackup, make_image, put_in_front, run, run_pybackup, write
 from live import Machine, Nights
 
 PAGE = Path(__file__).parents[2] / "docs" / "json.md"
@@ -174,6 +174,9 @@ def of_show(tmp_path: Path) -> Iterator[Any]:
         bitmap = ["--bitmap", "b1"] if image == raw else []
         call_pybackup(["full", "--image", image, *repo, *bitmap, *(["--image-format", "raw"] if image == raw else [])])
         yield printed("show", image.stem, *repo)
+    front = put_in_front(tmp_path / "front.qcow2", raw, 1 << 20)
+    call_pybackup(["full", "--image", front, "--trust-data-file", *repo])
+    yield printed("show", "front", *repo)
     with exported(below) as uri:
         call_pybackup(["full", "--nbd", uri, "--machine", "served", *repo])
         yield printed("show", "served", *repo)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from domains import QEMU_USER, Domain, SystemDaemon, daemon_of
-from lab import PYBACKUP, init, run
+from lab import PYBACKUP, init, put_in_front, run
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +71,26 @@ def test_a_killed_run_in_the_domains_folder_is_mended(owned):
     assert owned.job()
     owned.require_night("full", "full")
     run("virsh", "-q", "-c", owned.daemon.uri, "domstate", owned.name)
+
+
+def test_libvirt_9_does_not_give_the_raw_file_behind_a_qcow2_to_qemus_user(system, tmp_path):
+    domain = Domain.of(system, tmp_path / "repo", "sys4", "vda")
+    raw, image = domain.folder / "vda.raw", domain.disks["vda"]
+    run("qemu-img", "convert", "-q", "-f", "qcow2", "-O", "raw", image, raw)
+    image.unlink()
+    put_in_front(image, raw, domain.size)
+    raw.chmod(0o600)
+    try:
+        domain.define()
+        said = system.virsh("start", domain.name, fails=True)
+        if "error" in said:  # a newer libvirt may look for the data file in the image
+            assert f"Could not open '{raw}': Permission denied" in said
+            os.chown(raw, QEMU_USER, QEMU_USER)
+            domain.start()
+        domain.require_night("full", options=["--trust-data-file"])
+        domain.io("vda", "write -P 7 1M 64k")
+        domain.require_night("incremental", options=["--trust-data-file"])
+        domain.destroy()
+        domain.require_night("incremental", options=["--trust-data-file"])
+    finally:
+        domain.remove()

@@ -20,6 +20,7 @@ from backup.model.manifest import (
     BitmapRecord,
     ByteCounts,
     DataFile,
+    DataFileClaim,
     DiskEntry,
     Former,
     LowerFile,
@@ -244,7 +245,17 @@ def missing_fields():
         yield from (["disks", 0, inner, key] for key in DOCUMENT["disks"][0][inner])
 
 
-NULLABLE = {"granularity", "read", "started", "why_none", "qemu", "replaces", "pinned", "plaintext"}
+NULLABLE = {
+    "granularity",
+    "read",
+    "started",
+    "why_none",
+    "qemu",
+    "replaces",
+    "pinned",
+    "plaintext",
+    "trusted_data_file",
+}
 
 
 @pytest.mark.parametrize("path", [path for path in missing_fields() if path[-1] not in NULLABLE], ids=str)
@@ -370,9 +381,22 @@ def test_plaintext_of_an_encrypted_disk_is_recorded():
     assert decode(encode(plain), "m") == plain
 
 
-def test_a_manifest_of_an_older_program_has_no_pin_replaces_nothing_and_says_nothing_of_plaintext():
+def test_the_users_statement_about_a_data_file_is_recorded():
+    entry = disk()
+    claim = DataFileClaim("/dev/vg0/web1", "uuid LVM-x")
+    trusting = POINT_1.with_disk(replace(entry, source=replace(entry.source, trusted_data_file=claim)))
+    recorded = json.loads(encode(trusting))
+    assert (recorded["version"], recorded["disks"][0]["source"]["trusted_data_file"]) == (1, asdict(claim))
+    assert decode(encode(trusting), "m") == trusting
+    del recorded["disks"][0]["source"]["trusted_data_file"]["file_id"]
+    with pytest.raises(Damaged):
+        decode(signed(recorded), "m")
+
+
+def test_a_manifest_of_an_older_program_has_no_pin_replaces_nothing_and_lacks_later_fields_of_the_source():
     document = json.loads(json.dumps(DOCUMENT))
-    del document["pinned"], document["disks"][0]["replaces"], document["disks"][0]["source"]["plaintext"]
+    del document["pinned"], document["disks"][0]["replaces"]
+    del document["disks"][0]["source"]["plaintext"], document["disks"][0]["source"]["trusted_data_file"]
     assert decode(signed(document), "m") == POINT_1
 
 

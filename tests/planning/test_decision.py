@@ -8,8 +8,17 @@ import pytest
 
 from backup.errors import Damaged
 from backup.model.chain import Chain, Link
-from backup.model.disk import Bitmap, Claim, DiskState, bitmap_name, own_bitmaps
-from backup.model.manifest import BitmapRecord, ByteCounts, DataFile, DiskEntry, LowerFile, Parent, SourceRecord
+from backup.model.disk import Bitmap, Claim, DiskState, ExternalFile, bitmap_name, own_bitmaps
+from backup.model.manifest import (
+    BitmapRecord,
+    ByteCounts,
+    DataFile,
+    DataFileClaim,
+    DiskEntry,
+    LowerFile,
+    Parent,
+    SourceRecord,
+)
 from backup.planning.decision import FULL, INCREMENTAL, ITSELF, RESCAN, Decision, Refusal, decide, warned
 
 P = "20261122T010000Z-1f3a09c1"
@@ -108,6 +117,74 @@ def test_an_image_whose_bitmaps_prove_nothing_is_read_whole_even_if_one_is_there
     found = decided(replace(SOUND, **{which: "it is so"}), chain())
     require_fallback(found, "it is so")
     assert found.unavoidable
+
+
+# External data files
+
+RAW = ExternalFile("/disk.raw", "inode 7")
+BEHIND = replace(SOUND, data_file=RAW, trusts_data_file=True)
+
+
+def trusting(path: str = "/disk.raw", file_id: str = "inode 7") -> Chain:
+    """A chain whose newest point records the user's statement about this data file."""
+    found = entry()
+    claim = DataFileClaim(path, file_id)
+    return chain(replace(found, source=replace(found.source, trusted_data_file=claim)))
+
+
+def test_the_bitmap_of_a_trusted_data_file_counts():
+    assert decided(BEHIND, trusting()).read == NAME
+    assert BEHIND.data_file_claim == DataFileClaim("/disk.raw", "inode 7")
+
+
+@pytest.mark.parametrize("last", [chain(), trusting()])
+def test_without_the_users_statement_a_data_file_makes_every_backup_read_everything(last):
+    state = replace(BEHIND, trusts_data_file=False)
+    found = decided(state, last)
+    require_fallback(found, "external data file, whose writes no bitmap need see")
+    assert (found.unavoidable, state.data_file_claim) == (True, None)
+
+
+def test_a_data_file_that_cannot_be_watched_is_not_trusted():
+    state = replace(BEHIND, data_file=ExternalFile("disk.raw", None))
+    found = decided(state, trusting())
+    require_fallback(found, "disk.raw", "by an absolute path")
+    assert (found.unavoidable, state.data_file_claim) == (True, None)
+
+
+def test_another_reason_counts_although_the_data_file_is_trusted():
+    require_fallback(decided(replace(BEHIND, unseen_writes="it is shared"), trusting()), "it is shared")
+
+
+@pytest.mark.parametrize(
+    ("state", "last", "reason"),
+    [
+        (BEHIND, trusting(file_id="inode 8"), "was replaced since the newest point (inode 8, now inode 7)"),
+        (BEHIND, trusting("/other.raw"), "the external data file is /disk.raw now, and was /other.raw"),
+        (BEHIND, chain(), "the image has the external data file /disk.raw, and had no external data file"),
+        (SOUND, trusting(), "the image has no external data file, and had the external data file /disk.raw"),
+        (
+            replace(BEHIND, data_file=replace(RAW, written=True)),
+            trusting(),
+            "something wrote to the external data file /disk.raw after the image /disk.qcow2 was closed",
+        ),
+    ],
+)
+def test_a_data_file_that_is_not_what_it_was_makes_one_backup_read_everything(state, last, reason):
+    found = decided(state, last)
+    require_fallback(found, reason)
+    assert not found.unavoidable
+
+
+def test_a_point_without_a_bitmap_says_so_although_its_data_file_was_not_trusted():
+    found = decided(replace(BEHIND, bitmaps=()), chain(entry(started=None)))
+    require_fallback(found, "the newest point was made without starting a bitmap")
+
+
+def test_a_killed_qemu_is_the_reason_rather_than_that_its_data_file_is_newer():
+    bitmap = Bitmap(NAME, 65536, inconsistent=True)
+    found = decided(replace(BEHIND, data_file=replace(RAW, written=True), bitmaps=(bitmap,)), trusting())
+    require_fallback(found, "is inconsistent")
 
 
 # Disks without bitmaps

@@ -200,6 +200,15 @@ def test_what_writes_below_a_disks_node_is_seen():
     assert "/machine/peripheral/x" in below.unseen_writer("disk0", same)
 
 
+def test_a_writer_of_an_external_data_file_is_seen():
+    nodes = [*DISK, named("data0", "file", "/d.raw")]
+    edges = ["disk0 file0 file write", "disk0 data0 data-file write"]
+    assert blocks(nodes, edges).data_file("disk0") == "/d.raw"
+    assert blocks(DISK, edges[:1]).data_file("disk0") is None
+    assert writers(nodes, edges) is None
+    assert "'other'" in writers([*nodes, named("other", "file", "/d.raw")], edges)
+
+
 def test_the_same_file_open_for_writing_under_another_node_is_seen():
     other = named("file1", "file", "/i.raw")
     assert "'file1'" in writers([*DISK, other], ["disk0 file0 file write"])

@@ -68,6 +68,14 @@ def test_a_disk_whose_bytes_are_not_its_sources_is_known(device, source, why):
     assert why in (document.disks[0].lost or "")
 
 
+def test_the_external_data_file_that_newer_libvirts_tell():
+    store = "<dataStore type='file'><format type='raw'/><source file='/v/w.raw'/></dataStore>"
+    disk = f"<disk type='file'><source file='/v/w.qcow2'>{store}</source><target dev='vda'/></disk>"
+    [found] = DomainDocument.parse(f"<domain><devices>{disk}</devices></domain>").disks
+    assert (found.path, found.data_store) == ("/v/w.qcow2", "/v/w.raw")
+    assert {disk.data_store for disk in DomainDocument.parse(DOMAIN).disks} == {None}
+
+
 def test_a_domain_without_agent_and_label():
     document = DomainDocument.parse("<domain><devices/></domain>")
     assert (document.disks, document.agent, document.owner) == ((), None, None)

@@ -146,6 +146,15 @@ def make_image(path: Path, size: int | str, *options: str, image_format: str = "
     return path
 
 
+def put_in_front(image: Path, raw: Path, size: int) -> Path:
+    """Make a qcow2 whose external data file is a raw file that is there already; see docs/raw-disks.md."""
+    new = image.with_name("new.tmp")
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", f"data_file={new},data_file_raw=on", image, str(size))
+    run("qemu-img", "amend", "-q", "-f", "qcow2", "-o", f"data_file={raw}", image)
+    new.unlink()
+    return image
+
+
 def write(path: Path, *commands: str, image_format: str = "qcow2") -> None:
     """Play the guest: qemu-io commands, such as "write -P 1 64k 4k"."""
     words = [word for command in commands for word in ("-c", command)]

@@ -30,6 +30,7 @@ from backup.cli.parameters import (
     Repo,
     Scratch,
     Since,
+    TrustDataFile,
 )
 from backup.errors import BackupError, BitmapUnusable, Damaged, merged_exit_code
 from backup.units import show_duration, show_size
@@ -53,6 +54,7 @@ def audit(
     node: Nodes = None,
     exclude: Exclude = None,
     scratch: Scratch = None,
+    trust_data_file: TrustDataFile = False,
     machine: MachineName = None,
     disk: DiskNames = None,
     repo: Repo = None,
@@ -80,6 +82,7 @@ def audit(
             node=node,
             exclude=exclude,
             scratch=scratch,
+            trust_data_file=trust_data_file,
             machine=machine,
             disk=disk,
             bitmap=bitmap,
