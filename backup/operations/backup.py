@@ -278,12 +278,13 @@ class _Backup:
 
     def _recognise(self) -> None:
         """
-        Give the disks the names by which the machine's points know them.
+        Give the disks the names by which the machine's points know them, and warn of disks that are missing.
 
         That may ask QEMU, and so comes after the host has thawed a guest that an earlier run left frozen.
         """
         self.request, notes = recognised(self.request, self.contents)
         self.notes.extend(notes)
+        self.warnings.extend(self._vanished())
 
     def _attempt(self) -> Report:
         disks = self._decided(start_bitmaps=True)
@@ -625,6 +626,18 @@ class _Backup:
             f"moved, name the disk {moved[0]} again"
         )
         return [f"disk {disk.name}: {why}"]
+
+    def _vanished(self) -> list[str]:
+        """Warn once of each disk that the machine has lost: the disk is in the last point, and not in this one."""
+        points = self._by_age()
+        read = {disk.name for disk in self.request.disks}
+        gone = [disk for disk in points[-1].disks if disk.name not in read] if points else []
+        return [
+            f"disk {disk.name} ({disk.source.path}) is in point {points[-1].point}, the last one, and not in this one: "
+            "the machine has no such disk any more"
+            for disk in gone
+            if self.request.host.lacks(disk.name, disk.source.path)
+        ]
 
     def _report(self, disks: Sequence[_Disk], reports: Sequence[DiskReport], moment: Moment) -> Report:
         self.warnings.extend(moment.warnings)

@@ -197,6 +197,18 @@ class Host(Protocol):
             The machine has no disk to back up, or two disks would have one name.
         """
 
+    def lacks(self, disk: str, path: str) -> bool:
+        """
+        Tell whether the machine, all of whose disks are meant, has no disk of this name and none at this path.
+
+        False for a disk that is excluded, and wherever the user names the disks.
+
+        Raises
+        ------
+        SourceError
+            The machine does not tell.
+        """
+
     def recover(self, owner: Owner) -> Sequence[str]:
         """
         Remove what runs of this repository that were cut off have left, and nothing else; say what was removed.
@@ -242,6 +254,11 @@ class Unavailable:
 
     def discover(self) -> Sequence[tuple[str, Source]]:
         """Raise the error."""
+        raise self.error
+
+    def lacks(self, disk: str, path: str) -> bool:
+        """Raise the error."""
+        del disk, path
         raise self.error
 
     def recover(self, owner: Owner) -> Sequence[str]:

@@ -140,6 +140,12 @@ class Libvirt:
         self.sources = tuple(DomainSource(self, disk.target) for disk in found)
         return [(source.target, source) for source in self.sources]
 
+    def lacks(self, disk: str, path: str) -> bool:
+        """Tell whether the domain, whose disks the user did not name, has no such disk although it is not excluded."""
+        if not self._all or disk in self._exclude:
+            return False
+        return all(disk != found.target and path != found.path for found in self.document().disks)
+
     def disk(self, target: str) -> DomainDisk:
         """
         Find a disk that pybackup can read.

@@ -29,6 +29,7 @@ from backup.sources.base import Moved, NotStarted, Opened
 from backup.sources.freezing import Freezing
 from backup.sources.libvirt_domain import BROKEN_BITMAP, Domain, Refused
 from backup.sources.libvirt_xml import DomainDocument, JobDisk, RunningJob, backup_xml, checkpoint_xml
+from backup.units import show_size
 
 _log = logging.getLogger(__name__)
 
@@ -221,9 +222,10 @@ class Job:
             if self._room.repository is not None and self._room.repository.exists():
                 shared = os.stat(self._room.repository).st_dev == device
         if free < self._room.reserve + (self._room.writes if shared else 0):
-            also = f", and the backup writes up to {self._room.writes} to the same file system" if shared else ""
+            reserve, writes = show_size(self._room.reserve), show_size(self._room.writes)
+            also = f", and the backup writes up to {writes} to the same file system" if shared else ""
             raise SourceError(
-                f"the scratch folder {folder} has {free} bytes free; {self._room.reserve} must stay free{also}",
+                f"the scratch folder {folder} has {show_size(free)} free; {reserve} must stay free{also}",
                 hint="what the guest overwrites during the backup needs room there: free some space, name another "
                 "folder with --scratch, or lower `scratch_reserve`",
             )
@@ -323,7 +325,7 @@ class Job:
             return
         self._full = True
         self.lost = SourceError(
-            f"the scratch folder {folder} ran out of space ({free} bytes left) while the guest wrote; "
+            f"the scratch folder {folder} ran out of space ({show_size(free)} left) while the guest wrote; "
             "the backup was ended, and the guest goes on",
             hint="free some space, name another folder with --scratch, or back up when the guest writes less",
         )

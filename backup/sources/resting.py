@@ -94,6 +94,11 @@ class AtRest:
         """Return nothing: the user names every image and every export."""
         return ()
 
+    def lacks(self, disk: str, path: str) -> bool:
+        """Return false: the user names every disk."""
+        del disk, path
+        return False
+
     def recover(self, owner: Owner) -> Sequence[str]:
         """Return nothing: a run that was cut off leaves only bitmaps, which go when the next point is published."""
         del owner

@@ -200,6 +200,17 @@ class Running:
         self.sources = tuple(NodeSource(self, node.name, label=name) for name, node in nodes.items())
         return list(zip(nodes, self.sources, strict=True))
 
+    def lacks(self, disk: str, path: str) -> bool:
+        """Tell whether the machine, whose disks the user did not name, has no such disk although it is not excluded."""
+        if not self._all or disk in self._exclude:
+            return False
+        blocks = self.blocks()
+        for device, node in blocks.disks():
+            file = self.local(blocks.storage(node.name).file)
+            if disk == _disk_name(device, node, file) or self.same_file(path, file):
+                return False
+        return True
+
     def recover(self, owner: Owner) -> Sequence[str]:
         """
         Remove what interrupted runs of this repository left in QEMU: everything but the bitmaps of its points.

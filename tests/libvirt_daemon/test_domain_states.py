@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from domains import Domain, kind_of
+from domains import Domain, kind_of, wait_until
 from lab import MIB, call_pybackup, make_image, run
 
 from backup.qmp.agent import AgentError
@@ -100,13 +100,66 @@ def test_a_network_disk_is_refused_in_so_many_words_and_can_be_excluded(drawn, o
             server.kill()
 
 
-def test_a_disk_that_came_gets_a_full_and_one_that_went_is_in_no_further_point(domain):
-    domain.require_night("full", "full")
-    image = extra_image(domain, "vdc.qcow2", "qcow2")
-    words = ["attach-disk", domain.name, image, "vdc", "--driver", "qemu", "--subdriver", "qcow2", "--targetbus"]
-    domain.daemon.virsh(*words, "virtio")
-    domain.require_night("incremental", "incremental", "full")
-    domain.require_night("incremental", "incremental", "incremental")
+def attach(domain: Domain, target: str, image: Path) -> None:
+    words = ["attach-disk", domain.name, image, target, "--driver", "qemu", "--subdriver", "qcow2"]
+    domain.daemon.virsh(*words, "--targetbus", "scsi")
+
+
+def detach(domain: Domain, target: str) -> None:
+    domain.daemon.virsh("detach-disk", domain.name, target)
+    wait_until(lambda: target not in domain.daemon.virsh("domblklist", domain.name), f"{target} unplugged")
+
+
+@pytest.fixture
+def plugged(drawn):
+    """A running domain, to whose SCSI controller disks are plugged; such a disk goes without a guest's consent."""
+    drawn.devices = "<controller type='scsi' model='virtio-scsi'/>"
+    return drawn.define().start()
+
+
+def test_a_disk_that_came_gets_a_full_and_goes_on_when_it_comes_back(plugged):
+    """A disk of earlier points that the domain has no longer is a warning, once."""
+    plugged.require_night("full")
+    image = extra_image(plugged, "sda.qcow2", "qcow2")
+    attach(plugged, "sda", image)
+    plugged.require_night("incremental", "full")
+    plugged.require_night("incremental", "incremental")
+    detach(plugged, "sda")
+    rehearsed = plugged.night("incremental", "--dry-run")
+    first, second = plugged.night(), plugged.night()
+    assert (rehearsed.rc, first.rc, second.rc) == (3, 3, 0), (rehearsed, first, second)
+    assert f"disk sda ({image}) is in point" in first.stderr
+    assert [kind_of(disk) for disk in first.machine["disks"]] == ["incremental"]
+    attach(plugged, "sda", image)
+    plugged.require_night("incremental", "incremental")
+    detach(plugged, "sda")
+    assert plugged.night("incremental", "--exclude", "sda").rc == 0  # knowingly
+    plugged.destroy()
+
+
+@pytest.mark.parametrize("comes", [True, False])
+def test_a_disk_is_plugged_or_cannot_be_unplugged_while_the_disks_are_read(plugged, monkeypatch, comes):
+    """libvirt lets no disk of a backup job go."""
+    image = extra_image(plugged, "sda.qcow2", "qcow2")
+    if not comes:
+        attach(plugged, "sda", image)
+    plugged.require_night(*(["full"] if comes else ["full", "full"]))
+    begin, said = Job.begin, []
+
+    def begin_and_plug(job: Job) -> None:
+        begin(job)
+        if comes:
+            attach(plugged, "sda", image)
+        else:
+            said.append(plugged.daemon.virsh("detach-disk", plugged.name, "sda", fails=True))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "begin", begin_and_plug)
+        done = plugged.night()
+    assert done.rc == 0, done
+    assert len(done.machine["disks"]) == (1 if comes else 2)
+    assert comes or "already in active block job" in said[0], said
+    plugged.require_night("incremental", "full" if comes else "incremental")
 
 
 @pytest.mark.parametrize("on", [True, False])
@@ -220,7 +273,7 @@ def test_a_scratch_folder_without_room_is_refused_before_the_job(domain, tmp_pat
         f"machines:\n  t1: {{libvirt: '{domain.daemon.uri}'}}\n"
     )
     done = call_pybackup(["--config", config, "full"])
-    assert (done.rc, "must stay free" in done.stderr) == (13, True), done
+    assert (done.rc, "1 PiB must stay free" in done.stderr) == (13, True), done
     assert domain.job() == ""
 
 

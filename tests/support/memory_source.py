@@ -161,6 +161,9 @@ class MemoryHost:
     def discover(self) -> Sequence[tuple[str, MemorySource]]:
         return ()
 
+    def lacks(self, disk: str, path: str) -> bool:
+        return False
+
     def recover(self, owner: object) -> Sequence[str]:
         return ()
 
