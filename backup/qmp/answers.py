@@ -8,12 +8,15 @@ relies on these checks.  The forms follow QEMU's QAPI schema; keys that are not 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from backup.errors import SourceError
 
 Shape = Callable[[object, str], None]
 """A check of a value.  The text tells where in the answer the value is, for the error message."""
 
+MOST_SHOWN = 500
+"""Characters of the peer's text that a message shows."""
 NOT_QEMU = "does the socket belong to a QEMU (-qmp unix:PATH,server=on,wait=off), and not to another program?"
 """The hint about a peer whose answers are not QEMU's."""
 
@@ -21,6 +24,17 @@ _MOST_BYTES = 1 << 62
 """The largest size of a disk, as in a manifest."""
 _MOST_ENTRIES = 20_000
 """The most entries of a list; QEMU's lists have a handful of entries for each disk."""
+
+
+class Refused(SourceError):
+    """QEMU answered a command with an error; `text` is QEMU's message."""
+
+    def __init__(self, command: str, text: str) -> None:
+        text = text[:MOST_SHOWN]
+        busy = "block job" in text
+        hint = "wait until the job of another program has ended, or end it" if busy else "see the machine's log"
+        super().__init__(f"QEMU refused {command}: {text}", hint=hint)
+        self.text = text
 
 
 class _Odd(Exception):
@@ -112,6 +126,8 @@ _DEVICE = _object(
 _GRAPH_NODE = _object({"id": _ID, "type": _NAME, "name": _NAME})
 _GRAPH_EDGE = _object({"parent": _ID, "child": _ID, "name": _NAME, "perm": _each(_NAME), "shared-perm": _each(_NAME)})
 
+_VERSION = _object({"qemu": _object(dict.fromkeys(("major", "minor", "micro"), _number(0, 1 << 31)))})
+
 _ANSWERS: Mapping[str, Shape] = {
     "add-fd": _object({"fdset-id": _ID}),
     "query-block": _each(_DEVICE),
@@ -121,11 +137,12 @@ _ANSWERS: Mapping[str, Shape] = {
     "query-jobs": _each(_object({"id": _NAME, "status": _NAME})),
     "query-named-block-nodes": _each(_NODE),
     "query-status": _object({"status": _NAME}),
+    "query-version": _VERSION,
     "x-debug-query-block-graph": _object({"nodes": _each(_GRAPH_NODE), "edges": _each(_GRAPH_EDGE)}),
 }
 """The forms of the answers that pybackup uses, by command."""
 
-_GREETING = _object({"qemu": _object(dict.fromkeys(("major", "minor", "micro"), _number(0, 1 << 31)))})
+_REPLY = _object({}, {"error": _object({"desc": _FILE})})
 
 
 def require_form(command: str, answer: object) -> None:
@@ -151,7 +168,33 @@ def require_version(version: object) -> None:
     SourceError
         The version does not have the form that QEMU's schema requires.
     """
-    _require(_GREETING, version, "the greeting's version")
+    _require(_VERSION, version, "the greeting's version")
+
+
+def answer_of(command: str, reply: object) -> Any:
+    """
+    Take the answer to a command from QEMU's reply.
+
+    Raises
+    ------
+    Refused
+        The reply is an error.
+    SourceError
+        The reply or the answer does not have the form that QEMU's schema requires.
+    """
+    _require(_REPLY, reply, "the reply")
+    assert isinstance(reply, dict)
+    if "error" in reply:
+        raise Refused(command, reply["error"]["desc"])
+    answer = reply.get("return")
+    require_form(command, answer)
+    return answer
+
+
+def show_version(version: Mapping[str, Any]) -> str:
+    """Return the version of a greeting or of query-version as text, "7.2.22" for example."""
+    numbers = version["qemu"]
+    return f"{numbers['major']}.{numbers['minor']}.{numbers['micro']}"
 
 
 def _require(shape: Shape, value: object, what: str) -> None:

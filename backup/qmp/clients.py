@@ -5,6 +5,8 @@ Two bugs of QEMU 7.2 determine the rules.  First, QEMU aborts when a client leav
 (an assertion in nbd_blockdev_client_closed; virtnbdbackup #254), and we may be killed at any moment.  Second,
 nbd-server-stop blocks QEMU until the last client has left, also a client in its handshake, whose connection does not
 end with any export.
+
+`Monitor` passes the commands to QEMU, and so does libvirt (`backup/sources/libvirt_domain.py`).
 """
 
 from __future__ import annotations
@@ -13,16 +15,32 @@ import logging
 import socket
 import threading
 import time
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from backup.errors import SourceError
 from backup.qmp import leftovers
-from backup.qmp.monitor import Monitor
 from backup.runtime.ignoring import ignoring
 
 _log = logging.getLogger(__name__)
 
 _DRAIN_SECONDS = 2.0
 """Time to read what a server sent before it closed the connection."""
+_ENDED_BY_CLIENTS = (9, 0)
+"""Older versions of QEMU may abort.  From this one on, QEMU ends clients in its main loop only."""
+
+
+def may_abort(version: str) -> bool:
+    """Tell whether a QEMU of this version ("7.2.22") may abort when a client leaves a disk with an iothread."""
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    return numbers < _ENDED_BY_CLIENTS
+
+
+class Keeper(Protocol):
+    """A way to pass a file descriptor to QEMU, which keeps it under a name."""
+
+    def pass_fd(self, fd: int, name: str, arguments: Mapping[str, object]) -> Any:
+        """Execute the command `name` (getfd) with a descriptor; ours stays open."""
 
 
 class Clients:
@@ -32,21 +50,22 @@ class Clients:
     Parameters
     ----------
     own : str
-        The prefix of the run's names in QEMU.
+        The prefix of the names of connections in QEMU.
     address : str
         The path of the server's socket.
+    stay : bool
+        Clients must stay until the server closes the connections, because a disk has an iothread.
     """
 
-    def __init__(self, monitor: Monitor, own: str, address: str) -> None:
-        self._monitor = monitor
+    def __init__(self, keeper: Keeper, own: str, address: str, *, stay: bool = False) -> None:
+        self._keeper = keeper
         self._own = own
         self._address = address
         self._lock = threading.Lock()
         self._over = False
         self._kept = 0
         self._sockets: list[socket.socket] = []
-        self.stay = False
-        """Whether clients must stay until the server closes the connections, because a disk has an iothread."""
+        self.stay = stay
 
     def dial(self) -> int:
         """
@@ -73,7 +92,7 @@ class Clients:
                 ) from None
             if self.stay:
                 name = leftovers.connection_name(self._own, self._kept)
-                self._monitor.pass_fd(connection.fileno(), "getfd", {"fdname": name})
+                self._keeper.pass_fd(connection.fileno(), "getfd", {"fdname": name})
                 self._kept += 1
             self._sockets.append(connection.dup())
             return connection.detach()

@@ -32,10 +32,11 @@ from backup.nbd.connection import Dialled
 from backup.nbd.export import Export
 from backup.qemu import folders, unnamed_images
 from backup.qmp import leftovers, scratch
+from backup.qmp.answers import Refused
 from backup.qmp.blocks import OURS, BlockGraph
 from backup.qmp.clients import Clients
 from backup.qmp.leftovers import ScratchPlace
-from backup.qmp.monitor import Monitor, MonitorLost, Refused
+from backup.qmp.monitor import Monitor, MonitorLost
 from backup.runtime.ignoring import ignoring
 from backup.runtime.shortage import free_bytes
 from backup.runtime.signals import deferred, to_the_end

@@ -23,8 +23,8 @@ from typing import Any, Protocol
 
 from backup.errors import SourceError
 from backup.qemu import folders
+from backup.qmp.answers import Refused
 from backup.qmp.blocks import BlockGraph
-from backup.qmp.monitor import Monitor, Refused
 from backup.runtime.ignoring import ignoring
 from backup.runtime.shortage import free_bytes
 
@@ -78,6 +78,13 @@ class Leftovers:
         return bool(self.exports or self.jobs or self.nodes)
 
 
+class Commands(Protocol):
+    """A way to have QEMU execute commands; one that QEMU refuses raises `Refused`."""
+
+    def command(self, name: str, arguments: Mapping[str, object] | None = None) -> Any:
+        """Execute a command and return QEMU's answer."""
+
+
 class Connected(Protocol):
     """Our connections to QEMU's NBD server."""
 
@@ -90,7 +97,7 @@ class Connected(Protocol):
         """Close the remaining connections; called after all exports have ended and before the server ends."""
 
 
-def find_leftovers(monitor: Monitor, prefixes: Sequence[str]) -> Leftovers:
+def find_leftovers(monitor: Commands, prefixes: Sequence[str]) -> Leftovers:
     """Return everything in QEMU whose name has one of the prefixes: of one point, or of a whole repository."""
 
     def ours(name: str) -> bool:
@@ -114,7 +121,7 @@ def find_leftovers(monitor: Monitor, prefixes: Sequence[str]) -> Leftovers:
 
 
 def remove_leftovers(
-    monitor: Monitor, leftovers: Leftovers, *, own_server: bool | None, clients: Connected | None = None
+    monitor: Commands, leftovers: Leftovers, *, own_server: bool | None, clients: Connected | None = None
 ) -> list[str]:
     """
     Remove leftovers from QEMU; return what was removed, for the user.
@@ -136,16 +143,10 @@ def remove_leftovers(
     if own_server is None:
         # Our exports can only be on a server that we started.
         own_server = bool(leftovers.exports) or any(_serves(place.socket) for place in leftovers.places)
-    for export in leftovers.exports:
-        _tolerant(monitor, "block-export-del", {"id": export, "mode": "hard"})
-    if clients is not None:
-        clients.hung_up()
-    _close_connections(monitor, leftovers)
-    _wait_for_end(monitor, "query-block-exports", leftovers.exports)
-    if clients is not None:
-        clients.close()
+    owns = sorted({f"{name.rpartition('-')[0]}-" for name in (*leftovers.exports, *leftovers.nodes)})
+    end_exports(monitor, leftovers.exports, owns, clients)
     removed += [f"export {name}" for name in leftovers.exports]
-    has_client = own_server and _has_client(leftovers)
+    has_client = own_server and has_client_at([place.socket for place in leftovers.places])
     if own_server and not has_client and _tolerant(monitor, "nbd-server-stop", {}):
         removed.append("the NBD server")
     for job in leftovers.jobs:
@@ -165,15 +166,39 @@ def remove_leftovers(
     return removed
 
 
-def _has_client(leftovers: Leftovers) -> bool:
+def end_exports(
+    monitor: Commands, exports: Sequence[str], owns: Sequence[str], clients: Connected | None = None
+) -> None:
     """
-    Wait until our NBD server has no client; return True if it still has one.
+    End exports and all connections to them; `owns` are the prefixes of the connections' names in QEMU.
+
+    The order matters.  QEMU first ends the clients of the exports, which may not leave before.  Then QEMU closes our
+    ends: a client in its handshake, which belongs to no export, leaves only now.
+
+    Raises
+    ------
+    SourceError
+        QEMU does not end an export.
+    """
+    for export in exports:
+        _tolerant(monitor, "block-export-del", {"id": export, "mode": "hard"})
+    if clients is not None:
+        clients.hung_up()
+    _close_connections(monitor, owns)
+    _wait_for_end(monitor, "query-block-exports", exports)
+    if clients is not None:
+        clients.close()
+
+
+def has_client_at(addresses: Sequence[str]) -> bool:
+    """
+    Wait until no client is connected to our NBD server at these sockets; return True if one still is.
 
     nbd-server-stop waits for the last client, and ignores what a client sends in its handshake, even the end of its
     connection: QEMU would hang for ever with such a client.
     """
     deadline = time.monotonic() + _CLIENTS_SECONDS
-    while any(folders.has_connection(place.socket) for place in leftovers.places):
+    while any(map(folders.has_connection, addresses)):
         if time.monotonic() > deadline:
             return True
         time.sleep(0.005)
@@ -192,7 +217,7 @@ def stopped_guest(graph: BlockGraph, leftovers: Leftovers) -> bool:
     return stopped and any(is_full(place.scratch) for place in leftovers.places)
 
 
-def resume(monitor: Monitor) -> bool:
+def resume(monitor: Commands) -> bool:
     """Resume a guest that an I/O error stopped; return False if no I/O error stopped it."""
     if monitor.command("query-status")["status"] != "io-error":
         return False
@@ -208,24 +233,24 @@ def is_full(folder: str | int) -> bool:
 
 
 def connection_name(own: str, number: int) -> str:
-    """Return QEMU's name (getfd) of our end of a connection; `own` is the prefix of a point's names."""
+    """Return QEMU's name (getfd) of our end of a connection; `own` is the prefix of the connections' names."""
     return f"{own}k{number}"
 
 
-def _close_connections(monitor: Monitor, leftovers: Leftovers) -> None:
+def _close_connections(monitor: Commands, owns: Sequence[str]) -> None:
     """
-    Have QEMU close our ends of connections whose other ends are closed.
+    Have QEMU close our ends of connections whose other ends are closed, by the prefixes of their names.
 
     QEMU does not list them, and they belong to the monitor through which they were passed.  A run that uses another
     monitor leaves them (a few descriptors) until a run uses that monitor again.
     """
-    for own in sorted({f"{name.rpartition('-')[0]}-" for name in (*leftovers.exports, *leftovers.nodes)}):
+    for own in owns:
         number = 0
         while _tolerant(monitor, "closefd", {"fdname": connection_name(own, number)}):
             number += 1
 
 
-def _remove_nodes(monitor: Monitor, nodes: Sequence[str]) -> list[str]:
+def _remove_nodes(monitor: Commands, nodes: Sequence[str]) -> list[str]:
     """Remove nodes from the top down.  Jobs have already removed their filters; an overlay removes all below it."""
     removed = []
     for kind in ("f", "q", ""):
@@ -241,11 +266,11 @@ def _kind(name: str) -> str:
     return name.rpartition("-")[2]
 
 
-def _node_names(monitor: Monitor) -> set[str]:
+def _node_names(monitor: Commands) -> set[str]:
     return {node["node-name"] for node in monitor.command("query-named-block-nodes", {"flat": True})}
 
 
-def _tolerant(monitor: Monitor, command: str, arguments: Mapping[str, object]) -> bool:
+def _tolerant(monitor: Commands, command: str, arguments: Mapping[str, object]) -> bool:
     """Execute a command; False if QEMU refuses, because the thing is gone or something still depends on it."""
     try:
         monitor.command(command, arguments)
@@ -254,7 +279,7 @@ def _tolerant(monitor: Monitor, command: str, arguments: Mapping[str, object]) -
     return True
 
 
-def _wait_for_end(monitor: Monitor, query: str, names: Sequence[str]) -> None:
+def _wait_for_end(monitor: Commands, query: str, names: Sequence[str]) -> None:
     """Wait until QEMU lists none of these exports or jobs any more; dismiss jobs that have ended."""
 
     def remaining() -> list[str]:

@@ -56,21 +56,8 @@ QEMU's longest answer has one or two KiB for each node.  JSON takes up to thirty
 """
 _MOST_EVENTS = 10_000
 """Events that may wait for a call of `Monitor.events`, which is called several times a second while a disk is read."""
-_MOST_SHOWN = 500
-"""Characters of the peer's text that a message shows."""
 _UNUSED = {errno.ENOENT, errno.ECONNREFUSED}
 """Errors of a connection to a socket that does not exist, or that a killed QEMU left behind."""
-
-
-class Refused(SourceError):
-    """QEMU answered a command with an error; `text` is QEMU's message."""
-
-    def __init__(self, command: str, text: str) -> None:
-        text = text[:_MOST_SHOWN]
-        busy = "block job" in text
-        hint = "wait until the job of another program has ended, or end it" if busy else "see the machine's log"
-        super().__init__(f"QEMU refused {command}: {text}", hint=hint)
-        self.text = text
 
 
 class NotListening(SourceError):
@@ -146,8 +133,7 @@ class Monitor:
         """QEMU's version, "7.2.22" for example."""
         greeting = self._client.greeting
         assert greeting is not None
-        version = _mapping(greeting.QMP.version["qemu"])
-        return f"{version['major']}.{version['minor']}.{version['micro']}"
+        return answers.show_version(greeting.QMP.version)
 
     def command(self, name: str, arguments: Mapping[str, object] | None = None) -> Any:
         """
@@ -155,7 +141,7 @@ class Monitor:
 
         Raises
         ------
-        Refused
+        answers.Refused
             QEMU answered with an error.
         MonitorLost
             The connection ended before the answer.  Whether QEMU executed the command is unknown.
@@ -260,7 +246,7 @@ class Monitor:
             connection.close()
             why = str(error.exc) or type(error.exc).__name__
             raise SourceError(
-                f"the QMP socket {self.path} cannot be used: {why[:_MOST_SHOWN]}", hint=answers.NOT_QEMU
+                f"the QMP socket {self.path} cannot be used: {why[: answers.MOST_SHOWN]}", hint=answers.NOT_QEMU
             ) from None
 
     def _answer(self, name: str, execution: Coroutine[Any, Any, object]) -> Any:
@@ -270,7 +256,7 @@ class Monitor:
             answers.require_form(name, answer)
             return answer
         except ExecuteError as error:
-            raise Refused(name, error.error.error.desc) from None
+            raise answers.Refused(name, error.error.error.desc) from None
         except (NoAnswer, TimedOut):
             self._hung = True
             raise MonitorLost(

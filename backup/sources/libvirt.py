@@ -23,6 +23,7 @@ from backup.qmp.agent import AgentError
 from backup.runtime.shortage import free_bytes
 from backup.runtime.signals import to_the_end
 from backup.runtime.threads import Begun
+from backup.sources import libvirt_connections as connections
 from backup.sources import libvirt_job as jobs
 from backup.sources.base import NO_FREEZE, Capture, Freeze, Moment, Moved, Opened, Owner, Source
 from backup.sources.freezing import Freezing
@@ -85,10 +86,12 @@ class Libvirt:
         self._freeze = freeze
         self._no_agent: AgentError | None = None
         self._is_on = False
+        self._must_stay: bool | None = None
         self.records = Records(self.domain)
         self._seen = _Seen()
 
     def __enter__(self) -> Self:
+        self._must_stay = None
         self.domain.connect()
         try:
             self._is_on = self.domain.is_on()
@@ -182,9 +185,12 @@ class Libvirt:
         return self._seen.images[target]
 
     def _disks(self) -> Sequence[DomainDisk]:
+        return self._document_once().disks
+
+    def _document_once(self) -> DomainDocument:
         if self._seen.document is None:
             self._seen.document = self.document()
-        return self._seen.document.disks
+        return self._seen.document
 
     def _why_unreadable(self, disk: DomainDisk) -> tuple[str, str] | None:
         """Why pybackup cannot read a disk, and what the user can do; None if it can."""
@@ -200,11 +206,6 @@ class Libvirt:
             return f"its format is {disk.format}, and pybackup reads qcow2 and raw", leave_out
         if disk.lost is not None:
             return disk.lost, leave_out
-        if disk.iothread and self._is_on:
-            return (
-                "it has an iothread, and QEMU can abort when a program leaves the NBD server of such a disk",
-                "give the machine a QMP socket of its own and use --qmp (`qmp:`), or back it up while it is off",
-            )
         return None
 
     def _unnamed(self, document: DomainDocument) -> list[str]:
@@ -265,13 +266,24 @@ class Libvirt:
             return []
         return ["a freeze of the guest's file systems"] if thawed else []
 
+    def _clients_must_stay(self, document: DomainDocument) -> bool:
+        if self._must_stay is None:
+            self._must_stay = connections.must_stay(self.domain, document)
+        return self._must_stay
+
     def _end_leftover(self, owner: Owner) -> list[str]:
-        self.require_free(jobs.prefixes(owner.short_id))
+        ours = jobs.prefixes(owner.short_id)
+        self.require_free(ours)
+        kept = self._clients_must_stay(self._document_once())
         job = self.domain.job()
         if job is None:
+            if kept:
+                connections.close_kept(self.domain, ours)
             return []
         owner.require_alone()
         stopped = self.domain.stopped_by_io_error() and any(map(_is_full, job.scratch))
+        if kept:
+            connections.end(self.domain, job.socket or "", ours)
         self.domain.end_job()
         done = [f"backup job {job.exports[0]}"]
         if stopped and self.domain.stopped_by_io_error():
@@ -380,11 +392,14 @@ class Libvirt:
             document,
             Room(self._reserve, repository, sum(self._writes(disk) for disk in disks)),
             freezing,
+            kept=jobs.prefixes(short_id)[0] if self._clients_must_stay(document) else None,
         )
         moment = DomainMoment(job, freezing, self._doubts(document), self._remarks(document))
         try:
             with jobs.running_job(job), ExitStack() as opened:  # connections close before the job ends
                 self._look_again({disk.target: disk.read for disk in disks})
+                if self._document_once().iothreads != document.iothreads:
+                    raise Moved(f"domain {self.name} got or lost an iothread before its instant was captured")
                 for number, (source, capture) in enumerate(zip(self.sources, captures, strict=True)):
                     _require_settled(source, capture)
                     export = job.open(number)

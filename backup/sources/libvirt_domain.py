@@ -9,14 +9,17 @@ again.
 from __future__ import annotations
 
 import importlib
+import json
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self, TypeVar
 
 from backup.errors import BackupError, Locked, SourceError
 from backup.model.names import without_password
+from backup.qmp import answers
 from backup.qmp.agent import AgentError
 from backup.runtime.threads import Begun
 from backup.runtime.timeouts import Wait
@@ -82,6 +85,23 @@ def load_binding() -> Any:
         ) from None
     module.registerErrorHandler(lambda _context, _error: None, None)  # else libvirt prints each error to stderr
     return module
+
+
+def _monitor_binding() -> Any:
+    """
+    Import the call that passes commands and descriptors to QEMU's monitor.
+
+    Raises
+    ------
+    SourceError
+        It is missing.
+    """
+    try:
+        return importlib.import_module("libvirt_qemu").qemuMonitorCommandWithFiles
+    except (ImportError, AttributeError) as error:
+        raise SourceError(
+            f"libvirt's Python binding (package python3-libvirt) cannot use QEMU's monitor: {error}", hint=_INSTALL
+        ) from None
 
 
 def matching(uri: str, fits: Callable[[str], bool]) -> list[str]:
@@ -406,6 +426,47 @@ class Domain:
                 hint="check that qemu-guest-agent runs in the guest, and that the domain has its channel "
                 "(org.qemu.guest_agent.0)",
             ) from None
+
+    # QEMU's monitor
+
+    def command(self, name: str, arguments: Mapping[str, object] | None = None) -> Any:
+        """
+        Have QEMU execute a command, and return QEMU's answer.  libvirt marks the domain as tainted (custom-monitor).
+
+        Raises
+        ------
+        answers.Refused
+            QEMU answered with an error.
+        SourceError
+            libvirt does not pass the command to QEMU.
+        """
+        return self._of_monitor(name, arguments, None)
+
+    def pass_fd(self, fd: int, name: str, arguments: Mapping[str, object]) -> Any:
+        """
+        Have QEMU execute a command that passes a file descriptor (getfd).  Our descriptor stays open.
+
+        Raises
+        ------
+        answers.Refused, SourceError
+            As in `command`.
+        """
+        return self._of_monitor(name, arguments, fd)
+
+    def _of_monitor(self, name: str, arguments: Mapping[str, object] | None, fd: int | None) -> Any:
+        send = _monitor_binding()
+        command = json.dumps({"execute": name, "arguments": dict(arguments or {})})
+
+        def request(domain: Any) -> str:
+            # The caller may close its descriptor while libvirt still works: an interrupted run does not wait.
+            files = [] if fd is None else [os.dup(fd)]
+            try:
+                return str(send(domain, command, files, 0)[0])
+            finally:
+                for file in files:
+                    os.close(file)
+
+        return answers.answer_of(name, json.loads(self._ask(f"pass {name} to QEMU", request)))
 
     # Requests
 

@@ -19,12 +19,15 @@ from urllib.parse import quote
 
 from backup.errors import BackupError, Interrupted, SourceError, os_errors_as
 from backup.model.libvirt_uri import is_session, socket_of
+from backup.nbd.connection import Dialled
 from backup.nbd.export import Export
 from backup.qemu import folders
 from backup.qemu.sockets import LONGEST
+from backup.qmp.clients import Clients
 from backup.runtime.ignoring import ignoring
 from backup.runtime.shortage import free_bytes
 from backup.runtime.signals import deferred, to_the_end
+from backup.sources import libvirt_connections as connections
 from backup.sources.base import Moved, NotStarted, Opened
 from backup.sources.freezing import Freezing
 from backup.sources.libvirt_domain import BROKEN_BITMAP, Domain, Refused
@@ -92,10 +95,19 @@ class Job:
         What is read.
     document : DomainDocument
         The domain as it was inspected.
+    kept : str or None
+        The prefix of the names by which QEMU keeps one end of each connection; None: it need not keep them.
     """
 
     def __init__(
-        self, domain: Domain, disks: Sequence[JobDisk], document: DomainDocument, room: Room, freezing: Freezing
+        self,
+        domain: Domain,
+        disks: Sequence[JobDisk],
+        document: DomainDocument,
+        room: Room,
+        freezing: Freezing,
+        *,
+        kept: str | None = None,
     ) -> None:
         self._domain = domain
         self._disks = disks
@@ -103,6 +115,8 @@ class Job:
         self._room = room
         self._freezing = freezing
         self._folder, self._lock = folders.shared_folder()
+        self._kept = kept
+        self._clients: Clients | None = None
         self._socket = ""
         self._folders = tuple(dict.fromkeys(Path(disk.scratch).parent for disk in disks))
         self._over = threading.Event()
@@ -125,6 +139,8 @@ class Job:
                 self._begin()
             finally:
                 self._freezing.end()
+        if self._kept is not None:
+            self._clients = Clients(self._domain, self._kept, self._socket, stay=True)
         self._watch.start()
 
     def _begin(self) -> None:
@@ -234,7 +250,8 @@ class Job:
         """Open the disk with this number for reading."""
         disk = self._disks[number]
         uri = f"nbd+unix:///{quote(disk.export)}?socket={quote(self._socket)}"
-        return Export(uri, [] if disk.read is None else [disk.read])
+        dialled = None if self._clients is None else Dialled(disk.export, self._clients.dial, modest=True)
+        return Export(uri, [] if disk.read is None else [disk.read], dialled=dialled)
 
     def require_kept(self) -> None:
         """
@@ -294,10 +311,24 @@ class Job:
         self._ended = True
 
     def _end_job(self) -> None:
-        if self._is_ours(self._domain.job()):
+        ours = self._is_ours(self._domain.job())
+        if self._clients is not None:
+            self._leave(self._clients, ours=ours)
+        if ours:
             self._domain.end_job()
         if self._full and not self._was_stopped and self._domain.is_on() and self._domain.stopped_by_io_error():
             self._domain.resume()
+
+    def _leave(self, clients: Clients, *, ours: bool) -> None:
+        """End our connections before the job.  If the job has ended already, or the domain, there are none."""
+        assert self._kept is not None
+        clients.leave()
+        if ours:
+            connections.end(self._domain, self._socket, [self._kept], clients)
+            return
+        with ignoring(_log, "closing the ends of connections that QEMU keeps", SourceError):
+            connections.close_kept(self._domain, [self._kept])
+        clients.close()
 
     def explained(self, error: BackupError) -> BackupError:
         """Return why the read failed: the loss of the instant, a domain that is off now, or the error itself."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree as ET
 
 _OWNER = re.compile(r"\+?([0-9]+):\+?([0-9]+)")
+_VERSIONED = re.compile(r"-([0-9]+\.[0-9]+)$")
+"""A type of machine that names a version of QEMU (pc-q35-7.2); distributions have types of their own names."""
 _AGENT = "org.qemu.guest_agent.0"
 REMOVABLE = {"cdrom", "floppy"}
 """Devices whose medium is not the machine's own."""
@@ -22,7 +24,7 @@ class DomainDisk:
     ...), `path` the source's path (None: no local file or block device, or no medium), and `backing` are the paths of
     the files below it, nearest first, as far as libvirt tells them.  `data_store` is the path of the external data file
     (None: libvirt before 10.10 does not tell it).  `lost` says why reading the source would not give what the guest
-    writes.  `iothread`: QEMU serves the disk in a thread of its own.
+    writes.
     """
 
     target: str
@@ -35,7 +37,6 @@ class DomainDisk:
     read_only: bool = False
     shareable: bool = False
     encrypted: bool = False
-    iothread: bool = False
     lost: str | None = None
     data_store: str | None = None
 
@@ -47,22 +48,24 @@ class DomainDisk:
 
 @dataclass(frozen=True, slots=True)
 class DomainDocument:
-    """What a domain's XML tells: its disks, the state of its agent channel (None: no channel), and QEMU's user."""
+    """
+    What a domain's XML tells: its disks, the state of its agent channel (None: no channel), and QEMU's user.
+
+    `iothreads`: a disk may have a thread of its own in QEMU.  `least_qemu`: the oldest QEMU that knows the type of
+    machine ("7.2"); None if the type does not tell.
+    """
 
     disks: tuple[DomainDisk, ...]
     agent: str | None
     owner: tuple[int, int] | None
+    iothreads: bool = False
+    least_qemu: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> DomainDocument:
         """Read the XML that libvirt gives for a domain."""
         root = ET.fromstring(text)  # noqa: S314 - libvirt's own document
-        threaded = {
-            controller.get("index", "0")
-            for controller in root.iterfind("./devices/controller[@type='scsi']")
-            if _has_iothread(controller)
-        }
-        disks = tuple(_disk(element, threaded) for element in root.iterfind("./devices/disk"))
+        disks = tuple(_disk(element) for element in root.iterfind("./devices/disk"))
         channel = root.find(f"./devices/channel/target[@name='{_AGENT}']")
         label = root.findtext("./seclabel[@model='dac']/label") or ""
         owner = _OWNER.fullmatch(label)
@@ -70,16 +73,14 @@ class DomainDocument:
             disks=disks,
             agent=None if channel is None else channel.get("state", "disconnected"),
             owner=None if owner is None else (int(owner[1]), int(owner[2])),
+            iothreads=_has_iothreads(root),
+            least_qemu=_least_qemu(root),
         )
 
 
-def _disk(element: ET.Element, threaded: Collection[str]) -> DomainDisk:
+def _disk(element: ET.Element) -> DomainDisk:
     target, source, driver = element.find("target"), element.find("source"), element.find("driver")
     assert target is not None
-    address = element.find("address")
-    on_threaded = target.get("bus") == "scsi" and (
-        (address is None and bool(threaded)) or (address is not None and address.get("controller", "0") in threaded)
-    )
     return DomainDisk(
         target=target.get("dev", ""),
         device=element.get("device", "disk"),
@@ -91,7 +92,6 @@ def _disk(element: ET.Element, threaded: Collection[str]) -> DomainDisk:
         read_only=element.find("readonly") is not None,
         shareable=element.find("shareable") is not None,
         encrypted=element.find(".//encryption") is not None,
-        iothread=on_threaded or _has_iothread(element),
         lost=_lost(element),
         data_store=_path(element.find("./source/dataStore/source")),
     )
@@ -118,9 +118,19 @@ def _backing(element: ET.Element) -> Iterable[str | None]:
         below = below.find("backingStore")
 
 
-def _has_iothread(element: ET.Element) -> bool:
-    driver = element.find("driver")
-    return driver is not None and (driver.get("iothread") is not None or driver.find("iothreads") is not None)
+def _has_iothreads(root: ET.Element) -> bool:
+    """Also where a controller, or an option of QEMU that libvirt passes on, gives a disk the thread."""
+    return any(
+        "iothread" in word
+        for element in root.iter()
+        for word in (element.tag, *element.attrib, *element.attrib.values())
+    )
+
+
+def _least_qemu(root: ET.Element) -> str | None:
+    kind = root.find("./os/type")
+    found = None if kind is None else _VERSIONED.search(kind.get("machine", ""))
+    return None if found is None else found[1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,9 +23,10 @@ from backup.qemu import images
 from backup.qmp import instant as fleece
 from backup.qmp import leftovers, process, scratch
 from backup.qmp.agent import Agent, AgentError
+from backup.qmp.answers import Refused
 from backup.qmp.blocks import OURS, BlockGraph, Device, Node
 from backup.qmp.instant import Instant, InstantDisk, Room
-from backup.qmp.monitor import Monitor, Refused
+from backup.qmp.monitor import Monitor
 from backup.runtime.ignoring import ignoring
 from backup.sources.base import NO_FREEZE, Capture, Freeze, Moved, NotStarted, Opened, Owner, Source
 from backup.sources.freezing import Freezing

@@ -19,9 +19,10 @@ import pytest
 from lab import PEAK_KIB, call_pybackup
 
 from backup.errors import SourceError
+from backup.qmp.answers import Refused
 from backup.qmp.instant import query_block_graph
 from backup.qmp.leftovers import ScratchPlace
-from backup.qmp.monitor import Event, Monitor, MonitorLost, NotListening, Refused
+from backup.qmp.monitor import Event, Monitor, MonitorLost, NotListening
 from backup.qmp.scratch import _lost_copy
 
 GREETING = {"QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 22}, "package": ""}, "capabilities": []}}
