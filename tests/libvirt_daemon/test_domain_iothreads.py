@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,17 +18,17 @@ from collections.abc import Callable
 import pytest
 from domains import Daemon, Domain, wait_until
 from kills import DATA, DRIVER, Step
-from lab import call_pybackup, init
+from lab import call_pybackup, init, run
 
 from backup.errors import SourceError
 from backup.model.names import MARKER
 from backup.qmp import leftovers
-from backup.qmp.clients import Clients
+from backup.qmp.clients import Clients, may_abort
 from backup.repository.data_file_writer import PartFile
 from backup.sources.libvirt_domain import Domain as OurDomain
 from backup.sources.libvirt_job import Job
 
-DOMAIN, JOB, CONNECTIONS = "backup.sources.libvirt_domain", "backup.sources.libvirt_job", "backup.sources"
+DOMAIN, JOB = "backup.sources.libvirt_domain", "backup.sources.libvirt_job"
 CLIENTS, LEFTOVERS = "backup.qmp.clients", "backup.qmp.leftovers"
 COPYING = Step(DATA, "PartFile.put", "after")
 STEPS = [
@@ -43,6 +44,9 @@ STEPS = [
     Step(LEFTOVERS, "_close_connections", "after", 2),
     Step(DOMAIN, "Domain.end_job", "before"),
 ]
+VERSION = re.search(r"version ([0-9.]+)", run("qemu-system-x86_64", "--version"))
+GUARDED = VERSION is not None and may_abort(VERSION[1])
+guarded = pytest.mark.skipif(not GUARDED, reason="this QEMU keeps no ends of connections: it does not abort")
 
 
 @pytest.fixture
@@ -96,7 +100,10 @@ def struck(domain: Domain, step: Step, number: int) -> None:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_domain_survives_a_run_that_ends_at_any_step(threaded, number):
     pid = threaded.pid
-    for step in STEPS if number == signal.SIGKILL else STEPS[2:7:2]:
+    steps = [
+        step for step in STEPS if GUARDED or (step.module not in {CLIENTS, LEFTOVERS} and "pass_fd" not in step.name)
+    ]
+    for step in steps if number == signal.SIGKILL else steps[2:7:2]:
         struck(threaded, step, number)
         require_alive(threaded, pid)
         threaded.io("vda", "write -P 10 5M 64k")
@@ -148,6 +155,7 @@ def test_a_domain_survives_what_others_do_while_its_disks_are_read(
     require_nothing_kept(threaded)
 
 
+@guarded
 def test_a_job_that_is_ended_while_a_client_is_in_its_handshake_does_not_hang_qemu(threaded, monkeypatch):
     pid, began, opened, dial, jobs = threaded.pid, time.monotonic(), Job.open, Clients.dial, list[Job]()
 
@@ -172,6 +180,7 @@ def test_a_job_that_is_ended_while_a_client_is_in_its_handshake_does_not_hang_qe
     require_nothing_kept(threaded)
 
 
+@guarded
 def test_clean_ends_the_job_of_a_killed_run_and_the_domain_goes_on(threaded):
     pid = threaded.pid
     struck(threaded, STEPS[2], signal.SIGKILL)
@@ -184,6 +193,7 @@ def test_clean_ends_the_job_of_a_killed_run_and_the_domain_goes_on(threaded):
     require_nothing_kept(threaded)
 
 
+@guarded
 @pytest.mark.parametrize("killed", [False, True])
 def test_where_libvirt_passes_no_commands_nothing_is_begun_and_nothing_ended(threaded, monkeypatch, killed):
     pid = threaded.pid

@@ -193,22 +193,6 @@ def test_a_shared_disk_is_a_rescan_with_a_warning(drawn):
     assert "libvirt shares it with other machines" in done.stderr
 
 
-def test_a_disk_with_an_iothread_is_refused_while_the_domain_is_on(drawn):
-    drawn.iothreads = True
-    drawn.define().start()
-    for wanted in ("full", "audit"):
-        refused = drawn.night(wanted)
-        assert refused.rc == (13 if wanted == "full" else 10), refused
-    assert "it has an iothread" in drawn.night("full").stderr
-    assert "qmp:" in drawn.night("full").stderr
-    assert drawn.state == "running"
-    drawn.destroy()
-    drawn.require_night("full")
-    drawn.start()
-    assert drawn.night().rc == 13
-    assert drawn.state == "running"
-
-
 def test_an_external_snapshot_and_its_commit_cost_rescans_and_no_byte(domain):
     domain.require_night("full", "full")
     domain.io("vda", "write -P 7 1M 64k")

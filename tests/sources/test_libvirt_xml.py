@@ -47,7 +47,6 @@ def test_a_domains_disks():
     assert (disks["vdc"].storage, disks["vdc"].path, disks["vdc"].medium) == ("network", None, True)
     assert [name for name, disk in disks.items() if disk.removable] == ["sda", "fda"]
     assert [name for name, disk in disks.items() if not disk.medium] == ["sda"]
-    assert [name for name, disk in disks.items() if disk.iothread] == ["vdb", "sdb", "vdd"]
     assert [name for name, disk in disks.items() if disk.encrypted] == ["sdb"]
     assert [name for name, disk in disks.items() if disk.lost] == ["sdc"]
     assert (document.agent, document.owner) == ("connected", (64055, 108))
@@ -79,6 +78,37 @@ def test_the_external_data_file_that_newer_libvirts_tell():
 def test_a_domain_without_agent_and_label():
     document = DomainDocument.parse("<domain><devices/></domain>")
     assert (document.disks, document.agent, document.owner) == ((), None, None)
+
+
+@pytest.mark.parametrize(
+    ("inside", "threaded"),
+    [
+        ("<iothreads>2</iothreads>", True),
+        ("<devices><disk><driver iothread='1'/><target dev='vda'/></disk></devices>", True),
+        ("<devices><disk><driver><iothreads/></driver><target dev='vda'/></disk></devices>", True),
+        ("<devices><controller type='scsi'><driver iothread='1'/></controller></devices>", True),
+        ("<q:commandline xmlns:q='u'><q:arg value='iothread,id=x'/></q:commandline>", True),
+        ("<devices><disk><driver name='qemu' io='threads'/><target dev='vda'/></disk></devices>", False),
+    ],
+)
+def test_a_domain_with_an_iothread_anywhere_is_recognised(inside, threaded):
+    assert DomainDocument.parse(f"<domain>{inside}</domain>").iothreads == threaded
+
+
+@pytest.mark.parametrize(
+    ("machine", "least"),
+    [
+        ("machine='pc-q35-7.2'", "7.2"),
+        ("machine='pc-i440fx-10.0'", "10.0"),
+        ("machine='pc-q35-rhel9.6.0'", None),
+        ("machine='pc-q35-noble'", None),
+        ("machine='microvm'", None),
+        ("", None),
+    ],
+)
+def test_a_type_of_machine_tells_the_oldest_qemu_that_knows_it(machine, least):
+    text = f"<domain><os><type {machine}>hvm</type></os></domain>"
+    assert DomainDocument.parse(text).least_qemu == least
 
 
 def test_a_job_names_every_disk_and_each_ones_bitmap():
