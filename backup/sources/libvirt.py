@@ -86,12 +86,10 @@ class Libvirt:
         self._freeze = freeze
         self._no_agent: AgentError | None = None
         self._is_on = False
-        self._must_stay: bool | None = None
         self.records = Records(self.domain)
         self._seen = _Seen()
 
     def __enter__(self) -> Self:
-        self._must_stay = None
         self.domain.connect()
         try:
             self._is_on = self.domain.is_on()
@@ -267,9 +265,10 @@ class Libvirt:
         return ["a freeze of the guest's file systems"] if thawed else []
 
     def _clients_must_stay(self, document: DomainDocument) -> bool:
-        if self._must_stay is None:
-            self._must_stay = connections.must_stay(self.domain, document)
-        return self._must_stay
+        """Whether QEMU must keep one end of each connection; it is asked once until the next `_look_again`."""
+        if self._seen.clients_must_stay is None:
+            self._seen.clients_must_stay = connections.must_stay(self.domain, document)
+        return self._seen.clients_must_stay
 
     def _end_leftover(self, owner: Owner) -> list[str]:
         ours = jobs.prefixes(owner.short_id)
@@ -471,6 +470,7 @@ class _Seen:
     """What was seen of the domain's disks, by target; libvirt and qemu-img are asked once for all of them."""
 
     document: DomainDocument | None = None
+    clients_must_stay: bool | None = None
     sizes: dict[str, int] | None = None
     images: dict[str, Begun[images.ImageInfo]] = field(default_factory=dict)
 
