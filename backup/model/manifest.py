@@ -21,7 +21,7 @@ from backup.model.digests import digest
 from backup.model.documents import DIGEST, RANDOM, WORD, BadDocument, Fields, shown
 
 FORMAT = "pybackup manifest"
-VERSION = 2
+VERSION = 3
 """The highest version that this program reads; a manifest has the lowest that can express it (FORMAT.md, "History")."""
 UNFINISHED = ".part"
 """Suffix of a data file that is not complete: a file whose name ends in .qcow2 is always a whole image."""
@@ -35,12 +35,19 @@ _POINT = re.compile(POINT_PATTERN)
 _DATA = re.compile(NAME_PATTERN + r"\.(?P<point>" + POINT_PATTERN + r")\.qcow2")
 _DIGESTS = re.compile(NAME_PATTERN + r"\.(?P<point>" + POINT_PATTERN + r")\.(?:(?P<rewritten>[1-9][0-9]{0,8})\.)?b3")
 _NAME = re.compile(NAME_PATTERN)
+_MACHINE_FILE = re.compile(rf"(?P<point>{POINT_PATTERN})\.(?P<suffix>[a-z]+)")
 _COMPRESSION = re.compile(r"none|zstd(:-?[0-9]{1,3})?")
 _MAX_FILE = 1 << 56
 """Largest offset of a qcow2 file, in bytes."""
 _MAX_TABLE = 4 << 20
 """Most entries of an L1 table (QEMU: QCOW_MAX_L1_SIZE)."""
 _MAX_GRANULARITY = 1 << 40
+DEFINITION, NVRAM, TPM = "definition", "nvram", "tpm"
+"""Roles of a machine's files: libvirt's XML, the firmware's variables (UEFI), the state of the emulated TPM."""
+SUFFIXES = {DEFINITION: "xml", NVRAM: "nvram", TPM: "tpm"}
+"""What follows the point in the name of a machine's file.  No data file and no manifest has such a name."""
+MAX_MACHINE_FILE = {DEFINITION: 4 << 20, NVRAM: 64 << 20, TPM: 4 << 20}
+"""Largest files of each role, in bytes."""
 _MAX_NANOSECONDS = 1 << 94
 """Largest time of a file: a file system may return any 64 bits of seconds for a damaged inode."""
 
@@ -146,6 +153,21 @@ class DataFileClaim:
     file_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class MachineFile:
+    """
+    A small file that belongs to the machine, and not to one of its disks.
+
+    `role` says what the file is, `file` is its name without a folder, `size` its length in bytes, and `digest` the
+    BLAKE3 of its content, in hex.
+    """
+
+    role: str
+    file: str
+    size: int
+    digest: str
+
+
 NBD = "nbd"
 """The kind of a source that is an export of someone else's NBD server."""
 
@@ -225,14 +247,18 @@ class Manifest:
     program: str
     disks: tuple[DiskEntry, ...]
     pinned: bool = False
+    machine_files: tuple[MachineFile, ...] = ()
 
     @property
     def version(self) -> int:
         """
         The lowest version of the format that can express the manifest.
 
-        An older program would report a file that is being replaced, or a digest file with a number, as damaged.
+        An older program would report a file that is being replaced, or a digest file with a number, as damaged.  It
+        would not copy the machine's files, would leave them behind, and would drop the field when it pins the point.
         """
+        if self.machine_files:
+            return 3
         plain = all(disk.replaces is None and generation(disk.data.digests) == 0 for disk in self.disks)
         return 1 if plain else 2
 
@@ -243,6 +269,16 @@ class Manifest:
     def disk(self, name: str) -> DiskEntry | None:
         """Return the entry of a disk, or None if the point does not hold the disk."""
         return self._by_name.get(name)
+
+    def machine_file(self, role: str) -> MachineFile | None:
+        """Return the machine's file of this role, or None if the point has none."""
+        return next((file for file in self.machine_files if file.role == role), None)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of all files that belong to the point, without its manifest."""
+        of_disks = (name for disk in self.disks for name in (disk.data.file, disk.data.digests))
+        return (*of_disks, *(file.file for file in self.machine_files))
 
     @cached_property
     def _by_name(self) -> Mapping[str, DiskEntry]:
@@ -276,6 +312,17 @@ def is_data_name(text: str) -> bool:
         _DATA.fullmatch(text.removesuffix(UNFINISHED).removesuffix(NEW)) is not None
         or _DIGESTS.fullmatch(text) is not None
     )
+
+
+def is_machine_file_name(text: str) -> bool:
+    """Tell whether a name is that of a machine's file."""
+    match = _MACHINE_FILE.fullmatch(text)
+    return match is not None and match["suffix"] in SUFFIXES.values()
+
+
+def machine_file_name(role: str, point: str) -> str:
+    """Return the name of the machine's file of this role."""
+    return f"{point}.{SUFFIXES[role]}"
 
 
 def point_of(file: str) -> str | None:
@@ -377,6 +424,13 @@ def _manifest(fields: Fields) -> Manifest:
     disks = tuple(_disk(item, point) for item in fields.items("disks"))
     if len({disk.name for disk in disks}) != len(disks) or not disks:
         raise BadDocument("manifest.disks is empty or names a disk twice")
+    files = (
+        tuple(_machine_file(item, point) for item in fields.items("machine_files"))
+        if fields.has("machine_files")
+        else ()
+    )
+    if len({file.role for file in files}) != len(files):
+        raise BadDocument("manifest.machine_files names a role twice")
     return Manifest(
         point=point,
         sequence=fields.number("sequence", low=1),
@@ -387,6 +441,20 @@ def _manifest(fields: Fields) -> Manifest:
         program=fields.matching("program", WORD),
         disks=disks,
         pinned=fields.has("pinned") and fields.take("pinned", bool),
+        machine_files=files,
+    )
+
+
+def _machine_file(fields: Fields, point: str) -> MachineFile:
+    role, name = fields.take("role", str), fields.take("file", str)
+    # The file is removed together with the point, so it must belong to the point.
+    if role not in SUFFIXES or name != machine_file_name(role, point):
+        raise BadDocument(f"{fields.where()} is {shown(name)} of role {shown(role)}, which is no file of the machine")
+    return MachineFile(
+        role=role,
+        file=name,
+        size=fields.number("size", low=1, high=MAX_MACHINE_FILE[role]),
+        digest=fields.matching("digest", DIGEST),
     )
 
 

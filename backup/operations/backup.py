@@ -34,9 +34,11 @@ from backup.model.manifest import (
     ByteCounts,
     DataFile,
     DiskEntry,
+    MachineFile,
     Manifest,
     Parent,
     SourceRecord,
+    machine_file_name,
     new_point_id,
     timestamp,
 )
@@ -49,7 +51,7 @@ from backup.planning import plan
 from backup.planning.decision import Decision, Refusal
 from backup.planning.plan import Plan
 from backup.planning.sampling import Reservoir
-from backup.repository import chain_reader, data_file, data_file_writer
+from backup.repository import chain_reader, data_file, data_file_writer, machine_files
 from backup.repository.chain_reader import ChainContent
 from backup.repository.machine import Contents, Machine, manifest_name
 from backup.repository.opened_chain import examine
@@ -408,8 +410,9 @@ class _Backup:
         written: list[str] = []
         try:
             stored = [self._store(job, written, moment) for job in jobs]
+            files = [self._store_file(role, content, written) for role, content in moment.machine.files.items()]
             moment.require_sound()
-            self.published = self.machine.publish(self._manifest([done.entry for done in stored]))
+            self.published = self.machine.publish(self._manifest([done.entry for done in stored], files))
         except BaseException:
             # After a kill the next run removes the files; after a failure they are removed at once.  The manifest may
             # have its name already (a signal came just then) and goes first: a point must not lose its files.
@@ -419,6 +422,10 @@ class _Backup:
                     self.machine.files.discard(name)
             raise
         return stored
+
+    def _store_file(self, role: str, content: bytes, written: list[str]) -> MachineFile:
+        written.append(machine_file_name(role, self.point))  # first: a signal may come as soon as the file exists
+        return machine_files.store(self.machine.files, role, self.point, content)
 
     def _store(self, job: _Job, written: list[str], moment: Moment) -> _Stored:
         if not job.disk.decision.rescan:
@@ -536,7 +543,7 @@ class _Backup:
             disk.decision.read or "", parent.newest.point, difference.clusters, len(clusters), difference.first
         )
 
-    def _manifest(self, entries: Sequence[DiskEntry]) -> Manifest:
+    def _manifest(self, entries: Sequence[DiskEntry], files: Sequence[MachineFile]) -> Manifest:
         return Manifest(
             point=self.point,
             sequence=self.machine.next_sequence(self.contents),
@@ -546,6 +553,7 @@ class _Backup:
             finished=timestamp(datetime.now(UTC)),
             program=f"pybackup {backup.__version__}",
             disks=tuple(entries),
+            machine_files=tuple(files),
         )
 
     def _entry(self, disk: _Disk, planned: Plan, data: DataFile, found_zero: int, consistency: str) -> DiskEntry:
@@ -640,8 +648,8 @@ class _Backup:
         ]
 
     def _report(self, disks: Sequence[_Disk], reports: Sequence[DiskReport], moment: Moment) -> Report:
-        self.warnings.extend(moment.warnings)
-        self.notes.extend(moment.notes)
+        self.warnings.extend((*moment.warnings, *moment.machine.warnings))
+        self.notes.extend((*moment.notes, *moment.machine.notes))
         for disk in disks:
             if disk.decision.fallback and not (disk.decision.unavoidable and disk.warned):
                 why = disk.decision.reason.removeprefix("rescan: ")

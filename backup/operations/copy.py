@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 from backup.errors import BackupError, Damaged, Failed, Interrupted, NotFound, UsageError
 from backup.model import chain as chains
-from backup.model.manifest import DataFile, Manifest, encode
+from backup.model.manifest import DataFile, MachineFile, Manifest, encode
 from backup.operations.verify import Problem
-from backup.repository import checked_file
+from backup.repository import checked_file, machine_files
 from backup.repository.checked_file import BlockCache, CheckedFile
 from backup.repository.data_file_writer import PartFile, write_digests
 from backup.repository.machine import Contents, Machine, manifest_name
@@ -220,7 +220,8 @@ def _require_room(second: Machine, points: Collection[Manifest]) -> None:
     """Refuse a copy that does not fit, before anything is written."""
     with explained(second.files.location):
         free = second.files.free_bytes()
-    needed = _stored(points) + _MARGIN
+    small = sum(file.size for manifest in points for file in manifest.machine_files)
+    needed = _stored(points) + small + _MARGIN
     if points and free is not None and needed > free:
         raise Failed(
             f"a copy of {counted(len(points), 'point')} needs {needed} bytes ({show_size(needed)}), and {free} "
@@ -242,6 +243,14 @@ class _Unreadable(Exception):
     def __init__(self, reason: BackupError) -> None:
         super().__init__(reason.message)
         self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """The files of a point: its data files, and the content of the machine's."""
+
+    data: Sequence[tuple[DataFile, CheckedFile]]
+    machine: Sequence[tuple[MachineFile, bytes]]
 
 
 class _Run:
@@ -266,12 +275,16 @@ class _Run:
     def copy(self, point: str) -> None:
         """Copy one point as a whole, or leave nothing of it."""
         with ExitStack() as stack:
-            manifest, content, files = self._open(stack, point)
+            manifest, content, opened = self._open(stack, point)
             self._require_parents(manifest)
             written: list[str] = []
             try:
-                for data, file in files:
+                for data, file in opened.data:
                     self._copy_file(data, file, written)
+                for described, small in opened.machine:
+                    written.append(described.file)
+                    with explained(self._second.files.location):
+                        self._second.files.write(described.file, small)
                 self._second.publish(manifest, content)
             except BaseException:
                 # If the signal came after the point was published, the point is complete, and stays.
@@ -283,7 +296,7 @@ class _Run:
         self._existing[point] = manifest
         self.copied.append(point)
 
-    def _open(self, stack: ExitStack, point: str) -> tuple[Manifest, bytes, list[tuple[DataFile, CheckedFile]]]:
+    def _open(self, stack: ExitStack, point: str) -> tuple[Manifest, bytes, _Opened]:
         """Open all files of a point; a prune may replace them after the manifest was read."""
         opened = open_unchanged(
             f"point {point}", lambda: _read(self._source.files, point), lambda read: self._opened(read[0])
@@ -295,9 +308,12 @@ class _Run:
         return manifest, content, files
 
     @contextmanager
-    def _opened(self, manifest: Manifest) -> Iterator[list[tuple[DataFile, CheckedFile]]]:
+    def _opened(self, manifest: Manifest) -> Iterator[_Opened]:
         with ExitStack() as stack:
-            yield [(disk.data, stack.enter_context(self._opened_file(disk.data))) for disk in manifest.disks]
+            data = [(disk.data, stack.enter_context(self._opened_file(disk.data))) for disk in manifest.disks]
+            yield _Opened(
+                data, [(file, machine_files.load(self._source.files, file)) for file in manifest.machine_files]
+            )
 
     def _opened_file(self, data: DataFile) -> closing[CheckedFile]:
         return closing(checked_file.open_checked(self._source.files, data, BlockCache(1), once=True))

@@ -3,7 +3,7 @@ Re-read what the repository holds, and find every changed byte.
 
 Checks of each data file: the digest file against the manifest, every block against its digest, the header against the
 manifest and the parent's header, the tables and all refcounts; with `deep`, every cluster is decompressed as well.  The
-chain of each point is checked down to the full.
+chain of each point is checked down to the full.  The machine's small files of each point are read as well, always.
 
 The results are saved (`repository.verified`), so that a later run can skip what was read not long ago.
 
@@ -24,6 +24,7 @@ from backup.model import chain as chains
 from backup.model.chain import Chain
 from backup.model.digests import block_count
 from backup.model.manifest import DataFile, DiskEntry, Manifest, timestamp
+from backup.repository import machine_files
 from backup.repository import verified as memories
 from backup.repository.machine import Contents, Machine
 from backup.repository.opened_chain import examine
@@ -221,7 +222,7 @@ def _verify(
 ) -> Verified:
     """Verify points that have a manifest, and their chains, once, and save the results."""
     began = datetime.now(UTC)
-    problems = []
+    problems: list[Problem] = []
     wanted = [contents.manifests[point] for point in sorted(contents.manifests) if points is None or point in points]
     # Keyed by entry and not by file name: if two entries name one file, both are checked.
     files: dict[tuple[str, str], tuple[Manifest, DiskEntry, DiskEntry | None]] = {}
@@ -231,6 +232,7 @@ def _verify(
             files.setdefault((manifest.point, disk.name), (manifest, disk, None))
         else:
             files.update(_chain_files(contents.manifests, result))
+    problems += _damaged_machine_files(machine, wanted)
     memory = memories.recall(machine)
     checks = [Check(manifest.point, disk, parent) for manifest, disk, parent in files.values()]
     for check in checks:
@@ -259,6 +261,16 @@ def _verify(
     sampled = sum(check.blocks is not None for check in read)
     skipped = len(checks) - len(due)
     return Verified(len(wanted), len(read), run.done, skipped, sampled, tuple(problems), forgotten)
+
+
+def _damaged_machine_files(machine: Machine, wanted: Iterable[Manifest]) -> Iterator[Problem]:
+    """Read the machine's files of these points, which are small; yield what is damaged or missing."""
+    for manifest in wanted:
+        for file in manifest.machine_files:
+            try:
+                machine_files.load(machine.files, file)
+            except BackupError as error:
+                yield Problem(machine.name, manifest.point, None, error)
 
 
 def _located(files: Files, check: Check) -> BackupError:

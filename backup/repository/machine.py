@@ -188,23 +188,18 @@ class Machine:
 
     def remove_leftovers(self, contents: Contents) -> list[str]:
         """
-        Remove data files that no manifest names, and temporary files.  The caller holds the lock.
+        Remove data files and machine's files that no manifest names, and temporary files.  The caller holds the lock.
 
         Nothing is removed while a manifest is damaged, because that manifest may name any file.
         """
         if contents.damaged:
             return []
-        named = {
-            name
-            for point in contents.manifests.values()
-            for disk in point.disks
-            for name in (disk.data.file, disk.data.digests)
-        } | contents.exchanged
+        named = {name for point in contents.manifests.values() for name in point.files} | contents.exchanged
         with explained(self.files.location):
             leftovers = [
                 name
                 for name in self.files.listing()
-                if (name not in named and manifests.is_data_name(name))
+                if (name not in named and (manifests.is_data_name(name) or manifests.is_machine_file_name(name)))
                 or name == SEQUENCE + TEMPORARY
                 or (name.endswith(TEMPORARY) and manifests.is_point_id(name.removesuffix(".json" + TEMPORARY)))
             ]
@@ -251,7 +246,7 @@ class Machine:
 
     def publish(self, manifest: Manifest, content: bytes | None = None) -> str:
         """
-        Make a point exist; its data files are already written and durable.
+        Make a point exist; its other files are already written and durable.
 
         `content` are the bytes of the manifest if it is a copy, which may have fields that this program does not know.
 
@@ -307,9 +302,8 @@ class Machine:
         with explained(self.files.location):
             self.files.remove(manifest_name(manifest.point))
             self.files.barrier()
-            for disk in manifest.disks:
-                for name in (disk.data.file, disk.data.digests):
-                    self.files.discard(name)
+            for name in manifest.files:
+                self.files.discard(name)
             self.files.barrier()
 
     def withdraw(self, point: str) -> None:

@@ -8,7 +8,7 @@ What operations ask of a source, whichever kind it is.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +117,23 @@ class Freeze:
 NO_FREEZE = Freeze()
 
 
+@dataclass(frozen=True, slots=True)
+class MachineState:
+    """
+    What a source knows of the machine beside its disks: the content of each small file, by its role
+    (`manifest.SUFFIXES`).
+
+    `warnings` say what is there and could not be read, `notes` what is not kept by design.
+    """
+
+    files: Mapping[str, bytes]
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+NO_MACHINE_STATE = MachineState({})
+
+
 class Moment(Protocol):
     """One instant of all disks, for as long as it can be read."""
 
@@ -135,6 +152,10 @@ class Moment(Protocol):
     @property
     def notes(self) -> Sequence[str]:
         """What the user may want to know."""
+
+    @property
+    def machine(self) -> MachineState:
+        """The small files of the machine, read as soon as the instant was captured."""
 
     def require_kept(self) -> None:
         """

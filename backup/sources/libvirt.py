@@ -25,12 +25,13 @@ from backup.runtime.signals import to_the_end
 from backup.runtime.threads import Begun
 from backup.sources import libvirt_connections as connections
 from backup.sources import libvirt_job as jobs
-from backup.sources.base import NO_FREEZE, Capture, Freeze, Moment, Moved, Opened, Owner, Source
+from backup.sources.base import NO_FREEZE, Capture, Freeze, MachineState, Moment, Moved, Opened, Owner, Source
 from backup.sources.freezing import Freezing
 from backup.sources.image import ImageSource
 from backup.sources.libvirt_domain import Domain, Refused
 from backup.sources.libvirt_job import DomainMoment, Job, Room
 from backup.sources.libvirt_records import Records
+from backup.sources.libvirt_state import machine_state
 from backup.sources.libvirt_xml import DomainDisk, DomainDocument, JobDisk
 from backup.sources.resting import AtRest
 
@@ -396,6 +397,7 @@ class Libvirt:
         moment = DomainMoment(job, freezing, self._doubts(document), self._remarks(document))
         try:
             with jobs.running_job(job), ExitStack() as opened:  # connections close before the job ends
+                moment.machine = self._machine_state()
                 self._look_again({disk.target: disk.read for disk in disks})
                 if self._document_once().iothreads != document.iothreads:
                     raise Moved(f"domain {self.name} got or lost an iothread before its instant was captured")
@@ -419,13 +421,17 @@ class Libvirt:
         try:
             with resting.instant(captures, lanes, point=point, repository=repository, short_id=short_id) as moment:
                 notes = (*moment.notes, *self._remarks(document))
-                yield replace(moment, warnings=(*moment.warnings, *self._doubts(document)), notes=notes)
+                warnings = (*moment.warnings, *self._doubts(document))
+                yield replace(moment, warnings=warnings, notes=notes, machine=self._machine_state())
         except images.ImageLocked as error:
             error.hint = (
                 f"domain {self.name} was off when this run began; if it was started meanwhile, run the command again; "
                 "else another program uses the image"
             )
             raise
+
+    def _machine_state(self) -> MachineState:
+        return machine_state(self.domain.definition(), self.domain.uri, on=self._is_on)
 
     def _job_disk(self, source: DomainSource, capture: Capture, short_id: str, unique: str) -> JobDisk:
         folder = self._scratch or self._folder_of(capture.state.path)

@@ -194,6 +194,15 @@ class Domain:
         flags = 0 if on else self._libvirt.VIR_DOMAIN_XML_INACTIVE
         return DomainDocument.parse(self._ask("show the domain", lambda domain: domain.XMLDesc(flags)))
 
+    def definition(self) -> str:
+        """
+        Read the XML that defines the domain for its next start; of a transient domain, that it could be defined with.
+
+        Passwords (of VNC and SPICE) are not in it: libvirt shows them only if it is asked to.
+        """
+        flags = self._libvirt.VIR_DOMAIN_XML_INACTIVE
+        return str(self._ask("show the domain's definition", lambda domain: domain.XMLDesc(flags)))
+
     def number(self) -> int:
         """The running domain's id."""
         return int(self._ask("tell the domain's id", lambda domain: domain.ID()))
@@ -221,6 +230,28 @@ class Domain:
         """The version of the QEMU that libvirt starts."""
         version = int(self._ask("tell QEMU's version", lambda domain: domain.connect().getVersion()))
         return f"{version // 1_000_000}.{version // 1000 % 1000}.{version % 1000}"
+
+    # What it may become
+
+    def name_of(self, uuid: str) -> str | None:
+        """Return the name of the daemon's domain of this UUID; None: it has none."""
+        try:
+            return str(self._answer("find a domain", lambda: self._connection.lookupByUUIDString(uuid)).name())
+        except Refused as error:
+            if error.code == NO_SUCH_DOMAIN:
+                return None
+            raise
+
+    def define(self, definition: str) -> None:
+        """
+        Have libvirt define a domain.
+
+        Raises
+        ------
+        Refused
+            libvirt does not accept the definition.
+        """
+        self._answer("define the domain", lambda: self._connection.defineXML(definition) and None)
 
     # Jobs
 

@@ -28,7 +28,7 @@ from backup.runtime.ignoring import ignoring
 from backup.runtime.shortage import free_bytes
 from backup.runtime.signals import deferred, to_the_end
 from backup.sources import libvirt_connections as connections
-from backup.sources.base import Moved, NotStarted, Opened
+from backup.sources.base import NO_MACHINE_STATE, MachineState, Moved, NotStarted, Opened
 from backup.sources.freezing import Freezing
 from backup.sources.libvirt_domain import BROKEN_BITMAP, Domain, Refused
 from backup.sources.libvirt_xml import DomainDocument, JobDisk, RunningJob, backup_xml, checkpoint_xml
@@ -372,6 +372,7 @@ class DomainMoment:
     doubts: Sequence[str]
     remarks: Sequence[str] = ()
     disks: list[Opened] = field(default_factory=list)
+    machine: MachineState = NO_MACHINE_STATE
 
     @property
     def consistency(self) -> str:

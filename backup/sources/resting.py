@@ -15,7 +15,7 @@ from backup.model.disk import DiskState
 from backup.model.open_disk import OpenDisk
 from backup.planning import plan
 from backup.qemu import image_bitmaps, images
-from backup.sources.base import Capture, Moved, NotStarted, Opened, Owner, Source
+from backup.sources.base import NO_MACHINE_STATE, Capture, MachineState, Moved, NotStarted, Opened, Owner, Source
 
 STATUS_CONNECTIONS = 4
 """Connections beside the copier's: one to begin with, and one for each context (allocation, two bitmaps)."""
@@ -63,6 +63,8 @@ class LockedMoment:
     consistency: str = "crash"
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    machine: MachineState = NO_MACHINE_STATE
+    """Images and exports tell nothing of a machine."""
 
     def require_kept(self) -> None:
         """Always passes: the image locks are held until the end of the block."""

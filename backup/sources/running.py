@@ -28,7 +28,18 @@ from backup.qmp.blocks import OURS, BlockGraph, Device, Node
 from backup.qmp.instant import Instant, InstantDisk, Room
 from backup.qmp.monitor import Monitor
 from backup.runtime.ignoring import ignoring
-from backup.sources.base import NO_FREEZE, Capture, Freeze, Moved, NotStarted, Opened, Owner, Source
+from backup.sources.base import (
+    NO_FREEZE,
+    NO_MACHINE_STATE,
+    Capture,
+    Freeze,
+    MachineState,
+    Moved,
+    NotStarted,
+    Opened,
+    Owner,
+    Source,
+)
 from backup.sources.freezing import Freezing
 
 _log = logging.getLogger(__name__)
@@ -524,6 +535,8 @@ class RunningMoment:
     _doubts: Sequence[str]
     disks: list[Opened] = field(default_factory=list)
     instant: Instant | None = None
+    machine: MachineState = NO_MACHINE_STATE
+    """QEMU tells nothing that could define a machine."""
 
     @property
     def consistency(self) -> str:

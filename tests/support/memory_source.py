@@ -17,7 +17,7 @@ import numpy as np
 
 from backup.model.disk import Bitmap, DiskState
 from backup.model.extents import DIRTY, HOLE, ZERO, Mask, Runs
-from backup.sources.base import Capture, DiskRequest, Opened
+from backup.sources.base import NO_MACHINE_STATE, Capture, DiskRequest, MachineState, Opened
 
 SECTOR = 512
 GRANULARITY = 64 << 10
@@ -137,6 +137,7 @@ class MemoryMoment:
     consistency: str = "crash"
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    machine: MachineState = NO_MACHINE_STATE
 
     def require_kept(self) -> None:
         """Pass."""
@@ -151,6 +152,7 @@ class MemoryHost:
 
     sources: Sequence[MemorySource]
     opened: list[MemoryDisk] = field(default_factory=list)
+    machine: MachineState = NO_MACHINE_STATE
 
     def __enter__(self) -> Self:
         return self
@@ -185,4 +187,4 @@ class MemoryHost:
             name = None if capture.read_bitmap is None else EXPORTED + capture.read_bitmap
             disks.append(Opened(disk, name, None if capture.start_bitmap is None else GRANULARITY))
             self.opened.append(disk)
-        yield MemoryMoment(tuple(disks))
+        yield MemoryMoment(tuple(disks), machine=self.machine)
