@@ -23,15 +23,18 @@ from memory_source import MemoryHost, MemorySource
 
 from backup.cli.output import Quiet
 from backup.errors import BackupError, Failed
+from backup.model.manifest import DEFINITION, NVRAM
 from backup.operations import copy, prune, remove, serve, verify
 from backup.operations.backup import create
 from backup.operations.request import Request
 from backup.operations.restore import restore_disk
 from backup.planning.decision import FULL, INCREMENTAL, RESCAN
 from backup.planning.retention import Batch, Policy
+from backup.repository import machine_files
 from backup.repository.machine import Machine
 from backup.repository.replacement import settle
 from backup.repository.repository import Repository
+from backup.sources.base import MachineState
 from backup.storage.memory import KILL, Call, Killed, Memory, MemoryStorage, no_fault
 
 KIB = 1 << 10
@@ -56,6 +59,11 @@ CHANGES = frozenset(
 NEWEST = prune.Request(Policy(last=1), Batch(1), workers=1)
 
 
+def machine_of(disk: MemorySource) -> dict[str, bytes]:
+    """The small files of the machine while its disk has this content."""
+    return {DEFINITION: b"<domain/>" + disk.content[:256].hex().encode(), NVRAM: bytes(disk.content[256:512]) or b"0"}
+
+
 @dataclass
 class Story:
     """A machine with one disk in memory, its points, and what each must hold."""
@@ -73,7 +81,7 @@ class Story:
         return self.open(fault).machine("m")
 
     def back_up(self, wanted: str, fault=no_fault) -> None:
-        host = MemoryHost([self.disk])
+        host = MemoryHost([self.disk], machine=MachineState(machine_of(self.disk)))
         content = bytes(self.disk.content)
         report = create(partial(self.open, fault), Request("m", host, host.requests(), wanted, "b1"), Quiet())
         assert report.point is not None
@@ -102,8 +110,16 @@ class Story:
                 machine, point, "vd0", str(target), image_format="raw", force=True, workers=1, progress=Quiet()
             )
             assert target.read_bytes() == self.contents[point], point
+            self.require_machine(machine, point)
         done = verify.verify_machine(machine, deep=True, workers=1, progress=lambda _: None)
         assert done.problems == ()
+
+    def require_machine(self, machine: Machine, point: str) -> None:
+        """The machine's files are those of the point's instant."""
+        disk = MemorySource(SIZE)
+        disk.content[:] = self.contents[point]
+        files = machine.contents().manifests[point].machine_files
+        assert {file.role: machine_files.load(machine.files, file) for file in files} == machine_of(disk)
 
     def require_tidy(self) -> None:
         """The machine's folder holds what the manifests name, and nothing else."""
@@ -113,6 +129,7 @@ class Story:
             assert all(disk.replaces is None for disk in manifest.disks)
             named |= {f"{manifest.point}.json"}
             named |= {name for disk in manifest.disks for name in (disk.data.file, disk.data.digests)}
+            named |= {f"{manifest.point}.xml", f"{manifest.point}.nvram"}
         assert set(machine.listing()) <= named
 
     def copied(self) -> Story:

@@ -187,6 +187,7 @@ class Domain:
     iothreads: bool = False
     os: str = ""
     """What it boots, as XML; else it idles in its firmware."""
+    features: str = ""
     memory: int = 48
 
     @classmethod
@@ -218,7 +219,7 @@ class Domain:
         path.write_text(
             f"<domain type='qemu'><name>{self.name}</name><memory unit='MiB'>{self.memory}</memory><vcpu>1</vcpu>"
             f"{'<iothreads>1</iothreads>' if self.iothreads else ''}"
-            f"<os><type arch='x86_64' machine='q35'>hvm</type>{self.os}</os><devices>"
+            f"<os><type arch='x86_64' machine='q35'>hvm</type>{self.os}</os>{self.features}<devices>"
             f"<emulator>/usr/bin/qemu-system-x86_64</emulator>{disks}{self.devices}"
             "<controller type='usb' model='none'/><memballoon model='none'/></devices></domain>"
         )

@@ -125,7 +125,11 @@ def _show_disks(points: Sequence[Manifest], wanted: str | None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class PointDocument:
-    """A point; `manifest` is the path of its manifest, `created` the time at which its backup began."""
+    """
+    A point; `manifest` is the path of its manifest, `created` the time at which its backup began.
+
+    `machine_files` are the roles of the small files that belong to the machine.
+    """
 
     machine: str
     point: str
@@ -134,6 +138,7 @@ class PointDocument:
     created: str
     pinned: bool
     disks: Sequence[DiskDocument]
+    machine_files: Sequence[str]
 
     @classmethod
     def of(cls, manifest: Manifest, path: str) -> PointDocument:
@@ -146,6 +151,7 @@ class PointDocument:
             created=manifest.started,
             pinned=manifest.pinned,
             disks=[DiskDocument.of(disk) for disk in manifest.disks],
+            machine_files=[file.role for file in manifest.machine_files],
         )
 
 

@@ -14,15 +14,17 @@ from backup.cli import find, json_output, output
 from backup.cli.context import options, show_error
 from backup.cli.output import plain
 from backup.cli.parameters import PointName, Repo, WriteLimit
-from backup.errors import WARNINGS_EXIT_CODE, BackupError, UsageError
+from backup.errors import BackupError, Damaged, NotFound, UsageError, merged_exit_code
 from backup.units import show_duration, show_rate, show_size
 
 if TYPE_CHECKING:
     from backup.model.manifest import Manifest
+    from backup.operations.restore_machine import MachineRestore, RestoredMachine
     from backup.operations.restore_targets import Place
     from backup.repository.machine import Machine
     from backup.repository.salvage import Lost
 
+_SYSTEM = "qemu:///system"
 _STDOUT = 1
 """The descriptor of standard output; sys.stdout would buffer the data once more."""
 
@@ -60,18 +62,34 @@ def restore(
             "code 12: something is lost.",
         ),
     ] = False,
+    define: Annotated[
+        bool,
+        typer.Option("--define", help="Have libvirt define the machine, of a point that was made with --libvirt."),
+    ] = False,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            "--name",
+            metavar="NEW",
+            help="Restore the machine as a new one of this name, with a UUID and MAC addresses of its own.",
+        ),
+    ] = None,
+    libvirt: Annotated[
+        str, typer.Option("--libvirt", metavar="URI", help="With --define: URI of the local libvirt.")
+    ] = _SYSTEM,
     repo: Repo = None,
     limit: WriteLimit = None,
 ) -> None:
     """
-    Restore the disks of a point.
+    Restore the disks of a point, and the machine to which they belong.
 
     Every block is checked against its digest before it is written.  A file appears under its name only when it is
-    complete.
+    complete.  Of a point that was made with --libvirt, a folder also gets the machine's definition MACHINE.xml, which
+    `virsh define` takes, and the firmware's variables.
     """
     from backup.cli import settings
     from backup.operations import restore as restoring
-    from backup.operations import restore_space, restore_targets
+    from backup.operations import restore_machine, restore_space, restore_targets
     from backup.repository import salvage as salvaging
 
     find.require_format(format_)
@@ -80,6 +98,8 @@ def restore(
     # The `limit` of the configuration is for nightly reads; a restore is waited for.
     workers, bytes_a_second = settings.workers(config), None if limit is None else settings.limit(limit, config)
     placed = restore_targets.place(machine, point, target, disk, format_, force=force)
+    whole = restore_machine.prepare(machine, point, placed, name=name, whole=disk is None, force=force)
+    _require_possible(whole, point, libvirt if define else None, name)
     for text in placed.warnings:
         output.warning(text)
     if target == restore_targets.STDOUT:
@@ -111,14 +131,53 @@ def restore(
             if not options.json and not options.quiet:
                 for text in _disk_lines(point.machine, document):
                     output.line(text)
+        restored_machine = None if whole is None else whole.write(point, placed.places, force=force)
     loss = salvaging.loss(point.machine, [(document.name, lost) for document in disks for lost in document.lost])
-    if loss is not None:
-        show_error(loss)
+    errors = [*([] if loss is None else [loss]), *([] if restored_machine is None else restored_machine.problems)]
+    defined = None
+    if whole is not None and restored_machine is not None:
+        try:
+            defined = whole.define(libvirt, restored_machine) if define else None
+        except BackupError as error:
+            errors += [error] if error not in errors else []
+        if not options.json and not options.quiet:
+            _show_machine(point.machine, restored_machine, defined)
+    for shown in errors:
+        show_error(shown)
     if options.json:
-        json_output.write(RestoreDocument(point.machine, point.point, placed.warnings, loss, disks))
-    if loss is not None:
-        raise typer.Exit(loss.exit_code)
-    raise typer.Exit(WARNINGS_EXIT_CODE if placed.warnings else 0)
+        json_output.write(
+            RestoreDocument(
+                point.machine,
+                point.point,
+                placed.warnings,
+                errors[0] if errors else None,
+                disks,
+                [] if restored_machine is None else [FileDocument(*pair) for pair in restored_machine.targets.items()],
+                [] if restored_machine is None else restored_machine.notes,
+                defined,
+            )
+        )
+    worst = (Damaged.exit_code, NotFound.exit_code)
+    raise typer.Exit(merged_exit_code((error.exit_code for error in errors), worst=worst, warned=bool(placed.warnings)))
+
+
+def _require_possible(whole: MachineRestore | None, point: Manifest, uri: str | None, name: str | None) -> None:
+    """
+    Make sure that the machine can get its new name, and be defined with the libvirt at `uri`, if these were asked for.
+
+    Raises
+    ------
+    BackupError
+        It cannot; nothing was written.
+    """
+    from backup.cli.requests import check_uri
+    from backup.operations import restore_machine
+
+    if whole is None and (uri is not None or name is not None):
+        raise restore_machine.nothing_to_define(point)
+    if whole is not None and uri is not None:
+        check_uri(uri)
+        whole.require_definable(uri)
 
 
 def _stream(machine: Machine, point: Manifest, place: Place, workers: int, limit: int | None, *, salvage: bool) -> None:
@@ -146,6 +205,15 @@ def _stream(machine: Machine, point: Manifest, place: Place, workers: int, limit
 
 
 # Text
+
+
+def _show_machine(machine: str, restored: RestoredMachine, defined: str | None) -> None:
+    for role, target in restored.targets.items():
+        output.line(f"{machine}: {role} restored to {plain(target)}")
+    for text in restored.notes:
+        output.note(text, to_stderr=False)
+    if defined is not None:
+        output.line(f"{machine}: defined as domain {plain(defined)}")
 
 
 def _restored_line(name: str, target: str, size: int, seconds: float) -> str:
@@ -177,11 +245,22 @@ class DiskDocument:
 
 
 @dataclass(frozen=True, slots=True)
+class FileDocument:
+    """A restored file of the machine: its role, and where it is."""
+
+    role: str
+    target: str
+
+
+@dataclass(frozen=True, slots=True)
 class RestoreDocument:
-    """A restored point; `error` says that parts of its disks are lost (--salvage)."""
+    """A restored point; `error` says that parts of its disks are lost (--salvage), or what the machine lacks."""
 
     machine: str
     point: str
     warnings: Sequence[str]
     error: BackupError | None
     disks: Sequence[DiskDocument]
+    machine_files: Sequence[FileDocument]
+    notes: Sequence[str]
+    defined: str | None

@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from backup.cli import find, json_output, output
 from backup.cli.context import options, user_error
 from backup.cli.output import plain
 from backup.cli.parameters import PointName, Repo
-from backup.errors import BackupError
+from backup.errors import BackupError, NotFound, UsageError
 from backup.units import counted, show_size
 
 if TYPE_CHECKING:
     from backup.model.manifest import DiskEntry, Manifest
+    from backup.repository.machine import Machine
 
+_CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+"""Characters that a terminal may obey; libvirt's XML has none of them."""
 Links = Sequence[str] | BackupError
 """The points of a disk's chain, newest first, or why the chain is broken."""
 
 
-def show(manifest: PointName, repo: Repo = None) -> None:
-    """Show a point: its disks, their sources and their chains."""
+def show(
+    manifest: PointName,
+    repo: Repo = None,
+    definition: Annotated[
+        bool,
+        typer.Option("--definition", help="Print the machine's definition (libvirt's XML) and nothing else."),
+    ] = False,
+) -> None:
+    """Show a point: its disks, their sources and their chains, and the files of the machine."""
     from backup.model import chain
 
     machine, point = find.point(manifest, find.folder_of(repo))
+    if definition:
+        _print_definition(machine, point)
+        return
     contents = machine.contents()
     chains: dict[str, Links] = {}
     for disk in point.disks:
@@ -40,11 +56,30 @@ def show(manifest: PointName, repo: Repo = None) -> None:
         _show_text(point, path, chains)
 
 
+def _print_definition(machine: Machine, point: Manifest) -> None:
+    """Print the definition as it is stored, but without control characters."""
+    from backup.model.manifest import DEFINITION
+    from backup.repository import machine_files
+
+    if options.json:
+        raise UsageError("--json together with --definition", hint="the definition is XML; give one of the two")
+    file = point.machine_file(DEFINITION)
+    if file is None:
+        raise NotFound(
+            f"point {point.point} of machine {point.machine} holds no definition",
+            hint="only backups with --libvirt keep the machine's definition",
+        )
+    text = machine_files.load(machine.files, file).decode("utf-8", "replace")
+    output.out(_CONTROLS.sub("?", text))
+
+
 def _show_text(point: Manifest, path: str, chains: Mapping[str, Links]) -> None:
     pinned = ", pinned" if point.pinned else ""
     output.line(f"point {point.point} of machine {point.machine}, sequence {point.sequence}{pinned}")
     output.line(f"  manifest  {plain(path)}")
     output.line(f"  taken     {plain(point.started)} to {plain(point.finished)} by {plain(point.program)}")
+    for file in point.machine_files:
+        output.line(f"  {file.role:<9} {file.file} ({show_size(file.size)})")
     for disk in point.disks:
         for text in _disk_lines(disk, chains[disk.name]):
             output.line(text)
