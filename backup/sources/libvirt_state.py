@@ -7,14 +7,15 @@ it becomes a warning or a note.
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from pathlib import Path
 
 from backup.model.libvirt_uri import is_session
 from backup.model.manifest import DEFINITION, MAX_MACHINE_FILE, NVRAM, TPM
 from backup.sources.base import MachineState
 from backup.sources.libvirt_definition import BadDefinition, Definition, Nvram, Tpm, read
-from backup.storage.plain_file import open_file
 from backup.units import show_size
 
 _ATTEMPTS = 20
@@ -90,14 +91,18 @@ def _content(role: str, path: str) -> bytes:
                 return after
             before = after
     except OSError as error:
-        raise _NotKept(f"{path} cannot be read: {error.strerror}") from None
+        why = "it is a link" if error.errno == errno.ELOOP else error.strerror
+        raise _NotKept(f"{path} cannot be read: {why}") from None
     raise _NotKept(f"{path} kept changing while it was read")
 
 
 def _read(role: str, path: str) -> bytes:
-    fd = open_file(Path(path), os.O_RDONLY)
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(fd, "rb", buffering=0) as file:
-        size = os.fstat(fd).st_size
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise _NotKept(f"{path} is not a plain file")
+        size = status.st_size
         _require_size(role, size)
         content = bytearray()
         while len(content) <= size and (part := file.read(size + 1 - len(content))):

@@ -18,12 +18,15 @@ from typing import Any
 import pytest
 from fake_guestfish import FISH, path_with
 from lab import PYBACKUP, Night, bitmaps, call_pybackup, make_image, put_in_front, run, run_pybackup, write
+from forge import add_machine_files
+from lab import PYBACKUP, Night, bitmaps, call_pybackup, make_image, run, run_pybackup, write
 from live import Machine, Nights
 
 PAGE = Path(__file__).parents[2] / "docs" / "json.md"
 
 UNSEEN = {
     ("show", "disks[].replaces", "object"): "only in the instant in which prune exchanges a file (tests of exchange)",
+    ("restore", "defined", "string"): "only with a libvirt (tests/libvirt_daemon/test_domain_definition.py)",
 }
 """Types that no run of this test shows, and why."""
 
@@ -166,6 +169,7 @@ def of_show(tmp_path: Path) -> Iterator[Any]:
     night = Night.with_incremental(tmp_path)
     repo = ("--repo", night.repository)
     for point in printed("list", *repo):
+        add_machine_files(Path(point["manifest"]), definition=b"<domain/>")
         yield printed("show", point["point"], *repo)
     below = make_image(tmp_path / "below.qcow2", "1M")
     above = make_image(tmp_path / "above.qcow2", "1M", "-b", str(below), "-F", "qcow2")
@@ -190,6 +194,9 @@ def of_restore(tmp_path: Path) -> Iterator[Any]:
     night.full()
     yield printed("restore", "disk", tmp_path / "a.raw", "--repo", night.repository)
     yield printed("restore", "disk", tmp_path / "b.raw", "--format", "qcow2", "--repo", night.repository)
+    [manifest] = (night.repository / "disk").glob("*.json")
+    add_machine_files(manifest, definition=b"<domain><name>disk</name></domain>", nvram=b"variables")
+    yield printed("restore", "disk", f"{tmp_path}/back/", "--repo", night.repository)
     damage(night)
     yield printed("restore", "disk", tmp_path / "c.raw", "--salvage", "--repo", night.repository)
     yield printed("restore", "disk", tmp_path / "d.raw", "--repo", night.repository)

@@ -152,7 +152,7 @@ def test_variables_that_cannot_be_read_are_a_warning_and_the_point_is_there(flas
     outside.unlink()
     os.mkfifo(outside)
     done = flashed.night("full")
-    assert (done.rc, "it is not a plain file" in done.stderr) == (3, True), done
+    assert (done.rc, "vars.fd is not a plain file" in done.stderr) == (3, True), done
     assert [file["role"] for file in flashed.point("")["machine_files"]] == ["definition"]
     outside.unlink()
     outside.symlink_to("/etc/shadow")

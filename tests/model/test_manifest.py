@@ -24,6 +24,7 @@ from backup.model.manifest import (
     DiskEntry,
     Former,
     LowerFile,
+    MachineFile,
     Manifest,
     Parent,
     SourceRecord,
@@ -66,6 +67,7 @@ POINT_1 = Manifest(
 )
 
 
+FILE = {"role": "definition", "file": f"{POINT}.xml", "size": 9, "digest": "5" * 64}
 DOCUMENT = {"format": manifest.FORMAT, "version": 1, **asdict(POINT_1)}
 
 
@@ -132,8 +134,8 @@ def test_other_json_is_damage(content):
 
 
 def test_a_newer_version_is_refused_and_not_called_damaged():
-    with pytest.raises(Failed, match="format version 3"):
-        decode(changed(["version"], 3), "m")
+    with pytest.raises(Failed, match="format version 4"):
+        decode(changed(["version"], 4), "m")
 
 
 def test_a_field_of_a_later_program_is_ignored():
@@ -238,6 +240,22 @@ def test_a_hostile_field_under_a_valid_digest_is_refused_briefly(path, value):
     assert len(caught.value.message) < 400
 
 
+FILES = [
+    *[{**FILE, "file": name} for name in [*HOSTILE_NAMES, f"{OLDER}.xml", f"{POINT}.nvram", "lock", 5]],
+    *[{**FILE, "role": role} for role in ("nvram", "kernel", "", 5, None)],
+    *[{**FILE, "size": size} for size in (0, -1, (4 << 20) + 1, HUGE, "9", True)],
+    *[{**FILE, "digest": digest} for digest in ("", "x" * 64, None)],
+]
+
+
+@pytest.mark.parametrize("value", [*([file] for file in FILES), [FILE, FILE], {}, [None], "x"], ids=range(34))
+def test_a_hostile_file_of_the_machine_is_refused_briefly(value):
+    assert decode(changed(["machine_files"], [FILE]), "m").machine_files
+    with pytest.raises(Damaged) as caught:
+        decode(changed(["machine_files"], value), "m")
+    assert len(caught.value.message) < 400
+
+
 def missing_fields():
     yield from ([key] for key in DOCUMENT)
     yield from (["disks", 0, key] for key in DOCUMENT["disks"][0])
@@ -256,6 +274,7 @@ NULLABLE = {
     "plaintext",
     "trusted_data_file",
 }
+NULLABLE = {"granularity", "read", "started", "why_none", "qemu", "replaces", "pinned", "plaintext", "machine_files"}
 
 
 @pytest.mark.parametrize("path", [path for path in missing_fields() if path[-1] not in NULLABLE], ids=str)
@@ -366,6 +385,31 @@ def test_a_manifest_says_the_lowest_version_that_can_express_it():
     for found in (POINT_1, replace(POINT_1, pinned=True), REWRITTEN, EXCHANGING):
         assert json.loads(encode(found))["version"] == found.version
         assert decode(encode(found), "m") == found
+
+
+def test_files_of_the_machine_raise_the_version():
+    """An older program would drop the field when it pins the point, and would not copy the files."""
+    files = (MachineFile(**FILE), MachineFile("nvram", f"{POINT}.nvram", 64 << 20, "6" * 64))
+    for before in (POINT_1, REWRITTEN, EXCHANGING):
+        found = replace(before, machine_files=files)
+        assert (found.version, json.loads(encode(found))["version"]) == (3, 3)
+        assert decode(encode(found), "m") == found
+        assert [file.role for file in found.machine_files if found.machine_file(file.role) == file] == [
+            "definition",
+            "nvram",
+        ]
+        assert set(before.files) < set(found.files)
+    assert POINT_1.machine_file("definition") is None
+
+
+def test_names_of_the_machines_files_are_those_of_no_other_file():
+    for role in ("definition", "nvram", "tpm"):
+        name = manifest.machine_file_name(role, POINT)
+        assert manifest.is_machine_file_name(name)
+        assert not is_data_name(name)
+        assert manifest.point_of(name) is None
+    for name in (f"{POINT}.json", f"vda.{POINT}.qcow2", f"{POINT}.xml.tmp", f"x{POINT}.xml", f"{POINT}.xml\n", "lock"):
+        assert not manifest.is_machine_file_name(name)
 
 
 def test_what_an_exchange_replaces_comes_back_whole():

@@ -17,6 +17,7 @@ from backup.model.manifest import (
     DiskEntry,
     Former,
     LowerFile,
+    MachineFile,
     Manifest,
     Parent,
     SourceRecord,
@@ -46,6 +47,7 @@ def documented(title):
         ("`bytes`", ByteCounts),
         ("`source`", SourceRecord),
         ("An entry of `lower`", LowerFile),
+        ("An entry of `machine_files`", MachineFile),
     ],
 )
 def test_fields_of_a_table_are_the_fields_of_the_value_in_order(title, value):
@@ -79,6 +81,14 @@ def test_names_and_versions_are_the_codes():
     assert re.search(rf"`version` \| integer \| {manifest.VERSION} ", section("The manifest"))
     assert re.search(rf"`version` \| integer \| {repository.VERSION};", section("The marker"))
     assert f"version {manifest.VERSION}\n" in TEXT.splitlines(keepends=True)[0]
+
+
+def test_files_of_the_machine_are_the_codes():
+    rows = re.findall(
+        r"^\| `(\w+)` \| `POINT\.(\w+)` \| .* \| (\d+) \|$", section("The files of a machine"), re.MULTILINE
+    )
+    assert {role: suffix for role, suffix, _ in rows} == manifest.SUFFIXES
+    assert {role: int(size) for role, _, size in rows} == manifest.MAX_MACHINE_FILE
 
 
 def test_sizes_are_the_codes():

@@ -13,7 +13,16 @@ from typing import Any
 import numpy as np
 
 from backup.model import digests
-from backup.model.manifest import BitmapRecord, ByteCounts, DataFile, DiskEntry, Manifest, Parent, SourceRecord
+from backup.model.manifest import (
+    BitmapRecord,
+    ByteCounts,
+    DataFile,
+    DiskEntry,
+    Manifest,
+    Parent,
+    SourceRecord,
+    machine_file_name,
+)
 from backup.repository.data_file_writer import DataFileMaker
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -63,6 +72,20 @@ def rewrite(path: Path, change: Callable[[Any], object]) -> None:
     change(document)
     del document["digest"]
     path.write_bytes(signed(document))
+
+
+def add_machine_files(manifest_path: Path, **contents: bytes) -> None:
+    """Give a point files of its machine by their roles, as a backup of a domain does."""
+
+    def change(document: Any) -> None:
+        document["version"] = 3
+        for role, content in contents.items():
+            name = machine_file_name(role, document["point"])
+            (manifest_path.parent / name).write_bytes(content)
+            described = {"role": role, "file": name, "size": len(content), "digest": digests.digest(content).hex()}
+            document["machine_files"].append(described)
+
+    rewrite(manifest_path, change)
 
 
 def bless(manifest_path: Path, disk: int = 0) -> None:
