@@ -17,9 +17,8 @@ from typing import Any
 
 import pytest
 from fake_guestfish import FISH, path_with
-from lab import PYBACKUP, Night, bitmaps, call_pybackup, make_image, put_in_front, run, run_pybackup, write
 from forge import add_machine_files
-from lab import PYBACKUP, Night, bitmaps, call_pybackup, make_image, run, run_pybackup, write
+from lab import PYBACKUP, Night, bitmaps, call_pybackup, make_image, put_in_front, run, run_pybackup, write
 from live import Machine, Nights
 
 PAGE = Path(__file__).parents[2] / "docs" / "json.md"

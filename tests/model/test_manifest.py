@@ -273,8 +273,8 @@ NULLABLE = {
     "pinned",
     "plaintext",
     "trusted_data_file",
+    "machine_files",
 }
-NULLABLE = {"granularity", "read", "started", "why_none", "qemu", "replaces", "pinned", "plaintext", "machine_files"}
 
 
 @pytest.mark.parametrize("path", [path for path in missing_fields() if path[-1] not in NULLABLE], ids=str)
