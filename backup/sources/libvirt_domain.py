@@ -34,6 +34,8 @@ _RECONNECT_SECONDS, _RECONNECT_PAUSE = 20.0, 0.25
 """How long a restart of the daemon may take, and the pause between two tries (seconds)."""
 _GONE_SECONDS = 60.0
 """How long a cancelled job may take to end."""
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.1
+"""Between two looks whether a cancelled job has ended; each pause is twice as long as the one before (seconds)."""
 NO_SUCH_DOMAIN, INVALID, TIMED_OUT, NO_JOB, BROKEN_BITMAP = 42, 55, 68, 104, 109
 """Codes of libvirt's errors (virErrorNumber); they never change."""
 _BACKUP_JOB = 5
@@ -342,13 +344,14 @@ class Domain:
         except Refused as error:
             if error.code != INVALID:  # there is no job any more
                 raise
-        deadline = time.monotonic() + _GONE_SECONDS
+        deadline, pause = time.monotonic() + _GONE_SECONDS, _FIRST_PAUSE
         while self.job() is not None:
             if time.monotonic() > deadline:
                 raise SourceError(
                     f"libvirt's backup job of domain {self.name} does not end", hint=f"virsh domjobabort {self.name}"
                 )
-            time.sleep(0.01)
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
 
     # Checkpoints
 
