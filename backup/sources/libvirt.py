@@ -86,6 +86,7 @@ class Libvirt:
         self._reserve = reserve
         self._freeze = freeze
         self._no_agent: AgentError | None = None
+        self._may_be_frozen = False
         self._is_on = False
         self.records = Records(self.domain)
         self._seen = _Seen()
@@ -221,7 +222,12 @@ class Libvirt:
         """Warnings: what makes a point of the domain less than it seems."""
         read = {source.target for source in self.sources}
         shared = [disk.target for disk in document.disks if disk.shareable and disk.target in read]
+        frozen = (
+            "the guest's file systems may still be frozen by a run that was killed, and no agent answers: thaw them "
+            f"(virsh domfsthaw {self.name})"
+        )
         return [
+            *([frozen] if self._may_be_frozen else []),
             *self._unnamed(document),
             *(f"disk {target}: {_SHARED}; the point may hold several moments of the disk" for target in shared),
         ]
@@ -247,22 +253,32 @@ class Libvirt:
         Locked
             Another program's job runs, or a run of another machine to which what is left may belong.
         """
-        done = self._thaw_leftover() if self._is_on else []
+        folders = self._scratch_folders()
+        marked = any(map(jobs.is_mark, jobs.stale_files(self.domain, folders, owner.short_id)))
+        done = self._thaw_leftover(marked=marked) if self._is_on else []
         if self._is_on:
             done += self._end_leftover(owner)
         done += self._delete_leftovers(owner)
-        folders = self._scratch_folders()
-        return [*done, *jobs.remove_stale(self.domain, folders, owner.short_id)]
+        stale = jobs.stale_files(self.domain, folders, owner.short_id)
+        kept = self._may_be_frozen  # so that the next run tries again
+        return [*done, *jobs.remove_stale(path for path in stale if not (kept and jobs.is_mark(path)))]
 
-    def _thaw_leftover(self) -> list[str]:
-        """A run that was killed while the guest was frozen must not leave it so."""
-        if not self._freeze.wanted or self.document().agent != "connected":
+    def _thaw_leftover(self, *, marked: bool) -> list[str]:
+        """
+        Thaw the guest if a run may have been killed while the guest was frozen; a run that freezes always does so.
+
+        `marked`: a run that was to freeze the guest was killed in between.
+        """
+        agent = self.document().agent
+        self._may_be_frozen = marked and agent is not None
+        if agent != "connected" or not (marked or self._freeze.wanted):
             return []
         try:
             thawed = self.domain.thaw()
         except AgentError as error:
             self._no_agent = error  # said when the freeze is due, without another wait
             return []
+        self._may_be_frozen = False
         return ["a freeze of the guest's file systems"] if thawed else []
 
     def _clients_must_stay(self, document: DomainDocument) -> bool:

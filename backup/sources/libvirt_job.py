@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +41,8 @@ NOBODY = "0" * 8
 """The short id of dry runs, audits and `map`, which belong to no repository."""
 _SYSTEM = Path("/var/lib/libvirt/qemu")
 """Where the daemon of the system keeps a folder for each running domain, in which its QEMU may make sockets."""
+_FROZEN = "frozen"
+"""Ends the name of a file beside the scratch files that is there while a run has the guest frozen."""
 _WATCH_SECONDS = 0.2
 """Between two looks at the free space of the scratch folders."""
 FULL = 1 << 20
@@ -67,21 +69,29 @@ def scratch_file(folder: Path, short_id: str, uuid: str, target: str, unique: st
     return folder / f"{OURS}{short_id}-{uuid}-{unique}-{target}"
 
 
-def remove_stale(domain: Domain, scratch: Sequence[Path], short_id: str) -> list[str]:
+def stale_files(domain: Domain, scratch: Sequence[Path], short_id: str) -> list[Path]:
+    """Return the scratch files and the marks of a freeze that runs of this repository left for this domain."""
+    uuid = domain.uuid()
+    return [path for folder in scratch for each in (short_id, NOBODY) for path in folder.glob(f"{OURS}{each}-{uuid}-*")]
+
+
+def is_mark(path: Path) -> bool:
+    """Tell whether a file says that a run had the guest frozen."""
+    return path.name.endswith(f"-{_FROZEN}")
+
+
+def remove_stale(paths: Iterable[Path]) -> list[str]:
     """
-    Remove scratch files and sockets that runs of this repository left for this domain; say what was removed.
+    Remove what `stale_files` found; say which scratch files were removed.
 
     Call this only while no backup job of the domain runs.
     """
-    uuid = domain.uuid()
-    found = [
-        path for folder in scratch for each in (short_id, NOBODY) for path in folder.glob(f"{OURS}{each}-{uuid}-*")
-    ]
     removed = []
-    for path in found:
+    for path in paths:
         with ignoring(_log, f"{path} is not removed", OSError):
             path.unlink()
-            removed.append(f"scratch file {path}")
+            if not is_mark(path):
+                removed.append(f"scratch file {path}")
     return removed
 
 
@@ -133,7 +143,7 @@ class Job:
             self._require_space(folder)
         self._was_stopped = self._domain.stopped_by_io_error()
         # Once libvirt was asked, a signal waits for the answer: else nothing would tell whether the job runs.
-        with deferred():
+        with deferred(), self._marked():
             try:
                 self._freezing.begin()
                 self._begin()
@@ -142,6 +152,23 @@ class Job:
         if self._kept is not None:
             self._clients = Clients(self._domain, self._kept, self._socket, stay=True)
         self._watch.start()
+
+    @contextmanager
+    def _marked(self) -> Iterator[None]:
+        """Leave a file for as long as the guest may be frozen, so that the next run knows if this one is killed."""
+        if not self._freezing.wanted:
+            yield
+            return
+        scratch = Path(self._disks[0].scratch)
+        mark = scratch.with_name(f"{scratch.name.rpartition('-')[0]}-{_FROZEN}")
+        with ignoring(_log, f"{mark} is not made", OSError):
+            mark.touch(mode=0o600)
+        try:
+            yield
+        finally:
+            if self._freezing.stuck is None:
+                with ignoring(_log, f"{mark} is not removed", OSError):
+                    mark.unlink(missing_ok=True)
 
     def _begin(self) -> None:
         places = list(self._places())

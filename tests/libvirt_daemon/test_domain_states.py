@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -343,3 +345,33 @@ def test_a_frozen_guest_of_a_killed_run_is_thawed_by_the_next(domain, monkeypatc
     done = domain.night("full", "--freeze")
     assert (done.rc, "a freeze of the guest's file systems" in done.stderr) == (0, True), done
     assert guest.heard[0] == "thaw"
+
+
+def killed_while_frozen(domain: Domain) -> None:
+    """A run of a process of its own is killed between freeze and thaw."""
+    child = os.fork()
+    if child == 0:
+        OurDomain.begin_job = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+        domain.night("full", "--freeze")
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+
+
+def test_a_run_without_a_freeze_thaws_the_guest_of_a_run_that_was_killed_meanwhile(domain, monkeypatch):
+    """Neither a job nor a checkpoint tells of a run that was killed before both."""
+    guest = Guest(monkeypatch)
+    killed_while_frozen(domain)
+    assert [name.rpartition("-")[2] for name in domain.leftovers()] == ["frozen"]
+    guest.frozen = True
+    document = OurDomain.document
+    state = "disconnected"
+    monkeypatch.setattr(OurDomain, "document", lambda found, *, on: replace(document(found, on=on), agent=state))
+    silent = domain.night("full")
+    assert (silent.rc, "may still be frozen" in silent.stderr, guest.frozen) == (3, True, True), silent
+    state = "connected"
+    done = domain.night()
+    assert (done.rc, "a freeze of the guest's file systems" in done.stderr, guest.frozen) == (0, True, False), done
+    assert domain.leftovers() == []
+    heard = len(guest.heard)
+    assert domain.night().rc == 0
+    assert guest.heard[heard:] == ["begin"]  # the agent of a guest that was not frozen is not asked
