@@ -51,6 +51,7 @@ from backup.planning import plan
 from backup.planning.decision import Decision, Refusal
 from backup.planning.plan import Plan
 from backup.planning.sampling import Reservoir
+from backup.qemu.images import RAW
 from backup.repository import chain_reader, data_file, data_file_writer, machine_files
 from backup.repository.chain_reader import ChainContent
 from backup.repository.machine import Contents, Machine, manifest_name
@@ -681,8 +682,17 @@ def _note(disk: _Disk, request: Request) -> list[str]:
         why = f"no bitmap was named, so none is started: the next backup is a {request.unusable} (--bitmap NAME)"
         return [f"disk {disk.name}: {why}"]
     if disk.why_none is not None and not disk.refused and not disk.warned:
-        return [f"disk {disk.name}: bitmap {family} cannot be started: {disk.why_none}"]
+        return [f"disk {disk.name}: bitmap {family} cannot be started: {disk.why_none}{_remedy(disk.state)}"]
     return []
+
+
+def _remedy(state: DiskState) -> str:
+    """Say how the user can have incrementals of a disk without bitmaps, if there is a way; else nothing."""
+    if state.data_file is not None and not state.trusts_data_file:
+        return "; if nothing writes to that file except through the image: --trust-data-file (`trust_data_file: true`)"
+    if state.no_bitmaps is not None and state.format == RAW:
+        return "; docs/raw-disks.md shows how a raw disk has incrementals"
+    return ""
 
 
 def _forget(disks: Sequence[_Disk]) -> None:

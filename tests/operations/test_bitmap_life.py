@@ -455,6 +455,7 @@ def test_a_raw_image_is_always_read_whole_and_says_so(tmp_path):
     assert (first.rc, first.disk["kind"]) == (0, "full")
     assert "raw image cannot hold dirty bitmaps" in first.disk["reason"]
     assert "bitmap b1 cannot be started" in first.stderr
+    assert "docs/raw-disks.md shows how a raw disk has incrementals" in first.stderr
     night.require_fallback("a raw image cannot hold dirty bitmaps")
 
 

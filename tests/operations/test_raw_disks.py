@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from lab import MIB, Night, bitmaps, call_pybackup, raw_copy, restore_and_cmp, run, write
 
+from backup.qemu.images import device_id
+
 ROOT = Path(__file__).parents[2]
 TRUST = "--trust-data-file"
 NEVER_SEEN = "an external data file, whose writes no bitmap need see"
@@ -67,6 +69,7 @@ def test_a_trusted_data_file_is_backed_up_by_the_images_bitmap(night):
 def test_without_the_users_word_nothing_changes(night):
     done = night.full()
     assert (NEVER_SEEN in done.stderr, bitmaps(night.image), claim(night)) == (True, {}, None)
+    assert "except through the image: --trust-data-file (`trust_data_file: true`)" in done.stderr
     night.require_fallback(NEVER_SEEN)
 
 
@@ -232,3 +235,11 @@ def test_the_option_needs_a_source_that_can_have_a_data_file(tmp_path):
     assert "without a source" in call_pybackup(["full", TRUST, *repo]).stderr
     done = call_pybackup(["full", "--nbd", "nbd+unix:///x?socket=/s", TRUST, "--machine", "m", *repo])
     assert (done.rc, "--trust-data-file together with --nbd" in done.stderr) == (2, True), done
+
+
+def test_a_volume_is_known_by_the_uuid_that_lvm_gives_it(tmp_path):
+    """No device mapper is asked: the folder stands for the kernel's."""
+    (tmp_path / "253:7/dm").mkdir(parents=True)
+    (tmp_path / "253:7/dm/uuid").write_text("LVM-abc\n")
+    assert device_id(os.makedev(253, 7), tmp_path) == "uuid LVM-abc"
+    assert device_id(os.makedev(253, 8), tmp_path) == "device"
