@@ -220,3 +220,16 @@ def test_map_says_where_the_exact_names_of_bitmaps_are(domain):
     done = call_pybackup(words)
     assert done.rc == 13
     assert "`pybackup show MACHINE` names the bitmap" in done.stderr
+
+
+def test_a_renamed_domain_goes_on_under_the_old_name_if_it_is_given(domain):
+    """Without --machine the new name is a new machine, whose disks begin with a full."""
+    domain.require_night("full", "full")
+    domain.destroy()
+    domain.daemon.virsh("domrename", domain.name, "t1new")
+    domain.name = "t1new"
+    domain.start()
+    domain.io("vda", "write -P 7 1M 64k")
+    kept = domain.night("incremental", "--machine", "t1")
+    assert (kept.rc, [kind_of(disk) for disk in kept.machine["disks"]]) == (0, ["incremental"] * 2), kept
+    domain.require_night("full", "full")
