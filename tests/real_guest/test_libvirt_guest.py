@@ -1,7 +1,8 @@
-"""A real guest under libvirt: frozen through libvirt's agent channel, also by a run that is killed meanwhile."""
+"""A real guest under libvirt: frozen through libvirt's agent channel, restored, defined anew and booted."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ import pytest
 from domains import Daemon, Domain, daemon_of, wait_until
 from guest import MARKER, make_disks
 from kills import DRIVER
-from lab import init
+from lab import init, run_pybackup
 
 
 @pytest.fixture
@@ -68,3 +69,31 @@ def test_a_guest_is_frozen_for_the_begin_and_thawed_after_a_kill(guest):
     assert (done.rc, "a freeze of the guest's file systems" in done.stderr) == (0, True), done
     assert not frozen(guest)
     assert [disk["kind"] for disk in done.machine["disks"]] == ["incremental", "incremental"]
+
+
+def mounted(domain: Domain, name: str) -> list[str]:
+    """Where the guest of a domain has mounted file systems, as its agent tells."""
+    said = domain.daemon.virsh("qemu-agent-command", name, '{"execute":"guest-get-fsinfo"}')
+    return sorted(system["mountpoint"] for system in json.loads(said)["return"])
+
+
+@pytest.mark.timeout(600)
+def test_a_restored_machine_boots_as_a_new_domain_and_has_its_file_systems(guest):
+    assert guest.night("full", "--freeze").rc == 0
+    before = mounted(guest, guest.name)
+    assert before
+    guest.destroy()
+    folder, virsh = guest.folder / "restored", guest.daemon.virsh
+    words = ["restore", f"{guest.name}/latest", f"{folder}/", "--repo", guest.repository]
+    done = run_pybackup([*words, "--define", "--name", "g2", "--libvirt", guest.daemon.uri])
+    assert done.rc == 0, done
+    folder.chmod(0o755)
+    for path in folder.iterdir():
+        guest.daemon.give(path)
+    try:
+        virsh("start", "g2")
+        wait_until(lambda: "state='connected'" in virsh("dumpxml", "g2"), "the agent of the restored machine", 240)
+        assert mounted(guest, "g2") == before
+    finally:
+        virsh("destroy", "g2", fails=True)
+        virsh("undefine", "g2", fails=True)
