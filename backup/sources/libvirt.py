@@ -30,6 +30,7 @@ from backup.sources.freezing import Freezing
 from backup.sources.image import ImageSource
 from backup.sources.libvirt_domain import Domain, Refused
 from backup.sources.libvirt_job import DomainMoment, Job, Room
+from backup.sources.libvirt_lock import only_run
 from backup.sources.libvirt_records import Records
 from backup.sources.libvirt_state import machine_state
 from backup.sources.libvirt_xml import DomainDisk, DomainDocument, JobDisk
@@ -88,24 +89,23 @@ class Libvirt:
         self._no_agent: AgentError | None = None
         self._may_be_frozen = False
         self._is_on = False
+        self._leave = ExitStack()
         self.records = Records(self.domain)
         self._seen = _Seen()
 
     def __enter__(self) -> Self:
-        self.domain.connect()
-        try:
+        with ExitStack() as undo:
+            undo.callback(self.domain.close)
+            self.domain.connect()
+            undo.enter_context(only_run(self.domain.uuid(), self.name))
             self._is_on = self.domain.is_on()
-        except BaseException:
-            self.domain.close()
-            raise
+            undo.callback(to_the_end, self.records.forget)
+            self._leave = undo.pop_all()
         self._look_again()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        try:
-            to_the_end(self.records.forget)
-        finally:
-            self.domain.close()
+        self._leave.close()
 
     @property
     def is_on(self) -> bool:

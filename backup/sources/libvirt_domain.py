@@ -287,7 +287,7 @@ class Domain:
             ) from None
         if kind != self._libvirt.VIR_DOMAIN_JOB_NONE:
             raise Locked(
-                f"libvirt runs another job of domain {self.name} (a migration, a save or a dump)",
+                f"libvirt runs another job of domain {self.name} (a migration, a save, a dump or a backup)",
                 hint=f"wait for its end, and run the command again; see: virsh domjobinfo {self.name}",
             )
 

@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from backup.errors import SourceError
 from backup.model.disk import repository_of
 from backup.runtime.ignoring import ignoring
-from backup.sources.libvirt_domain import Domain
+from backup.sources.libvirt_domain import Domain, Refused
 
 _log = logging.getLogger(__name__)
 
@@ -154,5 +154,6 @@ class Records:
             return
         with ignoring(_log, "removing libvirt's records of checkpoints", SourceError):
             for name in self._temporary.intersection(self._domain.checkpoints()):
-                self._domain.forget(name)
+                with ignoring(_log, f"removing libvirt's record of {name}", Refused):  # the others can go
+                    self._domain.forget(name)
             self._temporary.clear()

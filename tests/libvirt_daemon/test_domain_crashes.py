@@ -13,7 +13,7 @@ from contextlib import suppress
 import pytest
 from domains import Domain, wait_until
 from kills import DRIVER
-from lab import bitmaps, init, run
+from lab import bitmaps, call_pybackup, init, run
 
 from backup.model.names import MARKER
 from backup.sources.libvirt import Libvirt
@@ -99,8 +99,6 @@ def test_a_killed_run_and_another_end_meanwhile(domain, step, then: Callable[[Do
 
 
 def test_clean_removes_what_a_killed_run_left(domain):
-    from lab import call_pybackup
-
     begun(domain)
     killed_night(domain, "job begun")
     assert domain.job()
@@ -216,6 +214,20 @@ def test_the_daemon_is_restarted_while_the_disks_are_read(domain, monkeypatch):
     begun(domain)
     during(monkeypatch, domain, domain.daemon.restart)
     domain.require_night("incremental", "incremental")
+
+
+def test_a_second_run_of_a_domain_is_refused_before_it_asks_libvirt_for_checkpoints(domain, monkeypatch, tmp_path):
+    """libvirt 11.3 does not survive that while a backup begins."""
+    begun(domain)
+    ours, domain.repository = domain.repository, tmp_path / "other"
+    second = domain.words("full")
+    domain.repository = ours
+    done = []
+    during(monkeypatch, domain, lambda: done.append(call_pybackup(second)))
+    domain.require_night("incremental", "incremental")
+    [refused] = done
+    assert (refused.rc, "another run of pybackup uses domain" in refused.stderr) == (11, True), refused
+    assert call_pybackup(second).rc == 0
 
 
 def quit_qemu(domain: Domain) -> None:

@@ -148,7 +148,7 @@ def test_another_job_is_no_failure_of_libvirt_but_a_lock(fake):
     with pytest.raises(Locked):
         fake.ours.begin_job("<x/>", None)
     fake.domain.does["jobInfo"] = lambda: [3, 0]
-    with pytest.raises(Locked, match="a migration, a save or a dump"):
+    with pytest.raises(Locked, match="a migration, a save, a dump or a backup"):
         fake.ours.require_no_other_job()
 
 
