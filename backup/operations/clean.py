@@ -8,7 +8,7 @@ whose names have exactly the form FAMILY.REPOSITORY.POINT, with an id that the u
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +18,8 @@ from backup.model import disk
 from backup.qemu import image_bitmaps, images
 from backup.qmp.blocks import OURS, BlockGraph
 from backup.qmp.monitor import Monitor
+from backup.repository.repository import Repository
+from backup.sources.base import Source
 
 
 class Place(Protocol):
@@ -86,6 +88,28 @@ class ImagePlace:
 
 
 @dataclass(frozen=True, slots=True)
+class DiskPlace:
+    """A disk of a domain of libvirt, on or off, and the `names` of its bitmaps when the disk was inspected."""
+
+    disk: str
+    source: Source
+    names: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """Return the name of the disk."""
+        return f"disk {self.disk}"
+
+    def bitmaps(self) -> Sequence[str]:
+        """Return the names from the time at which the disk was inspected."""
+        return self.names
+
+    def remove(self, name: str) -> None:
+        """Have libvirt, or qemu-img while the domain is off, remove a bitmap."""
+        self.source.remove_bitmap(name)
+
+
+@dataclass(frozen=True, slots=True)
 class NamedBitmap:
     """A bitmap with a name of pybackup's form; `repository` is the short id in the name."""
 
@@ -131,6 +155,46 @@ def places_of(monitor: Monitor, blocks: BlockGraph) -> list[Place]:
         for node in blocks.nodes.values()
         if node.bitmaps and not node.name.startswith(OURS)
     ]
+
+
+def started_bitmaps(repository: Repository) -> dict[str, set[str]]:
+    """
+    Return the bitmaps that the points of a repository started and a disk may still have, by the path of its image.
+
+    These are the bitmaps of a disk's two newest points: a run that was killed leaves the older one as well.
+    """
+    started: dict[str, set[str]] = {}
+    for name in repository.machine_names():
+        of_machine: dict[str, list[str]] = {}
+        for manifest in sorted(repository.machine(name).contents().manifests.values(), key=lambda each: each.sequence):
+            for entry in manifest.disks:
+                if entry.bitmap.started is not None:
+                    of_machine.setdefault(entry.source.path, []).append(entry.bitmap.started)
+        for path, names in of_machine.items():
+            started.setdefault(path, set()).update(names[-2:])
+    return started
+
+
+def disk_places(
+    disks: Iterable[tuple[str, Source]], started: Mapping[str, Collection[str]]
+) -> tuple[list[Place], list[str]]:
+    """
+    Inspect the disks of a domain; also return why some cannot be inspected.
+
+    `started` are the bitmaps that may be there, by the path of the image: libvirt lists only bitmaps that it is asked
+    for, until QEMU has stored them in the image.
+    """
+    places: list[Place] = []
+    problems = []
+    for name, source in disks:
+        try:
+            source.expect_bitmaps(started.get(source.inspect().path, ()))
+            bitmaps = tuple(bitmap.name for bitmap in source.inspect().bitmaps)
+        except SourceError as error:
+            problems.append(error.message)
+            continue
+        places.append(DiskPlace(name, source, bitmaps))
+    return places, problems
 
 
 def find(places: Iterable[Place]) -> list[NamedBitmap]:

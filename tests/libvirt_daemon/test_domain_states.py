@@ -375,3 +375,32 @@ def test_a_run_without_a_freeze_thaws_the_guest_of_a_run_that_was_killed_meanwhi
     heard = len(guest.heard)
     assert domain.night().rc == 0
     assert guest.heard[heard:] == ["begin"]  # the agent of a guest that was not frozen is not asked
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_without_bitmaps_a_domain_can_go_back_to_an_internal_snapshot(drawn, on):
+    """With one, `virsh snapshot-revert` fails: QEMU does not load a snapshot of a disk that has a bitmap."""
+    drawn.disks["vdb"] = extra_image(drawn, "vdb.qcow2", "qcow2")
+    drawn.define().start()
+    drawn.io("vda", "write -P 1 0 64k")
+    drawn.daemon.virsh("snapshot-create-as", drawn.name, "before")
+    then = drawn.hold()["vda"].rename(drawn.folder / "then.raw")
+    drawn.io("vda", "write -P 2 0 64k")
+    drawn.require_night("full", "full")
+    if not on:
+        drawn.destroy()
+    words = ["clean", "--libvirt", drawn.daemon.uri, "--domain", drawn.name, "--repo", drawn.repository]
+    listed = call_pybackup([*words, "--bitmaps", "--json"])
+    assert (listed.rc, [found["place"] for found in listed.document["bitmaps"]]) == (0, ["disk vda", "disk vdb"]), (
+        listed
+    )
+    assert not any(found["removed"] for found in listed.document["bitmaps"])
+    removed = call_pybackup([*words, "--bitmaps", "--yes", "--json"])
+    assert (removed.rc, [found["removed"] for found in removed.document["bitmaps"]]) == (0, [True, True]), removed
+    assert drawn.checkpoints() == []
+    drawn.daemon.virsh("snapshot-revert", drawn.name, "before", "--paused")
+    run("qemu-img", "convert", "-U", "-O", "raw", drawn.disks["vda"], drawn.folder / "now.raw")
+    run("cmp", then, drawn.folder / "now.raw")
+    drawn.destroy()
+    drawn.start()
+    drawn.require_night("rescan", "rescan")

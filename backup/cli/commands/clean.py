@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,11 +106,6 @@ class CleanOptions:
             from backup.cli import requests
 
             requests.check_uri(self.libvirt)
-        if self.libvirt is not None and self.of_bitmaps:
-            raise UsageError(
-                "bitmaps of a domain are listed and removed while it is off",
-                hint="shut it down, and give its images: `pybackup clean --image FILE --bitmaps`",
-            )
         for short_id in self.repositories:
             if not re.fullmatch("[0-9a-f]{8}", short_id):
                 raise UsageError(
@@ -185,6 +180,13 @@ def _clean_bitmaps(wanted: CleanOptions) -> int:
     if wanted.images:
         images: list[Place] = [cleaning.ImagePlace(path) for path in wanted.images]
         return _list_or_remove(wanted, owners, images, [])
+    if wanted.libvirt is not None:
+        with _domain(wanted) as domain:
+            removed = [what for owner in owners for what in domain.recover(owner)] if wanted.yes else []
+            places, unread = cleaning.disk_places(domain.discover(), _started(wanted, owners))
+            for text in unread:
+                output.warning(text)
+            return max(_list_or_remove(wanted, owners, places, removed), WARNINGS_EXIT_CODE if unread else 0)
     with _running(wanted) as host:
         removed = [what for owner in owners for what in host.recover(owner)] if wanted.yes else []
         return _list_or_remove(wanted, owners, cleaning.places_of(host.monitor, host.blocks()), removed)
@@ -199,6 +201,14 @@ def _selected_owners(wanted: CleanOptions) -> list[Owner]:
     if wanted.bitmaps and named:
         owners.insert(0, find.repository(wanted.repo).ownership(None))
     return owners
+
+
+def _started(wanted: CleanOptions, owners: Sequence[Owner]) -> Mapping[str, Collection[str]]:
+    """Return the bitmaps that the repository's points started, by the paths of the disks' images."""
+    from backup.operations import clean as cleaning
+
+    named = any(owner.short_id not in wanted.repositories for owner in owners)
+    return cleaning.started_bitmaps(find.repository(wanted.repo)) if named else {}
 
 
 def _list_or_remove(
