@@ -357,7 +357,7 @@ class Libvirt:
         if self._scratch is not None:
             return [self._scratch]
         paths = [disk.path for disk in self.document().disks if disk.path is not None]
-        return list(dict.fromkeys(Path(path).parent for path in paths if not path.startswith("/dev/")))
+        return list(dict.fromkeys(Path(path).parent for path in paths if not Path(path).is_block_device()))
 
     # The instant
 
@@ -457,7 +457,7 @@ class Libvirt:
 
     def _folder_of(self, image: str) -> Path:
         folder = Path(image).parent
-        if image.startswith("/dev/") or Path(image).is_block_device() or not folder.is_dir():
+        if Path(image).is_block_device() or not folder.is_dir():
             raise SourceError(
                 f"no scratch folder is named, and {image} is no local file whose folder could serve",
                 hint="name one with --scratch (`scratch:` in the configuration)",
