@@ -40,7 +40,7 @@ from live import (
 
 from backup.errors import Failed
 from backup.nbd.export import Lane
-from backup.qmp import leftovers, monitor
+from backup.qmp import answers, leftovers, monitor
 from backup.qmp import scratch as scratch_files
 from backup.qmp.instant import Instant
 from backup.qmp.monitor import Monitor
@@ -710,7 +710,7 @@ def without_quorum(monkeypatch):
 
     def command(self, name, arguments=None):
         if name == "blockdev-add" and arguments["file"]["driver"] == "quorum":
-            raise monitor.Refused(name, "Driver 'quorum' is not whitelisted")
+            raise answers.Refused(name, "Driver 'quorum' is not whitelisted")
         return execute(self, name, arguments)
 
     monkeypatch.setattr(Monitor, "command", command)

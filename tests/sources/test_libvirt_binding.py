@@ -228,7 +228,6 @@ def test_options_that_do_not_fit_are_two_lines(words, said, tmp_path):
     ("words", "said"),
     [
         (["clean", "--libvirt", "qemu:///system"], "--libvirt and --domain go together"),
-        (["clean", "--libvirt", "qemu:///system", "--domain", "a", "--bitmaps"], "while it is off"),
         (["clean", "--libvirt", "qemu:///system", "--domain", "a", "--qmp", "/q"], "clean needs one of"),
         (["clean", "--libvirt", "qemu+ssh://h/system", "--domain", "a"], "on another host"),
         (["map", "--libvirt", "qemu:///system", "--domain", "a"], "map needs one source"),

@@ -81,7 +81,7 @@ def restore(
     limit: WriteLimit = None,
 ) -> None:
     """
-    Restore the disks of a point, and the machine to which they belong.
+    Restore the disks of a point, and its machine.
 
     Every block is checked against its digest before it is written.  A file appears under its name only when it is
     complete.  Of a point that was made with --libvirt, a folder also gets the machine's definition MACHINE.xml, which

@@ -33,7 +33,7 @@ def show(
         typer.Option("--definition", help="Print the machine's definition (libvirt's XML) and nothing else."),
     ] = False,
 ) -> None:
-    """Show a point: its disks, their sources and their chains, and the files of the machine."""
+    """Show a point: its disks, their sources and their chains."""
     from backup.model import chain
 
     machine, point = find.point(manifest, find.folder_of(repo))
