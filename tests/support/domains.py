@@ -27,6 +27,8 @@ PATIENCE = 60.0
 NOBODY, NOGROUP = 65534, 65534
 QEMU_USER = 64055
 """libvirt-qemu, as Debian numbers it."""
+SNAPSHOTS_METADATA = 2
+"""VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA"""
 METADATA_ONLY = 2
 """VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY"""
 STATES = ("no state", "running", "blocked", "paused", "in shutdown", "shut off", "crashed", "pmsuspended")
@@ -267,7 +269,7 @@ class Domain:
                 found.destroy()
             if found.hasManagedSaveImage(0):
                 found.managedSaveRemove(0)
-            found.undefine()
+            found.undefineFlags(SNAPSHOTS_METADATA)
 
     # What is in it
 

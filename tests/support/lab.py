@@ -198,8 +198,10 @@ def check_repository(repository: Path) -> None:
     named = {"lock", "sequence", "verified"}
     for manifest in repository.glob("*/*.json"):
         named.add(manifest.name)
-        for disk in json.loads(manifest.read_bytes())["disks"]:
+        document = json.loads(manifest.read_bytes())
+        for disk in document["disks"]:
             named.update((disk["data"]["file"], disk["data"]["digests"]))
+        named.update(file["file"] for file in document.get("machine_files", []))
     for path in repository.glob("*/*"):
         assert path.name in named, f"{path} is a leftover"
         if path.suffix == ".qcow2":
