@@ -39,6 +39,10 @@ class RestoredMachine:
     problems: tuple[BackupError, ...]
 
 
+NO_MACHINE = RestoredMachine({}, (), ())
+"""Of a point without files of the machine, or of single disks."""
+
+
 @dataclass(frozen=True, slots=True)
 class MachineRestore:
     """

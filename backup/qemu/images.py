@@ -258,12 +258,16 @@ def stat_layer(name: str) -> Layer:
     return Layer(os.path.abspath(name), status.st_size, status.st_mtime_ns, status.st_ino)
 
 
-def external_data_file(name: str, image: str, *, open_in_qemu: bool) -> ExternalFile:
+def external_data_file(name: str | None, image: str, *, open_in_qemu: bool) -> ExternalFile | None:
     """
-    Identify the external data file `name` of an image.  `open_in_qemu`: a running machine writes to both files now.
+    Identify the external data file `name` of an image; None: the image has none.
+
+    `open_in_qemu`: a running machine writes to both files now.
 
     The name must be an absolute path: QEMU takes a relative one from its working folder, not from the image's.
     """
+    if name is None:
+        return None
     if not name.startswith("/"):
         return ExternalFile(name, None)
     try:

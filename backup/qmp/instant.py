@@ -21,16 +21,17 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import quote
 
-from backup.errors import BackupError, Interrupted, SourceError, os_errors_as
+from backup.errors import BackupError, Interrupted, SourceError
 from backup.nbd.connection import Dialled
 from backup.nbd.export import Export
 from backup.qemu import folders, unnamed_images
+from backup.qemu.scratch_room import Room, ran_out
 from backup.qmp import leftovers, scratch
 from backup.qmp.answers import Refused
 from backup.qmp.blocks import OURS, BlockGraph
@@ -78,16 +79,6 @@ class InstantDisk:
     persistent: bool
     scratch: Path
     writes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Room:
-    """
-    Bytes that must stay free on scratch file systems, and the folder of the repository, which may be on one of them.
-    """
-
-    reserve: int
-    repository: Path | None
 
 
 class Around(Protocol):
@@ -218,8 +209,9 @@ class Instant:
     def begin(self, around: Around) -> None:
         """Make the overlays, freeze the disks, and serve the overlays."""
         self._clients.stay = bool(self._monitor.command("query-iothreads"))
+        writes = sum(disk.writes for disk in self._disks)
         for folder in dict.fromkeys(disk.scratch for disk in self._disks):
-            self._require_space(folder)
+            self._room.require(folder, writes)
         for number, disk in enumerate(self._disks):
             self._add_overlay(number, disk)
         # Python can raise a signal at the beginning of any function, also of `end`, and the guest would stay frozen.
@@ -309,20 +301,6 @@ class Instant:
             os.close(self._lock)
             self._lock = -1
         self._ended = True
-
-    def _require_space(self, folder: Path) -> None:
-        hint = "name another folder with --scratch (`scratch:` in the configuration)"
-        with os_errors_as(f"the scratch folder {folder} cannot be used", hint=hint, kind=SourceError):
-            free, device = free_bytes(folder), os.stat(folder).st_dev
-        shared = self._room.repository is not None and _device(self._room.repository) == device
-        writes = sum(disk.writes for disk in self._disks) if shared else 0
-        if free < self._room.reserve + writes:
-            also = f", and the backup writes up to {writes} to the same file system" if shared else ""
-            raise SourceError(
-                f"the scratch folder {folder} has {free} bytes free; {self._room.reserve} must stay free{also}",
-                hint="what the guest overwrites during the backup needs room there: free some space, name another "
-                "folder with --scratch, or lower `scratch_reserve`",
-            )
 
     def _add_overlay(self, number: int, disk: InstantDisk) -> None:
         fd = unnamed_images.create_scratch(disk.scratch, disk.size)
@@ -520,11 +498,7 @@ class Instant:
         free, folder = min((free_bytes(fd), disk.scratch) for fd, disk in zip(self._fds, self._disks, strict=True))
         if free >= max(self._room.reserve, _LEAST) and not self._failed_the_guest():
             return
-        self.lost = SourceError(
-            f"the scratch folder {folder} ran out of space ({free} bytes left) while the guest wrote; "
-            "the backup was stopped, and the guest continues",
-            hint="free some space, name another folder with --scratch, or back up when the guest writes less",
-        )
+        self.lost = ran_out(folder, free)
         self._remove()
 
 
@@ -534,13 +508,3 @@ def _lost(folder: Path, why: str) -> SourceError:
         "the backup was stopped, and the guest continues",
         hint="free some space, name another folder with --scratch, or back up when the guest writes less",
     )
-
-
-def _device(folder: Path) -> int | None:
-    """
-    Return the device of a folder's file system; for a folder that does not exist yet, of its first existing parent.
-    """
-    for path in (folder, *folder.absolute().parents):
-        with suppress(OSError):
-            return os.stat(path).st_dev
-    return None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Protocol, Self
 
-from backup.errors import SourceError
+from backup.errors import BackupError, Interrupted, SourceError
 from backup.qmp.agent import AgentError
 from backup.runtime.signals import to_the_end
 from backup.sources.base import Freeze
@@ -58,10 +59,32 @@ class Freezing:
         """How many file systems the agent froze."""
         self._lost = False
         self.consistency = "crash"
-        self.warnings: list[str] = []
+        self._warnings: list[str] = []
         self.seconds: float | None = None
         self.stuck: str | None = None
         """A warning that the guest may still be frozen, with what to do."""
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        """What went wrong, also that the guest may still be frozen."""
+        return [*self._warnings, *([] if self.stuck is None else [self.stuck])]
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """How long the guest was frozen."""
+        if self.consistency != "filesystem" or self.seconds is None:
+            return []
+        return [f"the guest's file systems were frozen for {self.seconds:.2f} s"]
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Add to the hint of an error of the block that the guest may still be frozen."""
+        try:
+            yield
+        except (BackupError, Interrupted) as error:
+            if self.stuck is not None:
+                error.hint = f"{error.hint}; {self.stuck}"
+            raise
 
     @property
     def wanted(self) -> bool:
@@ -90,7 +113,7 @@ class Freezing:
                     f"the guest's file systems cannot be frozen: {error.message}",
                     hint=f"{error.hint}; with `freeze: true` the backup is taken without the freeze",
                 ) from None
-            self.warnings.append(f"the guest was not frozen, and the backup is only crash-consistent: {error.message}")
+            self._warnings.append(f"the guest was not frozen, and the backup is only crash-consistent: {error.message}")
         else:
             self.consistency = "filesystem"
 
@@ -132,7 +155,9 @@ class Freezing:
         """Take back that the guest was frozen, because it may have written before the instant."""
         self._lost = True
         self.consistency = "crash"
-        self.warnings.append(f"the guest's file systems were frozen, and the backup is only crash-consistent: {_EARLY}")
+        self._warnings.append(
+            f"the guest's file systems were frozen, and the backup is only crash-consistent: {_EARLY}"
+        )
 
     def _thaw(self) -> int | AgentError:
         """Try to thaw once; return how many file systems were frozen until then, or what went wrong."""

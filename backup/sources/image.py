@@ -61,9 +61,7 @@ class ImageSource:
             unseen_writes=info.unseen_writes,
             lower=tuple(LowerFile(layer.path, layer.size, layer.mtime_ns, layer.inode) for layer in info.lower),
             lower_bitmaps=info.lower_bitmaps,
-            data_file=None
-            if info.data_file is None
-            else images.external_data_file(info.data_file, programs.filename(self.path), open_in_qemu=False),
+            data_file=images.external_data_file(info.data_file, programs.filename(self.path), open_in_qemu=False),
         )
 
     def _require_raw(self, size: int) -> None:

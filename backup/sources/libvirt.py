@@ -15,10 +15,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
-from backup.errors import BackupError, Interrupted, Locked, SourceError
+from backup.errors import Locked, SourceError
 from backup.model.disk import Bitmap, DiskState, own_bitmaps
 from backup.model.manifest import LowerFile
-from backup.qemu import images
+from backup.qemu import images, scratch_room
 from backup.qmp.agent import AgentError
 from backup.runtime.shortage import free_bytes
 from backup.runtime.signals import to_the_end
@@ -29,7 +29,7 @@ from backup.sources.base import NO_FREEZE, Capture, Freeze, MachineState, Moment
 from backup.sources.freezing import Freezing
 from backup.sources.image import ImageSource
 from backup.sources.libvirt_domain import Domain, Refused
-from backup.sources.libvirt_job import DomainMoment, Job, Room
+from backup.sources.libvirt_job import DomainMoment, Job
 from backup.sources.libvirt_lock import only_run
 from backup.sources.libvirt_records import Records
 from backup.sources.libvirt_state import machine_state
@@ -134,7 +134,7 @@ class Libvirt:
         """
         if not self._all:
             return ()
-        found = [disk for disk in self.document().disks if not disk.removable and disk.target not in self._exclude]
+        found = [disk for disk in self._disks() if not disk.removable and disk.target not in self._exclude]
         if not found:
             raise SourceError(
                 f"domain {self.name} has no disk that is not excluded",
@@ -147,7 +147,7 @@ class Libvirt:
         """Tell whether the domain, whose disks the user did not name, has no such disk although it is not excluded."""
         if not self._all or disk in self._exclude:
             return False
-        return all(disk != found.target and path != found.path for found in self.document().disks)
+        return all(disk != found.target and path != found.path for found in self._disks())
 
     def disk(self, target: str) -> DomainDisk:
         """
@@ -269,7 +269,7 @@ class Libvirt:
 
         `marked`: a run that was to freeze the guest was killed in between.
         """
-        agent = self.document().agent
+        agent = self._document_once().agent
         self._may_be_frozen = marked and agent is not None
         if agent != "connected" or not (marked or self._freeze.wanted):
             return []
@@ -356,7 +356,7 @@ class Libvirt:
     def _scratch_folders(self) -> list[Path]:
         if self._scratch is not None:
             return [self._scratch]
-        paths = [disk.path for disk in self.document().disks if disk.path is not None]
+        paths = [disk.path for disk in self._disks() if disk.path is not None]
         return list(dict.fromkeys(Path(path).parent for path in paths if not Path(path).is_block_device()))
 
     # The instant
@@ -406,27 +406,23 @@ class Libvirt:
             self.domain,
             disks,
             document,
-            Room(self._reserve, repository, sum(self._writes(disk) for disk in disks)),
+            scratch_room.Room(self._reserve, repository),
             freezing,
+            writes=sum(self._writes(disk) for disk in disks),
             kept=jobs.prefixes(short_id)[0] if self._clients_must_stay(document) else None,
         )
         moment = DomainMoment(job, freezing, self._doubts(document), self._remarks(document))
-        try:
-            with jobs.running_job(job), ExitStack() as opened:  # connections close before the job ends
-                moment.machine = self._machine_state()
-                self._look_again({disk.target: disk.read for disk in disks})
-                if self._document_once().iothreads != document.iothreads:
-                    raise Moved(f"domain {self.name} got or lost an iothread before its instant was captured")
-                for number, (source, capture) in enumerate(zip(self.sources, captures, strict=True)):
-                    _require_settled(source, capture)
-                    export = job.open(number)
-                    opened.callback(export.close)
-                    moment.disks.append(Opened(export, capture.read_bitmap))
-                yield moment
-        except (BackupError, Interrupted) as error:
-            if freezing.stuck is not None:
-                error.hint = f"{error.hint}; {freezing.stuck}"
-            raise
+        with freezing.told(), jobs.running_job(job), ExitStack() as opened:  # connections close before the job ends
+            moment.machine = self._machine_state()
+            self._look_again({disk.target: disk.read for disk in disks})
+            if self._document_once().iothreads != document.iothreads:
+                raise Moved(f"domain {self.name} got or lost an iothread before its instant was captured")
+            for number, (source, capture) in enumerate(zip(self.sources, captures, strict=True)):
+                _require_settled(source, capture)
+                export = job.open(number)
+                opened.callback(export.close)
+                moment.disks.append(Opened(export, capture.read_bitmap))
+            yield moment
 
     @contextmanager
     def _resting(
@@ -450,19 +446,10 @@ class Libvirt:
         return machine_state(self.domain.definition(), self.domain.uri, on=self._is_on)
 
     def _job_disk(self, source: DomainSource, capture: Capture, short_id: str, unique: str) -> JobDisk:
-        folder = self._scratch or self._folder_of(capture.state.path)
+        folder = self._scratch or scratch_room.folder_of(capture.state.path)
         scratch = jobs.scratch_file(folder, short_id, self.domain.uuid(), source.target, unique)
         export = f"{jobs.OURS}{short_id}-{unique}-{source.target}"
         return JobDisk(source.target, capture.read_bitmap, capture.start_bitmap, export, os.fspath(scratch))
-
-    def _folder_of(self, image: str) -> Path:
-        folder = Path(image).parent
-        if Path(image).is_block_device() or not folder.is_dir():
-            raise SourceError(
-                f"no scratch folder is named, and {image} is no local file whose folder could serve",
-                hint="name one with --scratch (`scratch:` in the configuration)",
-            )
-        return folder
 
     def _writes(self, disk: JobDisk) -> int:
         if disk.read is not None:
@@ -614,9 +601,7 @@ class DomainSource:
             lower_bitmaps=info.lower_bitmaps,
             plaintext=info.encrypted or disk.encrypted,
             lists_bitmaps=False,
-            data_file=None
-            if info.data_file is None
-            else images.external_data_file(info.data_file, disk.path or "", open_in_qemu=True),
+            data_file=images.external_data_file(info.data_file, disk.path or "", open_in_qemu=True),
         )
         return _of_domain(state, disk)
 

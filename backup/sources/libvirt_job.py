@@ -22,6 +22,7 @@ from backup.model.libvirt_uri import is_session, socket_of
 from backup.nbd.connection import Dialled
 from backup.nbd.export import Export
 from backup.qemu import folders
+from backup.qemu.scratch_room import Room, ran_out
 from backup.qemu.sockets import LONGEST
 from backup.qmp.clients import Clients
 from backup.runtime.ignoring import ignoring
@@ -32,7 +33,6 @@ from backup.sources.base import NO_MACHINE_STATE, MachineState, Moved, NotStarte
 from backup.sources.freezing import Freezing
 from backup.sources.libvirt_domain import BROKEN_BITMAP, Domain, Refused
 from backup.sources.libvirt_xml import DomainDocument, JobDisk, RunningJob, backup_xml, checkpoint_xml
-from backup.units import show_size
 
 _log = logging.getLogger(__name__)
 
@@ -52,16 +52,6 @@ FULL = 1 << 20
 def prefixes(short_id: str) -> tuple[str, str]:
     """What the names of this repository's exports begin with, and those of runs that belong to no repository."""
     return f"{OURS}{short_id}-", f"{OURS}{NOBODY}-"
-
-
-@dataclass(frozen=True, slots=True)
-class Room:
-    """Bytes that must stay free on the scratch file systems, and the repository's folder, which may lie on one."""
-
-    reserve: int
-    repository: Path | None
-    writes: int
-    """Bytes that the backup writes to the repository, at most."""
 
 
 def scratch_file(folder: Path, short_id: str, uuid: str, target: str, unique: str) -> Path:
@@ -105,6 +95,8 @@ class Job:
         What is read.
     document : DomainDocument
         The domain as it was inspected.
+    writes : int
+        Bytes that the backup writes to the repository, at most.
     kept : str or None
         The prefix of the names by which QEMU keeps one end of each connection; None: it need not keep them.
     """
@@ -117,6 +109,7 @@ class Job:
         room: Room,
         freezing: Freezing,
         *,
+        writes: int = 0,
         kept: str | None = None,
     ) -> None:
         self._domain = domain
@@ -125,6 +118,7 @@ class Job:
         self._room = room
         self._freezing = freezing
         self._folder, self._lock = folders.shared_folder()
+        self._writes = writes
         self._kept = kept
         self._clients: Clients | None = None
         self._socket = ""
@@ -140,7 +134,7 @@ class Job:
     def begin(self) -> None:
         """Freeze the guest, begin the job, and thaw the guest."""
         for folder in self._folders:
-            self._require_space(folder)
+            self._room.require(folder, self._writes)
         self._was_stopped = self._domain.stopped_by_io_error()
         # Once libvirt was asked, a signal waits for the answer: else nothing would tell whether the job runs.
         with deferred(), self._marked():
@@ -257,22 +251,6 @@ class Job:
             return status.st_uid, status.st_gid
         return None
 
-    def _require_space(self, folder: Path) -> None:
-        hint = "name another folder with --scratch (`scratch:` in the configuration)"
-        shared = False
-        with os_errors_as(f"the scratch folder {folder} cannot be used", hint=hint, kind=SourceError):
-            free, device = free_bytes(folder), os.stat(folder).st_dev
-            if self._room.repository is not None and self._room.repository.exists():
-                shared = os.stat(self._room.repository).st_dev == device
-        if free < self._room.reserve + (self._room.writes if shared else 0):
-            reserve, writes = show_size(self._room.reserve), show_size(self._room.writes)
-            also = f", and the backup writes up to {writes} to the same file system" if shared else ""
-            raise SourceError(
-                f"the scratch folder {folder} has {show_size(free)} free; {reserve} must stay free{also}",
-                hint="what the guest overwrites during the backup needs room there: free some space, name another "
-                "folder with --scratch, or lower `scratch_reserve`",
-            )
-
     def open(self, number: int) -> Export:
         """Open the disk with this number for reading."""
         disk = self._disks[number]
@@ -382,11 +360,7 @@ class Job:
         if free >= max(self._room.reserve, FULL):
             return
         self._full = True
-        self.lost = SourceError(
-            f"the scratch folder {folder} ran out of space ({show_size(free)} left) while the guest wrote; "
-            "the backup was ended, and the guest goes on",
-            hint="free some space, name another folder with --scratch, or back up when the guest writes less",
-        )
+        self.lost = ran_out(folder, free)
         self._end_job()
 
 
@@ -409,15 +383,12 @@ class DomainMoment:
     @property
     def warnings(self) -> Sequence[str]:
         """Of the disks, of the freeze, and of what could not be removed in the end."""
-        stuck = [] if self.freezing.stuck is None else [self.freezing.stuck]
-        return [*self.doubts, *self.freezing.warnings, *stuck, *self.job.troubles]
+        return [*self.doubts, *self.freezing.warnings, *self.job.troubles]
 
     @property
     def notes(self) -> Sequence[str]:
-        """How long the guest was frozen."""
-        if self.consistency != "filesystem" or self.freezing.seconds is None:
-            return self.remarks
-        return [*self.remarks, f"the guest's file systems were frozen for {self.freezing.seconds:.2f} s"]
+        """What was seen of the domain, and how long the guest was frozen."""
+        return [*self.remarks, *self.freezing.notes]
 
     def require_kept(self) -> None:
         """Make sure that no loss of the instant is known."""

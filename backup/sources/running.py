@@ -14,18 +14,18 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Self
 
-from backup.errors import BackupError, Interrupted, Locked, SourceError, UsageError
+from backup.errors import Locked, SourceError, UsageError
 from backup.model import disk
 from backup.model.disk import Bitmap, DiskState
 from backup.model.manifest import LowerFile
 from backup.model.names import name_problem
-from backup.qemu import images
+from backup.qemu import images, scratch_room
 from backup.qmp import instant as fleece
 from backup.qmp import leftovers, process, scratch
 from backup.qmp.agent import Agent, AgentError
 from backup.qmp.answers import Refused
 from backup.qmp.blocks import OURS, BlockGraph, Device, Node
-from backup.qmp.instant import Instant, InstantDisk, Room
+from backup.qmp.instant import Instant, InstantDisk
 from backup.qmp.monitor import Monitor
 from backup.runtime.ignoring import ignoring
 from backup.sources.base import (
@@ -307,8 +307,11 @@ class Running:
         moment = RunningMoment(freezing, doubts)
         try:
             with (
+                freezing.told(),
                 ExitStack() as opened,  # closed after the instant, whose end makes the server close the connections
-                fleece.frozen_instant(self.monitor, own, targets, Room(self._reserve, repository), freezing) as instant,
+                fleece.frozen_instant(
+                    self.monitor, own, targets, scratch_room.Room(self._reserve, repository), freezing
+                ) as instant,
             ):
                 moment.instant = instant
                 self.require_here()  # from now on no migration can end, because the jobs block it
@@ -322,10 +325,6 @@ class Running:
             raise Moved(error.message) from None
         except fleece.BitmapNotAdded as error:
             raise NotStarted(error.number, error, error.why, lasting=False) from None
-        except (BackupError, Interrupted) as error:
-            if freezing.stuck is not None:
-                error.hint = f"{error.hint}; {freezing.stuck}"
-            raise
 
     def _require_different(self) -> None:
         owners: dict[str, NodeSource] = {}
@@ -365,19 +364,9 @@ class Running:
             read=capture.read_bitmap,
             start=capture.start_bitmap,
             persistent=capture.state.volatile is None,
-            scratch=self._scratch or self._folder_of(capture.state.path),
+            scratch=self._scratch or scratch_room.folder_of(capture.state.path),
             writes=node.stored if bitmap is None else bitmap.dirty,
         )
-
-    def _folder_of(self, image: str) -> Path:
-        folder = os.path.dirname(image)
-        # The folder of a block device is /dev, which lies in memory.
-        if not image.startswith("/") or not os.path.isdir(folder) or Path(image).is_block_device():
-            raise SourceError(
-                f"no scratch folder is named, and {image} is no local file whose folder could be used",
-                hint="name one with --scratch (`scratch:` in the configuration)",
-            )
-        return Path(folder)
 
 
 class NodeSource:
@@ -435,9 +424,7 @@ class NodeSource:
             lower=tuple(LowerFile(layer.path, layer.size, layer.mtime_ns, layer.inode) for layer in lower),
             lower_bitmaps=tuple(bitmap.name for link in chain[1:] for bitmap in link.bitmaps),
             plaintext=blocks.is_encrypted(node.name),
-            data_file=None
-            if (data_file := self._data_file(blocks)) is None
-            else images.external_data_file(data_file, files[0], open_in_qemu=True),
+            data_file=images.external_data_file(self._data_file(blocks), files[0], open_in_qemu=True),
         )
 
     def _data_file(self, blocks: BlockGraph) -> str | None:
@@ -547,16 +534,12 @@ class RunningMoment:
     def warnings(self) -> Sequence[str]:
         """Warnings of the disks, of the freeze, and of what could not be removed in the end."""
         troubles = [] if self.instant is None else self.instant.troubles
-        stuck = [] if self._freezing.stuck is None else [self._freezing.stuck]
-        return [*self._doubts, *self._freezing.warnings, *stuck, *troubles]
+        return [*self._doubts, *self._freezing.warnings, *troubles]
 
     @property
     def notes(self) -> Sequence[str]:
         """How long the guest was frozen, and what the instant's scratch files lack."""
-        notes = [] if self.instant is None else self.instant.notes
-        if self.consistency != "filesystem" or self._freezing.seconds is None:
-            return notes
-        return [f"the guest's file systems were frozen for {self._freezing.seconds:.2f} s", *notes]
+        return [*self._freezing.notes, *([] if self.instant is None else self.instant.notes)]
 
     def require_kept(self) -> None:
         """Make sure that nothing is known to have ended the instant."""

@@ -109,9 +109,8 @@ def test_clean_removes_what_a_killed_run_left(domain):
     domain.require_night("incremental", "incremental")
 
 
-@pytest.mark.parametrize("exports", ["", "exportname='theirs'", "exportname='pybackup-12345678-abcdef12-vda'"])
-def test_another_programs_job_is_refused_at_once_and_left_alone(domain, exports):
-    begun(domain)
+def begin_foreign_job(domain: Domain, exports: str = "") -> None:
+    """Begin a backup job of disk vda as another program does; `exports` are attributes that name the exports."""
     job = domain.folder / "job.xml"
     job.write_text(
         f"<domainbackup mode='pull'><server transport='unix' socket='{domain.folder}/s'/><disks>"
@@ -119,6 +118,12 @@ def test_another_programs_job_is_refused_at_once_and_left_alone(domain, exports)
         "<disk name='vdb' backup='no'/></disks></domainbackup>"
     )
     domain.daemon.virsh("backup-begin", domain.name, job)
+
+
+@pytest.mark.parametrize("exports", ["", "exportname='theirs'", "exportname='pybackup-12345678-abcdef12-vda'"])
+def test_another_programs_job_is_refused_at_once_and_left_alone(domain, exports):
+    begun(domain)
+    begin_foreign_job(domain, exports)
     there = domain.job()
     began = time.monotonic()
     for wanted in ("incremental", "audit"):
@@ -316,13 +321,7 @@ def test_a_job_that_begins_after_our_look_is_refused_when_libvirts_wait_is_over(
     begun(domain)
     monkeypatch.setattr(OurDomain, "job", lambda _domain: None)
     monkeypatch.setattr(OurDomain, "require_no_other_job", lambda _domain: None)
-    job = domain.folder / "job.xml"
-    job.write_text(
-        f"<domainbackup mode='pull'><server transport='unix' socket='{domain.folder}/s'/><disks>"
-        f"<disk name='vda' backup='yes' type='file'><scratch file='{domain.folder}/x'/></disk>"
-        "<disk name='vdb' backup='no'/></disks></domainbackup>"
-    )
-    domain.daemon.virsh("backup-begin", domain.name, job)
+    begin_foreign_job(domain)
     done = domain.night()
     assert (done.rc, "busy with another job" in done.stderr) == (11, True), done
     monkeypatch.undo()

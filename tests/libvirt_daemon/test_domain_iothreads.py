@@ -19,11 +19,11 @@ import pytest
 from domains import Daemon, Domain, wait_until
 from kills import DATA, DRIVER, Step
 from lab import call_pybackup, init, run
+from live import lost_in_the_handshake
 
-from backup.errors import SourceError
 from backup.model.names import MARKER
 from backup.qmp import leftovers
-from backup.qmp.clients import Clients, may_abort
+from backup.qmp.clients import may_abort
 from backup.repository.data_file_writer import PartFile
 from backup.sources.libvirt_domain import Domain as OurDomain
 from backup.sources.libvirt_job import Job
@@ -155,26 +155,13 @@ def test_a_domain_survives_what_others_do_while_its_disks_are_read(
 
 
 @guarded
-def test_a_job_that_is_ended_while_a_client_is_in_its_handshake_does_not_hang_qemu(threaded, monkeypatch):
-    pid, began, opened, dial, jobs = threaded.pid, time.monotonic(), Job.open, Clients.dial, list[Job]()
-
-    def open_(job: Job, number: int) -> object:
-        jobs.append(job)
-        return opened(job, number)
-
-    def dial_and_lose(clients: Clients) -> int:
-        fd = dial(clients)
-        jobs[0].lost = SourceError("lost in the handshake", hint="a test")
-        jobs[0]._end_job()
-        return fd
-
-    monkeypatch.setattr(Job, "open", open_)
-    monkeypatch.setattr(Clients, "dial", dial_and_lose)
-    done = threaded.night()
+def test_a_job_that_is_ended_while_a_client_is_in_its_handshake_does_not_hang_qemu(threaded):
+    pid, began = threaded.pid, time.monotonic()
+    with lost_in_the_handshake(Job, "_end_job"):
+        done = threaded.night()
     assert (done.rc, "lost in the handshake" in done.stderr) == (13, True), done
     assert time.monotonic() - began < 20
     require_alive(threaded, pid)
-    monkeypatch.undo()
     threaded.require_night("incremental", "incremental")
     require_nothing_kept(threaded)
 

@@ -677,29 +677,34 @@ def commands_of(arguments: Sequence[str | Path], record: Path) -> list[str]:
 
 
 @contextmanager
-def lost_in_the_handshake() -> Iterator[None]:
-    """The instant is lost when a disk is being opened: a client is connected, and has said nothing yet."""
+def lost_in_the_handshake(kind: type | None = None, end: str = "_remove") -> Iterator[None]:
+    """
+    The instant is lost when a disk is being opened: a client is connected, and has said nothing yet.
+
+    `kind` opens the disks (QMP's Instant), and its method `end` ends the instant.
+    """
     from backup.errors import SourceError
     from backup.qmp.clients import Clients
     from backup.qmp.instant import Instant
 
-    opened, dial, instants = Instant.open, Clients.dial, list[Instant]()
+    opener: Any = kind or Instant
+    opened, dial, instants = opener.open, Clients.dial, list[Any]()
 
-    def open_(self: Instant, number: int) -> Any:
+    def open_(self: Any, number: int) -> Any:
         instants.append(self)
         return opened(self, number)
 
     def dial_and_lose(self: Clients) -> int:
         fd = dial(self)
         instants[0].lost = SourceError("lost in the handshake", hint="a test")
-        instants[0]._remove()
+        getattr(instants[0], end)()
         return fd
 
-    Instant.open, Clients.dial = open_, dial_and_lose  # type: ignore[method-assign]
+    opener.open, Clients.dial = open_, dial_and_lose  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Instant.open, Clients.dial = opened, dial  # type: ignore[method-assign]
+        opener.open, Clients.dial = opened, dial  # type: ignore[method-assign]
 
 
 @contextmanager

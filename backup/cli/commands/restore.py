@@ -88,8 +88,8 @@ def restore(
     `virsh define` takes, and the firmware's variables.
     """
     from backup.cli import settings
-    from backup.operations import restore as restoring
     from backup.operations import restore_machine, restore_space, restore_targets
+    from backup.operations.restore_machine import NO_MACHINE
     from backup.repository import salvage as salvaging
 
     find.require_format(format_)
@@ -106,42 +106,22 @@ def restore(
         _stream(machine, point, placed.places[0], workers, bytes_a_second, salvage=salvage)
         return
     restore_space.require(machine, point, placed.places)
-    disks: list[DiskDocument] = []
     with restore_targets.made(placed.folder):
-        for place in placed.places:
-            began = time.monotonic()
-            with output.progress(wanted=not options.quiet) as progress:
-                restored = restoring.restore_disk(
-                    machine,
-                    point.point,
-                    place.disk,
-                    place.target,
-                    image_format=place.format,
-                    force=force,
-                    workers=workers,
-                    progress=progress,
-                    limit=bytes_a_second,
-                    salvaging=salvage,
-                )
-            seconds = round(time.monotonic() - began, 3)
-            document = DiskDocument(
-                place.disk, place.target, restored.size, restored.data_bytes, restored.lost, seconds
-            )
-            disks.append(document)
-            if not options.json and not options.quiet:
-                for text in _disk_lines(point.machine, document):
-                    output.line(text)
-        restored_machine = None if whole is None else whole.write(point, placed.places, force=force)
+        disks = [
+            _restored(machine, point, place, workers, bytes_a_second, force=force, salvage=salvage)
+            for place in placed.places
+        ]
+        files = NO_MACHINE if whole is None else whole.write(point, placed.places, force=force)
     loss = salvaging.loss(point.machine, [(document.name, lost) for document in disks for lost in document.lost])
-    errors = [*([] if loss is None else [loss]), *([] if restored_machine is None else restored_machine.problems)]
+    errors = [*([] if loss is None else [loss]), *files.problems]
     defined = None
-    if whole is not None and restored_machine is not None:
+    if whole is not None and define:
         try:
-            defined = whole.define(libvirt, restored_machine) if define else None
+            defined = whole.define(libvirt, files)
         except BackupError as error:
             errors += [error] if error not in errors else []
-        if not options.json and not options.quiet:
-            _show_machine(point.machine, restored_machine, defined)
+    if not options.json and not options.quiet:
+        _show_machine(point.machine, files, defined)
     for shown in errors:
         show_error(shown)
     if options.json:
@@ -152,13 +132,41 @@ def restore(
                 placed.warnings,
                 errors[0] if errors else None,
                 disks,
-                [] if restored_machine is None else [FileDocument(*pair) for pair in restored_machine.targets.items()],
-                [] if restored_machine is None else restored_machine.notes,
+                [FileDocument(*pair) for pair in files.targets.items()],
+                files.notes,
                 defined,
             )
         )
     worst = (Damaged.exit_code, NotFound.exit_code)
     raise typer.Exit(merged_exit_code((error.exit_code for error in errors), worst=worst, warned=bool(placed.warnings)))
+
+
+def _restored(
+    machine: Machine, point: Manifest, place: Place, workers: int, limit: int | None, *, force: bool, salvage: bool
+) -> DiskDocument:
+    """Restore a disk, and show its lines."""
+    from backup.operations.restore import restore_disk
+
+    began = time.monotonic()
+    with output.progress(wanted=not options.quiet) as progress:
+        restored = restore_disk(
+            machine,
+            point.point,
+            place.disk,
+            place.target,
+            image_format=place.format,
+            force=force,
+            workers=workers,
+            progress=progress,
+            limit=limit,
+            salvaging=salvage,
+        )
+    seconds = round(time.monotonic() - began, 3)
+    document = DiskDocument(place.disk, place.target, restored.size, restored.data_bytes, restored.lost, seconds)
+    if not options.json and not options.quiet:
+        for text in _disk_lines(point.machine, document):
+            output.line(text)
+    return document
 
 
 def _require_possible(whole: MachineRestore | None, point: Manifest, uri: str | None, name: str | None) -> None:
