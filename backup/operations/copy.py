@@ -9,6 +9,7 @@ mounted must not become one.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -20,13 +21,13 @@ from backup.model.manifest import DataFile, MachineFile, Manifest, encode
 from backup.operations.verify import Problem
 from backup.repository import checked_file, machine_files
 from backup.repository.checked_file import BlockCache, CheckedFile
-from backup.repository.data_file_writer import PartFile, write_digests
+from backup.repository.data_file_writer import CopiedFile, write_digests
 from backup.repository.machine import Contents, Machine, manifest_name
 from backup.repository.manifests import as_stored, read_manifest_whole
 from backup.repository.opened_chain import KeptChanging, open_unchanged
 from backup.repository.repository import Repository
 from backup.runtime.pace import Pace
-from backup.runtime.threads import in_threads
+from backup.runtime.threads import Turns, in_threads
 from backup.storage.base import Files, Storage
 from backup.storage.refusals import explained
 from backup.units import counted, show_size
@@ -336,21 +337,22 @@ class _Run:
     def _copy_file(self, data: DataFile, source: CheckedFile, written: list[str]) -> None:
         files = self._second.files
         stop = threading.Event()
+        turns = Turns(stop)
         written.append(data.file)
-        with closing(PartFile(files, data.file)) as target:
+        with closing(CopiedFile(files, data.file, data.size)) as target:
 
             def move(number: int) -> None:
                 try:
                     content = source.check_block(number)
                 except Damaged as error:
                     raise _Unreadable(error) from None
-                target.put(number, content, source.listed(number))
+                turns.take(number, functools.partial(target.write, content))
                 with self._lock:
                     self.done += len(content)
                 self._pace.keep(len(content), stop)
 
-            in_threads(range(1, source.blocks), move, self._workers, lambda: self._advance(self.done), stop)
-            move(0)  # the header comes last: a file without it is no image
-            listed = target.finish()
+            # A bucket takes the parts of an object in their order.
+            in_threads(range(source.blocks), move, self._workers, lambda: self._advance(self.done), stop)
+            target.finish()
         written.append(data.digests)
-        write_digests(files, data.digests, listed)
+        write_digests(files, data.digests, source.all_listed)

@@ -145,6 +145,11 @@ class CheckedFile:
         """Return the digest that a block must have."""
         return self._digests[number * LENGTH : (number + 1) * LENGTH]
 
+    @property
+    def all_listed(self) -> bytes:
+        """The content of the digest file."""
+        return self._digests
+
     def check_block(self, number: int) -> bytes | memoryview:
         """
         Read one block and verify it; with `once`, this thread's next call overwrites the returned memory.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Self
 
 from backup import qcow2
-from backup.errors import BackupError, Failed
+from backup.errors import Failed
 from backup.model import digests
 from backup.model.extents import Offsets
 from backup.model.manifest import DataFile
@@ -29,28 +31,54 @@ class PartFile:
         self.path = files.path(name)
         self._digests: dict[int, bytes] = {}
         self._lock = threading.Lock()
-        try:
+        with _writing(self.path):
             self._file = files.create(name, digests.BLOCK)
-        except OSError as error:
-            raise _cannot_write(self.path, error) from None
 
     def put(self, number: int, data: bytes | bytearray | memoryview, known: bytes | None = None) -> None:
         """Write part `number` (digests.BLOCK bytes; the last may be shorter); `known` is its digest, if known."""
         block_digest = digests.digest(data) if known is None else known
         with self._lock:
             self._digests[number] = block_digest
-        try:
+        with _writing(self.path):
             self._file.put(number, data)
-        except OSError as error:
-            raise _cannot_write(self.path, error) from None
 
     def finish(self) -> bytes:
         """Make the file durable, give it its name, and return the digests of its blocks, in order."""
-        try:
+        with _writing(self.path):
             self._file.finish()
-        except OSError as error:
-            raise _cannot_write(self.path, error) from None
         return b"".join(self._digests[number] for number in range(len(self._digests)))
+
+    def close(self) -> None:
+        """Close the file, finished or not."""
+        self._file.close()
+
+
+class CopiedFile:
+    """
+    A data file that is copied from its first byte to its last.
+
+    The file has its name only from `finish` on, so that a file of that name is complete.
+
+    Raises
+    ------
+    Failed
+        The file exists, or the storage is full.
+    """
+
+    def __init__(self, files: Files, name: str, size: int) -> None:
+        self.path = files.path(name)
+        with _writing(self.path):
+            self._file = files.stream(name, size)
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append bytes of the file."""
+        with _writing(self.path):
+            self._file.write(data)
+
+    def finish(self) -> None:
+        """Make the file durable, and give it its name."""
+        with _writing(self.path):
+            self._file.finish()
 
     def close(self) -> None:
         """Close the file, finished or not."""
@@ -59,17 +87,19 @@ class PartFile:
 
 def write_digests(files: Files, name: str, content: bytes) -> None:
     """Write a digest file, durable."""
-    try:
+    with _writing(files.path(name)):
         files.write(name, content)
+
+
+@contextmanager
+def _writing(path: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise _cannot_write(files.path(name), error) from None
-
-
-def _cannot_write(path: str, error: OSError) -> BackupError:
-    return Failed(
-        f"{path} cannot be written: {error.strerror}",
-        hint="check the space and the permissions there; what was published before is untouched",
-    )
+        raise Failed(
+            f"{path} cannot be written: {error.strerror}",
+            hint="check the space and the permissions there; what was published before is untouched",
+        ) from None
 
 
 class DataFileMaker:

@@ -110,6 +110,34 @@ def in_threads(
     run_threads(pull, threads, show, stopped.set)
 
 
+class Turns:
+    """
+    Lets the threads of `in_threads` do one step of their jobs in the order of the jobs, which are numbered from 0.
+
+    Parameters
+    ----------
+    stop : Event
+        The event of `in_threads`; when it is set, no turn comes any more.
+    """
+
+    def __init__(self, stop: threading.Event) -> None:
+        self._stop = stop
+        self._next = 0
+        self._changed = threading.Condition()
+
+    def take(self, number: int, step: Callable[[], None]) -> None:
+        """Wait for the steps of all jobs before `number`, and do this one's; skip it where the jobs must stop."""
+        with self._changed:
+            while self._next != number:
+                if self._stop.is_set():
+                    return
+                self._changed.wait(_TICK)
+        step()
+        with self._changed:
+            self._next = number + 1
+            self._changed.notify_all()
+
+
 class Begun(Generic[_T]):
     """
     A call in a thread of its own, which has begun; the process does not wait for its end.

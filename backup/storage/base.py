@@ -100,6 +100,19 @@ class PartWriter(Protocol):
         """Stop writing; a file that is not finished never gets its name."""
 
 
+class StreamWriter(Protocol):
+    """A new file that is written from its first byte to its last, by one thread at a time."""
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Append bytes; the caller may overwrite the memory afterwards."""
+
+    def finish(self) -> None:
+        """Make the content of the complete file durable, and give the file its name."""
+
+    def close(self) -> None:
+        """Stop writing; a file that is not finished never gets its name."""
+
+
 class Files(Protocol):
     """The files of one folder of a storage; the folder need not exist."""
 
@@ -150,6 +163,9 @@ class Files(Protocol):
 
     def create(self, name: str, part: int) -> PartWriter:
         """Create a file in parts of `part` bytes; the file gets its name only when it is finished."""
+
+    def stream(self, name: str, size: int) -> StreamWriter:
+        """Create a file of `size` bytes that is written in order; it gets its name only when it is finished."""
 
     def write(self, name: str, content: bytes) -> None:
         """Write a new file.  A kill may leave a part of the file behind, so nothing may refer to it yet."""

@@ -213,6 +213,11 @@ class FolderFiles:
         """Create a file in parts of `part` bytes, called `name` with `.part` until it is finished."""
         return FilePartWriter(self._path / name, self._modes.file, part)
 
+    def stream(self, name: str, size: int) -> FileStreamWriter:
+        """Create a file that is written in order, called `name` with `.part` until it is finished."""
+        del size
+        return FileStreamWriter(self._path / name, self._modes.file)
+
     def write(self, name: str, content: bytes) -> None:
         """Write a new file under its own name, and fsync it."""
         _write_new(self._path / name, content, self._modes.file)
@@ -392,12 +397,15 @@ class FileReader:
             self._fd = -1
 
 
-class FilePartWriter:
-    """A file of a folder that is written in parts, past the page cache where possible; a `base.PartWriter`."""
+class NewFile:
+    """
+    A file of a folder that is written past the page cache where possible, and has its name only when it is finished.
 
-    def __init__(self, path: Path, mode: int, part: int) -> None:
+    Safe to use from several threads.
+    """
+
+    def __init__(self, path: Path, mode: int) -> None:
         self._path = path
-        self._part = part
         if os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
         self._fd = create_file(_part_path(path), mode)
@@ -405,9 +413,8 @@ class FilePartWriter:
         self._lock = threading.Lock()
         self._size = 0
 
-    def put(self, number: int, data: bytes | bytearray | memoryview) -> None:
-        """Write part `number`; pages of zeroes in a small part become holes of the file."""
-        offset = number * self._part
+    def write_at(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Write bytes at an offset; pages of zeroes in a short piece become holes of the file."""
         with self._lock:
             self._size = max(self._size, offset + len(data))
         view = memoryview(data)
@@ -428,6 +435,26 @@ class FilePartWriter:
             os.close(self._fd)
             self._fd = -1
         self._output.close()
+
+
+class FilePartWriter(NewFile):
+    """A file of a folder that is written in parts, in any order; a `base.PartWriter`."""
+
+    def __init__(self, path: Path, mode: int, part: int) -> None:
+        super().__init__(path, mode)
+        self._part = part
+
+    def put(self, number: int, data: bytes | bytearray | memoryview) -> None:
+        """Write part `number`."""
+        self.write_at(number * self._part, data)
+
+
+class FileStreamWriter(NewFile):
+    """A file of a folder that is written in order; a `base.StreamWriter`."""
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Append bytes."""
+        self.write_at(self._size, data)
 
 
 def _pages_of_data(view: memoryview) -> Iterator[tuple[int, int]]:

@@ -219,11 +219,13 @@ class MemoryFiles:
     def create(self, name: str, part: int) -> MemoryPartWriter:
         """Create a file in parts of `part` bytes."""
         with self.call("create", name):
-            folder = self.existing()
-            for taken in (name, name + UNFINISHED):
-                if taken in folder.files:
-                    raise self._error(errno.EEXIST, taken)
-            return MemoryPartWriter(self, name, part, self._put(name + UNFINISHED, b""))
+            return MemoryPartWriter(self, name, part, self._new(name))
+
+    def stream(self, name: str, size: int) -> MemoryStreamWriter:
+        """Create a file that is written in order."""
+        del size
+        with self.call("stream", name):
+            return MemoryStreamWriter(self, name, self._new(name))
 
     def write(self, name: str, content: bytes) -> None:
         """Write a new file."""
@@ -406,6 +408,14 @@ class MemoryFiles:
         self.existing().files[name] = made
         return made
 
+    def _new(self, name: str) -> _File:
+        """Return a new file, which has a name of its own until it is finished."""
+        folder = self.existing()
+        for taken in (name, name + UNFINISHED):
+            if taken in folder.files:
+                raise self._error(errno.EEXIST, taken)
+        return self._put(name + UNFINISHED, b"")
+
     def _make_durable(self) -> None:
         """Make the folder's names durable; in the repository's own folder, these include the machines' folders."""
         memory, folder = self._storage.memory, self.existing()
@@ -435,22 +445,13 @@ class MemoryReader:
         """Close the file."""
 
 
-class MemoryPartWriter:
-    """A new file that is written in parts; a `base.PartWriter`."""
+class MemoryNewFile:
+    """A new file, which gets its name when it is finished."""
 
-    def __init__(self, files: MemoryFiles, name: str, part: int, file: _File) -> None:
+    def __init__(self, files: MemoryFiles, name: str, file: _File) -> None:
         self._files = files
         self._name = name
-        self._part = part
         self._file = file
-
-    def put(self, number: int, data: bytes | bytearray | memoryview) -> None:
-        """Write part `number`."""
-        with self._files.call("put", self._name):
-            start = number * self._part
-            content = self._file.content
-            content.extend(bytes(max(0, start - len(content))))
-            content[start : start + len(data)] = data
 
     def finish(self) -> None:
         """Give the file its name."""
@@ -461,3 +462,28 @@ class MemoryPartWriter:
 
     def close(self) -> None:
         """Stop writing."""
+
+
+class MemoryPartWriter(MemoryNewFile):
+    """A new file that is written in parts; a `base.PartWriter`."""
+
+    def __init__(self, files: MemoryFiles, name: str, part: int, file: _File) -> None:
+        super().__init__(files, name, file)
+        self._part = part
+
+    def put(self, number: int, data: bytes | bytearray | memoryview) -> None:
+        """Write part `number`."""
+        with self._files.call("put", self._name):
+            start = number * self._part
+            content = self._file.content
+            content.extend(bytes(max(0, start - len(content))))
+            content[start : start + len(data)] = data
+
+
+class MemoryStreamWriter(MemoryNewFile):
+    """A new file that is written in order; a `base.StreamWriter`."""
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Append bytes."""
+        with self._files.call("write_next", self._name):
+            self._file.content.extend(data)

@@ -317,9 +317,9 @@ def _opened(night):
 
 
 def test_a_full_disk_there_leaves_whole_points_and_nothing_else(night, tmp_path, monkeypatch):
-    from backup.repository.data_file_writer import PartFile
+    from backup.repository.data_file_writer import CopiedFile
 
-    other, finish, calls = tmp_path / "other", PartFile.finish, []
+    other, finish, calls = tmp_path / "other", CopiedFile.finish, []
 
     def full(self):
         calls.append(self)
@@ -327,7 +327,7 @@ def test_a_full_disk_there_leaves_whole_points_and_nothing_else(night, tmp_path,
             raise Failed("no space", hint="x")
         return finish(self)
 
-    monkeypatch.setattr(PartFile, "finish", full)
+    monkeypatch.setattr(CopiedFile, "finish", full)
     assert copy(night, "disk", other).rc == 1
     require_same_files(night, other, points(night)[:1])
     assert copy(night, "disk", other).document["copied"] == points(night)[1:]
@@ -416,9 +416,9 @@ def test_a_point_that_prune_is_exchanging_is_copied_as_it_is_stored(night, tmp_p
 
 STEPS = [
     Step(REPOSITORY, "Machine.remove_leftovers", "before"),
-    Step(DATA, "PartFile.put", "before", 2),
-    Step(DATA, "PartFile.put", "after", 4),
-    Step(DATA, "PartFile.finish", "after"),
+    Step(DATA, "CopiedFile.write", "before", 2),
+    Step(DATA, "CopiedFile.write", "after", 4),
+    Step(DATA, "CopiedFile.finish", "after"),
     Step("backup.operations.copy", "write_digests", "before", 2),
     Step("backup.operations.copy", "write_digests", "after"),
     Step(REPOSITORY, "Machine.publish", "before", 2),

@@ -1,11 +1,13 @@
 """Threads that share jobs: all are done, the first error ends all, and none outlives the call."""
 
 import itertools
+import random
 import threading
+import time
 
 import pytest
 
-from backup.runtime.threads import Begun, in_threads, run_threads
+from backup.runtime.threads import Begun, Turns, in_threads, run_threads
 
 
 def test_all_jobs_are_done_once():
@@ -105,3 +107,35 @@ def test_a_look_can_end_the_waiting():
     with pytest.raises(TimeoutError):
         Begun(never.wait, "never").result(give_up)
     never.set()
+
+
+def test_steps_are_taken_in_the_order_of_the_jobs():
+    stop, taken = threading.Event(), []
+    turns, chance = Turns(stop), random.Random(7)
+
+    def work(job):
+        time.sleep(chance.random() / 500)
+        turns.take(job, lambda: taken.append(job))
+
+    in_threads(range(200), work, 8, lambda: None, stop)
+    assert taken == list(range(200))
+
+
+@pytest.mark.parametrize("where", ["before its turn", "in its turn"])
+def test_an_error_ends_the_threads_that_wait_for_their_turn(where):
+    stop, taken = threading.Event(), []
+    turns = Turns(stop)
+
+    def fail():
+        raise ValueError
+
+    def work(job):
+        if job == 3 and where == "before its turn":
+            time.sleep(0.05)  # so that the others wait already
+            fail()
+        turns.take(job, fail if job == 3 else lambda: taken.append(job))
+
+    before = threading.active_count()
+    with pytest.raises(ValueError):
+        in_threads(range(100), work, 4, lambda: None, stop)
+    assert (taken, threading.active_count()) == ([0, 1, 2], before)

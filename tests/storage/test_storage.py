@@ -298,6 +298,32 @@ def test_a_file_in_parts_replaces_nothing(files):
     assert content(files, "a") == b"mine"
 
 
+# Files in order
+
+
+def test_a_file_in_order_has_its_name_when_it_is_finished(files):
+    data = [os.urandom(PART), b"", os.urandom(17), bytes(8192), os.urandom(3 * PART + 1), bytes(1)]
+    with closing(files.stream("a.qcow2", sum(map(len, data)))) as writer:
+        for piece in data:
+            room = bytearray(piece)
+            writer.write(memoryview(room))
+            room[:] = b"?" * len(room)  # the memory is the caller's again
+        assert not files.has("a.qcow2")
+        writer.finish()
+    assert names(files) == ["a.qcow2"]
+    assert content(files, "a.qcow2") == b"".join(data)
+
+
+def test_a_file_in_order_that_is_not_finished_can_be_discarded(files):
+    writer = files.stream("a", 2 * PART)
+    writer.write(bytes(PART))
+    writer.close()
+    writer.close()
+    assert not files.has("a")
+    files.discard("a")
+    assert names(files) == []
+
+
 # Ranges
 
 
