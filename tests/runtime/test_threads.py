@@ -127,7 +127,7 @@ def test_an_error_ends_the_threads_that_wait_for_their_turn(where):
     turns = Turns(stop)
 
     def fail():
-        raise ValueError
+        raise ValueError("wrong")
 
     def work(job):
         if job == 3 and where == "before its turn":
@@ -136,6 +136,6 @@ def test_an_error_ends_the_threads_that_wait_for_their_turn(where):
         turns.take(job, fail if job == 3 else lambda: taken.append(job))
 
     before = threading.active_count()
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="wrong"):
         in_threads(range(100), work, 4, lambda: None, stop)
     assert (taken, threading.active_count()) == ([0, 1, 2], before)
