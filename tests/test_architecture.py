@@ -26,6 +26,7 @@ LAYERS = {
     "config": "a YAML file to values",
     "runtime": "what long work needs: threads, signals, time limits, progress",
     "qcow2": "the bytes of a data file",
+    "age": "sealed files: keys, and the bytes of an age file",
     "storage": "where files lie",
     "repository": "points in a storage",
     "nbd": "libnbd",
@@ -56,6 +57,7 @@ ONLY_USERS = {
     "zstandard": {"backup.qcow2.codec"},
     "blake3": {"backup.model.digests"},
     "qemu": {"backup.qmp.monitor"},
+    "cryptography": {"backup.age.primitives"},
 }
 
 
