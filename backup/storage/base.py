@@ -227,11 +227,33 @@ class Files(Protocol):
         """Keep readers from those files that exist.  Yields None, or why not: IN_USE, or UNTOLD with a reason."""
 
 
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """
+    What distinguishes one kind of storage from another for the packages above.
+
+    Attributes
+    ----------
+    remote : bool
+        Each call takes the round trip of a network, so that several calls at once are faster.
+    rewritable : bool
+        A data file can be replaced by another one (`Files.take_name`), so that points can be merged.
+    readable : bool
+        The content of files can be read.  Without the identity that opens them, sealed files have only a name and a
+        size.
+    """
+
+    remote: bool = False
+    rewritable: bool = True
+    readable: bool = True
+
+
 class Storage(Protocol):
     """A place for one repository."""
 
     location: str
     """The path or URL of the place, for messages."""
+    traits: Traits
 
     def is_same_place(self, other: Storage) -> bool:
         """Tell whether another storage is the same place."""

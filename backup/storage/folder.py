@@ -18,7 +18,7 @@ from backup.model.names import MARKER
 from backup.runtime.direct_io import Output, ReadOnce
 from backup.runtime.shortage import free_bytes
 from backup.storage import locks
-from backup.storage.base import TEMPORARY, Stat, Storage
+from backup.storage.base import TEMPORARY, Stat, Storage, Traits
 from backup.storage.plain_file import allow, create_file, open_file
 from backup.storage.refusals import explained
 
@@ -55,6 +55,7 @@ class FolderStorage:
         self.folder = path
         self.modes = modes
         self.location = str(path)
+        self.traits = Traits()
 
     def is_same_place(self, other: Storage) -> bool:
         """Tell whether another storage is this folder, by whatever path."""

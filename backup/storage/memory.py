@@ -22,7 +22,7 @@ from pathlib import Path
 
 from backup.errors import Locked
 from backup.model.manifest import UNFINISHED
-from backup.storage.base import IN_USE, Names, Stat, Storage
+from backup.storage.base import IN_USE, Names, Stat, Storage, Traits
 
 LOCK = "lock"
 
@@ -113,6 +113,7 @@ class MemoryStorage:
     def __init__(self, memory: Memory | None = None, fault: Fault = no_fault) -> None:
         self.memory = Memory() if memory is None else memory
         self.location = self.memory.location
+        self.traits = Traits()
         self.fault = fault
         self.calls = 0
         self.killed = False
