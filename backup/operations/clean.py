@@ -181,19 +181,21 @@ def disk_places(
     """
     Inspect the disks of a domain; also return why some cannot be inspected.
 
-    `started` are the bitmaps that may be there, by the path of the image: libvirt lists only bitmaps that it is asked
-    for, until QEMU has stored them in the image.
+    `started` are the bitmaps that may be there, by the path of the image: while the domain is on, libvirt lists only
+    bitmaps that it is asked for, until QEMU has stored them in the image.
     """
     places: list[Place] = []
     problems = []
     for name, source in disks:
         try:
-            source.expect_bitmaps(started.get(source.inspect().path, ()))
-            bitmaps = tuple(bitmap.name for bitmap in source.inspect().bitmaps)
+            state = source.inspect()
+            if not state.lists_bitmaps:
+                source.expect_bitmaps(started.get(state.path, ()))
+                state = source.inspect()
         except SourceError as error:
             problems.append(error.message)
             continue
-        places.append(DiskPlace(name, source, bitmaps))
+        places.append(DiskPlace(name, source, tuple(bitmap.name for bitmap in state.bitmaps)))
     return places, problems
 
 

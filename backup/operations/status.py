@@ -31,6 +31,9 @@ OLD = 1
 """Exit code if a point is too old: a warning for Nagios and its relatives."""
 _NOTHING = "nothing"
 _NO_POINT = "no point yet: run pybackup incremental"
+_FINDS_DISKS = {"libvirt", "qmp"}
+"""Kinds of sources that find the machine's disks where the user names none."""
+_GONE = "not in the machine's newest point (detached, or left out): the age is not checked"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +106,9 @@ def look(machine: Machine, expected: Collection[str] | None, limits: Limits, *, 
     Parameters
     ----------
     expected : collection of str or None
-        The disks that the configuration names, or None for all disks that have points.  An expected disk without a
-        point is a fault; a disk that is not expected, as it is no longer backed up, is never too old.
+        The disks that the configuration names, or None if it names none: then those of the machine's newest point, and
+        all that were read from images or from an NBD server, whose disks the user names in each command.  An expected
+        disk without a point is a fault; a disk that is not expected, as it is no longer backed up, is never too old.
     named : bool
         False if the configuration names the repository's machines but not this one: a remark, and no fault.
     """
@@ -130,14 +134,38 @@ def assess(
     states = [_without_point(machine, None, error.exit_code, _fault(error)) for error in contents.damaged.values()]
     newest = newest_by_disk(contents.manifests)
     doubtful = _doubtful(contents.manifests.values(), limits.now)
-    for disk in sorted({*newest, *(expected or ())}):
+    held_to_age = _present(newest) if expected is None else frozenset(expected)
+    for disk in sorted({*newest, *held_to_age}):
         point = newest.get(disk)
         if point is None:
             states.append(_without_point(machine, disk, OLD, _NO_POINT))
-        else:
-            ages = limits if expected is None or disk in expected else Limits(limits.now, None)
-            states.append(_with_doubts(_disk_status(point, disk, evidence, ages), doubtful.get(disk, {})))
+            continue
+        ages = limits if disk in held_to_age else Limits(limits.now, None)
+        status = _with_doubts(_disk_status(point, disk, evidence, ages), doubtful.get(disk, {}))
+        states.append(_advised(status, _GONE) if expected is None and disk not in held_to_age else status)
     return states or [_without_point(machine, None, OLD, _NO_POINT)]
+
+
+def _present(newest: Mapping[str, Manifest]) -> frozenset[str]:
+    """
+    Return the disks that the machine still has, of those with points, whose newest points these are.
+
+    A run of libvirt's or QEMU's machine finds the disks itself, so that a disk that the newest point lacks was detached
+    or left out.
+    """
+    last = max((point.sequence for point in newest.values()), default=0)
+    return frozenset(
+        disk
+        for disk, point in newest.items()
+        if point.sequence == last or ((entry := point.disk(disk)) is not None and entry.source.kind not in _FINDS_DISKS)
+    )
+
+
+def _advised(status: DiskStatus, advice: str) -> DiskStatus:
+    """Add advice to the state of a disk without a fault."""
+    if status.code:
+        return status
+    return replace(status, next=advice if status.next == _NOTHING else f"{status.next}; {advice}")
 
 
 def _with_remark(states: Sequence[DiskStatus], machine: str) -> list[DiskStatus]:
@@ -146,9 +174,7 @@ def _with_remark(states: Sequence[DiskStatus], machine: str) -> list[DiskStatus]
     first, *others = states
     if first.point is None and first.code == OLD:
         return [_without_point(machine, None, 0, f"no point, and {remark}")]
-    if not first.code:
-        first = replace(first, next=remark if first.next == _NOTHING else f"{first.next}; {remark}")
-    return [first, *others]
+    return [_advised(first, remark), *others]
 
 
 def _doubtful(manifests: Iterable[Manifest], now: datetime) -> dict[str, dict[str, str]]:

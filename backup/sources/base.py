@@ -34,7 +34,7 @@ class Source(Protocol):
         """
         Tell which bitmaps the disk may have; called for all disks of the machine before `inspect`.
 
-        Only libvirt needs to be told, because it does not list the bitmaps that QEMU has.
+        Only libvirt needs to be told, because it does not list the bitmaps that QEMU has; see `ListsBitmaps`.
         """
 
     def expect_removal(self, names: Collection[str]) -> None:
@@ -69,6 +69,18 @@ class Source(Protocol):
 
     def qemu_version(self) -> str | None:
         """The version of the QEMU that reads the disk; None: unknown."""
+
+
+class ListsBitmaps:
+    """The part of a `Source` that lists every bitmap and removes each on its own: it need not be told any name."""
+
+    __slots__ = ()
+
+    def expect_bitmaps(self, names: Collection[str]) -> None:
+        """Do nothing: `inspect` lists all bitmaps."""
+
+    def expect_removal(self, names: Collection[str]) -> None:
+        """Do nothing: each bitmap is removed on its own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +12,12 @@ from backup.model.disk import Bitmap, DiskState
 from backup.model.manifest import LowerFile
 from backup.nbd.export import Export
 from backup.qemu import image_bitmaps, images, locks, programs, servers
+from backup.sources.base import ListsBitmaps
 from backup.sources.resting import STATUS_CONNECTIONS
 
 
 @dataclass(frozen=True, slots=True)
-class ImageSource:
+class ImageSource(ListsBitmaps):
     """An image that no machine has open.  `format` is "qcow2" or "raw"; None: the image's first bytes tell."""
 
     path: Path
@@ -30,12 +31,6 @@ class ImageSource:
         """Tell qcow2 and raw by the image's first bytes, unless the format was given."""
         detected = images.detect_format(self.path)  # also where the format was given: the image must be readable
         return None if self.format else detected
-
-    def expect_bitmaps(self, names: Collection[str]) -> None:
-        """Do nothing: qemu-img lists all bitmaps."""
-
-    def expect_removal(self, names: Collection[str]) -> None:
-        """Do nothing: each bitmap is removed on its own."""
 
     def inspect(self) -> DiskState:
         """Have qemu-img inspect the image."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from backup.errors import SourceError, UsageError
@@ -10,9 +10,10 @@ from backup.model.disk import Bitmap, DiskState
 from backup.model.manifest import NBD
 from backup.model.names import without_password
 from backup.nbd.export import Export
+from backup.sources.base import ListsBitmaps
 
 
-class NbdSource:
+class NbdSource(ListsBitmaps):
     """
     An export of someone else's NBD server.  `bitmap` is the exact name of one of its dirty bitmaps, or None.
 
@@ -32,12 +33,6 @@ class NbdSource:
     def guessed_format(self) -> str | None:
         """Return None: a server shows the disk's bytes, whatever image they come from."""
         return None
-
-    def expect_bitmaps(self, names: Collection[str]) -> None:
-        """Do nothing: the server lists all bitmaps."""
-
-    def expect_removal(self, names: Collection[str]) -> None:
-        """Do nothing: each bitmap is removed on its own."""
 
     def inspect(self) -> DiskState:
         """Ask the server for the disk's size and for the bitmap."""

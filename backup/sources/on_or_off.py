@@ -7,7 +7,7 @@ from starting meanwhile.  Both ways continue one chain: the bitmaps are kept in 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
@@ -15,7 +15,7 @@ from typing import Self
 from backup.model.disk import DiskState
 from backup.qemu.images import ImageLocked
 from backup.qmp.monitor import NotListening
-from backup.sources.base import Capture, Moment, Owner, Source
+from backup.sources.base import Capture, ListsBitmaps, Moment, Owner, Source
 from backup.sources.image import ImageSource
 from backup.sources.resting import AtRest
 from backup.sources.running import NodeSource, Running
@@ -106,7 +106,7 @@ class OnOrOff:
             raise
 
 
-class _Disk:
+class _Disk(ListsBitmaps):
     """A disk of the machine, by its node and by its image."""
 
     def __init__(self, host: OnOrOff, node: NodeSource, image: ImageSource) -> None:
@@ -125,12 +125,6 @@ class _Disk:
     def guessed_format(self) -> str | None:
         """Tell it by the image, while the machine is off."""
         return self._now.guessed_format()
-
-    def expect_bitmaps(self, names: Collection[str]) -> None:
-        """Do nothing: QEMU lists all bitmaps."""
-
-    def expect_removal(self, names: Collection[str]) -> None:
-        """Do nothing: each bitmap is removed on its own."""
 
     def inspect(self) -> DiskState:
         """

@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import os
 import stat
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
@@ -33,6 +33,7 @@ from backup.sources.base import (
     NO_MACHINE_STATE,
     Capture,
     Freeze,
+    ListsBitmaps,
     MachineState,
     Moved,
     NotStarted,
@@ -369,7 +370,7 @@ class Running:
         )
 
 
-class NodeSource:
+class NodeSource(ListsBitmaps):
     """
     A disk of a running machine; `text` is its node's name, its device's id, or its image.
 
@@ -397,12 +398,6 @@ class NodeSource:
     def guessed_format(self) -> str | None:
         """Return None: QEMU has the image open already, in the format that QEMU was given."""
         return None
-
-    def expect_bitmaps(self, names: Collection[str]) -> None:
-        """Do nothing: QEMU lists all bitmaps."""
-
-    def expect_removal(self, names: Collection[str]) -> None:
-        """Do nothing: each bitmap is removed on its own."""
 
     def inspect(self) -> DiskState:
         """Query QEMU for the disk's node and the files below it."""

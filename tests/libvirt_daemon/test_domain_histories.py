@@ -208,10 +208,7 @@ class Chance:
     def require_own_bitmap_alone(self, point: str) -> None:
         """Each disk's image has the bitmap of its newest point and no other."""
         for target, image in self.domain.disks.items():
-            if self.on:
-                names = [name for _, name in in_qemu(self.domain, image)]
-            else:
-                names = bitmaps(image)
+            names = [name for _, name in in_qemu(self.domain, image)] if self.on else bitmaps(image)
             assert [name.rpartition(".")[2] for name in names] == [point], (target, names)
 
     def cut_off(self) -> None:

@@ -1,7 +1,7 @@
 """Status says of each disk how old its newest point is and what to do next, in words and by its exit code."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -237,6 +237,26 @@ def assess(contents, remembered=None, max_age=3600.0, problem=None):
 def two_points():
     full, newer = manifest(1, entry(1)), manifest(2, entry(2, 1))
     return Contents({each.point: each for each in (full, newer)}, {})
+
+
+def read_from(kind, entry):
+    return replace(entry, source=replace(entry.source, kind=kind))
+
+
+@pytest.mark.parametrize("kind", ["libvirt", "qmp", "image"])
+def test_a_disk_that_a_machine_no_longer_has_is_not_held_to_its_age_where_the_machine_finds_its_disks(kind):
+    first = manifest(1, *(read_from(kind, entry(1, name=name)) for name in ("vda", "vdb")))
+    second = manifest(2, read_from(kind, entry(2, 1)))
+    vda, vdb = assess(Contents({each.point: each for each in (first, second)}, {}))
+    assert (vda.disk, vda.code) == ("vda", 1)
+    assert (vdb.code, "not in the machine's newest point" in vdb.next) == ((1, False) if kind == "image" else (0, True))
+
+
+def test_a_disk_that_is_gone_and_damaged_is_a_fault():
+    first = manifest(1, *(read_from("libvirt", entry(1, name=name)) for name in ("vda", "vdb")))
+    second = manifest(2, read_from("libvirt", entry(2, 1)))
+    contents = Contents({each.point: each for each in (first, second)}, {})
+    assert [found.code for found in assess(contents, problem=Damaged("x", hint="y"))] == [12, 12]
 
 
 def record(code=0, problem=None, digest="0" * 64, checked="2026-11-20T00:00:00Z"):

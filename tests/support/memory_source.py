@@ -7,7 +7,7 @@ more.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 
 from backup.model.disk import Bitmap, DiskState
 from backup.model.extents import DIRTY, HOLE, ZERO, Mask, Runs
-from backup.sources.base import NO_MACHINE_STATE, Capture, DiskRequest, MachineState, Opened
+from backup.sources.base import NO_MACHINE_STATE, Capture, DiskRequest, ListsBitmaps, MachineState, Opened
 
 SECTOR = 512
 GRANULARITY = 64 << 10
@@ -87,7 +87,7 @@ class MemoryDisk:
         return Runs.of(starts, end, flags)
 
 
-class MemorySource:
+class MemorySource(ListsBitmaps):
     """A disk whose bitmaps record what `write` does."""
 
     def __init__(self, size: int) -> None:
@@ -105,12 +105,6 @@ class MemorySource:
 
     def guessed_format(self) -> str | None:
         return None
-
-    def expect_bitmaps(self, names: Collection[str]) -> None:
-        """Do nothing: the bitmaps are at hand."""
-
-    def expect_removal(self, names: Collection[str]) -> None:
-        """Do nothing: each bitmap is removed on its own."""
 
     def inspect(self) -> DiskState:
         bitmaps = tuple(Bitmap(name, GRANULARITY) for name in self.bitmaps)
