@@ -189,17 +189,22 @@ class Chance:
             self.judge(held, "incremental")
 
     def judge(self, held: dict[str, Path], wanted: str) -> None:
+        touched = self.with_bitmaps_below()
         done = self.domain.night(wanted)
         assert done.rc in {0, 3}, done
         for disk in done.machine["disks"]:
             assert kind_of(disk) == wanted or disk["name"] in self.costs, (disk, done)
         assert (done.rc == 3) == any(kind_of(disk) == "rescan" for disk in done.machine["disks"]), done
-        self.costs.clear()
+        self.costs = touched
         self.keep(str(done.machine["point"]), held)
         assert self.domain.checkpoints() == []
         assert self.domain.job() == ""
         assert self.domain.leftovers() == []
         self.require_own_bitmap_alone(done.machine["point"])
+
+    def with_bitmaps_below(self) -> set[str]:
+        """Disks below whose image a bitmap lies: its removal changes that file, so that the next point is a rescan."""
+        return {target for target, below in self.bases.items() if any(map(bitmaps, below))}
 
     def keep(self, point: str, held: dict[str, Path]) -> None:
         self.held[point] = {target: copy.rename(f"{copy}.{point}") for target, copy in held.items()}
@@ -218,6 +223,7 @@ class Chance:
         step = f"{self.rng.choice(STEPS)} {self.rng.choice(['before', 'after'])} {self.rng.randrange(1, 3)}"
         self.note(f"{wanted} {step} {number.name}")
         points, held = self.points(), self.domain.hold()
+        touched = self.with_bitmaps_below()
         words = self.domain.words(wanted)
         init(words)
         command = [sys.executable, "-c", DRIVER, f"{step} {int(number)}", *map(str, words)]
@@ -229,6 +235,7 @@ class Chance:
             self.note(f"made {point}")
             self.keep(point, held)
             self.costs.clear()
+        self.costs |= touched
 
     def points(self) -> set[str]:
         done = call_pybackup(["list", "--repo", self.domain.repository, "--json"])

@@ -164,7 +164,7 @@ def write(path: Path, *commands: str, image_format: str = "qcow2") -> None:
 
 def bitmaps(path: Path) -> dict[str, list[str]]:
     """Names and flags of an image's own bitmaps, as qemu-img sees them."""
-    info = json.loads(run("qemu-img", "info", "--output=json", "-f", "qcow2", path.absolute()))
+    info = json.loads(run("qemu-img", "info", "-U", "--output=json", "-f", "qcow2", path.absolute()))
     found = info["format-specific"]["data"].get("bitmaps", [])
     return {bitmap["name"]: bitmap["flags"] for bitmap in found}
 
