@@ -89,7 +89,7 @@ class Chance:
 
     def save(self) -> None:
         """Save the domain's memory; often a night of the saved domain follows."""
-        if not self.on:
+        if not self.on or self.domain.job():
             return
         self.domain.daemon.virsh("managedsave", self.domain.name)
         if self.rng.random() < 0.5:
@@ -103,7 +103,7 @@ class Chance:
             self.costs |= set(self.domain.disks)
 
     def grow(self) -> None:
-        if not self.on or self.costs:  # QEMU resizes no image that has an inconsistent bitmap
+        if not self.on or self.costs or self.domain.job():  # QEMU resizes no image with an inconsistent bitmap
             return
         target = self.rng.choice(list(self.domain.disks))
         with self.domain.found() as found:
@@ -127,6 +127,8 @@ class Chance:
 
     def snapshot(self) -> None:
         """Put an overlay over a disk, or over several at one instant, while the domain is on or off."""
+        if self.domain.job():
+            return
         chosen = [target for target in self.domain.disks if self.rng.random() < 0.6] or ["vda"]
         words = ["snapshot-create-as", self.domain.name, f"s{len(self.done)}", "--disk-only", "--no-metadata"]
         for target, image in self.domain.disks.items():
@@ -144,7 +146,7 @@ class Chance:
     def commit(self) -> None:
         """Commit an overlay into the image below it."""
         layered = [target for target, below in self.bases.items() if below]
-        if not layered or not self.on:
+        if not layered or not self.on or self.domain.job():
             return
         target = self.rng.choice(layered)
         base = self.bases[target].pop()
