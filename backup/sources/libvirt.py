@@ -20,7 +20,6 @@ from backup.model.disk import Bitmap, DiskState, own_bitmaps
 from backup.model.manifest import LowerFile
 from backup.qemu import images, scratch_room
 from backup.qmp.agent import AgentError
-from backup.runtime.shortage import free_bytes
 from backup.runtime.signals import to_the_end
 from backup.runtime.threads import Begun
 from backup.sources import libvirt_connections as connections
@@ -297,14 +296,14 @@ class Libvirt:
                 connections.close_kept(self.domain, ours)
             return []
         owner.require_alone()
-        stopped = self.domain.stopped_by_io_error() and any(map(_is_full, job.scratch))
+        stopped = self.domain.lacks_space()
         if kept:
             connections.end(self.domain, job.socket or "", ours)
         self.domain.end_job()
         done = [f"backup job {job.exports[0]}"]
-        if stopped and self.domain.stopped_by_io_error():
+        if stopped and self.domain.lacks_space():  # if an image has no space, QEMU stops the guest again
             self.domain.resume()
-            done.append("a stop of the guest: a full scratch folder was the reason")
+            done.append("a stop of the guest for lack of space")
         return done
 
     def require_free(self, ours: Sequence[str] = ()) -> None:
@@ -486,13 +485,6 @@ class _Seen:
 
 def _begin_inspection(disk: DomainDisk) -> Begun[images.ImageInfo]:
     return Begun(lambda: images.image_info(Path(disk.path or ""), disk.format, shared=True), "qemu-img")
-
-
-def _is_full(scratch: str) -> bool:
-    try:
-        return free_bytes(Path(scratch).parent) < jobs.FULL
-    except OSError:
-        return False
 
 
 def _require_settled(source: DomainSource, capture: Capture) -> None:

@@ -44,6 +44,8 @@ _PRESERVING = 11_010_000
 """The first libvirt that keeps a domain whose guest powers off for as long as a backup job runs (11.10.0)."""
 _PAUSED, _PAUSED_IO_ERROR = 3, 5
 """VIR_DOMAIN_PAUSED and VIR_DOMAIN_PAUSED_IOERROR"""
+_NO_SPACE = 2
+"""VIR_DOMAIN_DISK_ERROR_NO_SPACE"""
 _NO_BITMAP = "not found in backing chain"
 """In libvirt's message when a checkpoint is deleted whose bitmap is not there; the error has no code of its own."""
 _NO_JOB_DATA = "backup job data missing"
@@ -419,10 +421,13 @@ class Domain:
 
     # The guest
 
-    def stopped_by_io_error(self) -> bool:
-        """Tell whether QEMU has stopped the guest because of an I/O error."""
+    def lacks_space(self) -> bool:
+        """Tell whether QEMU has stopped the guest because a write to one of its disks found no space."""
         state, reason = self._ask("tell the domain's state", lambda domain: domain.state())
-        return (state, reason) == (_PAUSED, _PAUSED_IO_ERROR)
+        if (state, reason) != (_PAUSED, _PAUSED_IO_ERROR):
+            return False
+        errors = self._ask("tell the errors of the disks", lambda domain: domain.diskErrors(0))
+        return _NO_SPACE in errors.values()
 
     def resume(self) -> None:
         """Let a guest that was stopped go on."""

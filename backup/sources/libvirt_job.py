@@ -45,7 +45,9 @@ _FROZEN = "frozen"
 """Ends the name of a file beside the scratch files that is there while a run has the guest frozen."""
 _WATCH_SECONDS = 0.2
 """Between two looks at the free space of the scratch folders."""
-FULL = 1 << 20
+_LOOKS_PER_QUESTION = 5
+"""How many looks there are for each question to libvirt whether the guest goes on."""
+_FULL = 1 << 20
 """Bytes.  A file system with less free space is full: a scratch file grows by clusters of 64 KiB and their tables."""
 
 
@@ -125,7 +127,7 @@ class Job:
         self._folders = tuple(dict.fromkeys(Path(disk.scratch).parent for disk in disks))
         self._over = threading.Event()
         self._watch = threading.Thread(target=self._look_after, name="watch", daemon=True)
-        self._begun = self._full = self._was_stopped = self._ended = False
+        self._begun = self._was_stopped = self._ended = False
         self.lost: SourceError | None = None
         """Why the data that is read no longer belongs to the instant; None as long as it does."""
         self.troubles: list[str] = []
@@ -135,7 +137,7 @@ class Job:
         """Freeze the guest, begin the job, and thaw the guest."""
         for folder in self._folders:
             self._room.require(folder, self._writes)
-        self._was_stopped = self._domain.stopped_by_io_error()
+        self._was_stopped = self._domain.lacks_space()
         # Once libvirt was asked, a signal waits for the answer: else nothing would tell whether the job runs.
         with deferred(), self._marked():
             try:
@@ -321,8 +323,8 @@ class Job:
             self._leave(self._clients, ours=ours)
         if ours:
             self._domain.end_job()
-        if self._full and not self._was_stopped and self._domain.is_on() and self._domain.stopped_by_io_error():
-            self._domain.resume()
+        if not self._was_stopped and self._domain.is_on() and self._domain.lacks_space():
+            self._domain.resume()  # QEMU tries the write again, which needs no room in a scratch file any more
 
     def _leave(self, clients: Clients, *, ours: bool) -> None:
         """End our connections before the job.  If the job has ended already, or the domain, there are none."""
@@ -349,18 +351,33 @@ class Job:
 
     def _look_after(self) -> None:
         """Make sure that the job never stops the guest.  Runs in a thread of its own."""
+        looks = 0
         while self.lost is None and not self._over.wait(_WATCH_SECONDS):
+            looks += 1
             try:
                 self._look()
+                if self.lost is None and looks % _LOOKS_PER_QUESTION == 0:
+                    self._ask()
             except (SourceError, OSError) as error:
                 _log.info("watching the scratch folders: %s", error)
 
     def _look(self) -> None:
         free, folder = min((free_bytes(folder), folder) for folder in self._folders)
-        if free >= max(self._room.reserve, FULL):
+        if free >= max(self._room.reserve, _FULL):
             return
-        self._full = True
         self.lost = ran_out(folder, free)
+        self._end_job()
+
+    def _ask(self) -> None:
+        """Find a guest that lacks space although the scratch folders seem to have some (a quota, for example)."""
+        if self._was_stopped or not self._domain.lacks_space():
+            return
+        self.lost = SourceError(
+            f"QEMU stopped the guest of domain {self._domain.name} for lack of space; the backup was stopped, and the "
+            "guest continues",
+            hint="has the storage of the images, or the scratch folder, a quota? free some space, or name another "
+            "folder with --scratch",
+        )
         self._end_job()
 
 

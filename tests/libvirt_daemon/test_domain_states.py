@@ -211,47 +211,6 @@ def test_an_external_snapshot_and_its_commit_cost_rescans_and_no_byte(domain):
     domain.require_night("incremental", "incremental")
 
 
-def test_a_full_scratch_folder_ends_the_job_and_the_guest_goes_on(domain, tmp_path, monkeypatch):
-    scratch = domain.daemon.place / "scratch"
-    scratch.mkdir()
-    run("mount", "-t", "tmpfs", "-o", "size=4m,mode=777", "none", scratch)
-    try:
-        config = tmp_path / "c.yaml"
-        config.write_text(
-            f"repository: {domain.repository}\nbitmap: b1\nscratch: {scratch}\nscratch_reserve: 0\nspot_check: 0\n"
-            f"machines:\n  t1: {{libvirt: '{domain.daemon.uri}'}}\n"
-        )
-        words = ["--config", config, "incremental", "--json"]
-        domain.io("vda", "write -P 6 0 7M")  # what is zero needs no room when it is overwritten
-        done = call_pybackup(words)
-        assert done.rc == 0, done
-        begin = Job.begin
-
-        def begin_and_fill(job: Job) -> None:
-            begin(job)
-            for start in range(6):
-                domain.io("vda", f"write -P 7 {start}M 1M", fails=True)
-            job._over.wait(3)
-
-        monkeypatch.setattr(Job, "begin", begin_and_fill)
-        stopped, resumed = iter([False]), []  # HMP's qemu-io gets the error that would stop a device's guest
-        monkeypatch.setattr(OurDomain, "stopped_by_io_error", lambda _domain: next(stopped, not resumed))
-        monkeypatch.setattr(OurDomain, "resume", lambda _domain: resumed.append(True))
-        done = call_pybackup(words)
-        assert (done.rc, "ran out of space" in done.stderr, len(resumed)) == (13, True, 1), done
-        monkeypatch.undo()
-        assert domain.job() == ""
-        assert domain.state == "running"
-        assert list(scratch.iterdir()) == []
-        domain.io("vda", "write -P 9 1M 1M")
-        held = domain.hold()
-        done = call_pybackup(words)
-        assert done.rc == 0, done
-        domain.require_holds(done.machine["point"], held)
-    finally:
-        run("umount", "-l", scratch)
-
-
 def test_a_scratch_folder_without_room_is_refused_before_the_job(domain, tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text(
