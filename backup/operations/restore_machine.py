@@ -14,13 +14,15 @@ from pathlib import Path
 
 from backup.engine.targets import open_target, refuse_existing
 from backup.errors import BackupError, Damaged, Failed, NotFound, UsageError
+from backup.model.libvirt_uri import is_session, socket_of
 from backup.model.manifest import DEFINITION, NVRAM, SUFFIXES, TPM, Manifest
 from backup.model.names import check_name
 from backup.operations.restore_targets import Place, Placed
 from backup.qemu.images import RAW
 from backup.repository import machine_files
 from backup.repository.machine import Machine
-from backup.sources.libvirt_definition import BadDefinition, RestoredDisk, read, rewrite
+from backup.sources.libvirt_definition import BadDefinition, Definition, RestoredDisk, read, rewrite
+from backup.sources.libvirt_state import tpm_file
 
 _CLUSTER = 64 << 10
 _BY_HAND = "the disks are restored; describe the machine to libvirt by hand, or restore another point"
@@ -37,6 +39,14 @@ class RestoredMachine:
     targets: Mapping[str, str]
     notes: tuple[str, ...]
     problems: tuple[BackupError, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Defined:
+    """A domain that libvirt has now: its name, and what the user should know."""
+
+    name: str
+    notes: Sequence[str]
 
 
 NO_MACHINE = RestoredMachine({}, (), ())
@@ -103,8 +113,6 @@ class MachineRestore:
         for role in (NVRAM, TPM):
             if role in self.contents:
                 written[role] = _write(self.targets[role], self.contents[role], force=force)
-        if TPM in written:
-            notes.append(f"the state of the TPM is in {written[TPM]}; docs/libvirt.md says where swtpm expects it")
         if DEFINITION in self.contents:
             try:
                 rewritten = rewrite(
@@ -117,9 +125,9 @@ class MachineRestore:
                 notes += rewritten.notes
         return RestoredMachine(written, tuple(notes), tuple(problems))
 
-    def define(self, uri: str, written: RestoredMachine) -> str:
+    def define(self, uri: str, written: RestoredMachine) -> Defined:
         """
-        Have libvirt define the machine that was written; return the domain's name.
+        Have libvirt define the machine that was written, and put the state of its TPM in place.
 
         Raises
         ------
@@ -135,13 +143,30 @@ class MachineRestore:
         definition = Path(path).read_text("utf-8")
         try:
             with Domain.connected(uri, "") as daemon:
-                daemon.define(definition)
+                uuid = daemon.define(definition)
         except Refused as error:
             raise Failed(
                 f"the machine is restored, and libvirt refuses its definition: {error.text}",
                 hint=f"change {path} as this host needs it, and run: virsh define {path}",
             ) from None
-        return read(definition).name
+        defined = read(definition)
+        return Defined(defined.name, tuple(self._tpm_notes(defined, uuid, uri, written)))
+
+    def _tpm_notes(self, defined: Definition, uuid: str, uri: str, written: RestoredMachine) -> Sequence[str]:
+        if TPM not in written.targets or defined.tpm is None:
+            return by_hand(written)
+        named = defined.tpm.source is not None or defined.tpm.in_file  # in the definition, which is not trusted
+        of_another_user = is_session(uri) and socket_of(uri) is not None
+        path = None if named or of_another_user else tpm_file(defined.tpm, uuid, uri)
+        if path is None:
+            return by_hand(written)
+        try:
+            _put_in_place(path, self.contents[TPM])
+        except OSError as error:
+            command = f"install -D -m 600 {written.targets[TPM]} {path}"
+            why = f"{path} cannot be written ({error.strerror})"
+            return [f"the state of the TPM is not in place yet: {why}; before the first start, run as root: {command}"]
+        return [f"the state of the TPM is in place: {path}"]
 
     def _definition(self) -> str:
         try:
@@ -178,6 +203,13 @@ def prepare(
     return MachineRestore(contents, targets, tuple(problems), name)
 
 
+def by_hand(written: RestoredMachine) -> Sequence[str]:
+    """Return notes of what is left to the user if the machine was not defined here."""
+    if TPM not in written.targets:
+        return []
+    return [f"the state of the TPM is in {written.targets[TPM]}; docs/libvirt.md says where swtpm expects it"]
+
+
 def nothing_to_define(point: Manifest) -> BackupError:
     """Return the error for a point of which no machine can be defined."""
     if point.machine_file(DEFINITION) is None:
@@ -196,6 +228,23 @@ def _restored(point: Manifest, places: Sequence[Place]) -> dict[str, RestoredDis
     return {
         place.disk: RestoredDisk(os.path.abspath(place.target), place.format, sources[place.disk]) for place in places
     }
+
+
+def _put_in_place(path: Path, state: bytes) -> None:
+    """Write the state of a TPM to a file that is not there yet; at the start, libvirt gives it to swtpm's user."""
+    for folder, mode in ((path.parents[2], 0o711), (path.parents[1], 0o711), (path.parent, 0o700)):
+        if not folder.is_dir():
+            folder.mkdir()
+            folder.chmod(mode)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        with open(fd, "wb") as file:
+            file.write(state)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        path.unlink()
+        raise
 
 
 def _absolute(path: str | None) -> str | None:

@@ -120,9 +120,12 @@ def _is_folder(target: str, disks: int) -> bool:
 
 
 @contextmanager
-def made(folder: Path | None) -> Iterator[None]:
+def made(folder: Path | None, *, for_machine: bool) -> Iterator[None]:
     """
     Create the folder and its missing parents; after a failure, those of them that are empty are removed.
+
+    `for_machine`: a machine will run from the folder.  QEMU's user must be able to enter it; the files in it stay their
+    owner's until libvirt gives them to that user.
 
     Raises
     ------
@@ -133,6 +136,8 @@ def made(folder: Path | None) -> Iterator[None]:
     try:
         for path in reversed(missing):
             os.mkdir(path, 0o700)
+            if for_machine:
+                os.chmod(path, 0o711)  # noqa: S103 - entered by QEMU's user, and listed by the owner only
     except OSError as error:
         raise Failed(
             f"{folder} cannot be created: {error.strerror}", hint="check the path and the permissions"

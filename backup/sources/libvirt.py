@@ -442,7 +442,8 @@ class Libvirt:
             raise
 
     def _machine_state(self) -> MachineState:
-        return machine_state(self.domain.definition(), self.domain.uri, on=self._is_on)
+        running = self.domain.running_xml() if self._is_on else None
+        return machine_state(self.domain.definition(), self.domain.uri, running=running)
 
     def _job_disk(self, source: DomainSource, capture: Capture, short_id: str, unique: str) -> JobDisk:
         folder = self._scratch or scratch_room.folder_of(capture.state.path)

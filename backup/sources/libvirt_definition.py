@@ -34,19 +34,29 @@ class BadDefinition(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Nvram:
-    """The file of the firmware's variables: its path (None: it is no local file), and its format."""
+    """
+    The file of the firmware's variables: its path (None: no local file is named), and its format.
+
+    `unnamed`: the definition names no file, and libvirt puts one at its default place when the domain starts.
+    """
 
     path: str | None
     format: str
+    unnamed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Tpm:
-    """A TPM: its backend ("emulator": swtpm), its version, and the folder of its state (None: libvirt's default)."""
+    """
+    A TPM: its backend ("emulator": swtpm), its version, and the folder of its state (None: libvirt's default).
+
+    `in_file`: the state is a single file or device, which is no folder of swtpm's.
+    """
 
     backend: str
     version: str
     source: str | None
+    in_file: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,20 +104,30 @@ def read(text: str) -> Definition:
 def _nvram(root: ET.Element) -> Nvram | None:
     element = root.find("./os/nvram")
     if element is None:
-        return None
+        return Nvram(None, _RAW, unnamed=True) if _has_unnamed_variables(root) else None
     source = element.find("source")
     path = source.get("file") if source is not None else (element.text or "").strip()
-    return Nvram(path if element.get("type", "file") == "file" and path else None, element.get("format", _RAW))
+    is_file = element.get("type", "file") == "file"
+    return Nvram(path if is_file and path else None, element.get("format", _RAW), unnamed=is_file and not path)
+
+
+def _has_unnamed_variables(root: ET.Element) -> bool:
+    """Tell whether libvirt chooses the firmware; before libvirt 9.2, the definition then names no file of variables."""
+    loader = root.find("./os/loader")
+    stateless = loader is not None and (loader.get("stateless") == "yes" or loader.get("type") == "rom")
+    return root.find("./os[@firmware='efi']") is not None and not stateless
 
 
 def _tpm(backend: ET.Element | None) -> Tpm | None:
     if backend is None:
         return None
     source = backend.find("source")
+    in_folder = source is not None and source.get("type") == "dir"
     return Tpm(
         backend.get("type", ""),
         backend.get("version", "2.0"),
-        None if source is None or source.get("type") != "dir" else source.get("path"),
+        source.get("path") if source is not None and in_folder else None,
+        in_file=source is not None and not in_folder,
     )
 
 
@@ -233,8 +253,10 @@ def _make_optional(element: ET.Element) -> None:
 
 
 def _rewrite_nvram(root: ET.Element, path: str | None) -> None:
-    element = root.find("./os/nvram")
+    machine, element = root.find("./os"), root.find("./os/nvram")
     if element is None:
+        if machine is not None and path is not None:
+            ET.SubElement(machine, "nvram").text = path
         return
     for child in list(element):
         element.remove(child)

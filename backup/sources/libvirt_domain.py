@@ -207,6 +207,10 @@ class Domain:
         flags = self._libvirt.VIR_DOMAIN_XML_INACTIVE
         return str(self._ask("show the domain's definition", lambda domain: domain.XMLDesc(flags)))
 
+    def running_xml(self) -> str:
+        """Read the XML of the running domain, without passwords."""
+        return str(self._ask("show the domain", lambda domain: domain.XMLDesc(0)))
+
     def number(self) -> int:
         """The running domain's id."""
         return int(self._ask("tell the domain's id", lambda domain: domain.ID()))
@@ -246,16 +250,16 @@ class Domain:
                 return None
             raise
 
-    def define(self, definition: str) -> None:
+    def define(self, definition: str) -> str:
         """
-        Have libvirt define a domain.
+        Have libvirt define a domain; return the domain's UUID.
 
         Raises
         ------
         Refused
             libvirt does not accept the definition.
         """
-        self._answer("define the domain", lambda: self._connection.defineXML(definition) and None)
+        return str(self._answer("define the domain", lambda: self._connection.defineXML(definition).UUIDString()))
 
     # Jobs
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 from pathlib import Path
 
 from backup.model.libvirt_uri import is_session
@@ -18,38 +19,55 @@ from backup.sources.base import MachineState
 from backup.sources.libvirt_definition import BadDefinition, Definition, Nvram, Tpm, read
 from backup.units import show_size
 
-_ATTEMPTS = 20
-"""How often a file that changes is read until two reads return the same."""
+_PATIENCE, _PAUSE = 5.0, 0.05
+"""How long a file that changes is read until two reads return the same, and the pause between two reads (seconds)."""
+_SYSTEM_FOLDER = Path("/var/lib/libvirt/qemu")
+"""Where the daemon of the system keeps what belongs to domains."""
 _SYSTEM_TPM = Path("/var/lib/libvirt/swtpm")
 """Where the daemon of the system has swtpm keep the states of TPMs."""
-_TPM_FILES = {"1.2": "tpm1.2/tpm-00.permall", "2.0": "tpm2/tpm2-00.permall"}
-"""The file of a TPM's state in the domain's folder, by the TPM's version."""
+_TPM_FILES = {"1.2": ("tpm1.2", "tpm-00.permall"), "2.0": ("tpm2", "tpm2-00.permall")}
+"""The folder of a TPM's state in the domain's folder, and swtpm's file in there, by the TPM's version."""
 
 
 class _NotKept(Exception):
     """A file is not kept; the message says why."""
 
 
-def machine_state(definition: str, uri: str, *, on: bool) -> MachineState:
+def machine_state(definition: str, uri: str, *, running: str | None) -> MachineState:
     """
-    Read the small files of a domain that is `on` or off; `uri` is libvirt's.
+    Read the small files of a domain: its definition, and what the definition says that it has.
 
-    QEMU writes the firmware's variables whenever the guest sets one.  So the file is read until two reads agree.
+    Parameters
+    ----------
+    uri : str
+        libvirt's.
+    running : str or None
+        The XML of the running domain, which names files that libvirt chose at the start; None: the domain is off.
+
+    Notes
+    -----
+    QEMU writes the firmware's variables whenever the guest sets one, and UEFI writes many at its first start.  So the
+    file is read until two reads agree.
     """
     content = definition.encode()
     try:
         _require_size(DEFINITION, len(content))
         defined = read(definition)
+        nvram = defined.nvram if running is None else read(running).nvram
     except (_NotKept, BadDefinition) as error:
         return MachineState({}, (f"the domain's definition is in no point: {error}",))
+    on = running is not None
     files, warnings, notes = {DEFINITION: content}, [], []
-    if defined.nvram is not None and defined.nvram.path is not None and (on or os.path.lexists(defined.nvram.path)):
+    path = None if nvram is None else _variables_path(nvram, defined.name, uri)
+    if nvram is not None and path is not None and (on or os.path.lexists(path)):
         try:
-            files[NVRAM] = _variables(defined.nvram, on=on)
+            files[NVRAM] = _variables(path, nvram.format, on=on)
         except _NotKept as error:
             warnings.append(f"the firmware's variables (NVRAM) are not in the point: {error}")
-    elif defined.nvram is not None:
-        notes.append("the firmware's variables (NVRAM) are not in the point: the domain has no local file of them yet")
+    elif nvram is not None:
+        missing = f"there is no {path} (libvirt makes the file at the first start)"
+        why = "they lie in no local file" if path is None else missing
+        notes.append(f"the firmware's variables (NVRAM) are not in the point: {why}")
     if defined.tpm is not None:
         try:
             files[TPM] = _tpm_state(defined, defined.tpm, uri, on=on)
@@ -58,10 +76,18 @@ def machine_state(definition: str, uri: str, *, on: bool) -> MachineState:
     return MachineState(files, tuple(warnings), tuple(notes))
 
 
-def _variables(nvram: Nvram, *, on: bool) -> bytes:
-    if on and nvram.format != "raw":
-        raise _NotKept(f"{nvram.path} is a {nvram.format}, parts of which QEMU keeps in memory while the domain is on")
-    return _content(NVRAM, nvram.path or "")
+def _variables_path(nvram: Nvram, name: str, uri: str) -> str | None:
+    """Return the path of the variables' file, which may not be there yet; None: they lie in no local file."""
+    if not nvram.unnamed:
+        return nvram.path
+    folder = _session_folder() if is_session(uri) else _SYSTEM_FOLDER
+    return os.fspath(folder / "nvram" / f"{name}_VARS.fd")
+
+
+def _variables(path: str, image_format: str, *, on: bool) -> bytes:
+    if on and image_format != "raw":
+        raise _NotKept(f"{path} is a {image_format}, parts of which QEMU keeps in memory while the domain is on")
+    return _content(NVRAM, path)
 
 
 def _tpm_state(defined: Definition, tpm: Tpm, uri: str, *, on: bool) -> bytes:
@@ -69,31 +95,51 @@ def _tpm_state(defined: Definition, tpm: Tpm, uri: str, *, on: bool) -> bytes:
         raise _NotKept(f"it is not emulated (backend {tpm.backend})")
     if on:
         raise _NotKept("swtpm can change it at any time while the domain is on; back the domain up while it is off")
-    if tpm.version not in _TPM_FILES or (tpm.source is None and defined.uuid is None):
+    path = tpm_file(tpm, defined.uuid, uri)
+    if path is None:
         raise _NotKept(f"pybackup does not know the file of a TPM of version {tpm.version}")
-    folder = Path(tpm.source) if tpm.source is not None else _tpm_folder(uri) / (defined.uuid or "")
-    return _content(TPM, os.fspath(folder / _TPM_FILES[tpm.version]))
+    return _content(TPM, os.fspath(path))
 
 
-def _tpm_folder(uri: str) -> Path:
-    if not is_session(uri):
-        return _SYSTEM_TPM
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "libvirt/qemu/swtpm"
+def tpm_file(tpm: Tpm, uuid: str | None, uri: str) -> Path | None:
+    """
+    Return the file in which swtpm keeps the state of a domain's TPM; None: the file is not known.
+
+    Parameters
+    ----------
+    uuid : str or None
+        The domain's.
+    uri : str
+        libvirt's.
+    """
+    if tpm.in_file or tpm.version not in _TPM_FILES:
+        return None
+    folder, name = _TPM_FILES[tpm.version]
+    if tpm.source is not None:
+        return Path(tpm.source) / name
+    base = _session_folder() / "swtpm" if is_session(uri) else _SYSTEM_TPM
+    return None if uuid is None else base / uuid / folder / name
+
+
+def _session_folder() -> Path:
+    """Return where a user's own daemon keeps such files."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "libvirt/qemu"
 
 
 def _content(role: str, path: str) -> bytes:
     """Read a plain file, until two reads return the same."""
     try:
         before = _read(role, path)
-        for _ in range(_ATTEMPTS):
-            after = _read(role, path)
-            if after == before:
-                return after
+        deadline = time.monotonic() + _PATIENCE
+        while (after := _read(role, path)) != before:
+            if time.monotonic() > deadline:
+                raise _NotKept(f"{path} kept changing while it was read")
             before = after
+            time.sleep(_PAUSE)
     except OSError as error:
         why = "it is a link" if error.errno == errno.ELOOP else error.strerror
         raise _NotKept(f"{path} cannot be read: {why}") from None
-    raise _NotKept(f"{path} kept changing while it was read")
+    return after
 
 
 def _read(role: str, path: str) -> bytes:

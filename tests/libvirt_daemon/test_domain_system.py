@@ -13,13 +13,18 @@ from domains import QEMU_USER, Domain, SystemDaemon, daemon_of
 from lab import PYBACKUP, init, put_in_front, run
 
 
-@pytest.fixture(scope="module")
-def system():
+def require_system() -> None:
+    """Skip the test where no libvirtd of the system can be started."""
     pytest.importorskip("libvirt", reason="python3-libvirt is missing: tools/setup libvirt")
     if os.geteuid() != 0 or shutil.which("libvirtd") is None:
         pytest.skip("only root starts the libvirtd of a system")
     if subprocess.run(["unshare", "-m", "true"], check=False, capture_output=True).returncode:
         pytest.skip("no mount namespace can be made here")
+
+
+@pytest.fixture(scope="module")
+def system():
+    require_system()
     with daemon_of(SystemDaemon) as daemon:
         yield daemon
 

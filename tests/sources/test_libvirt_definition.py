@@ -8,8 +8,9 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from backup.sources.libvirt_definition import BadDefinition, RestoredDisk, Tpm, read, rewrite
-from backup.sources.libvirt_state import machine_state
+from backup.sources import libvirt_state
+from backup.sources.libvirt_definition import BadDefinition, Nvram, RestoredDisk, Tpm, read, rewrite
+from backup.sources.libvirt_state import machine_state, tpm_file
 
 UUID = "c7a5fdbd-edaf-9455-926a-d65c16db1809"
 DEFINITION = f"""<domain type='kvm' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
@@ -154,16 +155,16 @@ def of_state(tmp_path: Path) -> str:
 def test_the_state_of_a_tpm_is_kept_while_the_domain_is_off(tmp_path):
     assert read(of_state(tmp_path)).tpm == Tpm("emulator", "2.0", str(tmp_path / "tpm"))
     (tmp_path / "vars").write_bytes(b"variables")
-    (tmp_path / "tpm/tpm2").mkdir(parents=True)
-    (tmp_path / "tpm/tpm2/tpm2-00.permall").write_bytes(b"state")
-    off = machine_state(of_state(tmp_path), "qemu:///system", on=False)
+    (tmp_path / "tpm").mkdir()
+    (tmp_path / "tpm/tpm2-00.permall").write_bytes(b"state")
+    off = machine_state(of_state(tmp_path), "qemu:///system", running=None)
     assert off.files == {"definition": of_state(tmp_path).encode(), "nvram": b"variables", "tpm": b"state"}
     assert (off.warnings, off.notes) == ((), ())
-    on = machine_state(of_state(tmp_path), "qemu:///system", on=True)
+    on = machine_state(of_state(tmp_path), "qemu:///system", running=of_state(tmp_path))
     assert set(on.files) == {"definition", "nvram"}
     assert "the state of the TPM is not in the point: swtpm can change it" in on.notes[0]
-    (tmp_path / "tpm/tpm2/tpm2-00.permall").unlink()
-    [note] = machine_state(of_state(tmp_path), "qemu:///system", on=False).notes
+    (tmp_path / "tpm/tpm2-00.permall").unlink()
+    [note] = machine_state(of_state(tmp_path), "qemu:///system", running=None).notes
     assert "No such file" in note
 
 
@@ -171,10 +172,10 @@ def test_what_is_too_large_or_empty_is_not_kept_and_warned_of(tmp_path):
     for size in (0, (64 << 20) + 1):
         with (tmp_path / "vars").open("wb") as file:
             file.truncate(size)
-        state = machine_state(of_state(tmp_path), "qemu:///system", on=False)
+        state = machine_state(of_state(tmp_path), "qemu:///system", running=None)
         assert set(state.files) == {"definition"}
         assert f"it has {size} bytes" in state.warnings[0]
-    state = machine_state(f"<domain>{' ' * (4 << 20)}</domain>", "qemu:///system", on=False)
+    state = machine_state(f"<domain>{' ' * (4 << 20)}</domain>", "qemu:///system", running=None)
     assert state.files == {}
     assert "the domain's definition is in no point" in state.warnings[0]
 
@@ -182,6 +183,85 @@ def test_what_is_too_large_or_empty_is_not_kept_and_warned_of(tmp_path):
 def test_variables_in_a_qcow2_are_kept_only_while_the_domain_is_off(tmp_path):
     (tmp_path / "vars").write_bytes(b"QFI\xfb")
     text = of_state(tmp_path).replace("<nvram ", "<nvram format='qcow2' ")
-    assert "nvram" in machine_state(text, "qemu:///system", on=False).files
-    on = machine_state(text, "qemu:///system", on=True)
+    assert "nvram" in machine_state(text, "qemu:///system", running=None).files
+    on = machine_state(text, "qemu:///system", running=text)
     assert ("nvram" in on.files, "QEMU keeps in memory" in on.warnings[0]) == (False, True)
+
+
+CHOSEN = f"<domain><name>web1</name><uuid>{UUID}</uuid><os firmware='efi'><type>hvm</type></os></domain>"
+"""Where libvirt chooses the firmware; libvirt 9.0 names the variables only in the XML of the running domain."""
+
+
+def test_variables_that_the_definition_does_not_name_are_kept_on_and_off(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    folder = tmp_path / "libvirt/qemu/nvram"
+    folder.mkdir(parents=True)
+    named = CHOSEN.replace("<type>", f"<nvram>{tmp_path}/vars</nvram><type>").replace(" firmware='efi'", "")
+    (tmp_path / "vars").write_bytes(b"on")
+    assert machine_state(CHOSEN, "qemu:///session", running=named).files["nvram"] == b"on"
+    [note] = machine_state(CHOSEN, "qemu:///session", running=None).notes
+    assert f"there is no {folder}/web1_VARS.fd" in note
+    (folder / "web1_VARS.fd").write_bytes(b"off")
+    assert machine_state(CHOSEN, "qemu:///session", running=None).files["nvram"] == b"off"
+    [note] = machine_state(CHOSEN, "qemu:///system", running=None).notes
+    assert "there is no /var/lib/libvirt/qemu/nvram/web1_VARS.fd" in note
+
+
+@pytest.mark.parametrize(
+    ("within", "found"),
+    [
+        ("<os firmware='efi'/>", Nvram(None, "raw", unnamed=True)),
+        ("<os firmware='efi'><loader stateless='yes'/></os>", None),
+        ("<os firmware='bios'/>", None),
+        ("<os><loader type='rom'>/usr/share/OVMF.fd</loader></os>", None),
+        ("<os><nvram template='/t'/></os>", Nvram(None, "raw", unnamed=True)),
+        ("<os><nvram type='network'><source protocol='iscsi'/></nvram></os>", Nvram(None, "raw")),
+        ("<os><nvram type='file' format='qcow2'><source file='/v'/></nvram></os>", Nvram("/v", "qcow2")),
+    ],
+)
+def test_what_a_definition_says_of_variables(within, found):
+    assert read(f"<domain>{within}</domain>").nvram == found
+
+
+def test_restored_variables_get_a_name_in_a_definition_that_had_none():
+    machine = ET.fromstring(rewrite(CHOSEN, {}, nvram="/back/web1.nvram", name=None).text)
+    assert machine.findtext("./os/nvram") == "/back/web1.nvram"
+    assert machine.find("./os").get("firmware") == "efi"
+    assert ET.fromstring(rewrite(CHOSEN, {}, nvram=None, name=None).text).find("./os/nvram") is None
+
+
+@pytest.mark.parametrize(
+    ("tpm", "path"),
+    [
+        (Tpm("emulator", "2.0", None), f"/var/lib/libvirt/swtpm/{UUID}/tpm2/tpm2-00.permall"),
+        (Tpm("emulator", "1.2", None), f"/var/lib/libvirt/swtpm/{UUID}/tpm1.2/tpm-00.permall"),
+        (Tpm("emulator", "2.0", "/tpm"), "/tpm/tpm2-00.permall"),
+        (Tpm("emulator", "2.0", None, in_file=True), None),
+        (Tpm("emulator", "3.0", None), None),
+    ],
+)
+def test_where_swtpm_keeps_the_state_of_a_tpm(tpm, path):
+    assert tpm_file(tpm, UUID, "qemu:///system") == (None if path is None else Path(path))
+    assert tpm_file(Tpm("emulator", "2.0", None), None, "qemu:///system") is None
+
+
+def test_a_file_that_changes_is_read_until_it_rests(tmp_path, monkeypatch):
+    path = tmp_path / "vars"
+    path.write_bytes(b"0")
+    reads = []
+
+    def read_and_change(role, name):
+        content = reading(role, name)
+        reads.append(content)
+        if len(reads) < 30:
+            path.write_bytes(b"%d" % len(reads))
+        return content
+
+    reading = libvirt_state._read
+    monkeypatch.setattr(libvirt_state, "_read", read_and_change)
+    monkeypatch.setattr(libvirt_state, "_PAUSE", 0)
+    assert machine_state(of_state(tmp_path), "qemu:///system", running=of_state(tmp_path)).files["nvram"] == b"29"
+    monkeypatch.setattr(libvirt_state, "_PATIENCE", 0)
+    reads.clear()
+    state = machine_state(of_state(tmp_path), "qemu:///system", running=of_state(tmp_path))
+    assert (set(state.files), "kept changing" in state.warnings[0]) == ({"definition"}, True)

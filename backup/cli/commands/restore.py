@@ -106,7 +106,7 @@ def restore(
         _stream(machine, point, placed.places[0], workers, bytes_a_second, salvage=salvage)
         return
     restore_space.require(machine, point, placed.places)
-    with restore_targets.made(placed.folder):
+    with restore_targets.made(placed.folder, for_machine=whole is not None):
         disks = [
             _restored(machine, point, place, workers, bytes_a_second, force=force, salvage=salvage)
             for place in placed.places
@@ -120,8 +120,10 @@ def restore(
             defined = whole.define(libvirt, files)
         except BackupError as error:
             errors += [error] if error not in errors else []
+    notes = [*files.notes, *(restore_machine.by_hand(files) if defined is None else defined.notes)]
+    name_defined = None if defined is None else defined.name
     if not options.json and not options.quiet:
-        _show_machine(point.machine, files, defined)
+        _show_machine(point.machine, files, notes, name_defined)
     for shown in errors:
         show_error(shown)
     if options.json:
@@ -133,8 +135,8 @@ def restore(
                 errors[0] if errors else None,
                 disks,
                 [FileDocument(*pair) for pair in files.targets.items()],
-                files.notes,
-                defined,
+                notes,
+                name_defined,
             )
         )
     worst = (Damaged.exit_code, NotFound.exit_code)
@@ -215,10 +217,10 @@ def _stream(machine: Machine, point: Manifest, place: Place, workers: int, limit
 # Text
 
 
-def _show_machine(machine: str, restored: RestoredMachine, defined: str | None) -> None:
+def _show_machine(machine: str, restored: RestoredMachine, notes: Sequence[str], defined: str | None) -> None:
     for role, target in restored.targets.items():
         output.line(f"{machine}: {role} restored to {plain(target)}")
-    for text in restored.notes:
+    for text in notes:
         output.note(text, to_stderr=False)
     if defined is not None:
         output.line(f"{machine}: defined as domain {plain(defined)}")
