@@ -20,7 +20,7 @@ from backup.age.primitives import TAG, Buffer
 
 CHUNK = 64 << 10
 """Length of a chunk before it is sealed (bytes)."""
-_SEALED = CHUNK + TAG
+SEALED_CHUNK = CHUNK + TAG
 _NONCE = 16
 _LAST, _NOT_LAST = b"\1", b"\0"
 
@@ -46,7 +46,7 @@ class Layout:
         BadPayload
             No sealed file has this length.
         """
-        chunks, rest = divmod(sealed - head, _SEALED)
+        chunks, rest = divmod(sealed - head, SEALED_CHUNK)
         if sealed < head + TAG or 0 < rest < TAG or (rest == TAG and chunks):
             raise BadPayload("it was cut off")
         return cls(head, sealed - head - (chunks + (rest > 0)) * TAG)
@@ -69,13 +69,13 @@ class Layout:
         """
         end = min(offset + length, self.size)
         first, behind = offset // CHUNK, max(1, -(-end // CHUNK))
-        start = self.head + first * _SEALED
-        return first, start, min(self.head + behind * _SEALED, self.sealed) - start
+        start = self.head + first * SEALED_CHUNK
+        return first, start, min(self.head + behind * SEALED_CHUNK, self.sealed) - start
 
 
-def sealed_length(content: int) -> int:
-    """Return the length (bytes) of a sealed range of whole chunks, for a reader's buffer."""
-    return -(-content // CHUNK) * _SEALED
+def longest_span(length: int) -> int:
+    """Return the most bytes of a sealed file that a range of the plain content takes, wherever the range begins."""
+    return (-(-length // CHUNK) + 1) * SEALED_CHUNK
 
 
 class Sealer:
@@ -93,18 +93,25 @@ class Sealer:
         self.head = headers.write(key, recipients) + nonce
         self.layout = Layout(len(self.head), size)
         self._cipher = _payload_cipher(key, nonce)
+        self._room = bytearray()
 
-    def seal(self, first: int, data: Buffer) -> bytearray:
-        """Seal chunks from number `first` on; `data` ends with a chunk or with the content."""
+    def seal(self, first: int, data: Buffer) -> memoryview:
+        """
+        Seal chunks from number `first` on; `data` ends with a chunk or with the content.
+
+        The next call overwrites the returned memory: to clear new memory takes as long as half of the sealing.
+        """
         view, count = memoryview(data), max(1, -(-len(data) // CHUNK))
-        sealed = bytearray(len(view) + count * TAG)
-        into = memoryview(sealed)
+        length = len(view) + count * TAG
+        if len(self._room) < length:
+            self._room = bytearray(length)
+        into = memoryview(self._room)[:length]
         for at in range(count):
             chunk = view[at * CHUNK : (at + 1) * CHUNK]
-            start = at * _SEALED
+            start = at * SEALED_CHUNK
             nonce = _chunk_nonce(self.layout, first + at)
             self._cipher.encrypt_into(nonce, chunk, None, into[start : start + len(chunk) + TAG])
-        return sealed
+        return into
 
 
 class Opener:
@@ -121,9 +128,9 @@ class Opener:
         self.layout = Layout.of_sealed(head.length, sealed)
         self._cipher = _payload_cipher(headers.file_key(head.header, identities), head.nonce)
 
-    def open(self, first: int, sealed: Buffer) -> bytearray:
+    def open(self, first: int, sealed: Buffer, room: bytearray | None = None) -> memoryview:
         """
-        Open chunks from number `first` on.
+        Open chunks from number `first` on, into the memory `room` if it is given and is not shorter than `sealed`.
 
         Raises
         ------
@@ -131,17 +138,17 @@ class Opener:
             A chunk is not what was sealed.
         """
         view = memoryview(sealed)
-        count = -(-len(view) // _SEALED)
-        content = bytearray(max(0, len(view) - count * TAG))
-        into = memoryview(content)
+        count = -(-len(view) // SEALED_CHUNK)
+        length = max(0, len(view) - count * TAG)
+        into = memoryview(bytearray(length) if room is None or len(room) < length else room)[:length]
         for at in range(count):
-            chunk = view[at * _SEALED : (at + 1) * _SEALED]
+            chunk = view[at * SEALED_CHUNK : (at + 1) * SEALED_CHUNK]
             target = into[at * CHUNK : at * CHUNK + len(chunk) - TAG]
             if len(chunk) < TAG or not primitives.opens(
                 self._cipher, _chunk_nonce(self.layout, first + at), chunk, target
             ):
-                raise BadPayload(f"it is damaged at byte {self.layout.head + (first + at) * _SEALED}")
-        return content
+                raise BadPayload(f"it is damaged at byte {self.layout.head + (first + at) * SEALED_CHUNK}")
+        return into
 
 
 @dataclass(frozen=True, slots=True)

@@ -295,12 +295,12 @@ def require_local_folder(files: Files) -> Path:
     Raises
     ------
     Failed
-        The files are not on this host.
+        The files are not on this host, or sealed.
     """
     folder = files.local_folder()
     if folder is None:
         raise Failed(
-            f"{files.location} is not a folder of this host, and QEMU can read a point's files only from a folder",
+            f"{files.location} is sealed or not a folder of this host, and QEMU reads plain files in a folder only",
             hint="copy the point to a repository in a folder first (`pybackup copy`), and use it there",
         )
     return folder

@@ -30,7 +30,7 @@ def sealed(content: bytes, *recipients: Recipient) -> bytes:
     """Seal in order, in pieces of several chunks, as a copy does."""
     sealer = Sealer(recipients or (OURS.recipient,), len(content))
     step = 4 * CHUNK
-    pieces = [sealer.seal(at // CHUNK, content[at : at + step]) for at in range(0, max(1, len(content)), step)]
+    pieces = [bytes(sealer.seal(at // CHUNK, content[at : at + step])) for at in range(0, max(1, len(content)), step)]
     made = sealer.head + b"".join(pieces)
     assert len(made) == sealer.layout.sealed
     return made

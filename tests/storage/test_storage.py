@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from backup.errors import BackupError, Failed, Locked
+from backup.age.keys import Identities, Identity
+from backup.errors import BackupError, Failed, Locked, UsageError
 from backup.storage.base import IN_USE, Files, Storage, require_local_folder
 from backup.storage.folder import FolderStorage
 from backup.storage.memory import Memory, MemoryStorage
+from backup.storage.sealed import Keys, SealedStorage
 
 KIB = 1 << 10
 PART = 64 * KIB
@@ -21,12 +23,29 @@ Access = Callable[[], Storage]
 """Makes one more access to a storage, as another process has it."""
 
 
-@pytest.fixture(params=["folder", "memory"])
+IN_PARTS = ["folder", "memory"]
+"""Kinds of storage to which backups are made: these write the parts of a file in any order."""
+SEALED = ["sealed folder", "sealed memory"]
+
+
+@pytest.fixture(params=[*IN_PARTS, *SEALED])
 def access(request, tmp_path: Path) -> Access:
-    if request.param == "folder":
-        return lambda: FolderStorage(tmp_path / "place")
+    sealed, kind = request.param.startswith("sealed "), request.param.removeprefix("sealed ")
     memory = Memory()
-    return lambda: MemoryStorage(memory)
+
+    def place() -> Storage:
+        return FolderStorage(tmp_path / "place") if kind == "folder" else MemoryStorage(memory)
+
+    if not sealed:
+        return place
+    pytest.importorskip("cryptography", reason="the extra `seal` is missing: pip install 'pybackup[seal]'")
+    identities = Identities((Identity.new(),), "key.txt")
+    keys = Keys((identities.keys[0].recipient, Identity.new().recipient), identities)
+    return lambda: SealedStorage(place(), keys)
+
+
+in_parts = pytest.mark.parametrize("access", IN_PARTS, indirect=True)
+of_sealed = pytest.mark.parametrize("access", SEALED, indirect=True)
 
 
 @pytest.fixture
@@ -59,6 +78,13 @@ def parts(files: Files, name: str, *written: bytes) -> None:
     with closing(files.create(name, PART)) as writer:
         for number in reversed(range(len(written))):
             writer.put(number, written[number])
+        writer.finish()
+
+
+def in_order(files: Files, name: str, *written: bytes) -> None:
+    with closing(files.stream(name, sum(map(len, written)))) as writer:
+        for piece in written:
+            writer.write(piece)
         writer.finish()
 
 
@@ -244,6 +270,7 @@ def test_a_tag_tells_another_file_of_the_same_name_and_size(files):
 # Files in parts
 
 
+@in_parts
 @pytest.mark.parametrize("order", [(2, 1, 0), (1, 2, 0)])
 def test_parts_in_any_order_make_one_file(files, order):
     data = [os.urandom(PART), os.urandom(PART), os.urandom(17)]
@@ -256,6 +283,7 @@ def test_parts_in_any_order_make_one_file(files, order):
     assert content(files, "a.qcow2") == b"".join(data)
 
 
+@in_parts
 def test_parts_from_several_threads_make_one_file(files):
     data = [bytes([number]) * PART for number in range(8)]
     with closing(files.create("a", PART)) as writer:
@@ -265,6 +293,7 @@ def test_parts_from_several_threads_make_one_file(files):
     assert content(files, "a") == b"".join(data)
 
 
+@in_parts
 @pytest.mark.parametrize(
     "last", [b"", b"x", bytes(17), bytes(8192), b"x" + bytes(8192), bytes(8192) + b"x", bytes(5000) + b"x" * 4096]
 )
@@ -275,6 +304,7 @@ def test_zeroes_in_parts_are_read_as_zeroes(files, last):
     assert content(files, "a") == first + last
 
 
+@in_parts
 def test_a_file_that_is_not_finished_never_has_its_name_and_can_be_discarded(files):
     writer = files.create("a", PART)
     writer.put(0, b"x")
@@ -287,6 +317,7 @@ def test_a_file_that_is_not_finished_never_has_its_name_and_can_be_discarded(fil
     assert content(files, "a") == b"again"
 
 
+@in_parts
 def test_a_file_in_parts_replaces_nothing(files):
     files.publish("a", b"mine")
     with pytest.raises(FileExistsError):
@@ -296,6 +327,14 @@ def test_a_file_in_parts_replaces_nothing(files):
         files.create("b", PART)
     first.close()
     assert content(files, "a") == b"mine"
+
+
+@of_sealed
+def test_a_sealed_place_takes_no_backups(files):
+    with pytest.raises(UsageError, match="points can be copied there") as stopped:
+        files.create("a", PART)
+    assert "\n" not in stopped.value.message + stopped.value.hint
+    assert names(files) == []
 
 
 # Files in order
@@ -314,6 +353,13 @@ def test_a_file_in_order_has_its_name_when_it_is_finished(files):
     assert content(files, "a.qcow2") == b"".join(data)
 
 
+def test_a_file_in_order_replaces_nothing(files):
+    files.publish("a", b"mine")
+    with pytest.raises(FileExistsError):
+        files.stream("a", 1)
+    assert content(files, "a") == b"mine"
+
+
 def test_a_file_in_order_that_is_not_finished_can_be_discarded(files):
     writer = files.stream("a", 2 * PART)
     writer.write(bytes(PART))
@@ -330,7 +376,7 @@ def test_a_file_in_order_that_is_not_finished_can_be_discarded(files):
 @pytest.mark.parametrize("once", [0, PART])
 def test_ranges_are_what_was_written_and_end_with_the_file(files, once):
     data = os.urandom(PART + 100)
-    parts(files, "a", data[:PART], data[PART:])
+    in_order(files, "a", data[:PART], data[PART:])
     with closing(files.open("a", once=once)) as reader:
         assert reader.size == len(data)
         assert bytes(reader.read_at(0, 10)) == data[:10]
