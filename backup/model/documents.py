@@ -174,6 +174,13 @@ class Fields:
         """Return the objects of a list."""
         return [Fields(value, f"{key}[{i}]", self) for i, value in enumerate(self.take(key, list))]
 
+    def texts(self, key: str) -> list[str]:
+        """Return the texts of a list."""
+        values = self.take(key, list)
+        if not all(type(value) is str and len(value) <= MAX_TEXT for value in values):
+            raise BadDocument(f"{self.where()}.{key} is {shown(values)}, not a list of texts")
+        return values
+
     def _unwritten(self, key: str, value: str) -> BadDocument:
         return BadDocument(f"{self.where()}.{key} is {shown(value)}, which pybackup does not write there")
 

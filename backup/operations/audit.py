@@ -112,7 +112,7 @@ def audit(repository: Repository, request: Request, progress: Progress) -> Audit
         )
     # Locked although nothing is written: a simultaneous backup would remove the bitmap, or find the disks in use.
     with machine.lock(), request.host:
-        run = _Audit(machine, repository.identity[:8], request.complete(), progress)
+        run = _Audit(machine, repository.id[:8], request.complete(), progress)
         for _ in range(_TRIES):
             try:
                 return run.attempt()

@@ -170,14 +170,14 @@ def create(open_repository: Callable[[], Repository], request: Request, progress
     repository = open_repository()
     machine = repository.machine(request.machine)
     if not machine.exists():
-        _require_sources(machine, repository.identity, request, progress)
+        _require_sources(machine, repository.id, request, progress)
     if request.dry_run:
         with request.host:
             # A rehearsal, too, warns of a broken chain.
             return examine(
                 machine,
                 lambda contents: _Backup(
-                    machine, contents, repository.identity, request.complete(), progress
+                    machine, contents, repository.id, request.complete(), progress
                 ).rehearse(),
                 doubtful=lambda report: bool(report.warnings),
             )
@@ -185,7 +185,7 @@ def create(open_repository: Callable[[], Repository], request: Request, progress
     try:
         with machine.lock(), request.host:
             contents = settle(machine)
-            run = _Backup(machine, contents, repository.identity, request.complete(), progress)
+            run = _Backup(machine, contents, repository.id, request.complete(), progress)
             removed = request.host.recover(repository.ownership(request.machine))
             if removed:
                 run.notes.append(f"removed from QEMU what an interrupted run had left: {', '.join(removed)}")

@@ -55,7 +55,7 @@ def make_second(place: Storage, source: Repository) -> Repository:
     UsageError, Failed
         See `Repository.create`.
     """
-    return Repository.create(place, source.identity)
+    return Repository.create(place, source.id)
 
 
 def open_second(place: Storage, source: Repository) -> Repository:
@@ -78,10 +78,10 @@ def open_second(place: Storage, source: Repository) -> Repository:
     except NotFound as error:
         hint = f"mount its disk if that is missing; {make} creates a second place in a new or empty folder"
         raise NotFound(error.message, hint=hint) from None
-    if second.identity != source.identity:
+    if second.id != source.id:
         raise UsageError(
             f"{place.location} is another repository "
-            f"(its id is {second.identity[:8]}..., not {source.identity[:8]}...)",
+            f"(its id is {second.id[:8]}..., not {source.id[:8]}...)",
             hint="name a copy of this repository; `pybackup init --copy-of` creates a new one",
         )
     return second

@@ -17,11 +17,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from backup.age import keys as age_keys
+from backup.age import primitives
+from backup.age.keys import NO_IDENTITIES, Identities, Recipient
 from backup.errors import Damaged, Failed, NotFound, UsageError
 from backup.model import documents
 from backup.model.documents import RANDOM, BadDocument, Fields
@@ -29,36 +32,72 @@ from backup.model.names import MARKER, RECOVERY, check_name, name_problem
 from backup.repository.machine import Machine
 from backup.storage.base import TEMPORARY, Storage
 from backup.storage.refusals import explained
+from backup.storage.sealed import Keys, SealedStorage
 
 FORMAT = "pybackup repository"
-VERSION = 1
+PLAIN_VERSION, VERSION = 1, 2
+"""Programs that know only version 1 use plain repositories, and refuse sealed ones."""
 _MAX_MARKER = 64 << 10
+MOST_RECIPIENTS = 100
+"""Every file's header has a stanza for each recipient, and readers limit the length of a header."""
 _UNFINISHED_MARKER = re.compile(re.escape(MARKER) + r"\.[0-9a-f]{8}" + re.escape(TEMPORARY))
 
 
-class Repository:
-    """A storage of machines, with a marker that names the repository."""
+@dataclass(frozen=True, slots=True)
+class Marker:
+    """What the marker says: the repository's id, and the recipients to which its files are sealed (none: plain)."""
 
-    def __init__(self, storage: Storage, identity: str) -> None:
-        self.storage = storage
-        self.identity = identity
+    id: str
+    recipients: tuple[Recipient, ...] = ()
+
+
+class Repository:
+    """
+    A storage of machines, with a marker that names the repository.
+
+    Attributes
+    ----------
+    storage : Storage
+        The storage of the machines' files: of a sealed repository, the storage that seals and opens them.
+    id : str
+        32 random hexadecimal digits, which a copy of the repository shares.
+    recipients : tuple of Recipient
+        The recipients to which the files are sealed; empty for a plain repository.
+    """
+
+    def __init__(self, storage: Storage, marker: Marker, identities: Identities = NO_IDENTITIES) -> None:
+        self.id = marker.id
+        self.recipients = marker.recipients
+        self.storage = SealedStorage(storage, Keys(marker.recipients, identities)) if marker.recipients else storage
 
     @property
     def location(self) -> str:
         """The repository's path or URL, for people."""
         return self.storage.location
 
+    @property
+    def sealed(self) -> bool:
+        """Whether the repository's files are sealed."""
+        return bool(self.recipients)
+
     @classmethod
-    def open(cls, storage: Storage) -> Repository:
+    def open(cls, storage: Storage, identities: Identities = NO_IDENTITIES) -> Repository:
         """
         Open an existing repository.
+
+        Parameters
+        ----------
+        storage : Storage
+            The place, which the marker may turn out to be sealed.
+        identities : Identities
+            What opens the files of a sealed repository; without them, files can only be listed, written and removed.
 
         Raises
         ------
         NotFound
             There is no repository.
         Damaged, Failed
-            The marker cannot be understood, or a newer program wrote it.
+            The marker cannot be understood, or a newer program wrote it; the package `cryptography` is missing.
         """
         path = storage.location
         root = storage.files()
@@ -73,12 +112,16 @@ class Repository:
             ) from None
         except OSError as error:
             raise Failed(f"{marker} cannot be read: {error.strerror}", hint="run as the repository's owner") from None
-        return cls(storage, _identity(content, marker))
+        return cls(storage, _parsed(content, marker), identities)
 
     @classmethod
-    def create(cls, storage: Storage, identity: str | None = None) -> Repository:
+    def create(
+        cls, storage: Storage, repository_id: str | None = None, recipients: Sequence[Recipient] = ()
+    ) -> Repository:
         """
-        Create a repository in a new or empty place, with `identity` or a random id.  Only `pybackup init` calls this.
+        Create a repository in a new or empty place, with this id or a random one.  Only `pybackup init` calls this.
+
+        With recipients, the files are sealed to them.
 
         Raises
         ------
@@ -88,9 +131,13 @@ class Repository:
             The repository cannot be created.
         """
         storage.require_outside()
+        if recipients:
+            primitives.require()
+        if len(recipients) > MOST_RECIPIENTS:
+            raise UsageError(f"{len(recipients)} recipients are too many", hint=f"name {MOST_RECIPIENTS} at most")
         with explained(storage.location):
             _require_free(storage)
-            _make(storage, identity or os.urandom(16).hex())
+            _make(storage, Marker(repository_id or os.urandom(16).hex(), tuple(dict.fromkeys(recipients))))
         made = cls.open(storage)
         made.tidy()
         return made
@@ -148,9 +195,12 @@ def _exists_already(location: str) -> UsageError:
 _NEW_FOLDER = "name a new or empty folder; pybackup mixes its files with no others"
 
 
-def _make(storage: Storage, identity: str) -> None:
+def _make(storage: Storage, marker: Marker) -> None:
     """Write the marker, unless another `init` was faster: its id may be in bitmaps' names already."""
-    document = {"format": FORMAT, "version": VERSION, "id": identity}
+    document: dict[str, object] = {"format": FORMAT, "version": PLAIN_VERSION, "id": marker.id}
+    if marker.recipients:
+        document["version"] = VERSION
+        document |= {"sealed": True, "recipients": [str(recipient) for recipient in marker.recipients]}
     with storage.new():
         try:
             storage.files().publish_first(MARKER, (json.dumps(document, indent=2) + "\n").encode())
@@ -158,19 +208,32 @@ def _make(storage: Storage, identity: str) -> None:
             raise _exists_already(storage.location) from None
 
 
-def _identity(content: bytes, marker: str) -> str:
+def _parsed(content: bytes, marker: str) -> Marker:
     try:
         document = documents.parse(content)
         if document.get("format") != FORMAT:
             raise BadDocument(f'its "format" is not "{FORMAT}"')
-        version = Fields(document, "marker").number("version", low=1)
+        fields = Fields(document, "marker")
+        version = fields.number("version", low=1)
         if version > VERSION:
             raise Failed(
                 f"{marker} has format version {version}; this program reads {VERSION}", hint="upgrade pybackup"
             )
-        return Fields(document, "marker").matching("id", RANDOM)
+        return Marker(fields.matching("id", RANDOM), () if version == PLAIN_VERSION else _recipients(fields))
     except BadDocument as error:
         raise Damaged(f"{marker} is not a repository's marker: {error}", hint=_MARKER_HINT) from None
+
+
+def _recipients(fields: Fields) -> tuple[Recipient, ...]:
+    if not fields.take("sealed", bool):
+        raise BadDocument('its "sealed" is not true')
+    texts = fields.texts("recipients")
+    if not 1 <= len(texts) <= MOST_RECIPIENTS:
+        raise BadDocument(f"it names {len(texts)} recipients, not 1 to {MOST_RECIPIENTS}")
+    try:
+        return tuple(age_keys.recipient(text) for text in texts)
+    except UsageError as error:
+        raise BadDocument(error.message) from None
 
 
 _MARKER_HINT = 'bring it back from a copy; every manifest beside it names the id as "repository"'
@@ -190,7 +253,7 @@ class Ownership:
     @property
     def short_id(self) -> str:
         """Eight hex digits of the repository's id."""
-        return self.repository.identity[:8]
+        return self.repository.id[:8]
 
     def has_point(self, point: str) -> bool:
         """Tell whether any machine has this point; a damaged manifest counts."""

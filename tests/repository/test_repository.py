@@ -250,7 +250,7 @@ def test_of_several_inits_at_the_same_time_one_makes_the_repository(tmp_path):
     def first_run():
         start.wait()
         try:
-            found.append(create_repository(tmp_path / "repo").identity)
+            found.append(create_repository(tmp_path / "repo").id)
         except UsageError as error:
             refused.append(error)
 
@@ -260,7 +260,7 @@ def test_of_several_inits_at_the_same_time_one_makes_the_repository(tmp_path):
     for thread in threads:
         thread.join()
     assert (len(found), len(refused)) == (1, 7)
-    assert found == [repository_at(tmp_path / "repo").identity]
+    assert found == [repository_at(tmp_path / "repo").id]
     assert sorted(os.listdir(tmp_path / "repo")) == [RECOVERY, MARKER]
 
 
@@ -269,8 +269,8 @@ def test_a_file_system_without_links_gets_its_marker_too(tmp_path, monkeypatch):
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", no_links)
-    identity = create_repository(tmp_path / "repo").identity
-    assert repository_at(tmp_path / "repo").identity == identity
+    identity = create_repository(tmp_path / "repo").id
+    assert repository_at(tmp_path / "repo").id == identity
     with pytest.raises(UsageError):
         create_repository(tmp_path / "repo")
     assert sorted(os.listdir(tmp_path / "repo")) == [RECOVERY, MARKER]

@@ -47,7 +47,7 @@ class History:
         machine = repository.machine("m")
         with machine.lock():
             pass
-        return cls(rng, machine, repository.identity, cluster or rng.choice([4096, 4096, 8192, 65536]))
+        return cls(rng, machine, repository.id, cluster or rng.choice([4096, 4096, 8192, 65536]))
 
     def copied(self, folder: Path) -> History:
         """A copy in another folder, made anew where there is one."""

@@ -87,7 +87,7 @@ def init(args: Sequence[str | Path], cwd: Path | None = None) -> None:
             if not os.path.lexists(place / MARKER):
                 create_repository(place, identity=identity)
             if len(places) > 1:
-                identity = repository_at(place).identity
+                identity = repository_at(place).id
 
 
 def _named_repository(words: Sequence[str]) -> str | None:

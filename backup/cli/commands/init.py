@@ -46,7 +46,7 @@ def init(
         created = copy.make_second(storage, Repository.open(storage_at(Path(check_folder(copy_of)))))
     document = InitDocument(
         repository=path,
-        id=created.identity,
+        id=created.id,
         copy_of=copy_of,
         file_system=_mount_point(path),
         free_bytes=shutil.disk_usage(path).free,
