@@ -176,9 +176,7 @@ def create(open_repository: Callable[[], Repository], request: Request, progress
             # A rehearsal, too, warns of a broken chain.
             return examine(
                 machine,
-                lambda contents: _Backup(
-                    machine, contents, repository.id, request.complete(), progress
-                ).rehearse(),
+                lambda contents: _Backup(machine, contents, repository.id, request.complete(), progress).rehearse(),
                 doubtful=lambda report: bool(report.warnings),
             )
     run: _Backup | None = None

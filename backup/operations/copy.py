@@ -69,7 +69,7 @@ def open_second(place: Storage, source: Repository) -> Repository:
     NotFound
         There is no repository; only `make_second` creates it.
     """
-    if place.is_same_place(source.storage):
+    if source.storage.is_same_place(place):
         raise UsageError(f"{place.location} is the repository itself", hint="name another folder")
     place.require_outside()
     make = f"`pybackup init --copy-of {source.location} {place.location}`"
@@ -80,8 +80,7 @@ def open_second(place: Storage, source: Repository) -> Repository:
         raise NotFound(error.message, hint=hint) from None
     if second.id != source.id:
         raise UsageError(
-            f"{place.location} is another repository "
-            f"(its id is {second.id[:8]}..., not {source.id[:8]}...)",
+            f"{place.location} is another repository (its id is {second.id[:8]}..., not {source.id[:8]}...)",
             hint="name a copy of this repository; `pybackup init --copy-of` creates a new one",
         )
     return second

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 
-from backup.errors import BackupError, Damaged, NotFound
+from backup.errors import BackupError, Damaged, NotFound, UsageError
 from backup.model import documents
 from backup.model import manifest as manifests
 from backup.model.manifest import DiskEntry, Manifest
@@ -100,6 +100,8 @@ class Machine:
         ------
         Failed
             The folder cannot be read.
+        UsageError
+            The files are sealed, and no identity opens them.
         """
         contents = self._read_manifests(raw=raw)
         for _ in range(ATTEMPTS):
@@ -121,6 +123,8 @@ class Machine:
                 manifest = read_raw(self.files, name)
                 readable[point] = manifest if raw else as_stored(self.files, manifest)
                 exchanged.update(exchanged_files(manifest))
+            except UsageError:  # the files are sealed, and no identity opens them: no fault of this manifest
+                raise
             except BackupError as error:
                 damaged[name] = error
         return Contents(readable, damaged, frozenset(exchanged))

@@ -26,7 +26,7 @@ from backup.age.payload import CHUNK, BadPayload, Head, Layout, Opener, Sealer
 from backup.errors import UsageError
 from backup.model.manifest import UNFINISHED
 from backup.model.names import MARKER, RECOVERY
-from backup.storage.base import TEMPORARY, Files, Listing, PartWriter, RangeReader, Stat, Storage, StreamWriter
+from backup.storage.base import TEMPORARY, Files, Listing, PartWriter, RangeReader, Stat, Storage, StreamWriter, Traits
 
 SEALED = ".age"
 _CLEAR = (MARKER, RECOVERY)
@@ -101,6 +101,7 @@ class SealedStorage:
         self.place = place
         self.keys = keys
         self.location = place.location
+        self.traits = Traits(place.traits.remote, rewritable=False, readable=bool(keys.identities.keys))
 
     def is_same_place(self, other: Storage) -> bool:
         """Tell whether another storage, sealed or not, is the same place."""

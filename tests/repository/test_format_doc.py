@@ -9,6 +9,7 @@ import pytest
 
 import backup
 from backup import qcow2
+from backup.age import payload
 from backup.model import digests, documents, manifest
 from backup.model.manifest import (
     BitmapRecord,
@@ -79,7 +80,9 @@ def test_names_and_versions_are_the_codes():
     assert f'"{manifest.FORMAT}"' in section("The manifest")
     assert f'"{repository.FORMAT}"' in section("The marker")
     assert re.search(rf"`version` \| integer \| {manifest.VERSION} ", section("The manifest"))
-    assert re.search(rf"`version` \| integer \| {repository.VERSION};", section("The marker"))
+    versions = rf"`version` \| integer \| {repository.VERSION} .*, else {repository.PLAIN_VERSION};"
+    assert re.search(versions, section("The marker"))
+    assert f"1 to {repository.MOST_RECIPIENTS} strings" in section("The marker")
     assert f"version {manifest.VERSION}\n" in TEXT.splitlines(keepends=True)[0]
 
 
@@ -98,6 +101,15 @@ def test_sizes_are_the_codes():
 
 
 def test_history_ends_with_the_version_that_is_written():
-    rows = re.findall(r"^\| (\d+) \|", section("History"), flags=re.MULTILINE)
-    assert int(rows[-1]) == manifest.VERSION
-    assert repository.VERSION == 1  # the marker's own: nothing of it has changed
+    rows = re.findall(r"^\| (\d+)(?:, marker (\d+))?", section("History"), flags=re.MULTILINE)
+    assert int(rows[-1][0]) == manifest.VERSION
+    assert [int(marker) for _, marker in rows if marker][-1] == repository.VERSION
+
+
+def test_lengths_of_sealed_files_are_the_codes():
+    text = " ".join(section("Sealed repositories").split())
+    one, two = (payload.head_length(count) - 16 for count in (1, 2))
+    assert f"{2 * one - two} + {two - one} N bytes" in text
+    assert f"a chunk of {payload.SEALED_CHUNK} bytes for each {payload.CHUNK} bytes" in text
+    assert f"exactly 64 chunks: {64 * payload.SEALED_CHUNK} bytes" in text
+    assert 64 * payload.CHUNK == digests.BLOCK

@@ -651,6 +651,9 @@ def test_what_can_be_no_machine_is_passed_over(tmp_path):
     assert call_pybackup(["verify", "--json", "--repo", night.repository]).document["points"] == 1
 
 
+ID, AGE = b"0123456789abcdef" * 2, b"age13aqvttdk3ujkyjh9kg2w5an6dmy5mq5a84a4uxk3hfhnugfc9p0sy5p2wh"
+
+
 @pytest.mark.parametrize(
     ("content", "code"),
     [
@@ -659,7 +662,16 @@ def test_what_can_be_no_machine_is_passed_over(tmp_path):
         (b"\xff" * 100, 12),
         (b"[" * 100_000, 12),
         (b'{"format": "pybackup repository", "version": 1, "id": "../../etc"}', 12),
-        (b'{"format": "pybackup repository", "version": 2, "id": 5}', 1),
+        (b'{"format": "pybackup repository", "version": 3, "id": 5}', 1),
+        (b'{"format": "pybackup repository", "version": 2, "id": "%s"}' % ID, 12),
+        (b'{"format": "pybackup repository", "version": 2, "id": "%s", "sealed": true, "recipients": []}' % ID, 12),
+        (b'{"format": "pybackup repository", "version": 2, "id": "%s", "sealed": true, "recipients": [1]}' % ID, 12),
+        (b'{"format": "pybackup repository", "version": 2, "id": "%s", "sealed": true, "recipients": ["a"]}' % ID, 12),
+        (
+            b'{"format": "pybackup repository", "version": 2, "id": "%s", "sealed": 1, "recipients": ["%s"]}'
+            % (ID, AGE),
+            12,
+        ),
         (b" " * (1 << 20), 12),
     ],
 )
@@ -830,4 +842,4 @@ def test_a_renamed_manifest_is_damage(tmp_path):
         Path(machine.publish(manifest(1, entry(1)))).rename(folder_of(machine) / "20261122T010000Z-00000009.json")
     [error] = machine.contents().damaged.values()
     assert error.exit_code == 12
-    assert repository.VERSION == 1
+    assert repository.PLAIN_VERSION == 1
