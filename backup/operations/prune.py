@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
 
-from backup.engine.merge import Estimate, Merge, consolidate, discard, estimate
 from backup.errors import BackupError, Failed, Interrupted
 from backup.model import chain as chains
 from backup.model.documents import moment_of
@@ -32,6 +32,9 @@ from backup.runtime.progress import Progress
 from backup.storage.base import UNTOLD
 from backup.storage.refusals import explained
 from backup.units import counted, show_size
+
+if TYPE_CHECKING:
+    from backup.engine.merge import Estimate, Merge
 
 _log = logging.getLogger(__name__)
 
@@ -189,8 +192,7 @@ class Thinner:
         self.reasons = dict(keep)
         self._keep_used()
         self.thinning: Thinning = thin(self.manifests, self.reasons, request.batch)
-        rewrites = [step for step in self.thinning.steps if isinstance(step, Rewrite)]
-        self.estimates = {step: estimate(machine, _merge(self.manifests, step)) for step in rewrites}
+        self.estimates = _estimated(machine, self.manifests, self.thinning)
         self.all = contents.manifests
 
     def run(self, progress: Progress) -> Report:
@@ -214,6 +216,8 @@ class Thinner:
         return report if lacking is None else replace(report, warnings=(*report.warnings, lacking.error.message))
 
     def _rewrite(self, step: Rewrite, progress: Progress) -> None:
+        from backup.engine.merge import consolidate, discard  # noqa: PLC0415 - see `_estimated`
+
         merge = _merge(self.manifests, step)
         former = merge.newest.entry
         with self.machine.unused(former) as why_not:
@@ -359,7 +363,19 @@ def _require_whole(machine: Machine, contents: Contents) -> None:
     chains.require_whole(contents.manifests)
 
 
+def _estimated(machine: Machine, manifests: Mapping[str, Manifest], thinning: Thinning) -> dict[Rewrite, Estimate]:
+    """Return what each rewrite costs.  Most nights have none, and do without what merges data files, and its numpy."""
+    rewrites = [step for step in thinning.steps if isinstance(step, Rewrite)]
+    if not rewrites:
+        return {}
+    from backup.engine.merge import estimate  # noqa: PLC0415 - see above
+
+    return {step: estimate(machine, _merge(manifests, step)) for step in rewrites}
+
+
 def _merge(manifests: Mapping[str, Manifest], step: Rewrite) -> Merge:
+    from backup.engine.merge import Merge  # noqa: PLC0415 - see `_estimated`
+
     return Merge(chains.build(manifests, step.point, step.disk), 1 + len(step.merged))
 
 

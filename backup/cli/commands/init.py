@@ -34,7 +34,6 @@ def init(
     disk below the mount point.
     """
     from backup.cli import settings
-    from backup.operations import copy
     from backup.repository.repository import Repository
     from backup.storage.choose import storage_at
 
@@ -43,6 +42,8 @@ def init(
     if copy_of is None:
         created = Repository.create(storage)
     else:
+        from backup.operations import copy
+
         created = copy.make_second(storage, Repository.open(storage_at(Path(check_folder(copy_of)))))
     document = InitDocument(
         repository=path,
