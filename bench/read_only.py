@@ -18,6 +18,7 @@ process.prepare()  # as the program does before it imports numpy, whose OpenBLAS
 
 from backup import qcow2  # noqa: E402 - see above
 from backup.engine import copier  # noqa: E402
+from backup.engine.copy_settings import CopySettings  # noqa: E402
 from backup.model.extents import Offsets  # noqa: E402
 from backup.nbd.export import Export  # noqa: E402
 from backup.planning import plan  # noqa: E402
@@ -53,7 +54,7 @@ class Sink:
 
 def main() -> None:
     """Read the export that the first argument names."""
-    settings = copier.Settings()
+    settings = CopySettings()
     with Export(sys.argv[1]) as export:
         planned = plan.plan_full(export, CLUSTER)
         sink = Sink(planned.size)

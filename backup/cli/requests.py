@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 from backup.cli import settings
 from backup.config.settings import Config, MachineConfig
-from backup.engine.copier import Settings
+from backup.engine.copy_settings import CopySettings
 from backup.errors import BackupError, NotFound, UsageError
 from backup.model.compression import Compression
 from backup.model.libvirt_uri import URI_HINT, is_pattern, uri_problem
@@ -512,7 +512,7 @@ def _request(
         or options.wanted == AUDIT  # an audit stores nothing
         or (machine is not None and machine.allow_plaintext),
         trust_data_file=options.trust_data_file or (machine is not None and machine.trust_data_file),
-        copying=Settings(
+        copying=CopySettings(
             config.connections,
             config.requests,
             config.request_size,

@@ -9,6 +9,7 @@ import numpy as np
 
 from backup.engine import copier
 from backup.engine.copier import Sink
+from backup.engine.copy_settings import CopySettings
 from backup.model.extents import Mask, Offsets, distinct
 from backup.model.open_disk import OpenDisk
 from backup.planning.plan import Plan, cut_cluster
@@ -23,7 +24,7 @@ MOST_RANGES = 100_000
 
 
 def compare(
-    disk: OpenDisk, planned: Plan, content: ChainContent, settings: copier.Settings, progress: Callable[[int], None]
+    disk: OpenDisk, planned: Plan, content: ChainContent, settings: CopySettings, progress: Callable[[int], None]
 ) -> Differences:
     """
     Read what is planned of the disk and compare it with the chain's content.

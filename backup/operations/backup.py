@@ -16,77 +16,39 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 import backup
-from backup import qcow2
-from backup.engine import copier
-from backup.engine.compare import Rescanned
-from backup.errors import BackupError, BitmapUnusable, Damaged, Interrupted, NotFound, SourceError
-from backup.model.chain import Chain
+from backup.errors import BackupError, BitmapUnusable, Interrupted, SourceError
 from backup.model.disk import DiskState, bitmap_name, own_bitmaps
-from backup.model.manifest import (
-    BitmapRecord,
-    ByteCounts,
-    DataFile,
-    DiskEntry,
-    MachineFile,
-    Manifest,
-    Parent,
-    SourceRecord,
-    machine_file_name,
-    new_point_id,
-    timestamp,
-)
-from backup.model.open_disk import OpenDisk
-from backup.operations import spot_check
-from backup.operations.preflight import expect_bitmaps, known_name, preflight, recognised
+from backup.model.manifest import DiskEntry, MachineFile, Manifest, machine_file_name, new_point_id, timestamp
+from backup.operations.preflight import DecidedDisk, expect_bitmaps, known_name, preflight, recognised
 from backup.operations.request import Request
 from backup.planning import decision as decide
-from backup.planning import plan
 from backup.planning.decision import Decision, Refusal
-from backup.planning.plan import Plan
-from backup.planning.sampling import Reservoir
 from backup.qemu.images import RAW
-from backup.repository import chain_reader, data_file, data_file_writer, machine_files
-from backup.repository.chain_reader import ChainContent
+from backup.repository import machine_files
 from backup.repository.machine import Contents, Machine, manifest_name
 from backup.repository.opened_chain import examine
 from backup.repository.replacement import settle
 from backup.repository.repository import Repository
 from backup.runtime.ignoring import ignoring
 from backup.runtime.progress import Progress
-from backup.sources.base import Capture, DiskRequest, Moment, Moved, NotStarted, Opened, Source
+from backup.runtime.threads import Begun
+from backup.sources.base import DiskRequest, Moment, Moved, NotStarted
+
+if TYPE_CHECKING:
+    from backup.operations.disk_copy import DiskCopies, DiskReport, PlannedDisk, StoredDisk
 
 _log = logging.getLogger(__name__)
 
 _SETTLE_TRIES = 5
 """How often a run starts again because a machine started between step 1 and step 2."""
-
-
-@dataclass(frozen=True, slots=True)
-class DiskReport:
-    """
-    What was done for one disk or, on a dry run, would be done.  Bytes and seconds.
-
-    `rescan`: an incremental for which the whole disk was compared with the chain.  Then `dirty_bytes` is what differs;
-    on a dry run, which compares nothing, `dirty_bytes` is the disk's size.
-    """
-
-    name: str
-    kind: str
-    reason: str
-    size: int
-    dirty_bytes: int
-    data_bytes: int
-    zero_bytes: int
-    stored_bytes: int
-    seconds: float
-    rescan: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,58 +61,6 @@ class Report:
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
     disks: tuple[DiskReport, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Disk:
-    """
-    One disk of a run: the request, the disk's state, and the decision.
-
-    `started` is the bitmap that records from the new point on; None: none is started.  `granularity` (bytes) is that of
-    `started`, known after the instant.  `why_none` says why no bitmap is started, where one was wanted and the disk's
-    bitmaps are pybackup's.  `warned`: the reason lasts, and an earlier point has warned of it.  `refused`: the reason
-    appeared only in the attempt to add the bitmap.
-    """
-
-    request: DiskRequest
-    state: DiskState
-    decision: Decision
-    started: str | None
-    why_none: str | None
-    warned: bool
-    refused: bool
-    granularity: int | None = None
-
-    @property
-    def name(self) -> str:
-        return self.request.name
-
-    @property
-    def source(self) -> Source:
-        return self.request.source
-
-    @property
-    def capture(self) -> Capture:
-        return Capture(self.state, self.decision.read, self.started)
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """A disk that is open at the instant, and its plan, which took `seconds` to make."""
-
-    disk: _Disk
-    opened: Opened
-    planned: Plan
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """A disk whose data file is complete; `disk` has the final decision, which may differ from the planned one."""
-
-    disk: _Disk
-    entry: DiskEntry
-    report: DiskReport
 
 
 def create(open_repository: Callable[[], Repository], request: Request, progress: Progress) -> Report:
@@ -173,6 +83,7 @@ def create(open_repository: Callable[[], Repository], request: Request, progress
         _require_sources(machine, repository.id, request, progress)
     if request.dry_run:
         with request.host:
+            _import_meanwhile()
             # A rehearsal, too, warns of a broken chain.
             return examine(
                 machine,
@@ -182,6 +93,7 @@ def create(open_repository: Callable[[], Repository], request: Request, progress
     run: _Backup | None = None
     try:
         with machine.lock(), request.host:
+            _import_meanwhile()
             contents = settle(machine)
             run = _Backup(machine, contents, repository.id, request.complete(), progress)
             removed = request.host.recover(repository.ownership(request.machine))
@@ -191,6 +103,15 @@ def create(open_repository: Callable[[], Repository], request: Request, progress
     except Interrupted as stopped:
         stopped.hint = _after_stop(request.machine, run)
         raise
+
+
+def _import_meanwhile() -> None:
+    """
+    Have a thread import what copies bytes (numpy, libnbd, zstd), while this one waits for QEMU's programs and libvirt.
+
+    What this thread needs of that it imports at that place, and waits for the other thread if need be.
+    """
+    Begun(lambda: import_module("backup.operations.disk_copy"), "import")
 
 
 def _require_sources(machine: Machine, repository: str, request: Request, progress: Progress) -> None:
@@ -248,9 +169,9 @@ class _Backup:
         self._recognise()
         disks = self._decided(start_bitmaps=False)
         with self._instant(disks) as moment:
-            jobs = [self._plan(disk, opened, moment) for disk, opened in zip(disks, moment.disks, strict=True)]
+            jobs = self._copies().plan_all(disks, moment)
             moment.require_sound()
-        return self._report([job.disk for job in jobs], [_disk_report(job, 0, 0.0) for job in jobs], moment)
+        return self._report([job.disk for job in jobs], [job.report(0, 0.0) for job in jobs], moment)
 
     def take(self) -> Report:
         """
@@ -291,8 +212,8 @@ class _Backup:
         disks = self._decided(start_bitmaps=True)
         try:
             with self._instant(disks) as moment:
-                jobs = [self._plan(disk, opened, moment) for disk, opened in zip(disks, moment.disks, strict=True)]
-                stored = self._store_and_publish(jobs, moment)
+                copies = self._copies()
+                stored = self._store_and_publish(copies, copies.plan_all(disks, moment), moment)
         except NotStarted as refused:
             self._refused(disks[refused.number], refused)
             raise
@@ -303,7 +224,7 @@ class _Backup:
         self._retire(disks)
         return self._report(disks, [done.report for done in stored], moment)
 
-    def _refused(self, disk: _Disk, refused: NotStarted) -> None:
+    def _refused(self, disk: DecidedDisk, refused: NotStarted) -> None:
         """
         Remember why a disk gets no bitmap.
 
@@ -314,7 +235,7 @@ class _Backup:
         again = earlier is None and not refused.lasting and self._removed_inconsistent(disk)
         self.refusals[disk.name] = Refusal(refused.why, refused.lasting, lost, final=not again)
 
-    def _removed_inconsistent(self, disk: _Disk) -> bool:
+    def _removed_inconsistent(self, disk: DecidedDisk) -> bool:
         """Remove this repository's inconsistent bitmaps, which no point can use; tell whether there were any."""
         try:
             inconsistent = [bitmap.name for bitmap in disk.source.inspect().bitmaps if bitmap.inconsistent]
@@ -326,7 +247,7 @@ class _Backup:
             return False
         return bool(useless)
 
-    def _instant(self, disks: Sequence[_Disk]) -> AbstractContextManager[Moment]:
+    def _instant(self, disks: Sequence[DecidedDisk]) -> AbstractContextManager[Moment]:
         return self.request.host.instant(
             [disk.capture for disk in disks],
             self.request.copying.connections,
@@ -336,7 +257,7 @@ class _Backup:
             repository=self.machine.files.local_folder(),
         )
 
-    def _decided(self, *, start_bitmaps: bool) -> list[_Disk]:
+    def _decided(self, *, start_bitmaps: bool) -> list[DecidedDisk]:
         for request in self.request.disks:
             expect_bitmaps(request, self.contents, self.request.bitmap_family, self._short_id)
         disks = [self._decide(disk, start_bitmaps=start_bitmaps) for disk in self.request.disks]
@@ -344,7 +265,7 @@ class _Backup:
             self._require_allowed(disk)
         return disks
 
-    def _require_allowed(self, disk: _Disk) -> None:
+    def _require_allowed(self, disk: DecidedDisk) -> None:
         name = f"disk {disk.name} of machine {self.request.machine}"
         if disk.decision.first and not self.request.begin:
             raise BitmapUnusable(
@@ -357,14 +278,14 @@ class _Backup:
                 hint="run it without --no-fallback, or run `pybackup rescan` or `pybackup full`",
             )
 
-    def _redecided(self, disk: _Disk, decision: Decision) -> _Disk:
+    def _redecided(self, disk: DecidedDisk, decision: Decision) -> DecidedDisk:
         """Return the disk with a new decision, after planning or copying showed that the first one does not work."""
         changed = replace(disk, decision=decision)
         self._require_allowed(changed)
         self._require_writable(disk.state, decision)
         return changed
 
-    def _decide(self, disk: DiskRequest, *, start_bitmaps: bool) -> _Disk:
+    def _decide(self, disk: DiskRequest, *, start_bitmaps: bool) -> DecidedDisk:
         refusal = self.refusals.get(disk.name)
         seen = preflight(self.machine, self.contents, self.request, disk, self._short_id, refusal=refusal)
         state, decision = seen.state, seen.decision
@@ -374,7 +295,7 @@ class _Backup:
         why_none = never or (given_up.why if given_up else None)
         starts = start_bitmaps and self.request.bitmap_family and why_none is None
         wanted = self.request.bitmap_family and state.owns_bitmaps
-        return _Disk(
+        return DecidedDisk(
             disk,
             state,
             decision,
@@ -397,6 +318,8 @@ class _Backup:
 
     def _require_writable(self, state: DiskState, decision: Decision) -> None:
         """Refuse a disk that no data file can hold; a chain keeps its cluster size, a full takes the configured one."""
+        from backup import qcow2  # noqa: PLC0415 - see `_import_meanwhile`
+
         parent = decision.parent
         cluster_size = self.request.cluster_size if parent is None else parent.cluster_size
         qcow2.require_writable(qcow2.Image(state.size, cluster_size, None, zstd=self.request.level is not None))
@@ -405,10 +328,15 @@ class _Backup:
     def _short_id(self) -> str:
         return self.repository[:8]
 
-    def _store_and_publish(self, jobs: Sequence[_Job], moment: Moment) -> list[_Stored]:
+    def _copies(self) -> DiskCopies:
+        from backup.operations.disk_copy import DiskCopies  # noqa: PLC0415 - see `_import_meanwhile`
+
+        return DiskCopies(self.machine.files, self.request, self.point, self.progress, self._redecided, self.warnings)
+
+    def _store_and_publish(self, copies: DiskCopies, jobs: Sequence[PlannedDisk], moment: Moment) -> list[StoredDisk]:
         written: list[str] = []
         try:
-            stored = [self._store(job, written, moment) for job in jobs]
+            stored = [copies.store(job, written, moment) for job in jobs]
             files = [self._store_file(role, content, written) for role, content in moment.machine.files.items()]
             moment.require_sound()
             self.published = self.machine.publish(self._manifest([done.entry for done in stored], files))
@@ -426,122 +354,6 @@ class _Backup:
         written.append(machine_file_name(role, self.point))  # first: a signal may come as soon as the file exists
         return machine_files.store(self.machine.files, role, self.point, content)
 
-    def _store(self, job: _Job, written: list[str], moment: Moment) -> _Stored:
-        if not job.disk.decision.rescan:
-            return self._copied(job, written, moment)
-        attempted: list[str] = []
-        try:
-            return self._rescanned(job, attempted, moment)
-        except (Damaged, NotFound) as error:  # errors of the chain, which is verified while it is read
-            for name in attempted:
-                self.machine.files.discard(name)
-            disk, planned = self._planned(self._redecided(job.disk, decide.broken(error)), job.opened, moment)
-            return self._copied(replace(job, disk=disk, planned=planned), written, moment)
-        finally:
-            written.extend(attempted)
-
-    def _rescanned(self, job: _Job, written: list[str], moment: Moment) -> _Stored:
-        """Store only what differs from the parent."""
-        parent = job.disk.decision.parent
-        assert parent is not None
-        with chain_reader.checked(self.machine.files, parent, job.planned.size) as content:
-            return self._copied(job, written, moment, content)
-
-    def _copied(self, job: _Job, written: list[str], moment: Moment, content: ChainContent | None = None) -> _Stored:
-        """Write the data file of the planned data; with `content`, only the data that differs from the chain."""
-        began = time.monotonic()
-        disk, planned = job.disk, job.planned
-        self.progress.begin(disk.name, planned.totals.data)
-        made = data_file_writer.DataFileMaker(
-            self.machine.files,
-            f"{disk.name}.{self.point}",
-            size=planned.size,
-            cluster_size=planned.cluster_size,
-            backing=disk.decision.parent.newest.entry.data.file if disk.decision.parent else None,
-            level=self.request.level,
-            written=written,
-        )
-        sink = made if content is None else Rescanned(content, made)
-        _log.info("%s/%s: %s (%s)", self.request.machine, disk.name, disk.decision.way, disk.decision.reason)
-
-        def advance(done: int) -> None:
-            moment.require_kept()
-            self.progress.advance(done)
-
-        with made:
-            found_zero = copier.copy_disk(planned, job.opened.disk, sink, self.request.copying, advance)
-            data = made.finish(self.request.compression)
-        if isinstance(sink, Rescanned):
-            job = _with_difference(job, sink.differing)
-        entry = self._entry(job.disk, job.planned, data, found_zero, moment.consistency)
-        return _Stored(job.disk, entry, _disk_report(job, data.size, time.monotonic() - began))
-
-    def _plan(self, disk: _Disk, opened: Opened, moment: Moment) -> _Job:
-        began = time.monotonic()
-        disk, planned = self._planned(replace(disk, granularity=opened.granularity), opened, moment)
-        return _Job(disk, opened, planned, time.monotonic() - began)
-
-    def _planned(self, disk: _Disk, opened: Opened, moment: Moment) -> tuple[_Disk, Plan]:
-        """
-        Plan a disk; return the plan, and the disk with the decision that the plan follows.
-
-        If planning shows that the decision does not work, the disk gets another decision and another plan: an
-        incremental may become a rescan or a full, and a rescan may become a full.
-        """
-        decision = disk.decision
-        try:
-            if decision.parent is None:
-                return disk, plan.plan_full(opened.disk, self.request.cluster_size)
-            if decision.rescan:
-                return disk, self._plan_rescan(opened.disk, decision.parent)
-            assert opened.bitmap is not None
-            planned, why_not = self._plan_incremental(disk, opened.disk, opened.bitmap, decision.parent)
-        except (Damaged, NotFound) as error:  # errors of the chain: a source raises others
-            return self._planned(self._redecided(disk, decide.broken(error)), opened, moment)
-        if why_not is None:
-            return disk, planned
-        moment.require_sound()  # otherwise the instant may be lost, and the bitmap right
-        instead = decide.instead(why_not, decision.parent, self.request.unusable)
-        return self._planned(self._redecided(disk, instead), opened, moment)
-
-    def _plan_rescan(self, source: OpenDisk, parent: Chain) -> Plan:
-        with chain_reader.checked(self.machine.files, parent, source.size) as content:
-            return plan.plan_rescan(source, parent.cluster_size, content.index)
-
-    def _plan_incremental(self, disk: _Disk, source: OpenDisk, bitmap: str, parent: Chain) -> tuple[Plan, str | None]:
-        """Return the plan, and why the bitmap cannot be trusted if planning or a spot check shows that."""
-        sampler = Reservoir(0 if self.request.dry_run else self.request.spot_check, _draw)
-        with data_file.peeked(self.machine.files, parent) as index:
-            planned = plan.plan_incremental(
-                source,
-                parent.cluster_size,
-                bitmap,
-                parent_size=parent.size,
-                chain=index if self.request.check_zeroes else None,
-                sampler=sampler,
-            )
-        if planned.totals.missed:
-            return planned, decide.why_missed(disk.decision.read or bitmap, planned.totals.missed)
-        return planned, self._spot_checked(disk, source, parent, sampler)
-
-    def _spot_checked(self, disk: _Disk, source: OpenDisk, parent: Chain, sampler: Reservoir) -> str | None:
-        """Explain why the bitmap cannot be trusted, if one of the sampled clusters differs from the chain."""
-        clusters = sampler.chosen()
-        try:
-            difference = spot_check.differing(source, clusters, self.machine.files, parent, self.request.copying)
-        except SourceError as error:
-            # A bad sector where nothing changed must not prevent the backup of what changed.
-            self.warnings.append(f"disk {disk.name}: the spot check could not be made: {error.message}")
-            return None
-        _log.info(
-            "%s/%s: %d of %d clean clusters checked", self.request.machine, disk.name, len(clusters), sampler.seen
-        )
-        if not difference.clusters:
-            return None
-        return decide.why_wrong(
-            disk.decision.read or "", parent.newest.point, difference.clusters, len(clusters), difference.first
-        )
-
     def _manifest(self, entries: Sequence[DiskEntry], files: Sequence[MachineFile]) -> Manifest:
         return Manifest(
             point=self.point,
@@ -555,34 +367,7 @@ class _Backup:
             machine_files=tuple(files),
         )
 
-    def _entry(self, disk: _Disk, planned: Plan, data: DataFile, found_zero: int, consistency: str) -> DiskEntry:
-        parent = disk.decision.parent
-        totals = planned.totals
-        return DiskEntry(
-            name=disk.name,
-            kind=disk.decision.kind,
-            reason=disk.decision.reason,
-            size=planned.size,
-            identity=os.urandom(16).hex(),
-            parent=None if parent is None else Parent(parent.newest.point, parent.newest.entry.identity),
-            bitmap=BitmapRecord(
-                disk.decision.read, disk.started, disk.granularity, disk.decision.claimed, disk.why_none
-            ),
-            data=data,
-            bytes=ByteCounts(totals.dirty, totals.data, totals.zero, found_zero, data.size),
-            source=SourceRecord(
-                kind=disk.state.kind,
-                path=disk.state.path,
-                format=disk.state.format,
-                consistency=consistency,
-                qemu=disk.source.qemu_version(),
-                lower=disk.state.lower,
-                plaintext=disk.state.plaintext,
-                trusted_data_file=disk.state.data_file_claim,
-            ),
-        )
-
-    def _retire(self, disks: Sequence[_Disk]) -> None:
+    def _retire(self, disks: Sequence[DecidedDisk]) -> None:
         """
         Step 4: remove this repository's other bitmaps, since N is published and needs only its own.
 
@@ -600,11 +385,11 @@ class _Backup:
                     self.warnings.append(f"disk {disk.name}: bitmap {name} could not be removed: {error.message}")
                     self.warnings.extend(self._lost(disk))
 
-    def _replaced(self, disk: _Disk) -> list[str]:
+    def _replaced(self, disk: DecidedDisk) -> list[str]:
         """Return the names of this repository's bitmaps of a disk, without the one that was started."""
         return own_bitmaps((bitmap.name for bitmap in disk.state.bitmaps), self._short_id, keep=disk.started)
 
-    def _lost(self, disk: _Disk) -> list[str]:
+    def _lost(self, disk: DecidedDisk) -> list[str]:
         """Warn that the new bitmap is gone, if QEMU lost it while it stored all bitmaps of the image again."""
         if disk.started is None:
             return []
@@ -617,7 +402,7 @@ class _Backup:
             return []
         return [f"disk {disk.name}: the new bitmap was lost; the next backup is a {self.request.unusable}"]
 
-    def _known_otherwise(self, disk: _Disk) -> list[str]:
+    def _known_otherwise(self, disk: DecidedDisk) -> list[str]:
         """Warn if the points of the machine seem to know a disk without a point under another name."""
         manifests = self.contents.manifests
         known = known_name(manifests, disk.name, disk.state.path, given=True)
@@ -646,7 +431,7 @@ class _Backup:
             if self.request.host.lacks(disk.name, disk.source.path)
         ]
 
-    def _report(self, disks: Sequence[_Disk], reports: Sequence[DiskReport], moment: Moment) -> Report:
+    def _report(self, disks: Sequence[DecidedDisk], reports: Sequence[DiskReport], moment: Moment) -> Report:
         self.warnings.extend((*moment.warnings, *moment.machine.warnings))
         self.notes.extend((*moment.notes, *moment.machine.notes))
         for disk in disks:
@@ -672,7 +457,7 @@ class _Backup:
         )
 
 
-def _note(disk: _Disk, request: Request) -> list[str]:
+def _note(disk: DecidedDisk, request: Request) -> list[str]:
     family = request.bitmap_family
     if not disk.state.owns_bitmaps:
         return []
@@ -693,37 +478,10 @@ def _remedy(state: DiskState) -> str:
     return ""
 
 
-def _forget(disks: Sequence[_Disk]) -> None:
+def _forget(disks: Sequence[DecidedDisk]) -> None:
     """Remove N's bitmaps, since the point was not made; step 4 of the next run removes what stays."""
     for disk in disks:
         if disk.started is not None:
             with ignoring(_log, f"removing the bitmap of disk {disk.name}", BackupError):
                 if disk.source.inspect().bitmap(disk.started) is not None:
                     disk.source.remove_bitmap(disk.started)
-
-
-def _draw() -> float:
-    """Draw an unpredictable number from [0, 1), as random.SystemRandom does, whose module is slow to import."""
-    return (int.from_bytes(os.urandom(7)) >> 3) * 2**-53
-
-
-def _with_difference(job: _Job, differing: int) -> _Job:
-    """Add to a rescan the number of bytes that differ from the parent."""
-    disk = replace(job.disk, decision=job.disk.decision.with_difference(differing))
-    planned = replace(job.planned, totals=replace(job.planned.totals, dirty=differing))
-    return replace(job, disk=disk, planned=planned)
-
-
-def _disk_report(job: _Job, stored: int, seconds: float) -> DiskReport:
-    return DiskReport(
-        name=job.disk.name,
-        kind=job.disk.decision.kind,
-        reason=job.disk.decision.reason,
-        size=job.planned.size,
-        dirty_bytes=job.planned.totals.dirty,
-        data_bytes=job.planned.totals.data,
-        zero_bytes=job.planned.totals.zero,
-        stored_bytes=stored,
-        seconds=round(job.seconds + seconds, 3),
-        rescan=job.disk.decision.rescan,
-    )

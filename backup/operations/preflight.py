@@ -16,11 +16,10 @@ from backup.model.manifest import DiskEntry, Manifest, SourceRecord
 from backup.operations.request import Names, Request
 from backup.planning import decision as decide
 from backup.planning.decision import Decision, Refusal
-from backup.repository import data_file
 from backup.repository.machine import Contents, Machine
 from backup.repository.repository import machine_with
 from backup.repository.verified import known_damage, recall
-from backup.sources.base import DiskRequest
+from backup.sources.base import Capture, DiskRequest, Source
 
 
 def recognised(request: Request, contents: Contents) -> tuple[Request, list[str]]:
@@ -96,6 +95,42 @@ class Preflight:
     state: DiskState
     last: Chain | BackupError | None
     decision: Decision
+
+
+@dataclass(frozen=True, slots=True)
+class DecidedDisk:
+    """
+    One disk of a run: the request, the disk's state, and the decision.
+
+    `started` is the bitmap that records from the new point on; None: none is started.  `granularity` (bytes) is that of
+    `started`, known after the instant.  `why_none` says why no bitmap is started, where one was wanted and the disk's
+    bitmaps are pybackup's.  `warned`: the reason lasts, and an earlier point has warned of it.  `refused`: the reason
+    appeared only in the attempt to add the bitmap.
+    """
+
+    request: DiskRequest
+    state: DiskState
+    decision: Decision
+    started: str | None
+    why_none: str | None
+    warned: bool
+    refused: bool
+    granularity: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The disk's name in the machine's points."""
+        return self.request.name
+
+    @property
+    def source(self) -> Source:
+        """What the disk is read from."""
+        return self.request.source
+
+    @property
+    def capture(self) -> Capture:
+        """What the disk must offer at the instant."""
+        return Capture(self.state, self.decision.read, self.started)
 
 
 def preflight(
@@ -207,6 +242,8 @@ def _last_chain(machine: Machine, contents: Contents, point: str, disk: str) -> 
         chain = chains.build(contents.manifests, point, disk, contents.damaged)
     except BackupError as error:
         return error
+    from backup.repository import data_file  # noqa: PLC0415 - brings numpy, which other programs need not wait for
+
     try:
         with data_file.peeked_files(machine.files, chain):
             return known_damage(recall(machine), [link.entry.data for link in chain.links]) or chain

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
-from backup.engine import copier
+from backup.engine.copy_settings import CopySettings
 from backup.planning import decision as decide
 from backup.sources.base import DiskRequest, Host
 
@@ -77,7 +77,7 @@ class Request:
     names: Names = Names.SUGGESTED
     allow_plaintext: bool = False
     trust_data_file: bool = False
-    copying: copier.Settings = field(default_factory=copier.Settings)
+    copying: CopySettings = field(default_factory=CopySettings)
 
     @property
     def compression(self) -> str:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from backup.engine import compare, copier
+from backup.engine import compare
+from backup.engine.copy_settings import CopySettings
 from backup.model.chain import Chain
 from backup.model.extents import Offsets
 from backup.model.open_disk import OpenDisk
@@ -27,7 +28,7 @@ class Difference:
     first: int
 
 
-def differing(disk: OpenDisk, clusters: Offsets, files: Files, chain: Chain, settings: copier.Settings) -> Difference:
+def differing(disk: OpenDisk, clusters: Offsets, files: Files, chain: Chain, settings: CopySettings) -> Difference:
     """
     Compare these clusters (ascending) of the disk with the chain in `files`.
 

@@ -24,12 +24,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 from urllib.parse import quote
 
 from backup.errors import BackupError, Interrupted, SourceError
 from backup.nbd.connection import Dialled
-from backup.nbd.export import Export
 from backup.qemu import folders, unnamed_images
 from backup.qemu.scratch_room import Room, ran_out
 from backup.qmp import leftovers, scratch
@@ -41,6 +40,9 @@ from backup.qmp.monitor import Monitor, MonitorLost
 from backup.runtime.ignoring import ignoring
 from backup.runtime.shortage import free_bytes
 from backup.runtime.signals import deferred, to_the_end
+
+if TYPE_CHECKING:
+    from backup.nbd.export import Export
 
 _log = logging.getLogger(__name__)
 
@@ -403,6 +405,8 @@ class Instant:
 
     def open(self, number: int) -> Export:
         """Open the disk with this number for reading."""
+        from backup.nbd.export import Export  # noqa: PLC0415 - brings numpy, which takes long to import
+
         name, disk = f"{self._own}e{number}", self._disks[number]
         uri = f"nbd+unix:///{name}?socket={quote(self._socket)}"
         dialled = Dialled(name, self._clients.dial, modest=self._clients.stay)

@@ -6,14 +6,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from backup.errors import SourceError
 from backup.model.disk import Bitmap, DiskState
 from backup.model.manifest import LowerFile
-from backup.nbd.export import Export
 from backup.qemu import image_bitmaps, images, locks, programs, servers
 from backup.sources.base import ListsBitmaps
 from backup.sources.resting import STATUS_CONNECTIONS
+
+if TYPE_CHECKING:
+    from backup.nbd.export import Export
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,8 @@ class ImageSource(ListsBitmaps):
     @contextmanager
     def open_disk(self, state: DiskState, bitmaps: Sequence[str], lanes: int) -> Iterator[Export]:
         """Serve the image with a qemu-nbd of pybackup's; QEMU's locks keep writers out of all its files meanwhile."""
+        from backup.nbd.export import Export  # noqa: PLC0415 - brings numpy, which takes long to import
+
         with (
             locks.no_writers(_files(state)),
             servers.serve_image(

@@ -15,12 +15,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from backup.errors import BackupError, Interrupted, SourceError, os_errors_as
 from backup.model.libvirt_uri import is_session, socket_of
 from backup.nbd.connection import Dialled
-from backup.nbd.export import Export
 from backup.qemu import folders
 from backup.qemu.scratch_room import Room, ran_out
 from backup.qemu.sockets import LONGEST
@@ -33,6 +33,9 @@ from backup.sources.base import NO_MACHINE_STATE, MachineState, Moved, NotStarte
 from backup.sources.freezing import Freezing
 from backup.sources.libvirt_domain import BROKEN_BITMAP, Domain, Refused
 from backup.sources.libvirt_xml import DomainDocument, JobDisk, RunningJob, backup_xml, checkpoint_xml
+
+if TYPE_CHECKING:
+    from backup.nbd.export import Export
 
 _log = logging.getLogger(__name__)
 
@@ -255,6 +258,8 @@ class Job:
 
     def open(self, number: int) -> Export:
         """Open the disk with this number for reading."""
+        from backup.nbd.export import Export  # noqa: PLC0415 - brings numpy, which takes long to import
+
         disk = self._disks[number]
         uri = f"nbd+unix:///{quote(disk.export)}?socket={quote(self._socket)}"
         dialled = None if self._clients is None else Dialled(disk.export, self._clients.dial, modest=True)

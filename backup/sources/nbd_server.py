@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from backup.errors import SourceError, UsageError
 from backup.model.disk import Bitmap, DiskState
 from backup.model.manifest import NBD
 from backup.model.names import without_password
-from backup.nbd.export import Export
 from backup.sources.base import ListsBitmaps
+
+if TYPE_CHECKING:
+    from backup.nbd.export import Export
 
 
 class NbdSource(ListsBitmaps):
@@ -87,6 +90,8 @@ class NbdSource(ListsBitmaps):
             self._export = None
 
     def _connected(self) -> Export:
+        from backup.nbd.export import Export  # noqa: PLC0415 - brings numpy, which takes long to import
+
         if self._export is None:
             self._export = Export(self._address, [self.bitmap] if self.bitmap else [])
         return self._export

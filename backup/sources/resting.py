@@ -13,7 +13,6 @@ from typing import Protocol, Self
 from backup.errors import SourceError
 from backup.model.disk import DiskState
 from backup.model.open_disk import OpenDisk
-from backup.planning import plan
 from backup.qemu import image_bitmaps, images
 from backup.sources.base import NO_MACHINE_STATE, Capture, MachineState, Moved, NotStarted, Opened, Owner, Source
 
@@ -172,6 +171,8 @@ def _settled(source: RestingSource, capture: Capture, disk: OpenDisk) -> Opened:
         raise Moved(f"{capture.state.path} changed before it was locked")
     if started is None:
         return Opened(disk, capture.read_bitmap)
+    from backup.planning import plan  # noqa: PLC0415 - brings numpy, which takes long to import
+
     if plan.any_dirty(disk, started.name):
         raise Moved(f"{capture.state.path} was written to before it was locked")
     return Opened(disk, capture.read_bitmap, started.granularity)

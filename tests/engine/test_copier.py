@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backup.engine import copier
-from backup.engine.copier import Settings
+from backup.engine.copy_settings import CopySettings
 from backup.errors import Interrupted, SourceError
 from backup.model.extents import Offsets
 from backup.planning.plan import plan_full
@@ -165,7 +165,7 @@ def test_every_cluster_arrives_once(*, size, lanes, requests, request_size, max_
     sink = MemorySink()
     made = plan_of(content)
     done: list[int] = []
-    chosen = Settings(lanes, requests, request_size, workers, limit)
+    chosen = CopySettings(lanes, requests, request_size, workers, limit)
     copier.copy(made, connections, sink, chosen, max_request=max_request, progress=done.append)
     assert sink.content() == padded(content)
     assert done[-1] == made.totals.data
@@ -184,7 +184,7 @@ def test_the_partial_last_cluster_is_padded_with_zeroes(size):
         plan_of(content),
         [FakeLane(content)],
         sink,
-        Settings(1, 2, CLUSTER, 1, 2 * CLUSTER),
+        CopySettings(1, 2, CLUSTER, 1, 2 * CLUSTER),
         max_request=NO_LIMIT,
         progress=ignore,
     )
@@ -197,7 +197,7 @@ def test_zero_clusters_found_while_reading_are_counted():
         plan_of(content, blind=True),
         [FakeLane(content)],
         MemorySink(),
-        Settings(),
+        CopySettings(),
         max_request=NO_LIMIT,
         progress=ignore,
     )
@@ -206,7 +206,7 @@ def test_zero_clusters_found_while_reading_are_counted():
 
 def test_nothing_to_read_still_records_the_zeroes():
     sink, lane = MemorySink(), FakeLane(bytes(9 * CLUSTER))
-    copier.copy(plan_of(lane.content), [lane], sink, Settings(), max_request=NO_LIMIT, progress=ignore)
+    copier.copy(plan_of(lane.content), [lane], sink, CopySettings(), max_request=NO_LIMIT, progress=ignore)
     assert sink.clusters == dict.fromkeys(range(9))
     assert not lane.lengths
 
@@ -223,7 +223,7 @@ def test_a_distant_server_is_read_through_all_connections():
     """One at a time would make a distant server many times slower, and nothing else would show it."""
     content = b"x" * (2000 * CLUSTER)
     lanes = [Distant(content, seed=at) for at in range(4)]
-    chosen = Settings(connections=4, requests=16, request_size=CLUSTER, workers=1)
+    chosen = CopySettings(connections=4, requests=16, request_size=CLUSTER, workers=1)
     copier.copy(plan_of(content), lanes, MemorySink(), chosen, max_request=NO_LIMIT, progress=ignore)
     assert [lane.deepest for lane in lanes] == [16, 16, 16, 16]
 
@@ -239,7 +239,7 @@ def test_a_single_connection_is_kept_busy_while_batches_are_stored():
 
     content = b"x" * (1000 * CLUSTER)
     lane, busy = Distant(content), list[int]()
-    chosen = Settings(connections=1, requests=32, request_size=CLUSTER, workers=3)
+    chosen = CopySettings(connections=1, requests=32, request_size=CLUSTER, workers=3)
     copier.copy(plan_of(content), [lane], Slow(), chosen, max_request=NO_LIMIT, progress=ignore)
     assert lane.deepest > 16  # more than a batch
     assert sum(count > 0 for count in busy) > len(busy) / 2
@@ -267,7 +267,7 @@ def test_nothing_is_in_flight_that_no_thread_takes():
             return super().write(clusters, data)
 
     content, unseen = b"x" * (128 * CLUSTER), list[float]()
-    chosen = Settings(connections=2, requests=32, request_size=CLUSTER, workers=2)
+    chosen = CopySettings(connections=2, requests=32, request_size=CLUSTER, workers=2)
     lanes = [Watched(content) for _ in range(2)]
     copier.copy(plan_of(content), lanes, Slow(), chosen, max_request=NO_LIMIT, progress=ignore)
     assert max(unseen) < 0.5
@@ -293,7 +293,7 @@ def test_a_copy_with_a_limit_leaves_no_answer_unread():
 
     content = b"x" * (16 * CLUSTER)
     lane = Punctual(content)
-    chosen = Settings(1, 8, CLUSTER, 1, limit=20 * CLUSTER)
+    chosen = CopySettings(1, 8, CLUSTER, 1, limit=20 * CLUSTER)
     copier.copy(plan_of(content), [lane], MemorySink(), chosen, max_request=NO_LIMIT, progress=ignore)
     assert lane.oldest < 0.2
 
@@ -302,7 +302,7 @@ def test_a_copy_with_a_limit_takes_its_time_and_is_whole():
     content = b"x" * (64 * CLUSTER)
     lanes = [FakeLane(content) for _ in range(2)]
     sink = MemorySink()
-    chosen = Settings(2, 4, CLUSTER, 2, limit=2 * len(content))
+    chosen = CopySettings(2, 4, CLUSTER, 2, limit=2 * len(content))
     began = time.monotonic()
     copier.copy(plan_of(content), lanes, sink, chosen, max_request=NO_LIMIT, progress=ignore)
     assert time.monotonic() - began >= 0.5 * 63 / 64
@@ -321,7 +321,7 @@ def test_a_copy_that_waits_for_its_pace_stops_at_once():
             plan_of(content),
             [FakeLane(content)],
             MemorySink(),
-            Settings(1, 4, CLUSTER, 1, limit=CLUSTER // 60),
+            CopySettings(1, 4, CLUSTER, 1, limit=CLUSTER // 60),
             max_request=NO_LIMIT,
             progress=interrupt,
         )
@@ -332,7 +332,7 @@ def test_a_copy_that_waits_for_its_pace_stops_at_once():
 def test_memory_is_bounded_by_the_buffers(limit, most):
     content = b"x" * (500 * CLUSTER)
     lanes = [FakeLane(content, seed=at) for at in range(2)]
-    chosen = Settings(2, 5, CLUSTER, 3, limit)
+    chosen = CopySettings(2, 5, CLUSTER, 3, limit)
     assert chosen.buffers(2, CLUSTER) == most
     copier.copy(plan_of(content), lanes, MemorySink(), chosen, max_request=NO_LIMIT, progress=ignore)
     assert len(lanes[0].buffers | lanes[1].buffers) <= most
@@ -347,7 +347,7 @@ def test_memory_is_bounded_by_the_buffers(limit, most):
     ],
 )
 def test_a_batch_is_large_only_where_all_workers_get_some(data, expected):
-    assert Settings(workers=2).batch(data, CLUSTER, 4 * MIB) == expected
+    assert CopySettings(workers=2).batch(data, CLUSTER, 4 * MIB) == expected
 
 
 def test_small_scattered_pieces_share_a_buffer():
@@ -357,7 +357,7 @@ def test_small_scattered_pieces_share_a_buffer():
     writes: list[int] = []
     inner = sink.completed_below
     sink.completed_below = lambda cluster: (writes.append(cluster), inner(cluster))[1]
-    chosen = Settings(1, 4, 16 * CLUSTER, 1)
+    chosen = CopySettings(1, 4, 16 * CLUSTER, 1)
     copier.copy(plan_of(content), [lane], sink, chosen, max_request=NO_LIMIT, progress=ignore)
     assert sink.content() == content
     assert len(writes) == 4
@@ -384,7 +384,7 @@ def test_no_batch_is_left_behind_by_threads_that_find_no_more(monkeypatch):
     content = b"x" * (32 * CLUSTER)
     for _ in range(5):
         lane, sink = Sudden(content), MemorySink()
-        chosen = Settings(connections=1, requests=16, request_size=CLUSTER, workers=1)
+        chosen = CopySettings(connections=1, requests=16, request_size=CLUSTER, workers=1)
         copier.copy(plan_of(content), [lane], sink, chosen, max_request=NO_LIMIT, progress=ignore)
         assert sink.content() == content
 
@@ -398,7 +398,7 @@ def test_a_read_that_fails_stops_the_copy(lanes, fail_at):
         # The others answer nothing, so that the one that fails must be noticed beside them.
         for lane in connections[1:]:
             lane.hangs = True
-    chosen = Settings(lanes, 4, CLUSTER, 2)
+    chosen = CopySettings(lanes, 4, CLUSTER, 2)
     with pytest.raises(SourceError, match="the source fails"):
         copier.copy(plan_of(content), connections, MemorySink(), chosen, max_request=NO_LIMIT, progress=ignore)
 
@@ -412,7 +412,7 @@ def test_a_write_that_fails_stops_the_copy(fail_at):
             plan_of(content),
             lanes,
             MemorySink(fail_at=fail_at),
-            Settings(2, 4, CLUSTER, 2),
+            CopySettings(2, 4, CLUSTER, 2),
             max_request=NO_LIMIT,
             progress=ignore,
         )
@@ -426,7 +426,7 @@ def test_a_zero_that_cannot_be_recorded_stops_the_copy():
             plan_of(content),
             [FakeLane(content), FakeLane(content)],
             MemorySink(fail_zero=True),
-            Settings(2, 4, CLUSTER, 2),
+            CopySettings(2, 4, CLUSTER, 2),
             max_request=NO_LIMIT,
             progress=ignore,
         )
@@ -458,7 +458,7 @@ def test_the_first_error_is_the_one_that_is_raised():
             plan_of(content),
             [First(content)],
             Second(),
-            Settings(1, 1, CLUSTER, 1),
+            CopySettings(1, 1, CLUSTER, 1),
             max_request=NO_LIMIT,
             progress=ignore,
         )
@@ -477,7 +477,12 @@ def test_an_interrupt_in_the_calling_thread_stops_a_copy_whose_source_hangs(erro
 
     with pytest.raises(type(error)):
         copier.copy(
-            plan_of(content), lanes, MemorySink(), Settings(3, 4, CLUSTER, 2), max_request=NO_LIMIT, progress=interrupt
+            plan_of(content),
+            lanes,
+            MemorySink(),
+            CopySettings(3, 4, CLUSTER, 2),
+            max_request=NO_LIMIT,
+            progress=interrupt,
         )
 
 
@@ -502,7 +507,7 @@ def test_a_sink_slower_than_the_source_stops_too():
             plan_of(content),
             [FakeLane(content)],
             sink,
-            Settings(1, 4, CLUSTER, 1, 4 * CLUSTER),
+            CopySettings(1, 4, CLUSTER, 1, 4 * CLUSTER),
             max_request=NO_LIMIT,
             progress=interrupt,
         )
@@ -516,7 +521,7 @@ def test_threads_that_wait_when_an_error_comes_all_end():
     With a timeout in their wait, one in some hundred copies never ended (CPython's SimpleQueue.get).
     """
     content = b"x" * (64 * CLUSTER)
-    chosen = Settings(connections=1, requests=16, request_size=CLUSTER, workers=7)
+    chosen = CopySettings(connections=1, requests=16, request_size=CLUSTER, workers=7)
     for seed in range(30):
         lanes = [FakeLane(content, fail_at=seed, seed=seed)]
         with pytest.raises(SourceError, match="the source fails"):
@@ -546,5 +551,5 @@ def test_a_copy_that_stored_less_than_was_planned_is_no_copy():
     claimed = replace(plan, totals=replace(plan.totals, data=plan.totals.data + CLUSTER))
     with pytest.raises(RuntimeError, match=f"{plan.totals.data} bytes were stored of {claimed.totals.data}"):
         copier.copy(
-            claimed, [FakeLane(content)], MemorySink(), Settings(), max_request=NO_LIMIT, progress=lambda _: None
+            claimed, [FakeLane(content)], MemorySink(), CopySettings(), max_request=NO_LIMIT, progress=lambda _: None
         )

@@ -36,6 +36,7 @@ from lab import (
 )
 
 from backup.operations import backup as creating
+from backup.operations import disk_copy
 from backup.qemu import image_bitmaps, images, servers
 from backup.sources.image import ImageSource
 from backup.storage import folder
@@ -929,7 +930,7 @@ def test_several_images_are_the_disks_of_one_machine_at_one_instant(tmp_path):
 def test_no_byte_is_read_before_all_images_are_locked(tmp_path, monkeypatch):
     images = two_images(tmp_path)
     began = []
-    monkeypatch.setattr(creating._Backup, "_plan", lambda *_: began.append(1))
+    monkeypatch.setattr(disk_copy.DiskCopies, "plan_all", lambda *_: began.append(1))
     with held_for_writing(images[1]):
         done = call_pybackup(["full", *given(images, tmp_path / "repo", "--machine", "two")])
     assert (done.rc, f"{images[1]} is in use" in done.stderr, began) == (13, True, [])

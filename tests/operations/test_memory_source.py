@@ -13,7 +13,8 @@ from places import create_repository, repository_at
 from backup.cli.output import Quiet
 from backup.model.chain import build
 from backup.operations.audit import LIES, TRUE, Audit, audit
-from backup.operations.backup import DiskReport, create
+from backup.operations.backup import create
+from backup.operations.disk_copy import DiskReport
 from backup.operations.request import Request
 from backup.planning.decision import FULL, INCREMENTAL, RESCAN
 from backup.qcow2 import Codec

@@ -16,8 +16,7 @@ from live import Machine, Nights, private_tmp
 from servers import qemu_nbd
 
 from backup.errors import SourceError
-from backup.operations import backup as creating
-from backup.operations import spot_check
+from backup.operations import disk_copy, spot_check
 from backup.sources.resting import LockedMoment
 
 
@@ -81,7 +80,7 @@ def test_nothing_is_read_that_is_dirty_or_zero(night, monkeypatch):
         seen.append(clusters.tolist())
         return differing(export, clusters, *others)
 
-    monkeypatch.setattr(creating.spot_check, "differing", noted)
+    monkeypatch.setattr(disk_copy.spot_check, "differing", noted)
     night.require_incremental()
     # 0 to 200k and 1M to 1M+300k, of which 1100k to 1164k became zero: no whole cluster; 2M to 2M+70k.  3M is dirty.
     assert seen == [[0, 1, 2, 3, 16, 17, 18, 19, 20, 32, 33]]
@@ -90,7 +89,7 @@ def test_nothing_is_read_that_is_dirty_or_zero(night, monkeypatch):
 def test_at_most_as_many_as_configured_are_read(night, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        creating.spot_check,
+        disk_copy.spot_check,
         "differing",
         lambda _export, clusters, *_: seen.append(len(clusters)) or spot_check.Difference(0, 0),
     )
@@ -173,7 +172,7 @@ def test_a_bad_sector_where_nothing_changed_is_a_warning_and_the_changes_are_bac
         raise SourceError("reading failed: Input/output error", hint="")
 
     write(night.image, "write -P 0x22 3M 1k")
-    monkeypatch.setattr(creating.spot_check, "differing", fails)
+    monkeypatch.setattr(disk_copy.spot_check, "differing", fails)
     done = night.incremental("--no-fallback")
     assert (done.rc, done.disk["kind"], done.disk["dirty_bytes"]) == (3, "incremental", CLUSTER)
     assert "the spot check could not be made: reading failed" in done.stderr

@@ -43,7 +43,8 @@ from backup.units import show_duration, show_size
 if TYPE_CHECKING:
     from backup.cli.requests import Options
     from backup.night.night import Outcome
-    from backup.operations.backup import DiskReport, Report
+    from backup.operations.backup import Report
+    from backup.operations.disk_copy import DiskReport
 
 
 def full(
