@@ -16,6 +16,7 @@ import pytest
 from histories import History, counted, killed_before
 from places import folder_of
 
+import backup.engine.merge  # noqa: F401 - here, and not anew in each process that is killed
 from backup.cli.output import Quiet
 from backup.errors import Failed, Interrupted
 from backup.operations.prune import Report, Request, prune
