@@ -308,11 +308,6 @@ def _check_libvirt(options: Options) -> None:
         raise UsageError(
             "--libvirt without --domain", hint="name the domain: --domain NAME; virsh list --all shows them"
         )
-    if options.machine is not None and is_pattern(options.domain):
-        raise UsageError(
-            f"--machine {options.machine} with the pattern --domain {options.domain}",
-            hint="each domain that matches is a machine of its own name",
-        )
 
 
 def check_uri(uri: str) -> None:
@@ -413,10 +408,10 @@ def _from_libvirt(uri: str, options: Options, config: Config) -> list[Request]:
     )
 
     def of_domain(name: str) -> Request:
-        machine = options.machine or _derived(name, "machine")
+        machine = options.machine or _derived(name, "machine", f"name the machine: --domain {name!r} --machine NAME")
         return _request(machine, replace(specification, domain=name), bitmap_family, options, config)
 
-    if not is_pattern(domain):
+    if options.machine is not None or not is_pattern(domain):  # with --machine, a name of one domain in any case
         return [of_domain(domain)]
     template = _request(domain, specification, bitmap_family, options, config)
     return [_or_unavailable(of_domain, name, template) for name in matching_domains(uri, domain)]
@@ -431,30 +426,46 @@ def _or_unavailable(of_domain: Callable[[str], Request], name: str, template: Re
 
 
 def _from_config(machine: MachineConfig, options: Options, config: Config) -> list[Request]:
-    """Request the backup of a machine of the configuration, or of each domain that its pattern means."""
+    """
+    Request the backup of a machine of the configuration, or of each domain that its pattern means.
+
+    A domain that another machine means, too, belongs to one of them; see `Config.machine_of_domain`.
+    """
     if machine.libvirt is None or machine.domains is None:
         return [_from_machine(machine, options, config)]
-    template = _from_machine(machine, options, config)
+    uri, template = machine.libvirt, _from_machine(machine, options, config)
 
     def of_domain(name: str) -> Request:
-        derived = _derived(name, "machine")
-        _require_new(derived, config)
+        derived = _derived(name, "machine", _own_machine(uri, name))
+        _require_named(machine, derived, config)
         return _from_machine(replace(machine, name=derived, domain=name, domains=None), options, config)
 
     try:
-        domains = matching_domains(machine.libvirt, machine.domains)
+        domains = matching_domains(uri, machine.domains)
+        own = [name for name in domains if config.machine_of_domain(uri, name) == machine]
+        if not own and machine.name in options.machines:
+            raise UsageError(
+                f"each domain that matches {machine.domains!r} belongs to another machine of the configuration",
+                hint="back up that machine, or correct the pattern `domains:`",
+            )
     except BackupError as error:  # which must not keep other machines from their backups
         return [replace(template, host=Unavailable(error))]
-    return [_or_unavailable(of_domain, name, template) for name in domains]
+    return [_or_unavailable(of_domain, name, template) for name in own]
 
 
-def _require_new(domain: str, config: Config) -> None:
-    """Refuse a domain whose name is that of another machine of the configuration."""
-    if any(machine.name == domain for machine in config.machines if machine.domains is None):
+def _require_named(machine: MachineConfig, domain: str, config: Config) -> None:
+    """Refuse a domain whose name is that of another machine of the configuration, also of another libvirt's domain."""
+    named = config.machine_of(domain)
+    if named is not None and named != machine:
         raise UsageError(
-            f"domain {domain} matches a pattern of the configuration, and is a machine of it by name, too",
-            hint="correct the pattern `domains:`, or remove the machine",
+            f"domain {domain} matches the pattern of {machine.name}, and {named.name} of the configuration means "
+            "another machine of that name",
+            hint=_own_machine(machine.libvirt or "", domain),
         )
+
+
+def _own_machine(uri: str, domain: str) -> str:
+    return f"give the domain a machine of its own in the configuration: NAME: {{libvirt: {uri!r}, domain: {domain!r}}}"
 
 
 def _from_machine(machine: MachineConfig, options: Options, config: Config) -> Request:
@@ -558,7 +569,9 @@ def _export_name(uri: str) -> str:
         ) from None
 
 
-def _derived(name: str, kind: str) -> str:
+def _derived(name: str, kind: str, hint: str | None = None) -> str:
     if name_problem("machine" if kind == "machine" else "disk", name) is not None:
-        raise UsageError(f"no name for the {kind} can be derived from {name!r}", hint=f"name the {kind}: --{kind} NAME")
+        raise UsageError(
+            f"no name for the {kind} can be derived from {name!r}", hint=hint or f"name the {kind}: --{kind} NAME"
+        )
     return name

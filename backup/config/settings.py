@@ -157,6 +157,17 @@ class Config:
         matched = [known for known in self.machines if known.domains and fnmatchcase(name, known.domains)]
         return next(iter((*named, *matched)), None)
 
+    def machine_of_domain(self, uri: str, domain: str) -> MachineConfig | None:
+        """
+        Return the machine that means a domain of the libvirt at `uri`; None: none does.
+
+        That is the machine that names the domain, or else the first whose pattern the domain matches.
+        """
+        local = [machine for machine in self.machines if machine.libvirt == uri]
+        named = [known for known in local if known.domains is None and (known.domain or known.name) == domain]
+        matched = [known for known in local if known.domains and fnmatchcase(domain, known.domains)]
+        return next(iter((*named, *matched)), None)
+
 
 def default() -> Config:
     """Return the settings that apply without a configuration file and without an option."""

@@ -104,6 +104,7 @@ def audit(repository: Repository, request: Request, progress: Progress) -> Audit
     SourceError
         A disk cannot be read.
     """
+    request.require_available()
     machine = repository.machine(request.machine)
     if not machine.exists():
         raise NotFound(

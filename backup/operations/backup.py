@@ -77,6 +77,7 @@ def create(open_repository: Callable[[], Repository], request: Request, progress
     BackupError
         Nothing was published, and nothing published before was touched.
     """
+    request.require_available()  # before the name of the machine, which may be the reason
     repository = open_repository()
     machine = repository.machine(request.machine)
     if not machine.exists():

@@ -7,7 +7,7 @@ from enum import Enum, auto
 
 from backup.engine.copy_settings import CopySettings
 from backup.planning import decision as decide
-from backup.sources.base import DiskRequest, Host
+from backup.sources.base import DiskRequest, Host, Unavailable
 
 
 class Names(Enum):
@@ -83,6 +83,18 @@ class Request:
     def compression(self) -> str:
         """The compression as the configuration and the manifest write it: "none" or "zstd:LEVEL"."""
         return "none" if self.level is None else f"zstd:{self.level}"
+
+    def require_available(self) -> None:
+        """
+        Make sure that the machine's host can be used, as far as is known.
+
+        Raises
+        ------
+        BackupError
+            The reason for which it cannot be used.
+        """
+        if isinstance(self.host, Unavailable):
+            raise self.host.error
 
     def complete(self) -> Request:
         """Add the disks that the host, once connected, discovers by itself."""

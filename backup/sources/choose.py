@@ -109,7 +109,7 @@ def matching_domains(uri: str, pattern: str) -> list[str]:
     """
     from backup.sources.libvirt_domain import matching  # noqa: PLC0415 - as below
 
-    domains = matching(uri, lambda name: fnmatchcase(name, pattern))
+    domains = matching(uri, lambda name: name == pattern or fnmatchcase(name, pattern))
     if not domains:
         raise SourceError(f"no domain of libvirt at {uri} matches {pattern!r}", hint="see: virsh -c URI list --all")
     return domains

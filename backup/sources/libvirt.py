@@ -37,9 +37,6 @@ from backup.sources.resting import AtRest
 
 KIND = "libvirt"
 """The kind of source that the manifest records."""
-_FORMATS = {images.QCOW2, images.RAW}
-_LOCAL = {"file", "block"}
-"""Types of disks that lie in local files and block devices."""
 
 
 class Libvirt:
@@ -162,7 +159,7 @@ class Libvirt:
             raise SourceError(
                 f"domain {self.name} has no disk {target!r}", hint=f"it has: {', '.join(disks) or 'no disk at all'}"
             )
-        why_not = self._why_unreadable(disks[target])
+        why_not = disks[target].why_unreadable()
         if why_not is not None:
             raise SourceError(f"disk {target} of domain {self.name} cannot be backed up: {why_not[0]}", hint=why_not[1])
         return disks[target]
@@ -179,7 +176,7 @@ class Libvirt:
         if target not in self._seen.images:
             chosen = {source.target for source in self.sources}
             for disk in self._disks():
-                if disk.target in chosen and self._why_unreadable(disk) is None:
+                if disk.target in chosen and disk.why_unreadable() is None:
                     self._seen.images[disk.target] = _begin_inspection(disk)
         return self._seen.images[target]
 
@@ -190,22 +187,6 @@ class Libvirt:
         if self._seen.document is None:
             self._seen.document = self.document()
         return self._seen.document
-
-    def _why_unreadable(self, disk: DomainDisk) -> tuple[str, str] | None:
-        """Why pybackup cannot read a disk, and what the user can do; None if it can."""
-        leave_out = f"leave the disk out: --exclude {disk.target} (`exclude:` in the configuration)"
-        if not disk.medium:
-            return f"the {disk.device} has no medium", leave_out
-        if disk.storage not in _LOCAL or disk.path is None:
-            return (
-                f"its source is of type {disk.storage}, and pybackup reads local files and block devices only",
-                f"{leave_out}; a network disk can be served by an NBD server: pybackup full --nbd URI",
-            )
-        if disk.format not in _FORMATS:
-            return f"its format is {disk.format}, and pybackup reads qcow2 and raw", leave_out
-        if disk.lost is not None:
-            return disk.lost, leave_out
-        return None
 
     def _unnamed(self, document: DomainDocument) -> list[str]:
         """Warnings: disks of the domain that no point holds though nobody excluded them."""

@@ -13,6 +13,20 @@ _VERSIONED = re.compile(r"-([0-9]+\.[0-9]+)$")
 _AGENT = "org.qemu.guest_agent.0"
 REMOVABLE = {"cdrom", "floppy"}
 """Devices whose medium is not the machine's own."""
+FORMATS = {"qcow2", "raw"}
+"""Formats of images that pybackup reads."""
+_LOCAL = {"file", "block"}
+"""Types of disks that lie in local files and block devices."""
+_LOCAL_ONLY = "pybackup reads the disks of domains from local files and block devices only"
+_WAYS = {
+    "rbd": "; or map the image on the host (rbd map), and give the domain the block device",
+    "iscsi": "; or log in to the target on the host (iscsiadm), and give the domain the block device",
+    "nbd": "; while the domain is off, pybackup reads the export itself: pybackup full --nbd URI",
+    "nfs": "; or mount the share on the host, and give the domain the file",
+    "gluster": "; or mount the volume on the host, and give the domain the file",
+    "volume": "; or give the domain the path of the volume (virsh vol-path) as a file or block device",
+}
+"""What the user can do about a disk of such a protocol or type, other than to leave it out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +35,10 @@ class DomainDisk:
     One `<disk>` of a domain.
 
     `target` is the name that libvirt's commands use (vda).  `storage` is the type of the source (file, block, network,
-    ...), `path` the source's path (None: no local file or block device, or no medium), and `backing` are the paths of
-    the files below it, nearest first, as far as libvirt tells them.  `data_store` is the path of the external data file
-    (None: libvirt before 10.10 does not tell it).  `lost` says why reading the source would not give what the guest
-    writes.
+    ...), `protocol` that of a network source (rbd, ...), `path` the source's path (None: no local file or block device,
+    or no medium), and `backing` are the paths of the files below it, nearest first, as far as libvirt tells them.
+    `data_store` is the path of the external data file (None: libvirt before 10.10 does not tell it).  `lost` says why
+    reading the source would not give what the guest writes.
     """
 
     target: str
@@ -39,11 +53,34 @@ class DomainDisk:
     encrypted: bool = False
     lost: str | None = None
     data_store: str | None = None
+    protocol: str | None = None
 
     @property
     def removable(self) -> bool:
         """Whether the device is a drive for removable media."""
         return self.device in REMOVABLE
+
+    def why_unreadable(self) -> tuple[str, str] | None:
+        """Explain why pybackup cannot read the disk, and what the user can do; None: it can."""
+        leave_out = f"leave the disk out: --exclude {self.target} (`exclude:` in the configuration)"
+        if not self.medium:
+            return f"the {self.device} has no medium", leave_out
+        if self.storage == "network":
+            way = _WAYS.get(self.protocol or "", "")
+            return (
+                f"its source is on the network ({self.protocol or 'of an unknown protocol'}), and {_LOCAL_ONLY}",
+                f"{leave_out}{way}",
+            )
+        if self.storage not in _LOCAL or self.path is None:
+            return (
+                f"its source is of type {self.storage}, and {_LOCAL_ONLY}",
+                f"{leave_out}{_WAYS.get(self.storage, '')}",
+            )
+        if self.format not in FORMATS:
+            return f"its format is {self.format}, and pybackup reads qcow2 and raw", leave_out
+        if self.lost is not None:
+            return self.lost, leave_out
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +131,7 @@ def _disk(element: ET.Element) -> DomainDisk:
         encrypted=element.find(".//encryption") is not None,
         lost=_lost(element),
         data_store=_path(element.find("./source/dataStore/source")),
+        protocol=None if source is None else source.get("protocol"),
     )
 
 

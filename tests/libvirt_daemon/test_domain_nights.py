@@ -209,7 +209,27 @@ def test_a_domain_whose_name_no_machine_can_have_keeps_no_other_from_its_backup(
             ("t 2", False),
             ("t1", True),
         ]
-        assert "'t 2' cannot name a machine" in done.stderr
+        assert "no name for the machine can be derived from 't 2'" in done.stderr
+        assert "--domain 't 2' --machine NAME" in done.stderr
+    finally:
+        other.remove()
+
+
+def test_a_name_of_a_pattern_that_no_domain_matches_or_that_is_a_domains_own(domain):
+    words = domain.words("full")
+    words[words.index("--domain") + 1] = "none*"
+    nothing = call_pybackup(words)
+    assert (nothing.rc, nothing.stderr.count("\n"), "matches 'none*'" in nothing.stderr) == (13, 2, True), nothing
+    other = Domain.of(domain.daemon, domain.repository, "t2", "vda")
+    other.name = "t[1]"
+    other.define()
+    try:
+        both = other.night("full")
+        assert [machine["machine"] for machine in both.document] == ["t1", "t[1]"], both
+        assert (both.rc, both.document[0]["error"], "--machine NAME" in both.stderr) == (2, None, True), both
+        own = other.night("full", "--machine", "t-1")
+        assert (own.rc, own.machine["machine"]) == (0, "t-1"), own
+        assert other.night("incremental", "--machine", "t-1").rc == 0
     finally:
         other.remove()
 

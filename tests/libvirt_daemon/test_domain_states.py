@@ -93,7 +93,7 @@ def test_a_network_disk_is_refused_in_so_many_words_and_can_be_excluded(drawn, o
             if on:
                 drawn.start()
             refused = drawn.night("full")
-            assert (refused.rc, "its source is of type network" in refused.stderr) == (13, True), refused
+            assert (refused.rc, "its source is on the network (nbd)" in refused.stderr) == (13, True), refused
             assert "--exclude vdc" in refused.stderr
             assert not drawn.repository.joinpath("t3").exists()
             assert drawn.night("full", "--exclude", "vdc").rc == 0

@@ -12,6 +12,7 @@ from lab import MIB, call_pybackup, make_image
 
 from backup.errors import BackupError, Locked, SourceError
 from backup.runtime import timeouts
+from backup.sources.base import Unavailable
 from backup.sources.libvirt_domain import Disconnected, Domain, Refused
 
 
@@ -212,7 +213,6 @@ def test_an_unknown_domain_is_said(fake):
         (["--libvirt", "qemu+ssh://host/system", "--domain", "a"], "a daemon on another host (host)"),
         (["--libvirt", "qemu:///system"], "--libvirt without --domain"),
         (["--domain", "a"], "--domain without --libvirt"),
-        (["--libvirt", "qemu:///system", "--domain", "a*", "--machine", "m"], "with the pattern --domain a*"),
         (["--libvirt", "qemu:///system", "--domain", "a", "--node", "n"], "--node without --qmp"),
         (["--libvirt", "qemu:///system", "--domain", "a", "--qmp", "/q"], "--libvirt together with --qmp"),
         (["--libvirt", "qemu:///system", "--domain", "a b"], "can be derived from 'a b'"),
@@ -257,6 +257,74 @@ def test_a_libvirt_that_fails_costs_its_own_machines_only(monkeypatch, tmp_path)
         ("old", True),
     ]
     assert sorted(path.name for path in (tmp_path / "r").iterdir() if path.is_dir()) == ["old"]
+
+
+HERE, USERS = "qemu:///system", "qemu:///session"
+
+
+@pytest.fixture
+def requested(monkeypatch, tmp_path):
+    """Return the machines that a run would back up, each with its domain or why it cannot be backed up."""
+    there = {HERE: ["lab-1", "lab-2", "web1", "web2", "w 3"], USERS: ["web2"]}
+
+    def matching(uri, fits):
+        return [name for name in there[uri] if fits(name)]
+
+    monkeypatch.setattr("backup.sources.libvirt_domain.matching", matching)
+
+    def requested(machines, *words):
+        path = tmp_path / "c.yaml"
+        path.write_text(f"repository: {tmp_path}/r\nbitmap: b1\nmachines:\n{machines}")
+        found = []
+
+        def see(_night, requests):
+            for request in requests:
+                host = request.host
+                found.append((request.machine, host.error if isinstance(host, Unavailable) else host.domain.name))
+            return []
+
+        monkeypatch.setattr("backup.night.night.Night.run", see)
+        done = call_pybackup(["--config", path, "incremental", *words])
+        assert (done.rc, done.stderr) == (0, "")
+        return found
+
+    return requested
+
+
+def test_a_domain_of_several_machines_belongs_to_the_one_that_names_it_or_to_the_first_pattern(requested):
+    overlapping = (
+        f"  first: {{libvirt: '{HERE}', domains: 'web*'}}\n  second: {{libvirt: '{HERE}', domains: '*[12]'}}\n"
+        f"  special: {{libvirt: '{HERE}', domain: lab-2}}\n"
+    )
+    expected = [("web1", "web1"), ("web2", "web2"), ("lab-1", "lab-1"), ("special", "lab-2")]
+    assert requested(overlapping) == expected
+    assert requested(overlapping, "second") == [("lab-1", "lab-1")]
+
+
+def test_a_pattern_whose_domains_all_belong_to_others_is_an_error_if_it_is_named(requested):
+    shadowed = f"  all: {{libvirt: '{HERE}', domains: 'l*'}}\n  lab: {{libvirt: '{HERE}', domains: 'lab-*'}}\n"
+    assert requested(shadowed) == [("lab-1", "lab-1"), ("lab-2", "lab-2")]
+    [(machine, error)] = requested(shadowed, "lab")
+    assert (machine, "belongs to another machine" in error.message) == ("lab", True)
+
+
+def test_a_domain_whose_name_another_machine_has_is_an_error_and_the_others_are_backed_up(requested):
+    """Two domains in one chain would be one full after the other."""
+    two = f"  a: {{libvirt: '{HERE}', domains: 'web*'}}\n  b: {{libvirt: '{USERS}', domains: 'web*'}}\n"
+    (*first, (machine, error)) = requested(two)
+    assert (first, machine) == ([("web1", "web1"), ("web2", "web2")], "web2")
+    assert "a of the configuration means another machine of that name" in error.message
+    named = f"  web1: {{libvirt: '{HERE}', domain: lab-1}}\n  b: {{libvirt: '{HERE}', domains: 'web*'}}\n"
+    (own, (machine, error), other) = requested(named)
+    assert (own, machine, other) == (("web1", "lab-1"), "web1", ("web2", "web2"))
+    assert "domain: 'web1'" in error.hint
+
+
+def test_a_domain_whose_name_no_machine_can_have_gets_one_in_the_configuration(requested):
+    (_, (machine, error)) = requested(f"  all: {{libvirt: '{HERE}', domains: 'w*[1 ]*'}}\n")
+    assert (machine, "from 'w 3'" in error.message, "domain: 'w 3'" in error.hint) == ("w 3", True, True)
+    both = f"  all: {{libvirt: '{HERE}', domains: 'w*[1 ]*'}}\n  w3: {{libvirt: '{HERE}', domain: 'w 3'}}\n"
+    assert requested(both) == [("web1", "web1"), ("w3", "w 3")]
 
 
 def test_status_knows_the_domains_that_a_pattern_means(tmp_path):

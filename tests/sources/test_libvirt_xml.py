@@ -67,6 +67,61 @@ def test_a_disk_whose_bytes_are_not_its_sources_is_known(device, source, why):
     assert why in (document.disks[0].lost or "")
 
 
+CEPH = (
+    "<auth username='c'><secret type='ceph' uuid='u'/></auth><source protocol='rbd' name='p/i'><host name='m'/>"
+    "</source>"
+)
+ISCSI = (
+    "<source protocol='iscsi' name='iqn.2013-07.com.example:target/1'><host name='example.com' port='3260'/></source>"
+)
+
+
+@pytest.mark.parametrize(
+    ("storage", "source", "why", "way"),
+    [
+        ("network", CEPH, "on the network (rbd)", "rbd map"),
+        ("network", ISCSI, "on the network (iscsi)", "iscsiadm"),
+        ("network", "<source protocol='nbd' name='x'><host name='h'/></source>", "on the network (nbd)", "--nbd URI"),
+        ("network", "<source protocol='nfs' name='x'><host name='h'/></source>", "on the network (nfs)", "mount the"),
+        ("network", "<source protocol='gluster' name='v/i'/>", "on the network (gluster)", "mount the volume"),
+        ("network", "<source protocol='https' name='x'><host name='h'/></source>", "on the network (https)", ""),
+        ("network", "<source><host name='h'/></source>", "on the network (of an unknown protocol)", ""),
+        ("volume", "<source pool='p' volume='v'/>", "of type volume", "virsh vol-path"),
+        ("nvme", "<source type='pci' managed='yes' namespace='1'><address domain='0'/></source>", "of type nvme", ""),
+        ("vhostuser", "<source type='unix' path='/run/s'/>", "of type vhostuser", ""),
+        ("vhostvdpa", "<source dev='/dev/vhost-vdpa-0'/>", "of type vhostvdpa", ""),
+        ("dir", "<source dir='/d'/>", "of type dir", ""),
+    ],
+)
+def test_a_disk_whose_source_is_no_local_file_is_refused_with_what_can_be_done(storage, source, why, way):
+    xml = f"<disk type='{storage}'><driver name='qemu' type='raw'/>{source}<target dev='vdb' bus='virtio'/></disk>"
+    [disk] = DomainDocument.parse(f"<domain><devices>{xml}</devices></domain>").disks
+    said, hint = disk.why_unreadable() or ("", "")
+    assert (why in said, way in hint) == (True, True), (said, hint)
+    assert "local files and block devices only" in said
+    assert hint.startswith("leave the disk out: --exclude vdb")
+
+
+@pytest.mark.parametrize(
+    ("disk", "why"),
+    [
+        ("<disk type='file' device='floppy'><target dev='fda'/></disk>", "the floppy has no medium"),
+        ("<disk type='file' device='cdrom'><target dev='sda'/></disk>", "the cdrom has no medium"),
+        (
+            "<disk type='file'><driver type='vmdk'/><source file='/x'/><target dev='vda'/></disk>",
+            "its format is vmdk, and pybackup reads qcow2 and raw",
+        ),
+        ("<disk type='file'><source file='/x'/><target dev='vda'/></disk>", None),
+        ("<disk type='block'><driver type='qcow2'/><source dev='/dev/x'/><target dev='vda'/></disk>", None),
+        ("<disk type='file' device='floppy'><source file='/x'/><target dev='fda'/></disk>", None),
+    ],
+)
+def test_a_disk_that_cannot_be_read_says_why(disk, why):
+    [found] = DomainDocument.parse(f"<domain><devices>{disk}</devices></domain>").disks
+    reason = found.why_unreadable()
+    assert (None if reason is None else reason[0]) == why
+
+
 def test_the_external_data_file_that_newer_libvirts_tell():
     store = "<dataStore type='file'><format type='raw'/><source file='/v/w.raw'/></dataStore>"
     disk = f"<disk type='file'><source file='/v/w.qcow2'>{store}</source><target dev='vda'/></disk>"
