@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
+from collections.abc import Iterator
 
+import pytest
+from buckets import Server, moto_server
 from hypothesis import settings
 
 # `make test-guest` and `make test-libvirt` name them: they take minutes, and more packages.
@@ -19,3 +23,13 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 # these to see how it ends.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# Leases on buckets use a folder for state, which would be the user's own.
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="pybackup-state-")
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[Server]:
+    """An S3 server that lasts for all tests."""
+    with moto_server() as server:
+        yield server

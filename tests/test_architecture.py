@@ -58,6 +58,7 @@ ONLY_USERS = {
     "blake3": {"backup.model.digests"},
     "qemu": {"backup.qmp.monitor"},
     "cryptography": {"backup.age.primitives"},
+    "obstore": {"backup.storage.object_client"},
 }
 
 

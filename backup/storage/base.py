@@ -9,8 +9,11 @@ must pass the tests in tests/storage/test_storage.py.
 Errors
 ------
 A method raises OSError where the storage refuses or fails: FileNotFoundError where the name does not exist,
-FileExistsError where it must not.  `strerror` says why, and `filename` names the file for people.  Where a method
-raises a BackupError, its docstring says so.
+FileExistsError where it must not.  `strerror` says why, and `filename` names the file for people.
+
+`Unavailable` means that a storage elsewhere does not answer, or refuses.  Nothing is known about the file then, and no
+caller may take the file for missing or damaged.  Every method raises NotFound where the bucket of the place does not
+exist.  Where a method raises another BackupError, its docstring says so.
 
 Durability
 ----------
@@ -35,6 +38,14 @@ TEMPORARY = ".tmp"
 IN_USE = "in use"
 UNTOLD = "cannot determine whether it is in use"
 """Why `Files.alone` could not lock a file: a reader holds the file; or the storage could not tell, and why not."""
+
+
+class Unavailable(OSError):
+    """The storage does not answer, or refuses; nothing is known about the file.  `hint` tells the user what to do."""
+
+    def __init__(self, number: int, text: str, path: str, *, hint: str) -> None:
+        super().__init__(number, text, path)
+        self.hint = hint
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +86,12 @@ NO_FILES = Names({})
 
 
 class RangeReader(Protocol):
-    """A file that is open for reading from several threads; it stays readable when its name is removed or replaced."""
+    """
+    A file that is open for reading from several threads.
+
+    It stays readable when its name is removed or replaced.  Where a storage cannot promise that, `read_at` raises
+    Unavailable then, and never returns bytes of another file.
+    """
 
     size: int
     """Size of the file in bytes when it was opened."""
@@ -162,7 +178,14 @@ class Files(Protocol):
     # Writing
 
     def create(self, name: str, part: int) -> PartWriter:
-        """Create a file in parts of `part` bytes; the file gets its name only when it is finished."""
+        """
+        Create a file in parts of `part` bytes; the file gets its name only when it is finished.
+
+        Raises
+        ------
+        UsageError
+            The storage takes files in order only (`stream`).
+        """
 
     def stream(self, name: str, size: int) -> StreamWriter:
         """Create a file of `size` bytes that is written in order; it gets its name only when it is finished."""
@@ -181,7 +204,11 @@ class Files(Protocol):
         """Publish a file; raise FileExistsError if the name exists, because another process was faster, for example."""
 
     def update(self, name: str, change: Callable[[], bytes]) -> None:
-        """Replace a small file, durable, with what `change` returns; concurrent updates wait for each other."""
+        """
+        Replace a small file, durable, with what `change` returns; concurrent updates wait for each other.
+
+        For notes that only save work: where each request costs, the file is kept on this host.
+        """
 
     def take_name(self, waiting: str, name: str) -> None:
         """Rename the file `waiting` to `name`, durable, in one step; a file that had the name is gone then."""
@@ -286,6 +313,9 @@ class Storage(Protocol):
 
     def new(self) -> AbstractContextManager[None]:
         """Make the place if it does not exist, and make it durable when the block ends."""
+
+    def close(self) -> None:
+        """Give back what the place holds for this access (leases); also done when the process ends."""
 
 
 def require_local_folder(files: Files) -> Path:

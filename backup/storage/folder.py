@@ -116,6 +116,9 @@ class FolderStorage:
             with suppress(PermissionError):  # a folder of another user, in which we may write but not read
                 sync_folder(folder.parent)
 
+    def close(self) -> None:
+        """Do nothing: nothing is held."""
+
 
 class FolderFiles:
     """The files of one folder; a `base.Files`."""

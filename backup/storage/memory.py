@@ -144,6 +144,9 @@ class MemoryStorage:
         """Do nothing: a Memory exists."""
         yield
 
+    def close(self) -> None:
+        """Do nothing: nothing is held."""
+
     @contextmanager
     def call(self, method: str, folder: str = "", name: str = "") -> Iterator[None]:
         """Run one call, with no other call at the same time, and apply its fault."""

@@ -141,6 +141,10 @@ class SealedStorage:
         """Make the place if it does not exist."""
         return self.place.new()
 
+    def close(self) -> None:
+        """Give back what the place holds for this access."""
+        self.place.close()
+
 
 class SealedFiles:
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -12,40 +12,55 @@ import pytest
 
 from backup.age.keys import Identities, Identity
 from backup.errors import BackupError, Failed, Locked, UsageError
-from backup.storage.base import IN_USE, Files, Storage, require_local_folder
+from backup.storage.base import IN_USE, Files, Storage, Unavailable, require_local_folder
 from backup.storage.folder import FolderStorage
+from backup.storage.leases import Terms
 from backup.storage.memory import Memory, MemoryStorage
 from backup.storage.sealed import Keys, SealedStorage
 
 KIB = 1 << 10
 PART = 64 * KIB
+QUICK = Terms(patience=2.0)
 Access = Callable[[], Storage]
 """Makes one more access to a storage, as another process has it."""
 
 
 IN_PARTS = ["folder", "memory"]
 """Kinds of storage to which backups are made: these write the parts of a file in any order."""
-SEALED = ["sealed folder", "sealed memory"]
+SEALED = ["sealed folder", "sealed memory", "sealed objects"]
+IN_BUCKETS = ["objects", "sealed objects"]
+KINDS = [*IN_PARTS, "objects", *SEALED]
 
 
-@pytest.fixture(params=[*IN_PARTS, *SEALED])
-def access(request, tmp_path: Path) -> Access:
+@pytest.fixture(params=KINDS)
+def access(request, tmp_path: Path) -> Iterator[Access]:
     sealed, kind = request.param.startswith("sealed "), request.param.removeprefix("sealed ")
     memory = Memory()
+    server = request.getfixturevalue("moto") if kind == "objects" else None
+    bucket = server.make_bucket(f"b{os.urandom(6).hex()}") if server else None
+    made: list[Storage] = []
 
     def place() -> Storage:
+        if server:
+            made.append(server.storage(bucket, tmp_path / "state", QUICK))
+            return made[-1]
         return FolderStorage(tmp_path / "place") if kind == "folder" else MemoryStorage(memory)
 
-    if not sealed:
-        return place
-    pytest.importorskip("cryptography", reason="the extra `seal` is missing: pip install 'pybackup[seal]'")
-    identities = Identities((Identity.new(),), "key.txt")
-    keys = Keys((identities.keys[0].recipient, Identity.new().recipient), identities)
-    return lambda: SealedStorage(place(), keys)
+    if sealed:
+        pytest.importorskip("cryptography", reason="the extra `seal` is missing: pip install 'pybackup[seal]'")
+        identities = Identities((Identity.new(),), "key.txt")
+        keys = Keys((identities.keys[0].recipient, Identity.new().recipient), identities)
+        yield lambda: SealedStorage(place(), keys)
+    else:
+        yield place
+    for storage in made:
+        storage.close()
 
 
 in_parts = pytest.mark.parametrize("access", IN_PARTS, indirect=True)
 of_sealed = pytest.mark.parametrize("access", SEALED, indirect=True)
+in_buckets = pytest.mark.parametrize("access", IN_BUCKETS, indirect=True)
+on_this_host = pytest.mark.parametrize("access", [kind for kind in KINDS if kind not in IN_BUCKETS], indirect=True)
 
 
 @pytest.fixture
@@ -75,7 +90,16 @@ def content(files: Files, name: str) -> bytes:
 
 
 def parts(files: Files, name: str, *written: bytes) -> None:
-    with closing(files.create(name, PART)) as writer:
+    """Write a large file, in whichever way the storage takes it."""
+    try:
+        made = files.create(name, PART)
+    except UsageError:
+        with closing(files.stream(name, sum(map(len, written)))) as stream:
+            for part in written:
+                stream.write(part)
+            stream.finish()
+        return
+    with closing(made) as writer:
         for number in reversed(range(len(written))):
             writer.put(number, written[number])
         writer.finish()
@@ -370,6 +394,12 @@ def test_a_file_in_order_that_is_not_finished_can_be_discarded(files):
     assert names(files) == []
 
 
+@in_buckets
+def test_a_bucket_takes_no_parts_in_any_order(files):
+    with pytest.raises(UsageError, match="cannot be written|but not made"):
+        files.create("a", PART)
+
+
 # Ranges
 
 
@@ -386,6 +416,7 @@ def test_ranges_are_what_was_written_and_end_with_the_file(files, once):
     reader.close()
 
 
+@on_this_host
 def test_a_reader_keeps_the_file_that_it_opened(files):
     for change in (
         lambda: files.publish("a", b"other", replace=True),
@@ -396,6 +427,20 @@ def test_a_reader_keeps_the_file_that_it_opened(files):
         with closing(files.open("a")) as reader:
             change()
             assert bytes(reader.read_at(0, 10)) == b"mine!"
+
+
+@in_buckets
+def test_a_reader_in_a_bucket_never_gets_bytes_of_another_file(files):
+    for change in (
+        lambda: files.publish("a", b"other", replace=True),
+        lambda: files.remove("a"),
+        lambda: (files.publish("w", b"other"), files.take_name("w", "a")),
+    ):
+        files.publish("a", b"mine!")
+        with closing(files.open("a")) as reader:
+            change()
+            with pytest.raises(Unavailable, match="replaced or removed while it was read"):
+                reader.read_at(0, 10)
 
 
 # Names
@@ -445,6 +490,7 @@ def test_a_held_file_is_nobodys_alone_and_free_afterwards(access, files):
         assert why_not is None
 
 
+@on_this_host
 def test_a_reader_waits_for_who_has_the_file_alone(access, files):
     files.publish("a.b3", b"")
     order = []
