@@ -396,7 +396,7 @@ def test_a_file_in_order_that_is_not_finished_can_be_discarded(files):
 
 @in_buckets
 def test_a_bucket_takes_no_parts_in_any_order(files):
-    with pytest.raises(UsageError, match="cannot be written|but not made"):
+    with pytest.raises(UsageError, match=r"cannot be written|but not made"):
         files.create("a", PART)
 
 
