@@ -101,6 +101,11 @@ def recipient(text: str) -> Recipient:
         raise UsageError(f"{shown!r} is not a recipient of age: {error}", hint=_SEAL_WITH) from None
 
 
+def is_file_name(text: str) -> bool:
+    """Tell whether a text is no recipient of any kind, and so the name of a file of recipients."""
+    return not text.lower().startswith((f"{_RECIPIENT}1", _IDENTITY)) and _kind(text, _OTHER_RECIPIENTS) is None
+
+
 def recipients_in(content: str, file: str) -> tuple[Recipient, ...]:
     """
     Read the content of a file of recipients: one on each line, beside comments and empty lines.

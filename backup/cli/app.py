@@ -26,6 +26,7 @@ from backup.runtime import timeouts
 
 COMMANDS = {
     "init": "init:init",
+    "keygen": "keygen:keygen",
     "full": "backup:full",
     "incremental": "backup:incremental",
     "rescan": "backup:rescan",

@@ -37,6 +37,14 @@ Repo = Annotated[
         "--repo", metavar="DIR", help="Folder of the repository.  Default: `repository` in the configuration."
     ),
 ]
+IdentityFile = Annotated[
+    str | None,
+    typer.Option(
+        "--identity",
+        metavar="FILE",
+        help="File of the identity that opens a sealed repository.  Default: the file that PYBACKUP_IDENTITY names.",
+    ),
+]
 PointDisk = Annotated[
     str | None,
     typer.Option("--disk", metavar="NAME", help="Disk of the point.  Needed if the point holds several disks."),

@@ -125,6 +125,11 @@ def of_init(tmp_path: Path) -> Iterator[Any]:
     yield printed("init", tmp_path / "repo")  # fails
 
 
+def of_keygen(tmp_path: Path) -> Iterator[Any]:
+    yield printed("keygen", tmp_path / "key.txt")
+    yield printed("keygen", tmp_path / "key.txt")  # fails
+
+
 def of_backups(tmp_path: Path) -> Iterator[Any]:
     night = Night.of(tmp_path)
     yield night.full().document
@@ -335,6 +340,7 @@ def of_example(_tmp_path: Path) -> Iterator[Any]:
 
 RUNS: dict[str, Documents] = {
     "init": of_init,
+    "keygen": of_keygen,
     "full, incremental, rescan": of_backups,
     "audit": of_audit,
     "map": of_map,
