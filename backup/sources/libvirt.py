@@ -217,6 +217,10 @@ class Libvirt:
         there = {disk.target for disk in document.disks}
         gone = [target for target in self._exclude if target not in there]
         notes = [f"disk {target} is excluded, and domain {self.name} has no such disk" for target in gone]
+        if self._is_on and self.domain.has_crashed():
+            notes.append(
+                f"the guest of domain {self.name} has crashed; the point holds the disks as the guest left them"
+            )
         if not self._is_on and self.domain.is_saved():
             saved = f"the memory of domain {self.name} is saved (managedsave) and in no point"
             notes.append(f"{saved}: a restored machine starts anew")

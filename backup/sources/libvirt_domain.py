@@ -44,6 +44,8 @@ _PRESERVING = 11_010_000
 """The first libvirt that keeps a domain whose guest powers off for as long as a backup job runs (11.10.0)."""
 _PAUSED, _PAUSED_IO_ERROR = 3, 5
 """VIR_DOMAIN_PAUSED and VIR_DOMAIN_PAUSED_IOERROR"""
+_CRASHED = 6
+"""VIR_DOMAIN_CRASHED"""
 _NO_SPACE = 2
 """VIR_DOMAIN_DISK_ERROR_NO_SPACE"""
 _NO_BITMAP = "not found in backing chain"
@@ -425,10 +427,18 @@ class Domain:
 
     # The guest
 
+    def _state(self) -> tuple[int, int]:
+        """The domain's state, and the reason for it (virDomainState)."""
+        state, reason = self._ask("tell the domain's state", lambda domain: domain.state())
+        return int(state), int(reason)
+
+    def has_crashed(self) -> bool:
+        """Tell whether the guest has panicked, and libvirt keeps its QEMU (`<on_crash>preserve</on_crash>`)."""
+        return self._state()[0] == _CRASHED
+
     def lacks_space(self) -> bool:
         """Tell whether QEMU has stopped the guest because a write to one of its disks found no space."""
-        state, reason = self._ask("tell the domain's state", lambda domain: domain.state())
-        if (state, reason) != (_PAUSED, _PAUSED_IO_ERROR):
+        if self._state() != (_PAUSED, _PAUSED_IO_ERROR):
             return False
         errors = self._ask("tell the errors of the disks", lambda domain: domain.diskErrors(0))
         return _NO_SPACE in errors.values()

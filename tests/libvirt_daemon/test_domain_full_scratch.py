@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from domains import Domain, wait_until
+from domains import Domain, make_bootable, wait_until
 from kills import DRIVER
 from lab import MIB, Result, call_pybackup, init, run
 
@@ -34,11 +34,6 @@ PACKET = bytes.fromhex("1000 4000 0080 0000") + FIRST.to_bytes(8, "little")
 """What the firmware is to write: 64 sectors, from 0x8000, to this sector."""
 
 
-def boot_sector() -> bytes:
-    assert len(CODE) <= 0x44
-    return (CODE.ljust(0x44, b"\0") + bytes(2) + PACKET).ljust(510, b"\0") + b"\x55\xaa"
-
-
 def written(domain: Domain) -> int:
     """How many bytes the guest has written to vda."""
     with domain.found() as found:
@@ -54,9 +49,7 @@ def require_writing(domain: Domain, size: int = MIB) -> None:
 def writer(daemon, tmp_path) -> Iterator[Domain]:
     """A running domain whose guest has overwritten its 6 MiB at least once."""
     domain = Domain.of(daemon, tmp_path / "repo", "w1", "vda", "vdb")
-    sector = tmp_path / "sector"
-    sector.write_bytes(boot_sector())
-    run("qemu-io", "-f", "qcow2", "-c", f"write -s {sector} 0 512", domain.disks["vda"])
+    make_bootable(domain.disks["vda"], CODE, bytes(2) + PACKET)
     domain.define().start()
     try:
         require_writing(domain, (END - FIRST) * 512)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from domains import Domain, kind_of, wait_until
+from domains import Domain, kind_of, make_bootable, wait_until
 from lab import MIB, call_pybackup, make_image, run
 
 from backup.qmp.agent import AgentError
@@ -71,6 +71,54 @@ def test_drives_are_left_out_unless_they_are_named(drawn):
     assert (empty.rc, "has no medium" in empty.stderr) == (13, True), empty
     wrong = drawn.night("full", "--disk", "vdz")
     assert (wrong.rc, "it has: vda, sda, sdb" in wrong.stderr) == (13, True), wrong
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+def test_a_floppy_with_a_medium_is_backed_up_if_it_is_named(drawn, image_format):
+    medium = extra_image(drawn, f"floppy.{image_format}", image_format, 1440 << 10)
+    run("qemu-io", "-f", image_format, "-c", "write -P 7 512k 256k", medium)
+    drawn.devices = (
+        f"<disk type='file' device='floppy'><driver name='qemu' type='{image_format}'/><source file='{medium}'/>"
+        "<target dev='fda' bus='fdc'/></disk>"
+    )
+    drawn.define().start()
+    assert [disk["name"] for disk in drawn.night("full").machine["disks"]] == ["vda"]
+    both = ("--disk", "vda", "--disk", "fda")
+    for on, wanted in ((True, "full"), (True, "incremental"), (False, "incremental")):
+        if not on:
+            drawn.destroy()
+        done = drawn.night(wanted, *both)
+        kinds = [kind_of(disk) for disk in done.machine["disks"]]
+        again = "rescan" if image_format == "raw" else "incremental"
+        assert kinds == (["full", "full"] if wanted == "full" else ["incremental", again]), done
+    restored = drawn.folder / "fda.raw"
+    done = call_pybackup(["restore", f"{drawn.name}/latest", restored, "--disk", "fda", "--repo", drawn.repository])
+    assert done.rc == 0, done
+    run("qemu-img", "compare", "-f", "raw", "-F", image_format, restored, medium)
+
+
+@pytest.mark.parametrize(
+    ("on_crash", "state"), [("preserve", "crashed"), ("coredump-destroy", "shut off"), ("destroy", "shut off")]
+)
+def test_a_domain_whose_guest_panics_is_backed_up_as_it_was_left(drawn, on_crash, state):
+    """The guest is a boot sector that tells QEMU's panic device of a panic."""
+    make_bootable(drawn.disks["vda"], bytes.fromhex("ba0505 b001 ee f4 ebfd"))
+    drawn.features = f"<on_crash>{on_crash}</on_crash>"
+    drawn.devices = "<panic model='isa'/>"
+    drawn.define()
+    drawn.night("full")
+    drawn.start()
+    wait_until(lambda: drawn.state == state, "the panic")
+    if state == "crashed":
+        drawn.io("vda", "write -P 7 1M 64k")
+    done = drawn.night()
+    assert (done.rc, kind_of(done.disk)) == (0, "incremental"), done
+    assert ("has crashed" in done.stderr) == (state == "crashed"), done
+    drawn.require_night("incremental")
+    assert drawn.state == state
+    if state == "crashed":
+        drawn.destroy()
+    drawn.require_night("incremental")
 
 
 @pytest.mark.parametrize("on", [True, False])
@@ -181,14 +229,17 @@ def test_a_disk_that_is_a_part_of_its_file_is_refused(drawn, on):
     assert drawn.night("full", "--exclude", "vdb").rc == 0
 
 
-def test_a_shared_disk_is_a_rescan_with_a_warning(drawn):
+@pytest.mark.parametrize("on", [True, False])
+def test_a_shared_disk_is_a_rescan_with_a_warning(drawn, on):
     image = extra_image(drawn, "shared.raw")
     drawn.disks["vda"] = image
     drawn.shapes["vda"] = (
         f"<disk type='file' device='disk'><driver name='qemu' type='raw' cache='none'/><source file='{image}'/>"
         "<target dev='vda' bus='virtio'/><shareable/></disk>"
     )
-    drawn.define().start()
+    drawn.define()
+    if on:
+        drawn.start()
     drawn.night("full")
     done = drawn.night()
     assert (done.rc, kind_of(done.disk)) == (3, "rescan"), done

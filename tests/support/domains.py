@@ -169,6 +169,15 @@ def daemon_of(kind: type[Daemon]) -> Iterator[Daemon]:
         daemon.close()
 
 
+def make_bootable(image: Path, code: bytes, data: bytes = b"") -> None:
+    """Write a boot sector into a qcow2 image: the code, which the firmware runs at 0x7c00, and the data at 0x7c44."""
+    assert len(code) <= 0x44
+    sector = image.with_suffix(".sector")
+    sector.write_bytes((code.ljust(0x44, b"\0") + data).ljust(510, b"\0") + b"\x55\xaa")
+    run("qemu-io", "-f", "qcow2", "-c", f"write -s {sector} 0 512", image)
+    sector.unlink()
+
+
 @dataclass
 class Domain:
     """
