@@ -24,7 +24,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 import backup
-from backup.errors import BackupError, BitmapUnusable, Interrupted, SourceError
+from backup.errors import BackupError, BitmapUnusable, Interrupted, SourceError, UsageError
 from backup.model.disk import DiskState, bitmap_name, own_bitmaps
 from backup.model.manifest import DiskEntry, MachineFile, Manifest, machine_file_name, new_point_id, timestamp
 from backup.operations.preflight import DecidedDisk, expect_bitmaps, known_name, preflight, recognised
@@ -79,6 +79,7 @@ def create(open_repository: Callable[[], Repository], request: Request, progress
     """
     request.require_available()  # before the name of the machine, which may be the reason
     repository = open_repository()
+    _require_first(repository)
     machine = repository.machine(request.machine)
     if not machine.exists():
         _require_sources(machine, repository.id, request, progress)
@@ -130,6 +131,16 @@ def _after_stop(machine: str, run: _Backup | None) -> str:
     if run is not None and run.published is not None:
         return f"point {run.point} is published; the next run removes the bitmaps that it replaces"
     return f"no point of machine {machine} was published, and the earlier points are untouched; run the command again"
+
+
+def _require_first(repository: Repository) -> None:
+    """Refuse a second place that takes only copies, before anything is done to a disk."""
+    if not repository.storage.traits.rewritable:
+        what = "sealed" if repository.sealed else "a bucket"
+        raise UsageError(
+            f"{repository.location} is {what}, and takes only copies of points",
+            hint="back up to a plain repository in a folder, and copy its points there (`pybackup copy`)",
+        )
 
 
 class _Backup:
