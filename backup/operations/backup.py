@@ -20,7 +20,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 import backup
@@ -37,15 +36,18 @@ from backup.repository.machine import Contents, Machine, manifest_name
 from backup.repository.opened_chain import examine
 from backup.repository.replacement import settle
 from backup.repository.repository import Repository
+from backup.runtime import meanwhile
 from backup.runtime.ignoring import ignoring
 from backup.runtime.progress import Progress
-from backup.runtime.threads import Begun
 from backup.sources.base import DiskRequest, Moment, Moved, NotStarted
 
 if TYPE_CHECKING:
     from backup.operations.disk_copy import DiskCopies, DiskReport, PlannedDisk, StoredDisk
 
 _log = logging.getLogger(__name__)
+
+_NEEDED_LATER = ("numpy", "backup.qcow2", "backup.nbd.export", "backup.operations.disk_copy")
+"""What copies disks, and takes long to import: that is done while the run waits for QEMU's programs and for libvirt."""
 
 _SETTLE_TRIES = 5
 """How often a run starts again because a machine started between step 1 and step 2."""
@@ -85,7 +87,7 @@ def create(open_repository: Callable[[], Repository], request: Request, progress
         _require_sources(machine, repository.id, request, progress)
     if request.dry_run:
         with request.host:
-            _import_meanwhile()
+            meanwhile.leave_imports(_NEEDED_LATER)
             # A rehearsal, too, warns of a broken chain.
             return examine(
                 machine,
@@ -95,7 +97,7 @@ def create(open_repository: Callable[[], Repository], request: Request, progress
     run: _Backup | None = None
     try:
         with machine.lock(), request.host:
-            _import_meanwhile()
+            meanwhile.leave_imports(_NEEDED_LATER)
             contents = settle(machine)
             run = _Backup(machine, contents, repository.id, request.complete(), progress)
             removed = request.host.recover(repository.ownership(request.machine))
@@ -105,15 +107,6 @@ def create(open_repository: Callable[[], Repository], request: Request, progress
     except Interrupted as stopped:
         stopped.hint = _after_stop(request.machine, run)
         raise
-
-
-def _import_meanwhile() -> None:
-    """
-    Have a thread import what copies bytes (numpy, libnbd, zstd), while this one waits for QEMU's programs and libvirt.
-
-    What this thread needs of that it imports at that place, and waits for the other thread if need be.
-    """
-    Begun(lambda: import_module("backup.operations.disk_copy"), "import")
 
 
 def _require_sources(machine: Machine, repository: str, request: Request, progress: Progress) -> None:
@@ -330,7 +323,7 @@ class _Backup:
 
     def _require_writable(self, state: DiskState, decision: Decision) -> None:
         """Refuse a disk that no data file can hold; a chain keeps its cluster size, a full takes the configured one."""
-        from backup import qcow2  # noqa: PLC0415 - see `_import_meanwhile`
+        from backup import qcow2  # noqa: PLC0415 - see `_NEEDED_LATER`
 
         parent = decision.parent
         cluster_size = self.request.cluster_size if parent is None else parent.cluster_size
@@ -341,7 +334,7 @@ class _Backup:
         return self.repository[:8]
 
     def _copies(self) -> DiskCopies:
-        from backup.operations.disk_copy import DiskCopies  # noqa: PLC0415 - see `_import_meanwhile`
+        from backup.operations.disk_copy import DiskCopies  # noqa: PLC0415 - see `_NEEDED_LATER`
 
         return DiskCopies(self.machine.files, self.request, self.point, self.progress, self._redecided, self.warnings)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from backup.errors import Failed
+from backup.runtime import meanwhile
 from backup.runtime.ignoring import ignoring
 from backup.runtime.shortage import NO_PROCESS
 from backup.runtime.timeouts import TimedOut, Wait
@@ -132,6 +133,7 @@ def has_ended(process: Process, seconds: float) -> bool:
 
 def _wait_for(process: Process, wait: Wait) -> tuple[str, str]:
     """Wait for the end of a program, and read its output meanwhile: a full pipe would stop the program."""
+    meanwhile.work(lambda: process.poll() is not None)
     while True:
         try:
             return process.communicate(timeout=_TICK)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 _T = TypeVar("_T")
@@ -160,6 +161,13 @@ class Begun(Generic[_T]):
             self._answers.put(_raising(error))
         else:
             self._answers.put(lambda: result)
+
+    def ends_within(self, seconds: float) -> bool:
+        """Wait for the end of the call, but no longer than `seconds`; tell whether the call has ended."""
+        if self._answer is None:
+            with suppress(queue.Empty):
+                self._answer = self._answers.get(timeout=seconds)
+        return self._answer is not None
 
     def result(self, look: Callable[[], None]) -> _T:
         """

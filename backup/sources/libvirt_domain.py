@@ -21,6 +21,7 @@ from backup.errors import BackupError, Locked, SourceError
 from backup.model.names import without_password
 from backup.qmp import answers
 from backup.qmp.agent import AgentError
+from backup.runtime import meanwhile
 from backup.runtime.threads import Begun
 from backup.runtime.timeouts import Wait
 from backup.sources.libvirt_xml import DomainDocument, RunningJob, bitmap_sizes, checkpoint_xml, disk_sizes
@@ -28,6 +29,8 @@ from backup.sources.libvirt_xml import DomainDocument, RunningJob, bitmap_sizes,
 _T = TypeVar("_T")
 _INSTALL = "install the distribution's binding: apt-get install python3-libvirt (dnf install python3-libvirt), then "
 _LOG = "see the log of libvirt (journalctl -u libvirtd -u virtqemud) and of the domain (/var/log/libvirt/qemu)"
+_SOON = 0.003
+"""Seconds within which libvirt answers most requests."""
 _AGENT_SECONDS = 60.0
 """How long a guest may take to flush and freeze its file systems."""
 _RECONNECT_SECONDS, _RECONNECT_PAUSE = 20.0, 0.25
@@ -547,6 +550,8 @@ class Domain:
 
     def _answer(self, what: str, request: Callable[[], _T], seconds: float | None = None) -> _T:
         answer = Begun(request, "libvirt")
+        if not answer.ends_within(_SOON):
+            meanwhile.work(lambda: answer.ends_within(0))
         wait = Wait(f"libvirt, which was asked to {what}", seconds)
         try:
             return answer.result(wait.look)
