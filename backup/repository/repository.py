@@ -21,10 +21,8 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from backup.age import keys as age_keys
-from backup.age import primitives
-from backup.age.keys import NO_IDENTITIES, Identities, Recipient
 from backup.errors import Damaged, Failed, NotFound, UsageError
 from backup.model import documents
 from backup.model.documents import RANDOM, BadDocument, Fields
@@ -32,7 +30,9 @@ from backup.model.names import MARKER, RECOVERY, check_name, name_problem
 from backup.repository.machine import Machine
 from backup.storage.base import TEMPORARY, Storage
 from backup.storage.refusals import explained
-from backup.storage.sealed import Keys, SealedStorage
+
+if TYPE_CHECKING:
+    from backup.age.keys import Identities, Recipient
 
 FORMAT = "pybackup repository"
 PLAIN_VERSION, VERSION = 1, 2
@@ -65,10 +65,10 @@ class Repository:
         The recipients to which the files are sealed; empty for a plain repository.
     """
 
-    def __init__(self, storage: Storage, marker: Marker, identities: Identities = NO_IDENTITIES) -> None:
+    def __init__(self, storage: Storage, marker: Marker, identities: Identities | None = None) -> None:
         self.id = marker.id
         self.recipients = marker.recipients
-        self.storage = SealedStorage(storage, Keys(marker.recipients, identities)) if marker.recipients else storage
+        self.storage = _sealed(storage, marker.recipients, identities) if marker.recipients else storage
 
     @property
     def location(self) -> str:
@@ -81,7 +81,7 @@ class Repository:
         return bool(self.recipients)
 
     @classmethod
-    def open(cls, storage: Storage, identities: Identities = NO_IDENTITIES) -> Repository:
+    def open(cls, storage: Storage, identities: Identities | None = None) -> Repository:
         """
         Open an existing repository.
 
@@ -89,7 +89,7 @@ class Repository:
         ----------
         storage : Storage
             The place, which the marker may turn out to be sealed.
-        identities : Identities
+        identities : Identities or None
             What opens the files of a sealed repository; without them, files can only be listed, written and removed.
 
         Raises
@@ -132,6 +132,8 @@ class Repository:
         """
         storage.require_outside()
         if recipients:
+            from backup.age import primitives  # noqa: PLC0415 - see `_sealed`
+
             primitives.require()
         if len(recipients) > MOST_RECIPIENTS:
             raise UsageError(f"{len(recipients)} recipients are too many", hint=f"name {MOST_RECIPIENTS} at most")
@@ -224,12 +226,22 @@ def _parsed(content: bytes, marker: str) -> Marker:
         raise Damaged(f"{marker} is not a repository's marker: {error}", hint=_MARKER_HINT) from None
 
 
+def _sealed(storage: Storage, recipients: tuple[Recipient, ...], identities: Identities | None) -> Storage:
+    """Return the storage that seals and opens files; a plain repository imports nothing of that."""
+    from backup.age.keys import NO_IDENTITIES  # noqa: PLC0415 - see above
+    from backup.storage.sealed import Keys, SealedStorage  # noqa: PLC0415
+
+    return SealedStorage(storage, Keys(recipients, NO_IDENTITIES if identities is None else identities))
+
+
 def _recipients(fields: Fields) -> tuple[Recipient, ...]:
     if not fields.take("sealed", bool):
         raise BadDocument('its "sealed" is not true')
     texts = fields.texts("recipients")
     if not 1 <= len(texts) <= MOST_RECIPIENTS:
         raise BadDocument(f"it names {len(texts)} recipients, not 1 to {MOST_RECIPIENTS}")
+    from backup.age import keys as age_keys  # noqa: PLC0415 - see `_sealed`
+
     try:
         return tuple(age_keys.recipient(text) for text in texts)
     except UsageError as error:
