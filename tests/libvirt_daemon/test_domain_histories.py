@@ -1,12 +1,11 @@
 """
 Random nights of a domain: whatever happened to guest, domain, daemon and runs, every point restores bit for bit.
 
-DOMAIN_SEEDS=FIRST:END lives through other nights.
+DOMAIN_SEEDS=FIRST:END lives through other nights, DOMAIN_EVENTS=N through more of them.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -23,6 +22,7 @@ from lab import CLUSTER, MIB, bitmaps, call_pybackup, check_repository, init, ru
 from backup.sources.libvirt_job import Job
 
 FIRST, END = (int(number) for number in os.environ.get("DOMAIN_SEEDS", "0:2").split(":"))
+EVENTS = int(os.environ.get("DOMAIN_EVENTS", "14"))
 STEPS = (
     "backup.sources.libvirt_domain Domain.begin_job",
     "backup.sources.libvirt_job Job.open",
@@ -167,7 +167,7 @@ class Chance:
         target = self.rng.choice(list(self.domain.disks))
         if self.on:
             for node, name in in_qemu(self.domain, self.domain.disks[target]):
-                ask_qemu(self.domain, "block-dirty-bitmap-remove", node=node, name=name)
+                self.domain.qmp("block-dirty-bitmap-remove", node=node, name=name)
         else:
             image = self.domain.disks[target]
             for name in bitmaps(image):
@@ -254,20 +254,9 @@ class Chance:
         return {point["point"] for point in done.document}
 
 
-def ask_qemu(domain: Domain, command: str, **arguments: object) -> object:
-    """Have the domain's QEMU execute a command, past pybackup."""
-    import libvirt_qemu
-
-    with domain.found() as found:
-        question = json.dumps({"execute": command, "arguments": arguments})
-        said = json.loads(libvirt_qemu.qemuMonitorCommand(found, question, 0))
-    assert "return" in said, (command, arguments, said)
-    return said["return"]
-
-
 def in_qemu(domain: Domain, image: Path) -> list[tuple[str, str]]:
     """The bitmaps that QEMU has of an image, each with its node."""
-    nodes = ask_qemu(domain, "query-named-block-nodes", flat=True)
+    nodes = domain.qmp("query-named-block-nodes", flat=True)
     return [
         (node["node-name"], bitmap["name"])
         for node in nodes
@@ -283,7 +272,7 @@ def test_whatever_happens_every_point_restores_and_only_what_loses_bitmaps_costs
     try:
         domain.io("vda", "write -P 7 1M 1M")
         chance.judge(domain.hold(), "full")
-        for _ in range(22):
+        for _ in range(EVENTS):
             chance.step()
         chance.done.append("end")
         chance.night()

@@ -8,6 +8,7 @@ this host.  The guest's writes go through the device (HMP qemu-io), above everyt
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -298,6 +299,16 @@ class Domain:
                 line = f'qemu-io -d /machine/peripheral/virtio-disk{number}/virtio-backend "{command}"'
                 said = libvirt_qemu.qemuMonitorCommand(found, line, libvirt_qemu.VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP)
                 assert fails or "rror" not in said, said
+
+    def qmp(self, command: str, **arguments: object) -> Any:
+        """Have QEMU execute a command, past pybackup."""
+        import libvirt_qemu
+
+        with self.found() as found:
+            question = json.dumps({"execute": command, "arguments": arguments})
+            said = json.loads(libvirt_qemu.qemuMonitorCommand(found, question, 0))
+        assert "return" in said, (command, arguments, said)
+        return said["return"]
 
     def hold(self) -> dict[str, Path]:
         """Copies of the disks as they are now; nothing but `io` writes to them."""
