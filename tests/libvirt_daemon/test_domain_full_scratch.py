@@ -77,7 +77,7 @@ def words(domain: Domain, scratch: Path, folder: Path) -> list[str | Path]:
     """A slow incremental, without a reserve that would end it before the scratch folder is full."""
     config = folder / "c.yaml"
     config.write_text("scratch_reserve: 0\n")
-    return ["--config", config, *domain.words("incremental", "--scratch", scratch, "--limit", "1M")]
+    return ["--config", config, *domain.words("incremental", "--scratch", scratch, "--limit", "200K")]
 
 
 def paused_night(domain: Domain, *kinds: str) -> None:
@@ -114,6 +114,7 @@ def test_a_guest_that_the_full_scratch_folder_stopped_goes_on_and_the_run_fails(
         return free_bytes(folder) if seen else 1 << 40
 
     monkeypatch.setattr(libvirt_job, "free_bytes", free_bytes_later)
+    monkeypatch.setattr(libvirt_job, "_LOOKS_PER_QUESTION", 1)
     require_writing(writer)
     done: Result = call_pybackup(words(writer, scratch, tmp_path))
     assert (done.rc, done.stderr.count("\n"), resumed) == (13, 2, [True]), done
@@ -132,6 +133,7 @@ def test_a_guest_that_a_killed_runs_scratch_folder_stopped_goes_on_with_the_next
     assert killed.returncode == -9
     wait_until(lambda: writer.state == "paused", "the stop of the guest")
     run("mount", "-o", "remount,size=64m", scratch)
+    command[command.index("--limit") + 1] = "100M"
     done = call_pybackup(command)
     assert (done.rc, "a stop of the guest" in done.stderr) == (0, True), done
     require_nothing_left(writer, scratch)

@@ -6,6 +6,7 @@ DOMAIN_SEEDS=FIRST:END lives through other nights, DOMAIN_EVENTS=N through more 
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -19,6 +20,7 @@ from domains import Domain, kind_of, wait_until
 from kills import DRIVER
 from lab import CLUSTER, MIB, bitmaps, call_pybackup, check_repository, init, run
 
+from backup.model.names import MARKER
 from backup.sources.libvirt_job import Job
 
 FIRST, END = (int(number) for number in os.environ.get("DOMAIN_SEEDS", "0:2").split(":"))
@@ -50,16 +52,23 @@ class Chance:
         self.costs: set[str] = set()
         self.bases: dict[str, list[Path]] = {target: [] for target in domain.disks}
         """The images below each disk's image, the newest last."""
-        self.held: dict[str, dict[str, Path]] = {}
-        """What each point must hold."""
+        self.newest: dict[str, str] = {}
+        """The newest point that holds each disk."""
+        self.second = domain.repository.with_name("second")
+        """Another repository, which is backed up to now and then."""
 
     @property
     def on(self) -> bool:
         return self.domain.state == "running"
 
+    @property
+    def short_id(self) -> str:
+        return str(json.loads((self.domain.repository / MARKER).read_text())["id"][:8])
+
     def step(self) -> None:
         events = [self.scribble] * 5 + [self.night] * 4 + [self.night_with_writes] * 2 + [self.cut_off] * 3
         events += [self.snapshot] * 2 + [self.commit] * 2 + [self.power] * 2 + [self.save, self.lose_bitmap]
+        events += [self.night_of_one_disk, self.other_repository, self.clean]
         event = self.rng.choice([*events, self.grow, self.crash, self.restart_daemon, self.define_anew])
         self.done.append(event.__name__)
         event()
@@ -195,29 +204,52 @@ class Chance:
             patch.setattr(Job, "begin", begin_and_write)
             self.judge(held, "incremental")
 
-    def judge(self, held: dict[str, Path], wanted: str) -> None:
+    def night_of_one_disk(self) -> None:
+        one, *others = self.rng.sample(list(self.domain.disks), len(self.domain.disks))
+        self.note(one)
+        self.judge({one: self.domain.hold()[one]}, "incremental", "--disk", one, *(f"--exclude={t}" for t in others))
+
+    def other_repository(self) -> None:
+        """A night of another repository, whose bitmaps are none of ours."""
+        held, ours = self.domain.hold(), self.domain.repository
+        self.domain.repository = self.second
+        try:
+            done = self.domain.night("incremental")
+            assert done.rc in {0, 3}, done
+            self.keep(str(done.machine["point"]), held)
+        finally:
+            self.domain.repository = ours
+        self.costs |= self.with_bitmaps_below()
+
+    def clean(self) -> None:
+        source = ["--libvirt", self.domain.daemon.uri, "--domain", self.domain.name]
+        done = call_pybackup(["clean", *source, "--repo", self.domain.repository])
+        assert done.rc == 0, done
+        assert self.domain.job() == ""
+
+    def judge(self, held: dict[str, Path], wanted: str, *options: str) -> None:
         touched = self.with_bitmaps_below()
-        done = self.domain.night(wanted)
+        done = self.domain.night(wanted, *options)
         assert done.rc in {0, 3}, done
         for disk in done.machine["disks"]:
             assert kind_of(disk) == wanted or disk["name"] in self.costs, (disk, done)
         assert (done.rc == 3) == any(kind_of(disk) == "rescan" for disk in done.machine["disks"]), done
-        self.costs = touched
+        self.costs = self.costs - set(held) | touched
         self.keep(str(done.machine["point"]), held)
+        self.newest.update(dict.fromkeys(held, done.machine["point"]))
         assert self.domain.checkpoints() == []
         assert self.domain.job() == ""
         assert self.domain.leftovers() == []
-        self.require_own_bitmap_alone(done.machine["point"])
+        self.require_own_bitmaps_alone()
 
     def with_bitmaps_below(self) -> set[str]:
         """Disks below whose image a bitmap lies: its removal changes that file, so that the next point is a rescan."""
         return {target for target, below in self.bases.items() if any(map(bitmaps, below))}
 
     def keep(self, point: str, held: dict[str, Path]) -> None:
-        self.held[point] = {target: copy.rename(f"{copy}.{point}") for target, copy in held.items()}
-        self.domain.require_holds(point, self.held[point])
+        self.domain.require_holds(point, held)
 
-    def require_own_bitmap_alone(self, point: str) -> None:
+    def require_own_bitmaps_alone(self) -> None:
         """
         Each disk's image has the bitmap of its newest point, and no other.
 
@@ -226,7 +258,8 @@ class Chance:
         for target, image in self.domain.disks.items():
             names = [name for _, name in in_qemu(self.domain, image)] if self.on else bitmaps(image)
             below = {name for base in self.bases[target] for name in bitmaps(base)}
-            assert [name.rpartition(".")[2] for name in names if name not in below] == [point], (target, names)
+            own = [name for name in names if name not in below and name.split(".")[1] == self.short_id]
+            assert [name.rpartition(".")[2] for name in own] == [self.newest[target]], (target, names)
 
     def cut_off(self) -> None:
         """A run that is killed or stopped at a step, or that never comes to the step."""
@@ -246,6 +279,7 @@ class Chance:
         for point in new:
             self.note(f"made {point}")
             self.keep(point, held)
+            self.newest.update(dict.fromkeys(held, point))
             self.costs.clear()
         self.costs |= touched
 
