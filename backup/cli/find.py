@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from backup.cli import output
 from backup.cli.context import options
 from backup.errors import BackupError, NotFound, UsageError
-from backup.model.names import check_folder
+from backup.model.location import SCHEME, Location
 
 if TYPE_CHECKING:
     from backup.config.settings import Config
@@ -55,25 +56,44 @@ def config_or_default() -> Config:
         return default()
 
 
-def repository(repo: Path | None, modes_of: Config | None = None) -> Repository:
+@dataclass(frozen=True, slots=True)
+class Named:
     """
-    Open the repository of --repo, or of the configuration.
+    The repository that a command line names.
+
+    Attributes
+    ----------
+    location : Path or Bucket or None
+        None: the repository of the configuration.
+    """
+
+    location: Location | None = None
+
+
+def repository(named: Named, modes_of: Config | None = None) -> Repository:
+    """
+    Open the repository that the command line names, or that of the configuration.
 
     A command that makes files there gives the configuration `modes_of`, which says who may read them.
     """
-    from backup.repository.repository import Repository
-
-    if repo is not None:
-        return Repository.open(_storage(repo, modes_of))
+    if named.location is not None:
+        return open_at(named.location, modes_of)
     from backup.cli import settings
 
-    return Repository.open(_storage(settings.repository_path(None, config()), modes_of))
+    return open_at(settings.repository_location(None, config()), modes_of)
 
 
-def _storage(path: Path, modes_of: Config | None) -> Storage:
+def open_at(location: Location, modes_of: Config | None = None) -> Repository:
+    """Open the repository at a location; `modes_of` as for `repository`."""
+    from backup.repository.repository import Repository
+
+    return Repository.open(_storage(location, modes_of))
+
+
+def _storage(location: Location, modes_of: Config | None) -> Storage:
     from backup.storage.choose import storage_at
 
-    return storage_at(path, group_read=modes_of is not None and modes_of.group_read)
+    return storage_at(location, group_read=modes_of is not None and modes_of.group_read)
 
 
 # Machines and points
@@ -102,7 +122,7 @@ def machines(repository: Repository, names: Sequence[str] | None) -> list[Machin
     return named
 
 
-def point(text: str, repo: Path | None, modes_of: Config | None = None) -> tuple[Machine, Manifest]:
+def point(text: str, named: Named, modes_of: Config | None = None) -> tuple[Machine, Manifest]:
     """
     Find the point that a MANIFEST names, in one of these ways.
 
@@ -132,7 +152,7 @@ def point(text: str, repo: Path | None, modes_of: Config | None = None) -> tuple
         raise NotFound(f"there is no manifest {text}", hint=_POINT_HINT)
     from backup.repository import named_point
 
-    opened = repository(repo, modes_of)
+    opened = repository(named, modes_of)
     if not slash and name not in opened.machine_names():
         machine, wanted = _in_any_machine(opened, text)
     else:
@@ -141,17 +161,21 @@ def point(text: str, repo: Path | None, modes_of: Config | None = None) -> tuple
 
 
 def points(
-    names: Sequence[str], repo: Path | None, modes_of: Config | None = None
+    names: Sequence[str], named: Named, modes_of: Config | None = None
 ) -> list[tuple[Machine, list[str] | None]]:
     """Find what the names mean: machines, each with the ids of the named points, or with None for all its points."""
     if not names:
-        return [(machine, None) for machine in machines(repository(repo, modes_of), None)]
+        return [(machine, None) for machine in machines(repository(named, modes_of), None)]
     selected: list[tuple[Machine, list[str] | None]] = []
     for text in names:
-        if "/" not in text and _manifest_path(text) is None and text in repository(repo).machine_names():
-            selected.append((machines(repository(repo, modes_of), [text])[0], None))
+        if (
+            "/" not in text
+            and _manifest_path(text) is None
+            and text in (opened := repository(named, modes_of)).machine_names()
+        ):
+            selected.append((machines(opened, [text])[0], None))
         else:
-            machine, manifest = point(text, repo, modes_of)
+            machine, manifest = point(text, named, modes_of)
             selected.append((machine, [manifest.point]))
     return selected
 
@@ -161,6 +185,10 @@ def _manifest_path(text: str) -> Path | None:
     from backup.model import manifest
 
     path = Path(text)
+    if text.startswith(SCHEME):
+        raise UsageError(
+            f"{text!r} names a bucket where a point is expected", hint="give MACHINE/POINT --repo s3://BUCKET/PREFIX"
+        )
     if text.endswith(".json"):
         return path
     if os.path.isfile(path) or os.path.islink(path):
@@ -205,18 +233,6 @@ def _machines_hint(repository: Repository) -> str:
 def path_of(text: str | None) -> Path | None:
     """Return the path that an option names, or None if it was not given."""
     return None if text is None else Path(text)
-
-
-def folder_of(text: str | None) -> Path | None:
-    """
-    Return the folder of the repository that an option names, or None if it was not given.
-
-    Raises
-    ------
-    UsageError
-        The text looks like the address of a remote host.
-    """
-    return None if text is None else Path(check_folder(text))
 
 
 def require_format(*image_formats: str | None) -> None:

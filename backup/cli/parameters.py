@@ -34,6 +34,15 @@ PointName = Annotated[
 Repo = Annotated[
     str | None,
     typer.Option(
+        "--repo",
+        metavar="REPO",
+        help="The repository: a folder, s3://BUCKET/PREFIX, or the name of a place in `copies` of the configuration.  "
+        "Default: `repository` in the configuration.",
+    ),
+]
+FirstRepo = Annotated[
+    str | None,
+    typer.Option(
         "--repo", metavar="DIR", help="Folder of the repository.  Default: `repository` in the configuration."
     ),
 ]

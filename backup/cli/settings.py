@@ -14,10 +14,13 @@ from pathlib import Path
 from backup.config import settings
 from backup.config.settings import Config
 from backup.errors import UsageError
+from backup.model.location import Location
 from backup.runtime import timeouts
 from backup.storage.base import Storage
 from backup.storage.choose import storage_at
 
+_NONE_NAMED = "no repository is named"
+_NAME_ONE = "give --repo REPO, or `repository:` in the configuration"
 _PLACES = (Path("config.yaml"), Path("/etc/pybackup/config.yaml"))
 
 
@@ -67,9 +70,24 @@ def distrust(status: os.stat_result, user: int) -> str | None:
     return None
 
 
-def repository_path(given: Path | None, config: Config) -> Path:
+def repository_location(given: Location | None, config: Config) -> Location:
     """
-    Return the folder of the repository.
+    Return the location of the repository.
+
+    Raises
+    ------
+    UsageError
+        Neither --repo nor the configuration names one.
+    """
+    location = given or config.repository
+    if location is None:
+        raise UsageError(_NONE_NAMED, hint=_NAME_ONE)
+    return location
+
+
+def first_folder(given: Path | None, config: Config) -> Path:
+    """
+    Return the folder of the repository that backups are made to.
 
     Raises
     ------
@@ -78,19 +96,22 @@ def repository_path(given: Path | None, config: Config) -> Path:
     """
     path = given or config.repository
     if path is None:
-        raise UsageError("no repository is named", hint="give --repo DIR, or `repository:` in the configuration")
+        raise UsageError(_NONE_NAMED, hint=_NAME_ONE)
     return path
 
 
 def expected_disks(
-    config: Config, repository: Path | None, machines: Iterable[str]
+    config: Config, repository: Location | None, machines: Iterable[str]
 ) -> dict[str, tuple[str, ...] | None]:
     """
     Return each configured machine and its disks; nothing if the configuration names another repository.
 
     `machines` are those that the repository has.  None in place of disks: all disks that libvirt tells.
     """
-    if repository is not None and config.repository is not None and config.repository.resolve() != repository.resolve():
+    if repository is not None and (
+        not isinstance(repository, Path)
+        or (config.repository is not None and config.repository.resolve() != repository.resolve())
+    ):
         return {}
     named = {machine.name: machine for machine in config.machines if machine.domains is None}
     known = {name: found for name in machines if (found := config.machine_of(name)) is not None}
@@ -100,9 +121,9 @@ def expected_disks(
     }
 
 
-def storage(path: Path, config: Config) -> Storage:
+def storage(location: Location, config: Config) -> Storage:
     """Return the storage of a repository, with the permissions that the configuration asks for."""
-    return storage_at(path, group_read=config.group_read)
+    return storage_at(location, group_read=config.group_read)
 
 
 def limit(option: str | None, config: Config) -> int | None:

@@ -15,9 +15,19 @@ from pathlib import Path
 import yaml
 
 from backup.config.sections import HINT, Problems, Section
-from backup.config.settings import LIMITS, TIMEOUTS, Config, DiskConfig, MachineConfig, OnUnusableBitmap, Retention
+from backup.config.settings import (
+    LIMITS,
+    TIMEOUTS,
+    Config,
+    CopyConfig,
+    DiskConfig,
+    MachineConfig,
+    OnUnusableBitmap,
+    Retention,
+)
 from backup.errors import UsageError
 from backup.model.compression import Compression
+from backup.model.location import is_same
 from backup.planning.retention import MAX_COUNT, RULES, Batch, Policy
 from backup.units import KiB, MiB, show_size
 
@@ -78,7 +88,7 @@ def _config(section: Section, path: Path) -> Config:
     section.allow(
         "repository", "bitmap", "compression", "cluster_size", "max_chain", "check_zeroes", "spot_check",
         "on_unusable_bitmap", "connections", "requests", "request_size", "workers", "limit", "timeout", "scratch",
-        "scratch_reserve", "group_read", "retention", "machines",
+        "scratch_reserve", "group_read", "retention", "machines", "copies",
     )  # fmt: skip
     defaults = Config()
     bitmap_family = section.name("bitmap", "bitmap")
@@ -101,7 +111,7 @@ def _config(section: Section, path: Path) -> Config:
         requests=section.integer("requests", 1, 256) or defaults.requests,
         request_size=section.size("request_size", max(defaults.request_size, cluster_size), 64 * KiB, 32 * MiB),
         workers=section.integer("workers", 1, 256),
-        limit=section.size("limit", 0, *LIMITS) or None if "limit" in section.fields else None,
+        limit=_limit(section),
         timeout=section.seconds("timeout", defaults.timeout, *TIMEOUTS),
         scratch=section.path("scratch"),
         scratch_reserve=section.size("scratch_reserve", defaults.scratch_reserve, 0, 1 << 60),
@@ -111,6 +121,7 @@ def _config(section: Section, path: Path) -> Config:
             _machine(child, bitmap_family, compression, unusable, retention)
             for child in section.children("machine", "machines")
         ),
+        copies=_copies(section),
     )
     if config.cluster_size & (config.cluster_size - 1):
         section.problem("cluster_size", f"expected a power of two, got {config.cluster_size}")
@@ -210,6 +221,43 @@ def _retention(outer: Section, otherwise: Retention | None) -> Retention | None:
         batch=Batch(section.integer("batch", 1, 10_000) or defaults.points, defaults.share if share is None else share),
         after_backup=section.boolean("after_backup", otherwise=False),
     )
+
+
+def _limit(section: Section) -> int | None:
+    return section.size("limit", 0, *LIMITS) or None if "limit" in section.fields else None
+
+
+def _copies(section: Section) -> tuple[CopyConfig, ...]:
+    """Read the second places; two of one location would have two retentions."""
+    places: list[CopyConfig] = []
+    for child in section.children("place", "copies"):
+        place = _copy(child)
+        if place is None:
+            continue
+        other = next((known.name for known in places if is_same(known.to, place.to)), None)
+        if other is not None:
+            child.problem("to", f"{place.to} is already the location of {other}")
+        places.append(place)
+    return tuple(places)
+
+
+def _copy(section: Section) -> CopyConfig | None:
+    section.allow(
+        "to", "endpoint", "region", "profile", "recipients", "machines", "retention", "after_backup", "limit"
+    )  # fmt: skip
+    location = section.location()
+    if "to" not in section.fields:
+        section.problem(None, "expected `to`, a folder or s3://BUCKET/PREFIX")
+    place = CopyConfig(
+        name=section.last,
+        to=Path() if location is None else location,
+        recipients=section.recipients(),
+        machines=section.texts("machines", "a machine's name or a pattern, as db*"),
+        retention=_retention(section, None),
+        after_backup=section.boolean("after_backup", otherwise=False),
+        limit=_limit(section),
+    )
+    return None if location is None else place
 
 
 def _require_different(children: Sequence[Section], disks: Sequence[DiskConfig]) -> None:

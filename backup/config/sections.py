@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,12 +16,14 @@ from backup.config.settings import OnUnusableBitmap
 from backup.errors import UsageError
 from backup.model.compression import Compression
 from backup.model.libvirt_uri import URI_HINT, uri_problem
+from backup.model.location import FIRST_IN_FOLDER, SCHEME, Bucket, Location, parse
 from backup.model.names import FOLDER_HINT, Kind, folder_problem, name_problem, without_password
 from backup.planning.retention import Duration
 from backup.units import parse_duration, parse_size, show_duration, show_size
 
 HINT = "`pybackup check-config --example` shows every key with a comment; `pybackup check-config` checks again"
 _NBD_SCHEMES = ("nbd", "nbds", "nbd+unix", "nbds+unix", "nbd+vsock", "nbds+vsock")  # NBD's doc/uri.md
+_ENDPOINT = "the URL of a server, for example https://rgw.example:7480, without a password"
 _PLAIN = {"int": "number", "float": "number", "bool": "truth value", "timestamp": "date"}
 
 
@@ -199,10 +202,43 @@ class Section:
     def repository(self) -> Path | None:
         """The key `repository`, a folder."""
         text = self._scalar("repository", ("str",), "a path")
+        if text is not None and text.startswith(SCHEME):
+            self.problem("repository", f"{text!r} is a bucket: {FIRST_IN_FOLDER}")
+            return None
         if text is not None and (problem := folder_problem(text)):
             self.problem("repository", f"{text!r} is not a folder: {problem} ({FOLDER_HINT})")
             return None
         return None if text is None else self._folder / Path(text)
+
+    def location(self) -> Location | None:
+        """The keys `to`, `endpoint`, `region` and `profile`: a folder, or a bucket and how it is reached."""
+        text = self._scalar("to", ("str",), "a folder or s3://BUCKET/PREFIX")
+        endpoint = self._endpoint()
+        region = self.text("region", "a region's name")
+        profile = self.text("profile", "the name of a section of ~/.aws/credentials")
+        try:
+            location = None if text is None else parse(text)
+        except UsageError as error:
+            self.problem("to", f"{error.message} ({error.hint})")
+            return None
+        if isinstance(location, Bucket):
+            return replace(location, endpoint=endpoint, region=region, profile=profile)
+        for key in ("endpoint", "region", "profile"):
+            if location is not None and key in self.fields:
+                self.problem(key, "only a bucket (s3://) has this key")
+        return None if location is None else self._folder / location
+
+    def _endpoint(self) -> str | None:
+        text = self._scalar("endpoint", ("str",), _ENDPOINT)
+        if text is None or re.fullmatch(r"https?://[^/?#@\s]+(/[^?#@\s]*)?", text):
+            return text
+        self.problem("endpoint", f"expected {_ENDPOINT}, got {without_password(text)!r}")
+        return None
+
+    def recipients(self) -> tuple[str, ...]:
+        """The key `recipients`: public keys of age (age1...), and files that hold such keys, as absolute paths."""
+        given = self.texts("recipients", "a key (age1...) or a file with keys")
+        return tuple(text if text.startswith("age1") else str(self._folder / text) for text in given)
 
     def name(self, kind: Kind, key: str) -> str | None:
         """A name that follows the rules of `backup.model.names`."""

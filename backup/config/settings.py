@@ -9,6 +9,7 @@ from typing import Literal
 
 from backup.errors import UsageError
 from backup.model.compression import Compression
+from backup.model.location import Location
 from backup.planning.retention import Batch, Policy
 from backup.units import KiB, MiB, parse_size, show_size
 
@@ -88,6 +89,31 @@ class MachineConfig:
         return self.qmp is not None and all(disk.image is not None for disk in self.disks)
 
 
+@dataclass(frozen=True, slots=True)
+class CopyConfig:
+    """
+    A second place, and what is copied there.
+
+    `to` is its location.  `recipients` are the public keys to which a sealed place seals its files: each is a key, or
+    the absolute path of a file with keys.  `machines` are patterns of the machines that are copied when a command line
+    names none; empty: all.  `retention` is the place's own; None: as in the first repository.  With `after_backup`,
+    each backup of a machine is followed by its copy.  A copy reads at most `limit` bytes a second; None: as the file
+    says.
+    """
+
+    name: str
+    to: Location
+    recipients: tuple[str, ...] = ()
+    machines: tuple[str, ...] = ()
+    retention: Retention | None = None
+    after_backup: bool = False
+    limit: int | None = None
+
+    def wants(self, machine: str) -> bool:
+        """Tell whether the machine is copied to this place when a command line names no machine."""
+        return not self.machines or any(fnmatchcase(machine, pattern) for pattern in self.machines)
+
+
 TIMEOUTS = 1.0, 86400.0
 """Bounds of `timeout`, in seconds."""
 LIMITS = 64 * KiB, 1024 * 1024 * MiB
@@ -122,7 +148,8 @@ class Config:
     `max_chain` is the number of points after which an incremental becomes a full.  `check_zeroes`: an incremental
     compares zeroes that the bitmap reports as clean with the chain.  An incremental reads `spot_check` clean clusters
     again.  `scratch` is the folder for scratch images, and `scratch_reserve` the space that stays free there.
-    `group_read` allows the group to read the repository (0640 and 0750 instead of 0600 and 0700).
+    `group_read` allows the group to read the repository (0640 and 0750 instead of 0600 and 0700).  `copies` are the
+    second places.
     """
 
     path: Path | None = None
@@ -145,6 +172,11 @@ class Config:
     group_read: bool = False
     retention: Retention | None = None
     machines: tuple[MachineConfig, ...] = ()
+    copies: tuple[CopyConfig, ...] = ()
+
+    def copy_called(self, name: str) -> CopyConfig | None:
+        """Return the second place of this name, or None."""
+        return next((copy for copy in self.copies if copy.name == name), None)
 
     def retention_of(self, machine: str) -> Retention | None:
         """Return a machine's own retention, or else the global one (None: none); the machine need not be configured."""

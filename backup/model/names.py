@@ -13,7 +13,7 @@ from typing import Literal
 
 from backup.errors import UsageError
 
-Kind = Literal["machine", "disk", "bitmap"]
+Kind = Literal["machine", "disk", "bitmap", "place"]
 
 _PASSWORD = re.compile(r"(://[^/?#@\s]*?):[^/?#\s]*@")
 
@@ -29,17 +29,19 @@ _PATTERNS = {
     "machine": re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*"),
     "disk": re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*"),
     "bitmap": re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*"),
+    "place": re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*"),
 }
 _RULES = {
     "machine": "letters, digits, '.', '_' and '-', not beginning with '.' or '-'",
     "disk": "letters, digits, '.', '_' and '-', not beginning with '.' or '-'",
     "bitmap": "letters, digits, '_' and '-' (no dot: pybackup adds one and the point's id), not beginning with '-'",
+    "place": "letters, digits, '.', '_' and '-', not beginning with '.' or '-'",
 }
 
 
 def check_name(kind: Kind, text: str) -> str:
     """
-    Return `text` if it may name a `kind` ("machine", "disk", or "bitmap" for a bitmap family).
+    Return `text` if it may name a `kind` ("machine", "disk", "bitmap" for a bitmap family, "place" for a second place).
 
     Raises
     ------
@@ -70,13 +72,13 @@ def folder_problem(text: str) -> str | None:
     """
     Return why a text cannot name a repository's folder, or None.
 
-    As for scp and rsync, a colon before the first slash means another host or another kind of storage.  pybackup writes
-    to folders only: `copy web1 user@host:/srv` must not make a local folder of that name.
+    As for scp and rsync, a colon before the first slash means another host or another kind of storage.  Only
+    s3:// is known of these: `copy web1 user@host:/srv` must not make a local folder of that name.
     """
     if not text:
         return "it is empty"
     if ":" in text.partition("/")[0]:
-        return "it names a remote place or a URL, and pybackup keeps repositories in folders only"
+        return "it names a remote place or a URL, and pybackup writes to folders and to buckets (s3://) only"
     return None
 
 

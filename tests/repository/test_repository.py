@@ -158,7 +158,7 @@ def test_all_machines_of_a_repository_that_is_not_there_are_one_error(tmp_path):
     assert (done.rc, done.stdout, len(done.stderr.splitlines())) == (10, "", 2)
 
 
-REMOTE = ["user@host:/srv/backup", "host:backup", "sftp:host:/srv", "s3:bucket/x", "s3://bucket/x", "nbd://h/e", ":x"]
+REMOTE = ["user@host:/srv/backup", "host:backup", "sftp:host:/srv", "s3:bucket/x", "nbd://h/e", ":x"]
 
 
 @pytest.mark.parametrize("place", REMOTE)

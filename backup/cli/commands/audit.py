@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from backup.cli import find, json_output, output
+from backup.cli import find, json_output, output, places
 from backup.cli.context import options, show_error, user_error, with_options
 from backup.cli.json_output import ByteRange
 from backup.cli.output import plain
@@ -100,7 +100,7 @@ def _audit(given: Options, repo: str | None) -> None:
     config = find.config()
     find.require_format(*given.image_formats)
     audited = requests.make_requests(given, config)
-    repository = find.repository(find.folder_of(repo))
+    repository = find.repository(places.named(repo))
     outcomes = []
     for request in audited:
         outcome = attempt(functools.partial(_audit_one, repository, request))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from backup.cli import find, json_output, output
+from backup.cli import find, json_output, output, places
 from backup.cli.context import options, show_error, user_error
 from backup.cli.output import plain
 from backup.cli.parameters import (
@@ -22,6 +22,7 @@ from backup.cli.parameters import (
     Domains,
     DryRun,
     Exclude,
+    FirstRepo,
     FreezeFlag,
     ImageFormats,
     Images,
@@ -32,7 +33,6 @@ from backup.cli.parameters import (
     Nodes,
     NoFallback,
     Qmp,
-    Repo,
     Scratch,
     Since,
     TrustDataFile,
@@ -64,7 +64,7 @@ def full(
     trust_data_file: TrustDataFile = False,
     machine: MachineName = None,
     disk: DiskNames = None,
-    repo: Repo = None,
+    repo: FirstRepo = None,
     bitmap: BitmapName = None,
     compression: CompressionText = None,
     limit: Limit = None,
@@ -124,7 +124,7 @@ def incremental(
     trust_data_file: TrustDataFile = False,
     machine: MachineName = None,
     disk: DiskNames = None,
-    repo: Repo = None,
+    repo: FirstRepo = None,
     bitmap: BitmapName = None,
     compression: CompressionText = None,
     limit: Limit = None,
@@ -189,7 +189,7 @@ def rescan(
     trust_data_file: TrustDataFile = False,
     machine: MachineName = None,
     disk: DiskNames = None,
-    repo: Repo = None,
+    repo: FirstRepo = None,
     bitmap: BitmapName = None,
     compression: CompressionText = None,
     limit: Limit = None,
@@ -240,7 +240,7 @@ def _back_up(given: Options, repo: str | None) -> None:
 
     config = find.config()
     find.require_format(*given.image_formats)
-    path = settings.repository_path(find.folder_of(repo), config)
+    path = settings.first_folder(None if repo is None else places.first_of(repo), config)
     open_repository = partial(Repository.open, settings.storage(path, config))
     missing: BackupError | None = None
     try:

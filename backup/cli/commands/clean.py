@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from backup.cli import find, json_output, output
+from backup.cli import find, json_output, output, places
 from backup.cli.context import options
+from backup.cli.find import Named
 from backup.cli.parameters import AgentSocket, DomainName, LibvirtUri, Qmp, Repo
 from backup.errors import WARNINGS_EXIT_CODE, UsageError
 
@@ -65,7 +66,7 @@ def clean(
         qmp=find.path_of(qmp),
         images=tuple(map(Path, image or ())),
         agent=find.path_of(agent),
-        repo=find.folder_of(repo),
+        repo=places.named(repo),
         bitmaps=bitmaps,
         repositories=tuple(repository or ()),
         yes=yes,
@@ -89,7 +90,7 @@ class CleanOptions:
     qmp: Path | None
     images: tuple[Path, ...]
     agent: Path | None
-    repo: Path | None
+    repo: Named
     bitmaps: bool
     repositories: tuple[str, ...]
     yes: bool
@@ -197,7 +198,7 @@ def _selected_owners(wanted: CleanOptions) -> list[Owner]:
     from backup.operations.clean import GoneOwner
 
     owners: list[Owner] = [GoneOwner(short_id) for short_id in wanted.repositories]
-    named = wanted.repo is not None or find.config_or_default().repository is not None
+    named = wanted.repo.location is not None or find.config_or_default().repository is not None
     if wanted.bitmaps and named:
         owners.insert(0, find.repository(wanted.repo).ownership(None))
     return owners
@@ -225,7 +226,7 @@ def _list_or_remove(
     _show_bitmaps(wanted, outcomes, removed)
     if wanted.yes and not owners:
         raise UsageError(
-            "no repository is named whose bitmaps could be removed", hint="give --repo DIR, or --repository ID"
+            "no repository is named whose bitmaps could be removed", hint="give --repo REPO, or --repository ID"
         )
     return WARNINGS_EXIT_CODE if any(outcome.problem for outcome in outcomes) else 0
 

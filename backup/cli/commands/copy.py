@@ -6,18 +6,16 @@ import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from backup.cli import find, json_output, output
+from backup.cli import find, json_output, output, places
 from backup.cli.context import options
 from backup.cli.json_output import ProblemDocument
 from backup.cli.output import plain
 from backup.cli.parameters import DryRun, Limit, Repo
 from backup.errors import NotFound
-from backup.model.names import check_folder
 from backup.units import counted, show_duration, show_rate, show_size
 
 if TYPE_CHECKING:
@@ -46,14 +44,14 @@ def copy_(
     from backup.operations.verify import exit_code
     from backup.repository.repository import Repository
 
-    [(machine, points)] = find.points([what], find.folder_of(repo))
+    [(machine, points)] = find.points([what], places.named(repo))
     config = find.config_or_default()
     bytes_a_second = settings.limit(limit, config)
     source = Repository.open(machine.storage)
     contents = machine.contents()
     if not contents.manifests and not contents.damaged:
         raise NotFound(f"machine {machine.name} has no point", hint="see: `pybackup list`")
-    second = copy.open_second(settings.storage(Path(check_folder(other)), config), source)
+    second = copy.open_second(settings.storage(places.place(other).location, config), source)
     if not dry_run:
         second.tidy()
     target, point = second.machine(machine.name), points[0] if points else None

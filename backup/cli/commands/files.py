@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from backup.cli import find, json_output, output
+from backup.cli import find, json_output, output, places
 from backup.cli.context import options
 from backup.cli.output import plain
 from backup.cli.parameters import Filesystem, PointDisk, PointName, Repo
@@ -42,7 +42,7 @@ def files(
     from backup.operations.serve import choose_disk
 
     guest_files.absolute(path)
-    machine, point = find.point(manifest, find.folder_of(repo))
+    machine, point = find.point(manifest, places.named(repo))
     with guest_files.open_files(machine, point.point, choose_disk(point, disk), filesystem) as guest:
         entries = guest.list(path)
     _warn(guest.unmounted)
@@ -89,7 +89,7 @@ def get(
     from backup.guest import files as guest_files
     from backup.operations.serve import choose_disk
 
-    machine, point = find.point(manifest, find.folder_of(repo))
+    machine, point = find.point(manifest, places.named(repo))
     target = guest_files.target_of(path, Path(dest))
     guest_files.require_new(target)
     with guest_files.open_files(machine, point.point, choose_disk(point, disk), filesystem) as guest:

@@ -10,14 +10,21 @@ from typing import Annotated
 
 import typer
 
-from backup.cli import find, json_output, output
+from backup.cli import find, json_output, output, places
 from backup.cli.context import options
-from backup.model.names import check_folder
+from backup.model.location import Location
 from backup.units import show_size
 
 
 def init(
-    repo: Annotated[str, typer.Argument(metavar="REPO", help="New or empty folder.")],
+    repo: Annotated[
+        str,
+        typer.Argument(
+            metavar="REPO",
+            help="New or empty folder.  With --copy-of, also s3://BUCKET/PREFIX, or the name of a place in `copies` of "
+            "the configuration.",
+        ),
+    ],
     copy_of: Annotated[
         str | None,
         typer.Option(
@@ -35,22 +42,22 @@ def init(
     """
     from backup.cli import settings
     from backup.repository.repository import Repository
-    from backup.storage.choose import storage_at
 
-    path = Path(check_folder(repo))
-    storage = settings.storage(path, find.config_or_default())
+    config = find.config_or_default()
     if copy_of is None:
-        created = Repository.create(storage)
+        location: Location = places.first_of(repo)
+        created = Repository.create(settings.storage(location, config))
     else:
         from backup.operations import copy
 
-        created = copy.make_second(storage, Repository.open(storage_at(Path(check_folder(copy_of)))))
+        location = places.place(repo).location
+        created = copy.make_second(settings.storage(location, config), find.open_at(places.place(copy_of).location))
     document = InitDocument(
-        repository=path,
+        repository=str(location),
         id=created.id,
         copy_of=copy_of,
-        file_system=_mount_point(path),
-        free_bytes=shutil.disk_usage(path).free,
+        file_system=_mount_point(location) if isinstance(location, Path) else None,
+        free_bytes=shutil.disk_usage(location).free if isinstance(location, Path) else None,
     )
     if options.json:
         json_output.write(document)
@@ -72,18 +79,18 @@ def _mount_point(path: Path) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class InitDocument:
-    """A new repository, and the file system that holds it."""
+    """A new repository, and the file system that holds it; a bucket has none."""
 
-    repository: Path
+    repository: str
     id: str
     copy_of: str | None
-    file_system: Path
-    free_bytes: int
+    file_system: Path | None
+    free_bytes: int | None
 
 
 def _created_line(created: InitDocument) -> str:
     what = "repository" if created.copy_of is None else f"empty copy of {output.plain(created.copy_of)}"
-    return (
-        f"created {what} at {output.plain(created.repository)}, id {created.id[:8]}, "
-        f"on the file system {output.plain(created.file_system)} with {show_size(created.free_bytes)} free"
-    )
+    made = f"created {what} at {output.plain(created.repository)}, id {created.id[:8]}"
+    if created.file_system is None or created.free_bytes is None:
+        return made
+    return f"{made}, on the file system {output.plain(created.file_system)} with {show_size(created.free_bytes)} free"

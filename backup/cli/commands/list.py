@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from backup.cli import find, json_output, output
+from backup.cli import find, json_output, output, places
 from backup.cli.context import options
 from backup.cli.parameters import MachineNames, Repo
 from backup.errors import WARNINGS_EXIT_CODE, BackupError
@@ -50,7 +50,7 @@ def list_(
     selection = listing.Selection(newest, None if since is None else listing.parse_since(since, now), disk)
     listed: list[tuple[Manifest, str]] = []
     damaged = False
-    for machine in find.machines(find.repository(find.folder_of(repo)), machines):
+    for machine in find.machines(find.repository(places.named(repo)), machines):
         try:
             contents = machine.contents()
         except BackupError as unreadable:  # this machine's folder; the others are listed all the same

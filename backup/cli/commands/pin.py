@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from backup.cli import find, json_output, output
+from backup.cli import find, json_output, output, places
 from backup.cli.context import options
 from backup.cli.parameters import PointName, Repo
 
@@ -22,7 +22,7 @@ def unpin(manifest: PointName, repo: Repo = None) -> None:
 def _set_pin(manifest: str, repo: str | None, *, pinned: bool) -> None:
     from backup.operations import prune
 
-    machine, point = find.point(manifest, find.folder_of(repo))
+    machine, point = find.point(manifest, places.named(repo))
     changed = prune.set_pin(machine, point.point, pinned=pinned)
     if options.json:
         json_output.write(PinDocument(point.machine, point.point, pinned, changed))

@@ -5,15 +5,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from backup.cli import find, json_output, output
+from backup.cli import find, json_output, output, places
 from backup.cli.context import options, show_error, user_error
 from backup.cli.parameters import DryRun, MachineNames, Repo
 from backup.errors import BackupError, merged_exit_code
+from backup.model.location import Location
 from backup.units import counted, show_size
 
 if TYPE_CHECKING:
@@ -77,11 +77,12 @@ def prune(
     }
     config = find.config() if repo is None else find.config_or_default()
     keep = KeepOptions.of(counts, keep_within, batch)
-    path = settings.repository_path(find.folder_of(repo), config)
-    retentions = {name: keep.retention(config, name) for name in _machine_names(path, machines)}
+    location = settings.repository_location(places.named(repo).location, config)
+    names = [machine.name for machine in find.machines(find.open_at(location), machines)]
+    retentions = {name: keep.retention(config, name) for name in names}
     outcomes: dict[str, Report | BackupError] = {}
     for name, retention in retentions.items():
-        outcome = attempt(functools.partial(_prune_machine, path, name, retention, config, dry_run=dry_run))
+        outcome = attempt(functools.partial(_prune_machine, location, name, retention, config, dry_run=dry_run))
         if isinstance(outcome, BackupError):
             show_error(user_error(outcome), of=name if len(retentions) > 1 else None)
         else:
@@ -94,20 +95,12 @@ def prune(
     raise typer.Exit(merged_exit_code(codes, warned=warned))
 
 
-def _machine_names(repository: Path, machines: Sequence[str] | None) -> list[str]:
-    from backup.repository.repository import Repository
-    from backup.storage.choose import storage_at
-
-    return [machine.name for machine in find.machines(Repository.open(storage_at(repository)), machines)]
-
-
-def _prune_machine(repository: Path, machine: str, retention: Retention, config: Config, *, dry_run: bool) -> Report:
+def _prune_machine(location: Location, machine: str, retention: Retention, config: Config, *, dry_run: bool) -> Report:
     from backup.cli import settings
     from backup.operations import prune as pruning
-    from backup.repository.repository import Repository
 
     request = pruning.Request(retention.policy, retention.batch, settings.workers(config), dry_run)
-    opened = Repository.open(settings.storage(repository, config)).machine(machine)
+    opened = find.open_at(location, config).machine(machine)
     with output.progress(wanted=not options.quiet) as progress:
         return pruning.prune(opened, request, progress)
 

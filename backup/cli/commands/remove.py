@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from backup.cli import find, json_output, output
+from backup.cli import find, json_output, output, places
 from backup.cli.context import options
 from backup.cli.output import freed_text, plain
 from backup.cli.parameters import DryRun, Repo
@@ -38,7 +38,6 @@ def remove(
     """
     from backup.cli import settings
     from backup.operations import remove as removing
-    from backup.repository.repository import Repository
 
     name, slash, point = what.partition("/")
     if slash and (not point or point == "latest"):
@@ -46,8 +45,8 @@ def remove(
     if not yes and not dry_run and not sys.stdin.isatty():
         raise UsageError("remove asks before it removes, and there is no terminal", hint="give --yes or --dry-run")
     config = find.config() if repo is None else find.config_or_default()
-    path = settings.repository_path(find.folder_of(repo), config)
-    [machine] = find.machines(Repository.open(settings.storage(path, config)), [name])
+    location = settings.repository_location(places.named(repo).location, config)
+    [machine] = find.machines(find.open_at(location, config), [name])
     workers = settings.workers(config)
     removal = removing.plan(machine, point or None, workers=workers)
     if not dry_run:

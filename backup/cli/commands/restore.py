@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from backup.cli import find, json_output, output
+from backup.cli import find, json_output, output, places
 from backup.cli.context import options, show_error
 from backup.cli.output import plain
 from backup.cli.parameters import PointName, Repo, WriteLimit
@@ -93,7 +93,7 @@ def restore(
     from backup.repository import salvage as salvaging
 
     find.require_format(format_)
-    machine, point = find.point(manifest, find.folder_of(repo))
+    machine, point = find.point(manifest, places.named(repo))
     config = find.config_or_default()
     # The `limit` of the configuration is for nightly reads; a restore is waited for.
     workers, bytes_a_second = settings.workers(config), None if limit is None else settings.limit(limit, config)

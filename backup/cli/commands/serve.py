@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from backup.cli import find, json_output, output
+from backup.cli import find, json_output, output, places
 from backup.cli.context import options
 from backup.cli.output import plain
 from backup.cli.parameters import PointDisk, PointName, Repo
@@ -48,7 +48,7 @@ def serve(
     from backup.operations import serve as serving
 
     address = serving.address(find.path_of(socket), port, bind)
-    machine, point = find.point(manifest, find.folder_of(repo))
+    machine, point = find.point(manifest, places.named(repo))
     name = serving.choose_disk(point, disk)
     with serving.serving(machine, point.point, name, address, writable=writable) as served:
         try:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from backup.cli import find, json_output, output
+from backup.cli import find, json_output, output, places
 from backup.cli.context import options, user_error
 from backup.cli.output import plain
 from backup.cli.parameters import PointName, Repo
@@ -36,7 +36,7 @@ def show(
     """Show a point: its disks, their sources and their chains."""
     from backup.model import chain
 
-    machine, point = find.point(manifest, find.folder_of(repo))
+    machine, point = find.point(manifest, places.named(repo))
     if definition:
         _print_definition(machine, point)
         return

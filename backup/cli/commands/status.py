@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from backup.cli import find, json_output, output
+from backup.cli import find, json_output, output, places
 from backup.cli.context import options
 from backup.cli.parameters import MachineNames, Repo
 from backup.errors import NotFound
@@ -42,8 +42,9 @@ def status(
 
     limits = states.Limits(datetime.now(UTC), None if max_age is None else parse_duration(max_age))
     config = find.config() if repo is None else find.config_or_default()
-    repository = find.repository(find.folder_of(repo))
-    expected = settings.expected_disks(config, find.folder_of(repo), repository.machine_names())
+    named = places.named(repo)
+    repository = find.repository(named)
+    expected = settings.expected_disks(config, named.location, repository.machine_names())
     known = {*repository.machine_names(), *expected}
     disks: list[DiskStatus] = []
     for name in dict.fromkeys(machines or sorted(known)):

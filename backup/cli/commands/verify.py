@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from backup.cli import find, json_output, output
+from backup.cli import find, json_output, output, places
 from backup.cli.context import options
 from backup.cli.json_output import ProblemDocument
 from backup.cli.parameters import Limit, Repo
@@ -58,7 +58,7 @@ def verify(
     choice = _choice(older_than, sample, deep=deep)
     results: list[Verified] = []
     with output.progress(wanted=not options.quiet) as progress:
-        for machine, points in find.points(what or [], find.folder_of(repo), config):
+        for machine, points in find.points(what or [], places.named(repo), config):
             try:
                 progress.begin(machine.name, verifying.stored_bytes(machine, points, choice, deep=deep))
                 result = verifying.verify_machine(
