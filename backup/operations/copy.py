@@ -5,6 +5,11 @@ Each point is published as a whole, in the order of the sequence numbers, so tha
 at every instant.  A copy has the id of the source, and the same manifests byte for byte.  Nothing in the
 second place is overwritten.  Only `make_second` (`pybackup init --copy-of`) creates a second place: a disk that is not
 mounted must not become one.
+
+In a folder, the manifests of the second place are read and compared with those of the source.  In a place that only
+receives copies (a bucket, or a sealed place), a point is there if its manifest's name is there: ids of points are
+random, the manifests of a sealed place cannot be read without its identity, and in a bucket each would cost a request.
+There a copy with nothing new takes one listing for each machine, and no lock.
 """
 
 from __future__ import annotations
@@ -22,13 +27,13 @@ from backup.operations.verify import Problem
 from backup.repository import checked_file, machine_files
 from backup.repository.checked_file import BlockCache, CheckedFile
 from backup.repository.data_file_writer import CopiedFile, write_digests
-from backup.repository.machine import Contents, Machine, manifest_name
+from backup.repository.machine import Contents, Machine, manifest_name, points_named
 from backup.repository.manifests import as_stored, read_manifest_whole
 from backup.repository.opened_chain import KeptChanging, open_unchanged
 from backup.repository.repository import Repository
 from backup.runtime.pace import Pace
 from backup.runtime.threads import Turns, in_threads
-from backup.storage.base import Files, Storage
+from backup.storage.base import Files, Listing, Storage
 from backup.storage.refusals import explained
 from backup.units import counted, show_size
 
@@ -159,10 +164,14 @@ def replicate(
     BackupError
         The second place is locked, damaged, has too little space, or cannot be written.
     """
+    if not second.storage.traits.rewritable:
+        planned = _planned(source, second, _by_names(source, second.listing()), point)
+        if not planned.todo:
+            return Replicated((), planned.present, 0, planned.problems)
     with second.lock():
-        existing = second.contents()
+        existing = _existing(source, second)
         planned = _planned(source, second, existing, point)
-        second.remove_leftovers(existing)
+        _remove_leftovers(second, existing)
         begin(_stored(planned.todo))
         run = _Run(source, second, dict(existing.manifests), workers=workers, advance=advance, pace=Pace(limit))
         problems = list(planned.problems)
@@ -187,7 +196,7 @@ def rehearse(source: Machine, second: Machine, point: str | None) -> Replicated:
     BackupError
         See `replicate`, for what can be known in advance.
     """
-    planned = _planned(source, second, second.contents(), point)
+    planned = _planned(source, second, _existing(source, second), point)
     copied = tuple(manifest.point for manifest in planned.todo)
     return Replicated(copied, planned.present, _stored(planned.todo), planned.problems)
 
@@ -199,6 +208,32 @@ class _Planned:
     todo: Sequence[Manifest]
     present: tuple[str, ...]
     problems: tuple[Problem, ...]
+
+
+def _existing(source: Machine, second: Machine) -> Contents:
+    """Return the points of the second place; see the module's docstring."""
+    if second.storage.traits.rewritable:
+        return second.contents()
+    return _by_names(source, second.listing())
+
+
+def _by_names(source: Machine, listing: Listing) -> Contents:
+    """
+    Return the points whose manifests a listing of the second place names, with the manifests of the source.
+
+    Points that the source does not have any more are left out: no point that is copied builds on them.
+    """
+    present = points_named(listing)
+    manifests = source.contents().manifests
+    return Contents({point: manifests[point] for point in present if point in manifests}, {})
+
+
+def _remove_leftovers(second: Machine, existing: Contents) -> None:
+    """Remove what killed runs left; the caller holds the lock of the second place."""
+    if second.storage.traits.rewritable:
+        second.remove_leftovers(existing)
+    else:
+        second.remove_unnamed()
 
 
 def _planned(source: Machine, second: Machine, existing: Contents, point: str | None) -> _Planned:

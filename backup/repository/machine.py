@@ -211,6 +211,20 @@ class Machine:
                 self.files.remove(name)
         return leftovers
 
+    def remove_unnamed(self) -> None:
+        """
+        Remove the files of points without a manifest, judged by names alone.  The caller holds the lock.
+
+        A key that may not delete leaves the files where they are; the copy of such a point overwrites them.
+        """
+        listing = self.listing()
+        present = set(points_named(listing))
+        for name in listing:
+            if name.endswith(".json") or manifests.point_of(name) in {None, *present}:
+                continue
+            with explained(self.files.location), suppress(PermissionError):
+                self.files.remove(name)
+
     def next_sequence(self, contents: Contents) -> int:
         """
         Return one more than the highest sequence; damaged manifests may have had higher ones than can be read.
@@ -315,6 +329,12 @@ class Machine:
         with suppress(OSError):
             self.files.remove(manifest_name(point))
             self.files.barrier()
+
+
+def points_named(listing: Listing) -> list[str]:
+    """Return the ids of the points whose manifests have a name in a listing, oldest first."""
+    ids = (name.removesuffix(".json") for name in listing if name.endswith(".json"))
+    return sorted(point for point in ids if manifests.is_point_id(point))
 
 
 SEQUENCE = "sequence"
