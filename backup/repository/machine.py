@@ -12,9 +12,12 @@ from backup.model import documents
 from backup.model import manifest as manifests
 from backup.model.manifest import DiskEntry, Manifest
 from backup.repository.manifests import as_stored, exchanged_files, read_raw
+from backup.runtime.threads import in_threads
 from backup.storage.base import NO_FILES, TEMPORARY, Listing, Storage
 from backup.storage.refusals import explained, opening
 
+_READERS = 8
+"""Manifests that are read at once where each takes the round trip of a network."""
 ATTEMPTS = 50
 """How often a reader starts again while a prune changes the manifests; a step of a prune takes several fsyncs."""
 
@@ -112,22 +115,32 @@ class Machine:
         return contents
 
     def _read_manifests(self, *, raw: bool) -> Contents:
-        readable: dict[str, Manifest] = {}
+        read: dict[str, Manifest] = {}
         damaged: dict[str, BackupError] = {}
-        exchanged: set[str] = set()
-        for name in self.listing():
-            point = name.removesuffix(".json")
-            if point == name or not manifests.is_point_id(point):
-                continue
+
+        def read_one(name: str) -> None:
             try:
-                manifest = read_raw(self.files, name)
-                readable[point] = manifest if raw else as_stored(self.files, manifest)
-                exchanged.update(exchanged_files(manifest))
+                read[name] = read_raw(self.files, name)
             except UsageError:  # the files are sealed, and no identity opens them: no fault of this manifest
                 raise
             except BackupError as error:
                 damaged[name] = error
-        return Contents(readable, damaged, frozenset(exchanged))
+
+        names = [manifest_name(point) for point in points_named(self.listing())]
+        if self.storage.traits.remote:
+            in_threads(names, read_one, _READERS, lambda: None)
+        else:
+            for name in names:
+                read_one(name)
+        readable: dict[str, Manifest] = {}
+        exchanged: set[str] = set()
+        for name in filter(read.__contains__, names):
+            try:
+                readable[read[name].point] = read[name] if raw else as_stored(self.files, read[name])
+                exchanged.update(exchanged_files(read[name]))
+            except BackupError as error:
+                damaged[name] = error
+        return Contents(readable, dict(sorted(damaged.items())), frozenset(exchanged))
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -220,7 +233,10 @@ class Machine:
         listing = self.listing()
         present = set(points_named(listing))
         for name in listing:
-            if name.endswith(".json") or manifests.point_of(name) in {None, *present}:
+            point = manifests.point_of(name)
+            if manifests.is_machine_file_name(name):
+                point = name.partition(".")[0]
+            if point is None or point in present:
                 continue
             with explained(self.files.location), suppress(PermissionError):
                 self.files.remove(name)

@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backup.config.reader import load
-from backup.config.settings import Config, DiskConfig, MachineConfig, Retention, default
+from backup.config.settings import Config, CopyConfig, DiskConfig, MachineConfig, Retention, default
 from backup.errors import UsageError
 from backup.model.compression import Compression
+from backup.model.location import Bucket
 from backup.planning.retention import Batch, Duration, Policy
 
 EXAMPLE = Path(__file__).parents[2] / "config.example.yaml"
@@ -156,7 +157,7 @@ def test_the_example_names_every_key_and_shows_the_defaults():
         if field.name != "path":
             key = "bitmap" if field.name == "bitmap_family" else field.name
             assert re.search(rf"^(# )?{key}:", text, re.MULTILINE), key
-        if field.name not in {"path", "repository", "bitmap_family", "retention", "machines"}:
+        if field.name not in {"path", "repository", "bitmap_family", "retention", "machines", "copies"}:
             assert getattr(config, field.name) == getattr(default(), field.name), field.name
 
 
@@ -499,3 +500,56 @@ def test_domains_that_a_pattern_means_have_the_retention_of_the_pattern(tmp_path
     assert kept["lab-2"].policy.last == 3
     assert kept["lab"] is None
     assert kept["web1"] is None
+
+
+def test_a_second_place_is_a_bucket_or_a_folder(read, tmp_path):
+    config = read(
+        "retention: {last: 3}\n"
+        "copies:\n"
+        "  offsite: {to: s3://b1/p/q, endpoint: 'https://rgw:7480', region: r, profile: x,\n"
+        "            recipients: [age1abc, a.pub],\n"
+        "            machines: [web1, 'db*'], retention: {monthly: 12}, after_backup: true, limit: 1M}\n"
+        "  usb: {to: usb}\n"
+    )
+    offsite, usb = config.copies
+    assert offsite == CopyConfig(
+        "offsite",
+        Bucket("b1", "p/q", "https://rgw:7480", "r", "x"),
+        ("age1abc", str(tmp_path / "a.pub")),
+        ("web1", "db*"),
+        Retention(Policy(monthly=12), Batch()),
+        after_backup=True,
+        limit=1 << 20,
+    )
+    assert usb == CopyConfig("usb", tmp_path / "usb")
+    assert [offsite.wants(name) for name in ("web1", "web10", "db7")] == [True, False, True]
+    assert usb.wants("web10")
+    assert (config.copy_called("usb"), config.copy_called("web1")) == (usb, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{}", "expected `to`, a folder or s3://BUCKET/PREFIX"),
+        ("{to: 's3://'}", "does not begin with the name of a bucket"),
+        ("{to: 'host:x'}", "it names a remote place"),
+        ("{to: x, endpoint: 'https://h'}", r"endpoint: only a bucket \(s3://\) has this key"),
+        ("{to: x, profile: p}", "profile: only a bucket"),
+        ("{to: 's3://b1', endpoint: 'h:80'}", "endpoint: expected the URL of a server"),
+        ("{to: 's3://b1', endpoint: 'https://user:secret@h'}", "endpoint: expected the URL of a server"),
+        ("{to: 's3://b1', secret_key: x}", "unknown key"),
+        ("{to: x, machines: {}}", "machines: expected a machine's name or a pattern"),
+        ("{to: x, retention: {last: 0}}", "expected something to keep"),
+        ("{to: x, limit: 1}", "limit: expected a size"),
+    ],
+)
+def test_what_is_wrong_with_a_second_place_is_told(problems, text, expected):
+    said = problems(f"copies:\n  off: {text}\n")
+    assert re.search(expected, "\n".join(said) if isinstance(said, list) else said), said
+    assert "secret@" not in str(said)
+
+
+def test_two_places_have_two_locations_and_a_repository_is_a_folder(problems):
+    assert "is already the location of a" in str(problems("copies:\n  a: {to: s3://b1/x}\n  b: {to: 's3://b1/x/'}\n"))
+    assert "backups are made to a folder" in str(problems("repository: s3://b1/x\n"))
+    assert "not a place's name" in str(problems("copies: {a/b: {to: x}}\n"))
