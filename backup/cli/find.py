@@ -14,6 +14,7 @@ from backup.cli import output
 from backup.cli.context import options
 from backup.errors import BackupError, NotFound, UsageError
 from backup.model.location import SCHEME, Location
+from backup.model.names import SEALED
 
 if TYPE_CHECKING:
     from backup.config.settings import Config
@@ -65,9 +66,12 @@ class Named:
     ----------
     location : Path or Bucket or None
         None: the repository of the configuration.
+    identity : str or None
+        The file of --identity, which opens a sealed repository.
     """
 
     location: Location | None = None
+    identity: str | None = None
 
 
 def repository(named: Named, modes_of: Config | None = None) -> Repository:
@@ -77,17 +81,18 @@ def repository(named: Named, modes_of: Config | None = None) -> Repository:
     A command that makes files there gives the configuration `modes_of`, which says who may read them.
     """
     if named.location is not None:
-        return open_at(named.location, modes_of)
+        return open_at(named.location, modes_of, named.identity)
     from backup.cli import settings
 
-    return open_at(settings.repository_location(None, config()), modes_of)
+    return open_at(settings.repository_location(None, config()), modes_of, named.identity)
 
 
-def open_at(location: Location, modes_of: Config | None = None) -> Repository:
-    """Open the repository at a location; `modes_of` as for `repository`."""
+def open_at(location: Location, modes_of: Config | None = None, identity: str | None = None) -> Repository:
+    """Open the repository at a location with the identity file of --identity; `modes_of` as for `repository`."""
+    from backup.cli.identity import identities
     from backup.repository.repository import Repository
 
-    return Repository.open(_storage(location, modes_of))
+    return Repository.open(_storage(location, modes_of), identities(identity))
 
 
 def _storage(location: Location, modes_of: Config | None) -> Storage:
@@ -145,8 +150,11 @@ def point(text: str, named: Named, modes_of: Config | None = None) -> tuple[Mach
     path = _manifest_path(text)
     if path is not None:
         folder = Path(os.path.realpath(path.parent))
-        machine = Machine(_storage(folder.parent, modes_of), folder.name)
-        return machine, read_manifest(machine.files, path.name)
+        if path.suffix == SEALED:
+            machine = open_at(folder.parent, modes_of, named.identity).machine(folder.name)
+        else:
+            machine = Machine(_storage(folder.parent, modes_of), folder.name)
+        return machine, read_manifest(machine.files, path.name.removesuffix(SEALED))
     name, slash, wanted = text.partition("/")
     if "/" in wanted or not name:
         raise NotFound(f"there is no manifest {text}", hint=_POINT_HINT)
@@ -158,6 +166,14 @@ def point(text: str, named: Named, modes_of: Config | None = None) -> tuple[Mach
     else:
         [machine] = machines(opened, [name])
     return machine, named_point.pick(machine.name, machine.contents(), wanted)
+
+
+def repository_of(text: str, named: Named) -> Repository:
+    """Return the repository in which `points` finds a text: of a manifest's path, that in which the manifest lies."""
+    path = _manifest_path(text)
+    if path is None:
+        return repository(named)
+    return open_at(Path(os.path.realpath(path.parent)).parent, None, named.identity)
 
 
 def points(
@@ -187,14 +203,15 @@ def _manifest_path(text: str) -> Path | None:
     path = Path(text)
     if text.startswith(SCHEME):
         raise UsageError(
-            f"{text!r} names a bucket where a point is expected", hint="give MACHINE/POINT --repo s3://BUCKET/PREFIX"
+            f"{text!r} is in a bucket, and a point is expected", hint="give MACHINE/POINT --repo s3://BUCKET/PREFIX"
         )
-    if text.endswith(".json"):
+    plain = text.removesuffix(SEALED)
+    if plain.endswith(".json"):
         return path
     if os.path.isfile(path) or os.path.islink(path):
-        point_id = manifest.point_of(path.name)
+        point_id = manifest.point_of(Path(plain).name)
         if point_id is not None:
-            return path.with_name(f"{point_id}.json")
+            return path.with_name(f"{point_id}.json{text[len(plain) :]}")
         if "/" in text:
             raise UsageError(f"{text} is neither a manifest nor a data file of a repository", hint=_POINT_HINT)
     return None

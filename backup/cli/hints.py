@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 
 _COMMAND = re.compile(r"`pybackup ([a-z][a-z-]*)([^`]*)`")
-WITHOUT_REPO = frozenset({"check-config", "init", "map"})
+WITHOUT_REPO = frozenset({"check-config", "init", "keygen", "map"})
 """Commands that have no --repo."""
 
 

@@ -8,6 +8,7 @@ a place and no folder of that name; with both, the text is refused.  Every other
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,9 @@ from backup.model import location as locations
 from backup.model.location import FIRST_IN_FOLDER, SCHEME, Location
 
 if TYPE_CHECKING:
+    from backup.age.keys import Recipient
     from backup.config.settings import Config, CopyConfig
+    from backup.repository.repository import Repository
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +91,9 @@ def called(name: str, config: Config) -> Place:
     return Place(found.to, found)
 
 
-def named(repo: str | None) -> Named:
-    """Return the repository that --repo names; without it, that of the configuration is meant."""
-    return Named() if repo is None else Named(place(repo).location)
+def named(repo: str | None, identity: str | None = None) -> Named:
+    """Return the repository that --repo names, and the file of --identity; without --repo, the configured one."""
+    return Named(None if repo is None else place(repo).location, identity)
 
 
 def first_of(repo: str) -> Path:
@@ -107,3 +110,40 @@ def first_of(repo: str) -> Path:
         return named.location
     what = "a bucket" if named.configured is None else f"the second place {named.configured.name}"
     raise UsageError(f"{repo!r} is {what}: {FIRST_IN_FOLDER}", hint="name the folder of the first repository")
+
+
+def recipients(place: Place, given: Sequence[str] | None) -> tuple[Recipient, ...]:
+    """
+    Return the recipients of a second place: those of --recipient, or else those of the configuration.
+
+    Raises
+    ------
+    UsageError
+        A text is neither a recipient nor a file of recipients; or --recipient and the configuration differ.
+    """
+    from backup.age import key_files
+
+    configured = key_files.recipients(place.configured.recipients) if place.configured is not None else ()
+    named = key_files.recipients(given or ())
+    if named and configured and set(named) != set(configured):
+        assert place.configured is not None
+        raise UsageError(
+            f"--recipient names other keys than copies.{place.configured.name}.recipients in the configuration",
+            hint="name the keys in one of the two places only",
+        )
+    return named or configured
+
+
+def open_second(place: Place, config: Config, source: Repository) -> Repository:
+    """
+    Open a second place as the target of copies of a repository.
+
+    Raises
+    ------
+    BackupError
+        See `backup.operations.copy.open_second`.
+    """
+    from backup.cli import settings
+    from backup.operations import copy
+
+    return copy.open_second(settings.storage(place.location, config), source, recipients(place, None))

@@ -25,6 +25,9 @@ RECOVERY = "RECOVERY.txt"
 MARKER = "pybackup.json"
 """The file that marks a repository, beside the machines' folders (FORMAT.md)."""
 
+SEALED = ".age"
+"""Suffix of every sealed file in a sealed repository."""
+
 _PATTERNS = {
     "machine": re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*"),
     "disk": re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*"),

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from backup.errors import BackupError, merged_exit_code
 from backup.operations.backup import Report, create
-from backup.runtime.failures import as_backup_error
+from backup.runtime.failures import attempt
 from backup.runtime.progress import Progress, Quiet
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from backup.operations.prune import Report as PruneReport
     from backup.operations.request import Request
     from backup.repository.repository import Repository
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +83,6 @@ class Night:
 
         request = prune.Request(retention.policy, retention.batch, self.workers)
         return prune.prune(self.open_repository().machine(machine), request, Quiet())
-
-
-def attempt(work: Callable[[], _T]) -> _T | BackupError:
-    """Do one machine's work; return any failure, a bug included, so that the other machines are still processed."""
-    try:
-        return work()
-    except Exception as error:  # noqa: BLE001 - the outcome of the machine, shown and in the exit code
-        return as_backup_error(error)
 
 
 def exit_code(outcomes: Iterable[Outcome]) -> int:

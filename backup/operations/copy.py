@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 
+from backup.age.keys import Recipient
 from backup.errors import BackupError, Damaged, Failed, Interrupted, NotFound, UsageError
 from backup.model import chain as chains
 from backup.model.manifest import DataFile, MachineFile, Manifest, encode
@@ -51,42 +52,56 @@ class Replicated:
     problems: tuple[Problem, ...]
 
 
-def make_second(place: Storage, source: Repository) -> Repository:
+def make_second(place: Storage, source: Repository, recipients: Sequence[Recipient] = ()) -> Repository:
     """
-    Create an empty repository with the id of the source, as a target of copies.
+    Create an empty repository with the id of the source, as a target of copies; with recipients, it is sealed to them.
 
     Raises
     ------
     UsageError, Failed
         See `Repository.create`.
     """
-    return Repository.create(place, source.id)
+    return Repository.create(place, source.id, recipients)
 
 
-def open_second(place: Storage, source: Repository) -> Repository:
+def open_second(place: Storage, source: Repository, recipients: Collection[Recipient] = ()) -> Repository:
     """
     Open the repository to copy to.
+
+    Parameters
+    ----------
+    recipients : collection of Recipient
+        The keys to which the configuration says that the place is sealed; empty if it says nothing.
 
     Raises
     ------
     UsageError
-        It is the source itself, lies in a repository, or is a repository with another id.
+        It is the source itself, lies in a repository, is a repository with another id, or is sealed to other keys.
     NotFound
         There is no repository; only `make_second` creates it.
     """
     if source.storage.is_same_place(place):
-        raise UsageError(f"{place.location} is the repository itself", hint="name another folder")
+        raise UsageError(f"{place.location} is the repository itself", hint="name another place")
     place.require_outside()
     make = f"`pybackup init --copy-of {source.location} {place.location}`"
     try:
         second = Repository.open(place)
     except NotFound as error:
-        hint = f"mount its disk if that is missing; {make} creates a second place in a new or empty folder"
+        if place.traits.remote:
+            hint = f"{make} creates a second place in an existing bucket"
+        else:
+            hint = f"mount its disk if that is missing; {make} creates a second place in a new or empty folder"
         raise NotFound(error.message, hint=hint) from None
     if second.id != source.id:
         raise UsageError(
             f"{place.location} is another repository (its id is {second.id[:8]}..., not {source.id[:8]}...)",
             hint="name a copy of this repository; `pybackup init --copy-of` creates a new one",
+        )
+    if recipients and set(recipients) != set(second.recipients):
+        sealed_to = " and ".join(map(str, second.recipients)) or "no key"
+        raise UsageError(
+            f"{place.location} is sealed to {sealed_to}, and the configuration names other recipients",
+            hint="correct `recipients` in the configuration; a place keeps its keys: other keys need a new place",
         )
     return second
 
@@ -165,9 +180,9 @@ def replicate(
         The second place is locked, damaged, has too little space, or cannot be written.
     """
     if not second.storage.traits.rewritable:
-        planned = _planned(source, second, _by_names(source, second.listing()), point)
-        if not planned.todo:
-            return Replicated((), planned.present, 0, planned.problems)
+        wanted = points_named(source.listing()) if point is None else [point]
+        if set(wanted) <= set(points_named(second.listing())):
+            return Replicated((), tuple(sorted(wanted)), 0, ())
     with second.lock():
         existing = _existing(source, second)
         planned = _planned(source, second, existing, point)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
 from backup.errors import BackupError, Damaged, Failed
 from backup.runtime import shortage
+
+_T = TypeVar("_T")
 
 
 def as_backup_error(error: Exception) -> BackupError:
@@ -20,6 +24,14 @@ def as_backup_error(error: Exception) -> BackupError:
     if explained is not error:
         explained.__cause__ = error
     return explained
+
+
+def attempt(work: Callable[[], _T]) -> _T | BackupError:
+    """Do one machine's work; return any failure, a bug included, so that the other machines are still processed."""
+    try:
+        return work()
+    except Exception as error:  # noqa: BLE001 - the outcome of the machine, shown and in the exit code
+        return as_backup_error(error)
 
 
 def _explained(error: Exception) -> BackupError:

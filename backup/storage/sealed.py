@@ -25,10 +25,9 @@ from backup.age.keys import NO_IDENTITIES, Identities, Recipient
 from backup.age.payload import CHUNK, BadPayload, Head, Layout, Opener, Sealer
 from backup.errors import UsageError
 from backup.model.manifest import UNFINISHED
-from backup.model.names import MARKER, RECOVERY
+from backup.model.names import MARKER, RECOVERY, SEALED
 from backup.storage.base import TEMPORARY, Files, Listing, PartWriter, RangeReader, Stat, Storage, StreamWriter, Traits
 
-SEALED = ".age"
 _CLEAR = (MARKER, RECOVERY)
 _ENDINGS = (UNFINISHED, TEMPORARY)
 """What a storage appends to the name of a file that is not complete."""

@@ -24,6 +24,8 @@ from live import Machine, Nights
 PAGE = Path(__file__).parents[2] / "docs" / "json.md"
 
 UNSEEN = {
+    ("init", "file_system", "null"): "only of a bucket (tests/stories/test_second_places.py)",
+    ("init", "free_bytes", "null"): "only of a bucket (tests/stories/test_second_places.py)",
     ("show", "disks[].replaces", "object"): "only in the instant in which prune exchanges a file (tests of exchange)",
     ("restore", "defined", "string"): "only with a libvirt (tests/libvirt_daemon/test_domain_definition.py)",
 }
@@ -233,6 +235,16 @@ def of_copy(tmp_path: Path) -> Iterator[Any]:
     yield printed("copy", "disk", tmp_path / "other", *repo)
 
 
+def of_copies(tmp_path: Path) -> Iterator[Any]:
+    night = Night.with_incremental(tmp_path)
+    night.backup("full", "--machine", "b")
+    repo = ("--repo", night.repository)
+    yield printed("copy", tmp_path / "none", *repo)
+    printed("init", tmp_path / "other", "--copy-of", night.repository)
+    yield printed("copy", tmp_path / "other", *repo)
+    yield printed("copy", tmp_path / "other", *repo)
+
+
 def of_serve(tmp_path: Path) -> Iterator[Any]:
     night = Night.of(tmp_path)
     night.full()
@@ -350,6 +362,7 @@ RUNS: dict[str, Documents] = {
     "restore": of_restore,
     "verify": of_verify,
     "copy": of_copy,
+    "copy of several machines": of_copies,
     "serve": of_serve,
     "files": of_files,
     "get": of_get,

@@ -95,7 +95,7 @@ def audit(
 
 def _audit(given: Options, repo: str | None) -> None:
     from backup.cli import requests
-    from backup.night.night import attempt
+    from backup.runtime.failures import attempt
 
     config = find.config()
     find.require_format(*given.image_formats)

@@ -3,83 +3,160 @@
 from __future__ import annotations
 
 import functools
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from backup.cli import find, json_output, output, places
-from backup.cli.context import options
+from backup.cli.context import options, show_error, user_error
 from backup.cli.json_output import ProblemDocument
 from backup.cli.output import plain
-from backup.cli.parameters import DryRun, Limit, Repo
-from backup.errors import NotFound
+from backup.cli.parameters import DryRun, IdentityFile, Limit, Repo
+from backup.errors import BackupError, UsageError
 from backup.units import counted, show_duration, show_rate, show_size
 
 if TYPE_CHECKING:
+    from backup.cli.find import Named
+    from backup.config.settings import Config
+    from backup.operations.copies import Copying, Job, Outcome, Target
     from backup.operations.copy import Replicated
+    from backup.repository.repository import Repository
 
 
 def copy_(
     what: Annotated[
-        str,
-        typer.Argument(metavar="MACHINE[/POINT]", help="Machine to copy, or one point with the points it builds on."),
-    ],
-    other: Annotated[
-        str, typer.Argument(metavar="OTHER-REPOSITORY", help="Folder that `pybackup init --copy-of` created.")
-    ],
+        list[str] | None,
+        typer.Argument(
+            metavar="[MACHINE[/POINT]]... DEST",
+            help="Machines to copy, or points with the points they build on (default: all machines), and the second "
+            "place that `pybackup init --copy-of` created: a folder, s3://BUCKET/PREFIX, or the name of a place in "
+            "`copies` of the configuration.",
+            show_default=False,
+        ),
+    ] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--to", metavar="NAME", help="Copy to this place of the configuration; all arguments are machines."
+        ),
+    ] = None,
+    all_: Annotated[
+        bool, typer.Option("--all", help="Copy to every place of the configuration; all arguments are machines.")
+    ] = False,
     repo: Repo = None,
+    identity: IdentityFile = None,
     limit: Limit = None,
     dry_run: DryRun = False,
 ) -> None:
     """
     Copy the points that a second place lacks.
 
-    Every block is checked against its digest.  Points that are there already are not copied again.
+    Every block is checked against its digest.  Points that are there already are not copied again.  A machine or a
+    place that fails does not stop the others.
     """
     from backup.cli import settings
-    from backup.operations import copy
-    from backup.operations.verify import exit_code
-    from backup.repository.repository import Repository
+    from backup.operations import copies
 
-    [(machine, points)] = find.points([what], places.named(repo))
-    config = find.config_or_default()
-    bytes_a_second = settings.limit(limit, config)
-    source = Repository.open(machine.storage)
-    contents = machine.contents()
-    if not contents.manifests and not contents.damaged:
-        raise NotFound(f"machine {machine.name} has no point", hint="see: `pybackup list`")
-    second = copy.open_second(settings.storage(places.place(other).location, config), source)
-    if not dry_run:
-        second.tidy()
-    target, point = second.machine(machine.name), points[0] if points else None
-    began = time.monotonic()
-    if dry_run:
-        result = copy.rehearse(machine, target, point)
-    else:
-        with output.progress(wanted=not options.quiet) as progress:
-            result = copy.replicate(
-                machine,
-                target,
-                point,
-                workers=settings.workers(config),
-                begin=functools.partial(progress.begin, machine.name),
-                advance=progress.advance,
-                limit=bytes_a_second,
+    config, names = find.config_or_default(), list(what or ())
+    if to is None and not all_:
+        if not names:
+            raise UsageError(
+                "copy needs the place to copy to", hint="pybackup copy [MACHINE ...] DEST, --to NAME or --all"
             )
-    if options.json:
-        json_output.write(CopyDocument.of(machine.name, other, result, dry_run=dry_run))
-    elif not options.quiet:
-        seconds = None if dry_run else time.monotonic() - began
-        output.line(_copied_line(machine.name, other, result, seconds))
-    for problem in result.problems:
-        output.problem(problem)
-    raise typer.Exit(exit_code(result.problems))
+        chosen = [places.place(names[-1])]
+        shown = [names.pop()]
+    else:
+        config = find.config()
+        chosen = _configured(config, to, everywhere=all_)
+        shown = [str(place.location) for place in chosen]
+    targets = [_target(text, place, config, limit) for text, place in zip(shown, chosen, strict=True)]
+    named = places.named(repo, identity)
+    watch = functools.partial(output.progress, wanted=not options.quiet)
+    copying = copies.Copying(settings.workers(config), watch, dry_run)
+    single = len(names) == 1 and not all_
+    jobs = _jobs(names, named)
+    outcomes: list[Outcome] = []
+    for outcome in _outcomes(copying, targets, jobs, named):
+        if single and isinstance(outcome.result, BackupError):
+            raise outcome.result
+        _show(outcome, dry_run=dry_run, several=not single)
+        outcomes.append(outcome)
+    if options.json and single:
+        [outcome] = outcomes
+        assert outcome.machine is not None
+        assert not isinstance(outcome.result, BackupError)
+        json_output.write(CopyDocument.of(outcome.machine, outcome.place, outcome.result, dry_run=dry_run))
+    elif options.json:
+        json_output.write([MachineDocument.of(outcome, dry_run=dry_run) for outcome in outcomes])
+    raise typer.Exit(copies.exit_code(outcomes))
+
+
+def _configured(config: Config, to: str | None, *, everywhere: bool) -> list[places.Place]:
+    """Return the places that --to or --all means."""
+    if to is not None and everywhere:
+        raise UsageError("--to together with --all", hint="give one of the two")
+    if to is not None:
+        return [places.called(to, config)]
+    if not config.copies:
+        raise UsageError(
+            "the configuration has no second places", hint="add `copies:` to it, or name the place: copy DEST"
+        )
+    return [places.called(copy.name, config) for copy in config.copies]
+
+
+def _target(shown: str, place: places.Place, config: Config, limit: str | None) -> Target:
+    from backup.cli import settings
+    from backup.operations.copies import Target
+
+    own = place.configured
+    read = settings.limit(limit, config)
+    if limit is None and own is not None and own.limit is not None:
+        read = own.limit
+    wants = (lambda _: True) if own is None else own.wants
+    return Target(shown, functools.partial(places.open_second, place, config), wants, read)
+
+
+def _jobs(names: Sequence[str], named: Named) -> list[Job] | None:
+    """Return what the names mean, or None without names."""
+    from backup.operations.copies import Job
+
+    if not names:
+        return None
+    jobs = []
+    for name in names:
+        source = find.repository_of(name, named)
+        [(machine, points)] = find.points([name], named)
+        jobs.append(Job(source, machine, points[0] if points else None))
+    if len({job.source.id for job in jobs}) > 1:
+        raise UsageError("the points are of several repositories", hint="copy the points of each repository by itself")
+    return jobs
+
+
+def _outcomes(
+    copying: Copying, targets: Sequence[Target], jobs: Sequence[Job] | None, named: Named
+) -> Iterator[Outcome]:
+    source: Repository = find.repository(named) if jobs is None else jobs[0].source
+    for target in targets:
+        yield from copying.to_place(target, source, jobs)
 
 
 # Text
+
+
+def _show(outcome: Outcome, *, dry_run: bool, several: bool) -> None:
+    if isinstance(outcome.result, BackupError):
+        of = outcome.machine if outcome.machine is not None else outcome.place
+        show_error(user_error(outcome.result), of=of if several else None)
+        return
+    assert outcome.machine is not None
+    if not options.json and not options.quiet:
+        seconds = None if dry_run else outcome.seconds
+        output.line(_copied_line(outcome.machine, outcome.place, outcome.result, seconds))
+        output.flush()
+    for problem in outcome.result.problems:
+        output.problem(problem)
 
 
 def _copied_line(machine: str, other: str, result: Replicated, seconds: float | None) -> str:
@@ -111,3 +188,26 @@ class CopyDocument:
         """Return the document of a machine that was copied to the repository `other`."""
         problems = json_output.problem_documents(result.problems)
         return cls(machine, other, dry_run, result.copied, result.present, result.bytes, problems)
+
+
+@dataclass(frozen=True, slots=True)
+class MachineDocument:
+    """One machine of several, as CopyDocument, or why it was not copied; `machine` is null if the place failed."""
+
+    machine: str | None
+    repository: str
+    dry_run: bool
+    copied: Sequence[str]
+    present: Sequence[str]
+    bytes: int
+    problems: Sequence[ProblemDocument]
+    error: BackupError | None
+
+    @classmethod
+    def of(cls, outcome: Outcome, *, dry_run: bool) -> MachineDocument:
+        """Return the document of an outcome."""
+        result = outcome.result
+        if isinstance(result, BackupError):
+            return cls(outcome.machine, outcome.place, dry_run, (), (), 0, (), result)
+        problems = json_output.problem_documents(result.problems)
+        return cls(outcome.machine, outcome.place, dry_run, result.copied, result.present, result.bytes, problems, None)

@@ -12,7 +12,7 @@ import typer
 from backup.cli import find, json_output, output, places
 from backup.cli.context import options
 from backup.cli.output import plain
-from backup.cli.parameters import Filesystem, PointDisk, PointName, Repo
+from backup.cli.parameters import Filesystem, IdentityFile, PointDisk, PointName, Repo
 from backup.errors import WARNINGS_EXIT_CODE
 from backup.units import counted, show_size
 
@@ -32,6 +32,7 @@ def files(
     disk: PointDisk = None,
     filesystem: Filesystem = None,
     repo: Repo = None,
+    identity: IdentityFile = None,
 ) -> None:
     """
     List a folder of the guest as it was at a point.
@@ -42,7 +43,7 @@ def files(
     from backup.operations.serve import choose_disk
 
     guest_files.absolute(path)
-    machine, point = find.point(manifest, places.named(repo))
+    machine, point = find.point(manifest, places.named(repo, identity))
     with guest_files.open_files(machine, point.point, choose_disk(point, disk), filesystem) as guest:
         entries = guest.list(path)
     _warn(guest.unmounted)
@@ -80,6 +81,7 @@ def get(
     disk: PointDisk = None,
     filesystem: Filesystem = None,
     repo: Repo = None,
+    identity: IdentityFile = None,
 ) -> None:
     """
     Copy a file or folder of the guest out of a point.
@@ -89,7 +91,7 @@ def get(
     from backup.guest import files as guest_files
     from backup.operations.serve import choose_disk
 
-    machine, point = find.point(manifest, places.named(repo))
+    machine, point = find.point(manifest, places.named(repo, identity))
     target = guest_files.target_of(path, Path(dest))
     guest_files.require_new(target)
     with guest_files.open_files(machine, point.point, choose_disk(point, disk), filesystem) as guest:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,8 @@ import typer
 
 from backup.cli import find, json_output, output, places
 from backup.cli.context import options
+from backup.cli.parameters import IdentityFile
+from backup.errors import UsageError
 from backup.model.location import Location
 from backup.units import show_size
 
@@ -33,6 +36,16 @@ def init(
             help="Create a second place for copies of this repository; see `pybackup copy`.",
         ),
     ] = None,
+    recipient: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--recipient",
+            metavar="age1...|FILE",
+            help="With --copy-of: seal all files of the second place to this public key, or to those in a file.  "
+            "Repeatable.  Default: `recipients` of the place in the configuration, else the place is not sealed.",
+        ),
+    ] = None,
+    identity: IdentityFile = None,
 ) -> None:
     """
     Create an empty repository.
@@ -45,17 +58,26 @@ def init(
 
     config = find.config_or_default()
     if copy_of is None:
+        if recipient:
+            raise UsageError(
+                "--recipient without --copy-of: only a second place can be sealed",
+                hint="put the first repository on an encrypted file system instead; see docs/sealed-copies.md",
+            )
         location: Location = places.first_of(repo)
         created = Repository.create(settings.storage(location, config))
     else:
         from backup.operations import copy
 
-        location = places.place(repo).location
-        created = copy.make_second(settings.storage(location, config), find.open_at(places.place(copy_of).location))
+        place = places.place(repo)
+        location = place.location
+        source = find.repository(places.named(copy_of, identity))
+        recipients = places.recipients(place, recipient)
+        created = copy.make_second(settings.storage(location, config), source, recipients)
     document = InitDocument(
         repository=str(location),
         id=created.id,
         copy_of=copy_of,
+        recipients=[str(key) for key in created.recipients],
         file_system=_mount_point(location) if isinstance(location, Path) else None,
         free_bytes=shutil.disk_usage(location).free if isinstance(location, Path) else None,
     )
@@ -84,12 +106,14 @@ class InitDocument:
     repository: str
     id: str
     copy_of: str | None
+    recipients: Sequence[str]
     file_system: Path | None
     free_bytes: int | None
 
 
 def _created_line(created: InitDocument) -> str:
-    what = "repository" if created.copy_of is None else f"empty copy of {output.plain(created.copy_of)}"
+    kind = "empty sealed copy" if created.recipients else "empty copy"
+    what = "repository" if created.copy_of is None else f"{kind} of {output.plain(created.copy_of)}"
     made = f"created {what} at {output.plain(created.repository)}, id {created.id[:8]}"
     if created.file_system is None or created.free_bytes is None:
         return made

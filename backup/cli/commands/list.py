@@ -11,7 +11,7 @@ import typer
 
 from backup.cli import find, json_output, output, places
 from backup.cli.context import options
-from backup.cli.parameters import MachineNames, Repo
+from backup.cli.parameters import IdentityFile, MachineNames, Repo
 from backup.errors import WARNINGS_EXIT_CODE, BackupError
 from backup.units import parse_count, show_age, show_size
 
@@ -40,6 +40,7 @@ def list_(
         bool, typer.Option("--long", help="Show a line for each disk, with its size and the reason for its kind.")
     ] = False,
     repo: Repo = None,
+    identity: IdentityFile = None,
 ) -> None:
     """List the points of the repository."""
     from backup.operations import listing
@@ -50,7 +51,7 @@ def list_(
     selection = listing.Selection(newest, None if since is None else listing.parse_since(since, now), disk)
     listed: list[tuple[Manifest, str]] = []
     damaged = False
-    for machine in find.machines(find.repository(places.named(repo)), machines):
+    for machine in find.machines(find.repository(places.named(repo, identity)), machines):
         try:
             contents = machine.contents()
         except BackupError as unreadable:  # this machine's folder; the others are listed all the same

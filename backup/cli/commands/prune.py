@@ -11,7 +11,7 @@ import typer
 
 from backup.cli import find, json_output, output, places
 from backup.cli.context import options, show_error, user_error
-from backup.cli.parameters import DryRun, MachineNames, Repo
+from backup.cli.parameters import DryRun, IdentityFile, MachineNames, Repo
 from backup.errors import BackupError, merged_exit_code
 from backup.model.location import Location
 from backup.units import counted, show_size
@@ -54,6 +54,7 @@ def prune(
         ),
     ] = None,
     repo: Repo = None,
+    identity: IdentityFile = None,
     dry_run: DryRun = False,
 ) -> None:
     """
@@ -65,7 +66,7 @@ def prune(
     """
     from backup.cli import settings
     from backup.cli.retention import KeepOptions
-    from backup.night.night import attempt
+    from backup.runtime.failures import attempt
 
     counts = {
         "last": keep_last,
@@ -77,12 +78,14 @@ def prune(
     }
     config = find.config() if repo is None else find.config_or_default()
     keep = KeepOptions.of(counts, keep_within, batch)
-    location = settings.repository_location(places.named(repo).location, config)
-    names = [machine.name for machine in find.machines(find.open_at(location), machines)]
+    location = settings.repository_location(places.named(repo, identity).location, config)
+    names = [machine.name for machine in find.machines(find.open_at(location, None, identity), machines)]
     retentions = {name: keep.retention(config, name) for name in names}
     outcomes: dict[str, Report | BackupError] = {}
     for name, retention in retentions.items():
-        outcome = attempt(functools.partial(_prune_machine, location, name, retention, config, dry_run=dry_run))
+        outcome = attempt(
+            functools.partial(_prune_machine, location, identity, name, retention, config, dry_run=dry_run)
+        )
         if isinstance(outcome, BackupError):
             show_error(user_error(outcome), of=name if len(retentions) > 1 else None)
         else:
@@ -95,12 +98,14 @@ def prune(
     raise typer.Exit(merged_exit_code(codes, warned=warned))
 
 
-def _prune_machine(location: Location, machine: str, retention: Retention, config: Config, *, dry_run: bool) -> Report:
+def _prune_machine(
+    location: Location, identity: str | None, machine: str, retention: Retention, config: Config, *, dry_run: bool
+) -> Report:
     from backup.cli import settings
     from backup.operations import prune as pruning
 
     request = pruning.Request(retention.policy, retention.batch, settings.workers(config), dry_run)
-    opened = find.open_at(location, config).machine(machine)
+    opened = find.open_at(location, config, identity).machine(machine)
     with output.progress(wanted=not options.quiet) as progress:
         return pruning.prune(opened, request, progress)
 

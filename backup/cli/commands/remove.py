@@ -12,7 +12,7 @@ import typer
 from backup.cli import find, json_output, output, places
 from backup.cli.context import options
 from backup.cli.output import freed_text, plain
-from backup.cli.parameters import DryRun, Repo
+from backup.cli.parameters import DryRun, IdentityFile, Repo
 from backup.errors import BackupError, Failed, UsageError
 from backup.units import counted
 
@@ -29,6 +29,7 @@ def remove(
         bool, typer.Option("--yes", help="Remove without asking.  Needed where there is no terminal.")
     ] = False,
     repo: Repo = None,
+    identity: IdentityFile = None,
     dry_run: DryRun = False,
 ) -> None:
     """
@@ -45,8 +46,8 @@ def remove(
     if not yes and not dry_run and not sys.stdin.isatty():
         raise UsageError("remove asks before it removes, and there is no terminal", hint="give --yes or --dry-run")
     config = find.config() if repo is None else find.config_or_default()
-    location = settings.repository_location(places.named(repo).location, config)
-    [machine] = find.machines(find.open_at(location, config), [name])
+    location = settings.repository_location(places.named(repo, identity).location, config)
+    [machine] = find.machines(find.open_at(location, config, identity), [name])
     workers = settings.workers(config)
     removal = removing.plan(machine, point or None, workers=workers)
     if not dry_run:

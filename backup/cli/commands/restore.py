@@ -13,7 +13,7 @@ import typer
 from backup.cli import find, json_output, output, places
 from backup.cli.context import options, show_error
 from backup.cli.output import plain
-from backup.cli.parameters import PointName, Repo, WriteLimit
+from backup.cli.parameters import IdentityFile, PointName, Repo, WriteLimit
 from backup.errors import BackupError, Damaged, NotFound, UsageError, merged_exit_code
 from backup.units import show_duration, show_rate, show_size
 
@@ -78,6 +78,7 @@ def restore(
         str, typer.Option("--libvirt", metavar="URI", help="With --define: URI of the local libvirt.")
     ] = _SYSTEM,
     repo: Repo = None,
+    identity: IdentityFile = None,
     limit: WriteLimit = None,
 ) -> None:
     """
@@ -93,7 +94,7 @@ def restore(
     from backup.repository import salvage as salvaging
 
     find.require_format(format_)
-    machine, point = find.point(manifest, places.named(repo))
+    machine, point = find.point(manifest, places.named(repo, identity))
     config = find.config_or_default()
     # The `limit` of the configuration is for nightly reads; a restore is waited for.
     workers, bytes_a_second = settings.workers(config), None if limit is None else settings.limit(limit, config)

@@ -11,7 +11,7 @@ import typer
 from backup.cli import find, json_output, output, places
 from backup.cli.context import options
 from backup.cli.output import plain
-from backup.cli.parameters import PointDisk, PointName, Repo
+from backup.cli.parameters import IdentityFile, PointDisk, PointName, Repo
 from backup.errors import Interrupted
 from backup.units import show_size
 
@@ -39,6 +39,7 @@ def serve(
         bool, typer.Option("--writable", help="Let clients write.  What they write is discarded at the end.")
     ] = False,
     repo: Repo = None,
+    identity: IdentityFile = None,
 ) -> None:
     """
     Serve a disk of a point over NBD until Ctrl-C.
@@ -48,7 +49,7 @@ def serve(
     from backup.operations import serve as serving
 
     address = serving.address(find.path_of(socket), port, bind)
-    machine, point = find.point(manifest, places.named(repo))
+    machine, point = find.point(manifest, places.named(repo, identity))
     name = serving.choose_disk(point, disk)
     with serving.serving(machine, point.point, name, address, writable=writable) as served:
         try:

@@ -11,7 +11,7 @@ import typer
 from backup.cli import find, json_output, output, places
 from backup.cli.context import options, user_error
 from backup.cli.output import plain
-from backup.cli.parameters import PointName, Repo
+from backup.cli.parameters import IdentityFile, PointName, Repo
 from backup.errors import BackupError, NotFound, UsageError
 from backup.units import counted, show_size
 
@@ -28,6 +28,7 @@ Links = Sequence[str] | BackupError
 def show(
     manifest: PointName,
     repo: Repo = None,
+    identity: IdentityFile = None,
     definition: Annotated[
         bool,
         typer.Option("--definition", help="Print the machine's definition (libvirt's XML) and nothing else."),
@@ -36,7 +37,7 @@ def show(
     """Show a point: its disks, their sources and their chains."""
     from backup.model import chain
 
-    machine, point = find.point(manifest, places.named(repo))
+    machine, point = find.point(manifest, places.named(repo, identity))
     if definition:
         _print_definition(machine, point)
         return

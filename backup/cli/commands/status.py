@@ -11,7 +11,7 @@ import typer
 
 from backup.cli import find, json_output, output, places
 from backup.cli.context import options
-from backup.cli.parameters import MachineNames, Repo
+from backup.cli.parameters import IdentityFile, MachineNames, Repo
 from backup.errors import NotFound
 from backup.units import parse_duration, show_age, show_size
 
@@ -30,6 +30,7 @@ def status(
         ),
     ] = None,
     repo: Repo = None,
+    identity: IdentityFile = None,
 ) -> None:
     """
     Show the age and state of each disk's newest point.
@@ -42,7 +43,7 @@ def status(
 
     limits = states.Limits(datetime.now(UTC), None if max_age is None else parse_duration(max_age))
     config = find.config() if repo is None else find.config_or_default()
-    named = places.named(repo)
+    named = places.named(repo, identity)
     repository = find.repository(named)
     expected = settings.expected_disks(config, named.location, repository.machine_names())
     known = {*repository.machine_names(), *expected}

@@ -12,7 +12,7 @@ import typer
 from backup.cli import find, json_output, output, places
 from backup.cli.context import options
 from backup.cli.json_output import ProblemDocument
-from backup.cli.parameters import Limit, Repo
+from backup.cli.parameters import IdentityFile, Limit, Repo
 from backup.errors import BackupError, UsageError
 from backup.units import counted, show_size
 
@@ -30,6 +30,7 @@ def verify(
         ),
     ] = None,
     repo: Repo = None,
+    identity: IdentityFile = None,
     deep: Annotated[bool, typer.Option("--deep", help="Decompress every cluster as well.")] = False,
     older_than: Annotated[
         str | None,
@@ -58,7 +59,7 @@ def verify(
     choice = _choice(older_than, sample, deep=deep)
     results: list[Verified] = []
     with output.progress(wanted=not options.quiet) as progress:
-        for machine, points in find.points(what or [], places.named(repo), config):
+        for machine, points in find.points(what or [], places.named(repo, identity), config):
             try:
                 progress.begin(machine.name, verifying.stored_bytes(machine, points, choice, deep=deep))
                 result = verifying.verify_machine(
