@@ -330,7 +330,7 @@ def require_local_folder(files: Files) -> Path:
     folder = files.local_folder()
     if folder is None:
         raise Failed(
-            f"{files.location} is sealed or not a folder of this host, and QEMU reads plain files in a folder only",
+            f"{files.location} is not a folder of this host with plain files, and QEMU reads a point from nothing else",
             hint="copy the point to a repository in a folder first (`pybackup copy`), and use it there",
         )
     return folder
