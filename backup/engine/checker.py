@@ -15,6 +15,7 @@ from backup.repository.checked_file import BlockCache, CheckedFile
 from backup.runtime.pace import Pace
 from backup.runtime.threads import in_threads
 from backup.storage.base import Files
+from backup.storage.refusals import NoAnswer
 
 _WHOLE_BLOCKS = 4
 """
@@ -139,6 +140,8 @@ class CheckRun:
                 continue
             try:
                 file = self._opened(check.entry)
+            except NoAnswer:
+                raise
             except BackupError as error:
                 check.wrong[0] = error
                 continue
@@ -163,6 +166,8 @@ class CheckRun:
             else:
                 read = len(file.check_block(number))
                 self._keep_pace(read)
+        except NoAnswer:
+            raise
         except BackupError as error:
             with self._lock:
                 check.wrong[number] = error

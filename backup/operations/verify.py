@@ -31,6 +31,7 @@ from backup.repository.opened_chain import examine
 from backup.repository.verified import Memory, Record
 from backup.runtime.pace import Pace
 from backup.storage.base import Files, Listing
+from backup.storage.refusals import NoAnswer, require_answer
 
 _CLOCKS = timedelta(minutes=5)
 """The greatest normal difference between the clocks of two hosts."""
@@ -156,6 +157,7 @@ def glance(files: Files, listing: Listing, data: DataFile) -> BackupError | None
     except (FileNotFoundError, NotADirectoryError) as error:
         return NotFound(f"{error.filename} is missing", hint=_FROM_COPY)
     except OSError as error:
+        require_answer(error)
         return Failed(
             f"{error.filename} cannot be examined: {error.strerror}",
             hint="run the command as the owner of the repository",
@@ -269,6 +271,8 @@ def _damaged_machine_files(machine: Machine, wanted: Iterable[Manifest]) -> Iter
         for file in manifest.machine_files:
             try:
                 machine_files.load(machine.files, file)
+            except NoAnswer:
+                raise
             except BackupError as error:
                 yield Problem(machine.name, manifest.point, None, error)
 

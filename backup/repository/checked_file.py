@@ -16,7 +16,7 @@ from backup.errors import Damaged, DamagedBlock
 from backup.model.digests import BLOCK, LENGTH, block_count, digest
 from backup.model.manifest import DataFile
 from backup.storage.base import Files
-from backup.storage.refusals import open_file
+from backup.storage.refusals import open_file, require_answer
 
 
 def load(files: Files, name: str, expected: str, blocks: int) -> bytes:
@@ -37,6 +37,7 @@ def load(files: Files, name: str, expected: str, blocks: int) -> bytes:
         try:
             content = bytes(file.read_at(0, file.size)) if fits else b""
         except OSError as error:
+            require_answer(error)
             raise Damaged(f"{path} cannot be read: {error.strerror}", hint=_FROM_COPY) from None
     if not fits or digest(content).hex() != expected:
         raise Damaged(f"{path} is not the digest file that the manifest names", hint=_FROM_COPY)
@@ -163,6 +164,7 @@ class CheckedFile:
         try:
             content = self._file.read_at(start, length)
         except OSError as error:
+            require_answer(error)
             raise self._damaged(start, length, f"cannot be read at {start}: {error.strerror}") from None
         if len(content) != length or digest(content) != self.listed(number):
             raise self._damaged(start, length, f"is damaged between bytes {start} and {start + length}")
@@ -180,6 +182,7 @@ class CheckedFile:
         try:
             content = bytes(self._file.read_at(offset, length))
         except OSError as error:
+            require_answer(error)
             raise self._damaged(offset, length, f"cannot be read at {offset}: {error.strerror}") from None
         if len(content) != length:
             raise self._damaged(offset, length, f"ends before byte {offset + length}")

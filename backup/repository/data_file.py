@@ -13,7 +13,7 @@ from backup.repository import checked_file
 from backup.repository.checked_file import CACHED, BlockCache, CheckedFile
 from backup.repository.cluster_index import Index
 from backup.storage.base import Files
-from backup.storage.refusals import open_file, opening
+from backup.storage.refusals import open_file, opening, require_answer
 
 _FROM_COPY = "bring the file back from a copy of the repository, or restore another point"
 
@@ -62,6 +62,7 @@ class PeekedDataFile:
         try:
             content = bytes(self._file.read_at(offset, length))
         except OSError as error:
+            require_answer(error)
             raise Damaged(f"a data file cannot be read: {error.strerror}", hint=_FROM_COPY) from None
         if len(content) != length:
             raise Damaged(f"a data file ends before byte {offset + length}", hint=_FROM_COPY)

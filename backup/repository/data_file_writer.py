@@ -13,6 +13,7 @@ from backup.model import digests
 from backup.model.extents import Offsets
 from backup.model.manifest import DataFile
 from backup.storage.base import Files
+from backup.storage.refusals import require_answer
 
 
 class PartFile:
@@ -96,6 +97,7 @@ def _writing(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        require_answer(error)
         raise Failed(
             f"{path} cannot be written: {error.strerror}",
             hint="check the space and the permissions there; what was published before is untouched",

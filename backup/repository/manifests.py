@@ -11,7 +11,8 @@ from backup.model import documents
 from backup.model import manifest as manifests
 from backup.model.manifest import DiskEntry, Manifest
 from backup.runtime.shortage import NOT_DAMAGE
-from backup.storage.base import Files
+from backup.storage.base import Files, Unavailable
+from backup.storage.refusals import NoAnswer, require_answer
 
 
 def read_manifest(files: Files, name: str) -> Manifest:
@@ -43,6 +44,8 @@ def is_exchanged(files: Files, disk: DiskEntry) -> bool:
         with closing(files.open(name)) as file:
             head = bytes(file.read_at(0, qcow2.HEADER_BYTES))
             return qcow2.parse_header(head, file.size, files.path(name)).image.backing == backing
+    except (NoAnswer, Unavailable):
+        raise
     except (BackupError, OSError):
         return not files.has(name + manifests.NEW)
 
@@ -77,6 +80,7 @@ def read_manifest_whole(files: Files, name: str) -> tuple[Manifest, bytes]:
     except (FileNotFoundError, NotADirectoryError):
         raise NotFound(f"there is no manifest {path}", hint="`pybackup list` shows the points") from None
     except OSError as error:
+        require_answer(error)
         if error.errno in NOT_DAMAGE:
             raise Failed(
                 f"manifest {path} cannot be read: {error.strerror}", hint="run as the repository's owner"

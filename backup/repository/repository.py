@@ -29,7 +29,7 @@ from backup.model.documents import RANDOM, BadDocument, Fields
 from backup.model.names import MARKER, RECOVERY, check_name, name_problem
 from backup.repository.machine import Machine
 from backup.storage.base import TEMPORARY, Storage
-from backup.storage.refusals import explained
+from backup.storage.refusals import explained, require_answer
 
 if TYPE_CHECKING:
     from backup.age.keys import Identities, Recipient
@@ -111,6 +111,7 @@ class Repository:
                 "repository in a new or empty folder",
             ) from None
         except OSError as error:
+            require_answer(error)
             raise Failed(f"{marker} cannot be read: {error.strerror}", hint="run as the repository's owner") from None
         return cls(storage, _parsed(content, marker), identities)
 

@@ -37,8 +37,8 @@ from backup.repository.cluster_index import NOBODY, Index
 from backup.repository.data_file import check_head
 from backup.repository.machine import Contents, Machine
 from backup.repository.opened_chain import open_unchanged
-from backup.storage.base import Files
-from backup.storage.refusals import open_file
+from backup.storage.base import Files, Unavailable
+from backup.storage.refusals import NoAnswer, open_file, require_answer
 
 U64 = npt.NDArray[np.uint64]
 
@@ -276,7 +276,8 @@ def _made(files: Files, name: str, size: int, blocks: int) -> bytes:
         for number in range(min(blocks, block_count(file.size))):
             try:
                 content = file.read_at(number * BLOCK, min(BLOCK, size - number * BLOCK))
-            except OSError:
+            except OSError as error:
+                require_answer(error)
                 continue
             made[number * LENGTH : (number + 1) * LENGTH] = digests.digest(content)
     return bytes(made)
@@ -287,6 +288,9 @@ def _stored(files: Files, name: str, blocks: int) -> bytes | None:
     try:
         with closing(open_file(files, name)) as file:
             return bytes(file.read_at(0, file.size)) if file.size == blocks * LENGTH else None
+    except Unavailable as error:
+        require_answer(error)
+        raise
     except (Damaged, NotFound, OSError):
         return None
 
@@ -485,6 +489,8 @@ def located(error: Damaged, machine: Machine, point: str, disk: str) -> Damaged:
                 return error
             number = names.index(name)
             return with_ranges(error, _doubtful(chain, files, number, [(error.start, error.end)]))
+    except NoAnswer:
+        raise
     except BackupError:
         return error
 
@@ -501,6 +507,8 @@ def located_in_file(
     try:
         with closing(SalvagedFile(files, entry, parent, BlockCache())) as file:
             ranges = _doubtful(chain, [file], 0, blocks)
+    except NoAnswer:
+        raise
     except BackupError:
         return first
     more = f" and {len(blocks) - 1} more places" if len(blocks) > 1 else ""

@@ -84,12 +84,17 @@ class Lease:
 
     @classmethod
     def decode(cls, content: bytes, modified: datetime, lasting: float) -> Lease:
-        """Return what an object says; one that cannot be understood is a writer's until the usual time is over."""
-        unknown = cls(EXCLUSIVE, "an unknown host", 0, modified.timestamp() + lasting)
+        """
+        Return what an object says; one that cannot be understood is a writer's.
+
+        No lease holds for longer than the usual time after it was written: a host's clock may have been wrong.
+        """
+        longest = modified.timestamp() + lasting
+        unknown = cls(EXCLUSIVE, "an unknown host", 0, longest)
         try:
             document = json.loads(content)
             host, identity = str(document.get("host", ""))[:64], str(document.get("identity", ""))
-            until = _seconds(document.get("until"))
+            until = min(_seconds(document.get("until")), longest)
             kind = SHARED if document.get("kind") == SHARED else EXCLUSIVE
             return cls(kind, host, int(document.get("pid", 0)), until, identity, int(document.get("slot", 0)))
         except (ValueError, TypeError, AttributeError, RecursionError, OverflowError):

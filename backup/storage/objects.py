@@ -20,6 +20,7 @@ from pathlib import Path
 
 from backup.errors import BackupError, UsageError
 from backup.model.location import Bucket
+from backup.model.manifest import is_point_id
 from backup.model.names import MARKER
 from backup.runtime.ignoring import ignoring
 from backup.storage import leases as lease_objects
@@ -41,6 +42,18 @@ _NO_READERS_SECONDS = 5.0
 """For so long `alone` does not look for readers again; they are looked for anyway before anything is removed."""
 _MARKER_BYTES = 64 << 10
 _INIT_PATIENCE = 20.0
+
+
+class InUse(Unavailable, PermissionError):
+    """A file may not be removed now, because a reader may read it."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(
+            errno.EACCES,
+            "a reader uses files of the machine",
+            path,
+            hint="run the command again when no restore, verify or serve of the machine runs",
+        )
 
 
 class ObjectStorage:
@@ -144,7 +157,6 @@ class ObjectFiles:
         self.location = self._client.path(folder)
         self._exists = not folder
         self._listed: dict[int, tuple[float, Folder]] = {}
-        self._alone: set[str] = set()
         self._readers_checked = False
         self._no_readers_until = 0.0
         self._kept: set[str] = set()
@@ -288,12 +300,12 @@ class ObjectFiles:
         if notes is not None:
             notes.discard(name)
             return
-        self._require_no_reader(name)
         self._delete(name)
 
     def _delete(self, name: str) -> None:
         self._leases.require_valid(self._folder)
         try:
+            self._require_no_reader(name)
             self._client.delete(self._name(name))
         except PermissionError:
             self._kept.add(name)
@@ -326,6 +338,7 @@ class ObjectFiles:
         with ExitStack() as stack:
             with explained(self.location):
                 stack.enter_context(self._leases.exclusive(self._folder))
+                self._readers_checked = False
                 if not self._exists:
                     self._make_folder()
             yield
@@ -359,33 +372,25 @@ class ObjectFiles:
     @contextmanager
     def alone(self, names: Sequence[str]) -> Iterator[str | None]:
         """
-        Look for readers of the folder; one that comes later is looked for before a file of these is removed.
+        Look for readers of the folder; they are looked for again before a file is removed whose manifest is gone.
 
         A reader that comes after that look reads the manifests again, and sees that the file's point is gone.
         """
+        del names
         if time.monotonic() > self._no_readers_until:
             if self._leases.has_readers(self._folder):
                 yield IN_USE
                 return
             self._no_readers_until = time.monotonic() + _NO_READERS_SECONDS
-        self._alone, self._readers_checked = set(names), False
-        try:
-            yield None
-        finally:
-            self._alone = set()
+        yield None
 
     def _require_no_reader(self, name: str) -> None:
-        """Look for readers again, after a manifest was removed and before the first of its files is."""
-        if name not in self._alone:
+        """Look for readers, after a manifest was removed and before the first of its files is."""
+        if _is_manifest(name):
             self._readers_checked = False
-        elif not self._readers_checked:
+        elif self._folder and not self._readers_checked:
             if self._leases.has_readers(self._folder):
-                raise Unavailable(
-                    errno.EBUSY,
-                    "a reader has begun to use the machine's files",
-                    self.path(name),
-                    hint="its point is removed; the next prune or copy removes its files",
-                )
+                raise InUse(self.path(name))
             self._readers_checked = True
 
     # Shared by the methods above
@@ -422,6 +427,11 @@ class ObjectFiles:
             return None
         notes = self._storage.notes(self._folder)
         return notes if Path(notes.location).is_dir() else None
+
+
+def _is_manifest(name: str) -> bool:
+    """Tell whether a name is a manifest's, sealed or not."""
+    return is_point_id(name.removesuffix(".age").removesuffix(".json")) and ".json" in name
 
 
 def _is_lease(name: str) -> bool:

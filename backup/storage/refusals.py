@@ -7,8 +7,25 @@ from contextlib import contextmanager
 
 from backup.errors import BackupError, Damaged, Failed, NotFound
 from backup.runtime.shortage import NOT_DAMAGE
-from backup.storage.base import Files, RangeReader
+from backup.storage.base import Files, RangeReader, Unavailable
 from backup.storage.plain_file import HINT, NotPlainError
+
+
+class NoAnswer(Failed):
+    """A storage elsewhere does not answer, or refuses: nothing is known about its files, and no other call may help."""
+
+
+def require_answer(error: OSError) -> None:
+    """
+    Pass on an error of the storage that tells nothing about a file; callers take others for damage.
+
+    Raises
+    ------
+    NoAnswer
+        The storage did not answer, or refused.
+    """
+    if isinstance(error, Unavailable):
+        raise NoAnswer(f"{error.filename}: {error.strerror}", hint=error.hint) from None
 
 
 def open_file(files: Files, name: str, *, once: int = 0) -> RangeReader:
@@ -45,6 +62,7 @@ def opening(location: str) -> Iterator[None]:
             f"{error.filename or location} is missing", hint="bring the file back from a copy of the repository"
         ) from None
     except OSError as error:
+        require_answer(error)
         raise _not_opened(error, location) from None
 
 
@@ -73,6 +91,7 @@ def explained(location: str) -> Iterator[None]:
     except NotPlainError as error:
         raise Failed(f"{error.filename} cannot be opened: {error.strerror}", hint=HINT) from None
     except OSError as error:
+        require_answer(error)
         raise Failed(
             f"{error.filename or location}: {error.strerror}",
             hint="check the repository's space and permissions; nothing published before was changed",

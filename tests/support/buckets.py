@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from backup.errors import Locked
 from backup.model.location import Bucket
 from backup.storage.leases import Terms
 from backup.storage.objects import ObjectStorage
@@ -54,6 +57,36 @@ class Server:
         if versioned:
             client.put_bucket_versioning(Bucket=name, VersioningConfiguration={"Status": "Enabled"})
         return Bucket(name, "place", self.endpoint)
+
+
+def assert_one_writes_at_once(host: Callable[[str], ObjectStorage], machine: str, hosts: int = 3) -> None:
+    """Hosts that take a machine's lock at one instant: at most one has it at any time, and at least one in the end."""
+    inside: list[str] = []
+    most: list[int] = []
+    outcomes: list[str] = []
+    start = threading.Barrier(hosts)
+
+    def write(name: str) -> None:
+        files = host(name).files(machine)
+        start.wait()
+        try:
+            with files.lock():
+                inside.append(name)
+                most.append(len(inside))
+                time.sleep(0.3)
+                inside.remove(name)
+                outcomes.append("written")
+        except Locked:
+            outcomes.append("locked")
+
+    threads = [threading.Thread(target=write, args=[f"host{number}"]) for number in range(hosts)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert max(most) == 1
+    assert len(outcomes) == hosts
+    assert "written" in outcomes
 
 
 @contextmanager
