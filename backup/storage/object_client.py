@@ -93,6 +93,7 @@ class Client:
         self._bucket = bucket
         self._server = access.endpoint or f"AWS, region {access.region}"
         self._store = _store(bucket, access)
+        self._answered = False  # True once a request was successful, so that the bucket exists
 
     def path(self, name: str) -> str:
         """Return an object's URL, for messages."""
@@ -116,7 +117,8 @@ class Client:
         try:
             return _found(self._ask(name, lambda: head_async(self._store, name)))
         except FileNotFoundError:
-            self.list(name)  # the answer to HEAD has no body that tells whether the bucket exists
+            if not self._answered:
+                self.list(name)  # the answer to HEAD has no body that tells whether the bucket exists
             raise
         except PermissionError:
             self.list(name)  # nor one that tells why the key is refused
@@ -217,7 +219,7 @@ class Client:
         """
         path = self.path(name)
         try:
-            return _finished(make, Wait(f"{path} at {self._server}", seconds))
+            answer = _finished(make, Wait(f"{path} at {self._server}", seconds))
         except TimedOut as error:
             raise Unavailable(
                 errno.ETIMEDOUT,
@@ -235,6 +237,8 @@ class Client:
             if not _of_obstore(error):
                 raise
             raise self._explained(error, path) from None
+        self._answered = True
+        return answer
 
     def _explained(self, error: BaseException, path: str) -> Exception:
         return explained(str(error), path, self._bucket.name, self._server, type(error).__name__)
@@ -402,6 +406,7 @@ def _of_obstore(error: BaseException) -> bool:
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>([A-Za-z0-9.]{1,64})</Code>")
 _CAUSES = (
+    ("redirect without LOCATION", errno.EPROTO, "the bucket is at another server or in another region"),
     ("ConnectionRefused", errno.ECONNREFUSED, "the connection is refused"),
     ("Connection refused", errno.ECONNREFUSED, "the connection is refused"),
     ("dns error", errno.EHOSTUNREACH, "the server's name is unknown"),
