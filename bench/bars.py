@@ -38,6 +38,7 @@ from measure import (
     Count,
     Row,
     Usage,
+    Watch,
     in_turn,
     largest,
     processors,
@@ -76,6 +77,7 @@ def completed(row: Row, ours: Sequence[Usage], theirs: Sequence[Usage]) -> Row:
         ours_processor=processors(ours) if both else [],
         theirs_processor=processors(theirs) if both else [],
         memory=largest(ours),
+        foreign=[round(max(one.foreign, other.foreign), 3) for one, other in zip(ours, theirs, strict=True)],
     )
 
 
@@ -183,12 +185,13 @@ def incremental(bench: Bench) -> Iterator[Row]:
             uri = daemon.serve("ours")
 
             def theirs(target: Path = target, daemon: Daemon = daemon) -> Usage:
-                before, start = daemon.processor, time.perf_counter()
+                before, watch, start = daemon.processor, Watch(), time.perf_counter()
                 made = timed([["qemu-img", "create", "-q", "-f", "qcow2", str(target), str(size)]])
                 daemon.back_up(target, "theirs")
                 synced = timed([["sync", str(target)]])
                 took = time.perf_counter() - start
-                return Usage(took, daemon.processor - before + made.processor + synced.processor, 0)
+                processor = daemon.processor - before + made.processor + synced.processor
+                return Usage(took, processor, 0, watch.foreign(processor))
 
             for compression in ("none", "zstd:1"):
                 ours = [PYBACKUP, *unchecked, "incremental", "--nbd", uri, *AS, "--bitmap", "ours", "--since", point]

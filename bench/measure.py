@@ -5,6 +5,9 @@ Wall time is from the start of the first command to the end of the last.  Proces
 children that ended, and what separate servers used meanwhile.  Memory is the peak of the resident set as the kernel
 counts it (wait4), of the largest single process among a command and its children.  Linux counts what a process was
 before exec as well, that is this program, which therefore stays small: no numpy, no matplotlib, no long lists here.
+
+A run counts only if other processes took little of the cores meanwhile (`FOREIGN`); otherwise it is done again, as long
+as `GATE_SECONDS` allow.  Their share is shown beside each figure.
 """
 
 from __future__ import annotations
@@ -30,15 +33,44 @@ OWN_LIMIT = 64 * MIB
 BIN = Path(sys.executable).parent
 PYBACKUP = str(BIN / "pybackup")
 TICKS = os.sysconf("SC_CLK_TCK")
+FOREIGN = 0.15
+"""The largest share of all cores that other processes may take during a run that counts."""
+GATE_SECONDS = 240.0
+"""How long the runs of one row are repeated because of other processes; then the runs count as they are."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What some commands took: wall and processor seconds, bytes of memory at the peak."""
+    """
+    What some commands took: wall and processor seconds, bytes of memory at the peak.
+
+    `foreign` is the share of all cores that other processes took meanwhile (0: not measured).
+    """
 
     seconds: float
     processor: float
     memory: int
+    foreign: float = 0.0
+
+
+class Watch:
+    """Tells how busy the machine is from now on: processor time of all processes, and what a hypervisor takes away."""
+
+    def __init__(self) -> None:
+        self._start, self._busy, self._self = time.perf_counter(), busy(), time.process_time()
+
+    def foreign(self, processor: float) -> float:
+        """Return the share of all cores that others took, where the measured processes took `processor` seconds."""
+        cores = os.cpu_count() or 1
+        own = processor + time.process_time() - self._self + cores / TICKS  # the kernel counts whole ticks
+        return max(0.0, busy() - self._busy - own) / (cores * (time.perf_counter() - self._start))
+
+
+def busy() -> float:
+    """Processor seconds of all processes and interrupts since the start of the machine, and what others stole."""
+    words = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    user, nice, system, _idle, _waiting, interrupts, soft, stolen = map(int, words)
+    return (user + nice + system + interrupts + soft + stolen) / TICKS
 
 
 @dataclass(frozen=True)
@@ -66,6 +98,8 @@ class Row:
     unit: str = "s"
     value: float = 0.0
     note: str = ""
+    foreign: list[float] = field(default_factory=list)
+    """For each pair, the larger share of the cores that other processes took."""
 
     @property
     def measured(self) -> float:
@@ -94,6 +128,11 @@ class Row:
         ratio = self.processor_ratio
         return good and (self.processor_limit is None or (ratio is not None and ratio <= self.processor_limit))
 
+    @property
+    def others(self) -> str:
+        """The share of the cores that other processes took in the middle pair; empty where it was not measured."""
+        return f"{statistics.median(self.foreign):.0%}" if self.foreign else ""
+
     def text(self) -> str:
         """A line for the terminal."""
         if self.kind == "missing":
@@ -102,7 +141,8 @@ class Row:
         return (
             f"  {self.work} [{self.place}]: {self.measured:.2f} (bar {self.limit:g}, {mark}) "
             f"{statistics.median(self.ours):.3f} against {statistics.median(self.theirs):.3f} {self.unit}, "
-            f"processor {self.processor_ratio or 0:.2f}, {self.memory / MIB:.0f} MiB  ({self.against})"
+            f"processor {self.processor_ratio or 0:.2f}, {self.memory / MIB:.0f} MiB, others took {self.others}  "
+            f"({self.against})"
         )
 
 
@@ -224,14 +264,20 @@ class Nights:
         )
 
 
-def timed(commands: Iterable[Sequence[str]], servers: Sequence[int] = (), codes: Sequence[int] = (0,)) -> Usage:
+def timed(
+    commands: Iterable[Sequence[str]],
+    servers: Sequence[int] = (),
+    codes: Sequence[int] = (0,),
+    helpers: Sequence[int] = (),
+) -> Usage:
     """
     Run commands, one after the other, their output thrown away.
 
-    `servers` are the process ids of servers that work for them and live on; `codes` the exit codes that are good.
+    `servers` are the process ids of servers that work for them and live on; `helpers` too, whose time does not count,
+    but is no other program's either; `codes` are the exit codes that are good.
     """
-    before = sum(map(processor_of, servers))
-    start = time.perf_counter()
+    before, helped = sum(map(processor_of, servers)), sum(map(processor_of, helpers))
+    watch, start = Watch(), time.perf_counter()
     processor, memory = 0.0, 0
     for command in commands:
         # A file and no pipe for complaints: what waits for a reader would be measured too.
@@ -244,7 +290,8 @@ def timed(commands: Iterable[Sequence[str]], servers: Sequence[int] = (), codes:
         processor += used.processor
         memory = max(memory, used.memory)
     seconds = time.perf_counter() - start
-    return Usage(seconds, processor + sum(map(processor_of, servers)) - before, memory)
+    processor += sum(map(processor_of, servers)) - before
+    return Usage(seconds, processor, memory, watch.foreign(processor + sum(map(processor_of, helpers)) - helped))
 
 
 def waited(process: subprocess.Popen[bytes]) -> Usage:
@@ -263,20 +310,33 @@ def processor_of(process: int) -> float:
     return (int(fields[11]) + int(fields[12])) / TICKS  # utime and stime, proc(5)
 
 
-def in_turn(sides: Sequence[Callable[[], Usage]], rounds: int, clean: Callable[[], None]) -> list[list[Usage]]:
+def in_turn(
+    sides: Sequence[Callable[[], Usage]], rounds: int, clean: Callable[[], None], patience: float = GATE_SECONDS
+) -> list[list[Usage]]:
     """
     Run all sides in turn, `rounds` times, so that what else the machine does hits all; one list of usages per side.
 
     Before each run everything is written back (sync), so that nobody pays for what another left in the page cache;
-    after each, `clean` removes what it made.
+    after each, `clean` removes what it made.  A run during which other processes took much of the cores is repeated,
+    for `patience` seconds in all; with a single round, which is a trial of the bench, no run is.
     """
     usages: list[list[Usage]] = [[] for _ in sides]
+    deadline = time.monotonic() + (patience if rounds > 1 else 0)
     for _ in range(rounds):
         for side, found in zip(sides, usages, strict=True):
-            os.sync()
-            found.append(side())
-            clean()
+            found.append(_quiet(side, clean, deadline))
     return usages
+
+
+def _quiet(side: Callable[[], Usage], clean: Callable[[], None], deadline: float) -> Usage:
+    """Run a side until other processes took little of the cores meanwhile, or the deadline has passed."""
+    while True:
+        os.sync()
+        used = side()
+        clean()
+        if used.foreign <= FOREIGN or time.monotonic() > deadline:
+            return used
+        time.sleep(0.3)
 
 
 def seconds(usages: Sequence[Usage]) -> list[float]:

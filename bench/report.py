@@ -135,7 +135,9 @@ HOW = """
 
 Ours and theirs run in turn, so that what else the machine does hits both; a value is the median over the pairs
 (their number is in the table) of the quotient or the difference within a pair, and the seconds are medians of their
-own. Before each run all is written back (`sync`), after it its output is removed. Every time is that of whole
+own. A run counts only if other processes took at most 15 % of the cores meanwhile, and is done again otherwise, for
+four minutes in all; *others took* is their share in the middle pair (the larger one of the pair). Before each run all
+is written back (`sync`), after it its output is removed. Every time is that of whole
 processes, start included, except for the bare loop over zstandard. *Processor* is user and system time of the
 processes, their children and the servers that work for them. *MiB* is the largest resident set of a single process
 of ours (`wait4`): pybackup, or its qemu-nbd where that is larger; it is an upper bound, since Linux counts the
@@ -226,6 +228,7 @@ def bars(parts: dict[str, list[Any]]) -> str:
         "theirs s",
         "processor s, ours / theirs",
         "MiB",
+        "others took",
         "pairs",
     ]
     lines = [bar(row) for row in rows]
@@ -244,7 +247,7 @@ def bars(parts: dict[str, list[Any]]) -> str:
 def bar(row: Row) -> list[str]:
     """A row of the bars' table."""
     if row.kind == "missing":
-        return [row.work, "", row.against, "", row.note, "", "", "", "", "", ""]
+        return [row.work, "", row.against, "", row.note, "", "", "", "", "", "", ""]
     limit = {
         "ratio": f"≤ {row.limit:.2f} ×",
         "rate": f"≥ {row.limit:.0%} of the rate",
@@ -273,6 +276,7 @@ def bar(row: Row) -> list[str]:
         *times,
         processor,
         peak,
+        row.others,
         str(len(row.ours)),
     ]
 
