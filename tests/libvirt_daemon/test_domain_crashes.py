@@ -201,6 +201,22 @@ def test_bitmaps_of_no_point_are_removed_from_the_image(domain):
     assert foreign in bitmaps(domain.disks["vda"])
 
 
+def test_a_bitmap_whose_record_a_user_removed_goes_when_qemu_has_stored_it(domain):
+    """libvirt does not list it, so that no run can see it before."""
+    begun(domain)
+    killed_night(domain, "job begun")
+    domain.daemon.virsh("domjobabort", domain.name)
+    for name in domain.checkpoints():
+        domain.daemon.virsh("checkpoint-delete", domain.name, name, "--metadata")
+    domain.require_night("incremental", "incremental")
+    domain.destroy()
+    assert [len(bitmaps(image)) for image in domain.disks.values()] == [2, 2]
+    domain.start()
+    domain.require_night("incremental", "incremental")
+    domain.destroy()
+    assert [len(bitmaps(image)) for image in domain.disks.values()] == [1, 1]
+
+
 def during(monkeypatch, domain: Domain, event: Callable[[], object]) -> None:
     """Have something happen once, when the job has begun and before a byte is read."""
     begin = Job.begin

@@ -12,6 +12,7 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -240,7 +241,7 @@ class Chance:
         assert self.domain.checkpoints() == []
         assert self.domain.job() == ""
         assert self.domain.leftovers() == []
-        self.require_own_bitmaps_alone()
+        self.require_own_bitmaps_alone(held)
 
     def with_bitmaps_below(self) -> set[str]:
         """Disks below whose image a bitmap lies: its removal changes that file, so that the next point is a rescan."""
@@ -249,13 +250,14 @@ class Chance:
     def keep(self, point: str, held: dict[str, Path]) -> None:
         self.domain.require_holds(point, held)
 
-    def require_own_bitmaps_alone(self) -> None:
+    def require_own_bitmaps_alone(self, disks: Iterable[str]) -> None:
         """
-        Each disk's image has the bitmap of its newest point, and no other.
+        Each of these disks' images has the bitmap of its newest point, and no other.
 
         An overlay also gets a bitmap that a night has forgotten below it; a later night removes that.
         """
-        for target, image in self.domain.disks.items():
+        for target in disks:
+            image = self.domain.disks[target]
             names = [name for _, name in in_qemu(self.domain, image)] if self.on else bitmaps(image)
             below = {name for base in self.bases[target] for name in bitmaps(base)}
             own = [name for name in names if name not in below and name.split(".")[1] == self.short_id]
