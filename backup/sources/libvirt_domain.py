@@ -45,6 +45,8 @@ _BACKUP_JOB = 5
 """VIR_DOMAIN_BLOCK_JOB_TYPE_BACKUP"""
 _PRESERVING = 11_010_000
 """The first libvirt that keeps a domain whose guest powers off for as long as a backup job runs (11.10.0)."""
+_PRESERVE = 2
+"""VIR_DOMAIN_BACKUP_BEGIN_PRESERVE_SHUTDOWN_DOMAIN, which an older binding does not know and passes on all the same."""
 _PAUSED, _PAUSED_IO_ERROR = 3, 5
 """VIR_DOMAIN_PAUSED and VIR_DOMAIN_PAUSED_IOERROR"""
 _CRASHED = 6
@@ -326,15 +328,13 @@ class Domain:
 
     def _begin_flags(self) -> int:
         """
-        What libvirt 11.10 can do: a guest that powers off is reset and paused, and ends with the job.
+        Return what libvirt 11.10 can do: a guest that powers off is reset and paused, and ends with the job.
 
-        In an older libvirt, such a guest ends the job.
+        In an older libvirt, such a guest ends the job.  The daemon's version counts: it refuses a flag that it does not
+        know.
         """
-        preserve = int(getattr(self._libvirt, "VIR_DOMAIN_BACKUP_BEGIN_PRESERVE_SHUTDOWN_DOMAIN", 0))
-        if not preserve:
-            return 0
         version = self._ask("tell libvirt's version", lambda domain: domain.connect().getLibVersion())
-        return preserve if version >= _PRESERVING else 0
+        return _PRESERVE if version >= _PRESERVING else 0
 
     def reads(self, target: str) -> bool:
         """Tell whether QEMU still saves what the guest overwrites on this disk."""

@@ -11,6 +11,8 @@ _OWNER = re.compile(r"\+?([0-9]+):\+?([0-9]+)")
 _VERSIONED = re.compile(r"-([0-9]+\.[0-9]+)$")
 """A type of machine that names a version of QEMU (pc-q35-7.2); distributions have types of their own names."""
 _AGENT = "org.qemu.guest_agent.0"
+_NO_SOURCE = {"index", "startupPolicy"}
+"""Attributes of a `<source>` that say nothing of the medium."""
 REMOVABLE = {"cdrom", "floppy"}
 """Devices whose medium is not the machine's own."""
 FORMATS = {"qcow2", "raw"}
@@ -125,7 +127,7 @@ def _disk(element: ET.Element) -> DomainDisk:
         path=_path(source),
         format="raw" if driver is None else driver.get("type", "raw"),
         backing=tuple(_backing(element)),
-        medium=source is not None,
+        medium=_has_medium(source),
         read_only=element.find("readonly") is not None,
         shareable=element.find("shareable") is not None,
         encrypted=element.find(".//encryption") is not None,
@@ -143,6 +145,11 @@ def _lost(element: ET.Element) -> str | None:
     if element.get("device") == "lun":
         return "the guest's SCSI commands go to the device itself (device='lun'), past what QEMU can capture"
     return None
+
+
+def _has_medium(source: ET.Element | None) -> bool:
+    """Tell whether a `<source>` names anything; libvirt 12.9 gives that of an empty drive a bare index."""
+    return source is not None and (len(source) > 0 or not set(source.attrib) <= _NO_SOURCE)
 
 
 def _path(source: ET.Element | None) -> str | None:

@@ -280,6 +280,51 @@ def test_what_ends_the_job_while_the_disks_are_read_fails_the_run_and_nothing_el
     domain.require_night(kind, kind)
 
 
+POWERS_OFF_AT_A_KEY = bytes.fromhex("31c0cd16ba0406b80020eff4ebfd").ljust(510, b"\0") + b"\x55\xaa"
+"""A boot sector: read a key by the BIOS, and write S5 to the control register of Q35's power management."""
+PRESERVING = 11_010_000
+"""The first libvirt that keeps a domain whose guest powers off until its backup job ends."""
+
+
+@pytest.fixture
+def guest(daemon, tmp_path):
+    """A domain whose guest is a boot sector, which powers off when a key is pressed."""
+    domain = Domain.of(daemon, tmp_path / "repo", "t1", "vda", "vdb")
+    domain.features = "<features><acpi/></features>"
+    sector = tmp_path / "sector"
+    sector.write_bytes(POWERS_OFF_AT_A_KEY)
+    run("qemu-io", "-f", "qcow2", "-c", f"write -s {sector} 0 512", domain.disks["vda"])
+    yield domain.define().start()
+    domain.remove()
+
+
+def power_off(domain: Domain) -> None:
+    """Press the key until the guest has powered off; before it boots, nothing is there that reads the key."""
+
+    def pressed() -> bool:
+        domain.daemon.virsh("send-key", domain.name, "KEY_ENTER", fails=True)
+        return domain.state != "running"
+
+    wait_until(pressed, "the end of the guest")
+
+
+def test_a_guest_that_powers_off_while_the_disks_are_read(guest, monkeypatch):
+    with guest.daemon.connected() as connection:
+        preserves = connection.getLibVersion() >= PRESERVING
+    begun(guest)
+    held = guest.hold()
+    during(monkeypatch, guest, lambda: power_off(guest))
+    done = guest.night()
+    if preserves:
+        assert (done.rc, [disk["kind"] for disk in done.machine["disks"]]) == (0, ["incremental", "incremental"]), done
+        guest.require_holds(str(done.machine["point"]), held)
+    else:
+        assert (done.rc, "was shut off while" in done.stderr) == (13, True), done
+    wait_until(lambda: guest.state == "shut off", "the end of the domain")
+    assert (guest.checkpoints(), guest.leftovers()) == ([], [])
+    guest.require_night("incremental", "incremental")
+
+
 def test_a_job_that_someone_ends_when_all_was_read_fails_the_run(domain, monkeypatch):
     """The reads went well, and yet may not be of the instant."""
     begun(domain)

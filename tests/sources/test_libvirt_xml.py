@@ -53,6 +53,22 @@ def test_a_domains_disks():
 
 
 @pytest.mark.parametrize(
+    ("source", "medium"),
+    [
+        ("", False),
+        ("<source index='2'/>", False),  # libvirt 12.9, while the domain is on
+        ("<source startupPolicy='optional'/>", False),
+        ("<source file='/iso' index='2'/>", True),
+        ("<source protocol='https' name='iso'><host name='h'/></source>", True),
+    ],
+)
+def test_a_drive_has_a_medium_where_a_source_names_one(source, medium):
+    text = f"<domain><devices><disk device='cdrom'>{source}<target dev='sda'/></disk></devices></domain>"
+    [drive] = DomainDocument.parse(text).disks
+    assert drive.medium == medium
+
+
+@pytest.mark.parametrize(
     ("device", "source", "why"),
     [
         ("disk", "<slices><slice type='storage' offset='1048576' size='4194304'/></slices>", "a part of its file"),
