@@ -80,6 +80,14 @@ def test_an_incremental_at_rest_imports_neither_other_sources_nor_other_operatio
     assert not modules & {f"backup.{name}" for name in others}
 
 
+def test_the_source_of_a_domain_imports_neither_servers_nor_numpy():
+    code = "import sys, backup.sources.libvirt; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    modules = set(done.stdout.split())
+    assert "backup.sources.libvirt_job" in modules
+    assert not modules & {*DEAR - {"blake3", "xml"}, "backup.qemu.servers", "backup.qmp.blocks"}
+
+
 def test_the_version_is_shown_before_anything_is_imported():
     code = (
         "import sys\n"

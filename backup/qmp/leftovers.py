@@ -19,14 +19,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from backup.errors import SourceError
 from backup.qemu import folders
 from backup.qmp.answers import Refused
-from backup.qmp.blocks import BlockGraph
 from backup.runtime.ignoring import ignoring
 from backup.runtime.shortage import free_bytes
+
+if TYPE_CHECKING:
+    from backup.qmp.blocks import BlockGraph
 
 _log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from backup.errors import SourceError
 from backup.model.disk import Bitmap, DiskState
 from backup.model.manifest import LowerFile
-from backup.qemu import image_bitmaps, images, locks, programs, servers
+from backup.qemu import image_bitmaps, images, locks, programs
 from backup.sources.base import ListsBitmaps
 from backup.sources.resting import STATUS_CONNECTIONS
 
@@ -97,6 +97,7 @@ class ImageSource(ListsBitmaps):
     def open_disk(self, state: DiskState, bitmaps: Sequence[str], lanes: int) -> Iterator[Export]:
         """Serve the image with a qemu-nbd of pybackup's; QEMU's locks keep writers out of all its files meanwhile."""
         from backup.nbd.export import Export  # noqa: PLC0415 - brings numpy, which takes long to import
+        from backup.qemu import servers  # noqa: PLC0415 - disks of a running machine need none of it
 
         with (
             locks.no_writers(_files(state)),
