@@ -6,6 +6,8 @@ from urllib.parse import parse_qs, urlsplit
 
 _SCHEMES = {"qemu", "qemu+unix"}
 _PATHS = {"/system", "/session"}
+_SOCKETS = {f"{folder}/libvirt/{daemon}-sock" for folder in ("/run", "/var/run") for daemon in ("libvirt", "virtqemud")}
+"""Where the daemon of the system listens: libvirtd, or virtqemud."""
 
 
 def uri_problem(text: str) -> str | None:
@@ -38,6 +40,12 @@ def socket_of(uri: str) -> str | None:
 def is_session(uri: str) -> bool:
     """Tell whether a URI means a user's own daemon."""
     return urlsplit(uri).path == "/session"
+
+
+def has_usual_folders(uri: str) -> bool:
+    """Tell whether a URI means the daemon of the system or of this user, which keep their files at known places."""
+    socket = socket_of(uri)
+    return socket is None or (not is_session(uri) and socket in _SOCKETS)
 
 
 def is_pattern(domain: str) -> bool:

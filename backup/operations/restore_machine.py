@@ -14,7 +14,6 @@ from pathlib import Path
 
 from backup.engine.targets import open_target, refuse_existing
 from backup.errors import BackupError, Damaged, Failed, NotFound, UsageError
-from backup.model.libvirt_uri import is_session, socket_of
 from backup.model.manifest import DEFINITION, NVRAM, SUFFIXES, TPM, Manifest
 from backup.model.names import check_name
 from backup.operations.restore_targets import Place, Placed
@@ -156,8 +155,7 @@ class MachineRestore:
         if TPM not in written.targets or defined.tpm is None:
             return by_hand(written)
         named = defined.tpm.source is not None or defined.tpm.in_file  # in the definition, which is not trusted
-        of_another_user = is_session(uri) and socket_of(uri) is not None
-        path = None if named or of_another_user else tpm_file(defined.tpm, uuid, uri)
+        path = None if named else tpm_file(defined.tpm, uuid, uri)
         if path is None:
             return by_hand(written)
         try:

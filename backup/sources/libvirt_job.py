@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from backup.errors import BackupError, Interrupted, SourceError, os_errors_as
-from backup.model.libvirt_uri import is_session, socket_of
+from backup.model.libvirt_uri import has_usual_folders, is_session
 from backup.nbd.connection import Dialled
 from backup.qemu import folders
 from backup.qemu.scratch_room import Room, ran_out
@@ -222,7 +222,7 @@ class Job:
 
     def _own_folders(self) -> Iterator[Path]:
         uri = self._domain.uri
-        if socket_of(uri) is not None:  # another daemon, whose folders are elsewhere
+        if not has_usual_folders(uri):
             return
         base = _SYSTEM
         if is_session(uri):

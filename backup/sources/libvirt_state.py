@@ -13,7 +13,7 @@ import stat
 import time
 from pathlib import Path
 
-from backup.model.libvirt_uri import is_session
+from backup.model.libvirt_uri import has_usual_folders, is_session
 from backup.model.manifest import DEFINITION, MAX_MACHINE_FILE, NVRAM, TPM
 from backup.sources.base import MachineState
 from backup.sources.libvirt_definition import BadDefinition, Definition, Nvram, Tpm, read
@@ -66,7 +66,7 @@ def machine_state(definition: str, uri: str, *, running: str | None) -> MachineS
             warnings.append(f"the firmware's variables (NVRAM) are not in the point: {error}")
     elif nvram is not None:
         missing = f"there is no {path} (libvirt makes the file at the first start)"
-        why = "they lie in no local file" if path is None else missing
+        why = "pybackup knows no local file of them" if path is None else missing
         notes.append(f"the firmware's variables (NVRAM) are not in the point: {why}")
     if defined.tpm is not None:
         try:
@@ -77,9 +77,11 @@ def machine_state(definition: str, uri: str, *, running: str | None) -> MachineS
 
 
 def _variables_path(nvram: Nvram, name: str, uri: str) -> str | None:
-    """Return the path of the variables' file, which may not be there yet; None: they lie in no local file."""
+    """Return the path of the variables' file, which may not be there yet; None: no local file is known."""
     if not nvram.unnamed:
         return nvram.path
+    if not has_usual_folders(uri):
+        return None
     folder = _session_folder() if is_session(uri) else _SYSTEM_FOLDER
     return os.fspath(folder / "nvram" / f"{name}_VARS.fd")
 
@@ -97,7 +99,7 @@ def _tpm_state(defined: Definition, tpm: Tpm, uri: str, *, on: bool) -> bytes:
         raise _NotKept("swtpm can change it at any time while the domain is on; back the domain up while it is off")
     path = tpm_file(tpm, defined.uuid, uri)
     if path is None:
-        raise _NotKept(f"pybackup does not know the file of a TPM of version {tpm.version}")
+        raise _NotKept(f"pybackup does not know where the state of this TPM (version {tpm.version}) is kept")
     return _content(TPM, os.fspath(path))
 
 
@@ -118,7 +120,7 @@ def tpm_file(tpm: Tpm, uuid: str | None, uri: str) -> Path | None:
     if tpm.source is not None:
         return Path(tpm.source) / name
     base = _session_folder() / "swtpm" if is_session(uri) else _SYSTEM_TPM
-    return None if uuid is None else base / uuid / folder / name
+    return base / uuid / folder / name if uuid is not None and has_usual_folders(uri) else None
 
 
 def _session_folder() -> Path:

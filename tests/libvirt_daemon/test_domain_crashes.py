@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
-from domains import Domain, wait_until
+from domains import Domain, make_bootable, wait_until
 from kills import DRIVER
 from lab import bitmaps, call_pybackup, init, run
 
@@ -280,8 +280,8 @@ def test_what_ends_the_job_while_the_disks_are_read_fails_the_run_and_nothing_el
     domain.require_night(kind, kind)
 
 
-POWERS_OFF_AT_A_KEY = bytes.fromhex("31c0cd16ba0406b80020eff4ebfd").ljust(510, b"\0") + b"\x55\xaa"
-"""A boot sector: read a key by the BIOS, and write S5 to the control register of Q35's power management."""
+POWERS_OFF_AT_A_KEY = bytes.fromhex("31c0 cd16 ba0406 b80020 ef f4 ebfd")
+"""Code of a boot sector: read a key by the BIOS, and write S5 to the control register of Q35's power management."""
 PRESERVING = 11_010_000
 """The first libvirt that keeps a domain whose guest powers off until its backup job ends."""
 
@@ -291,9 +291,7 @@ def guest(daemon, tmp_path):
     """A domain whose guest is a boot sector, which powers off when a key is pressed."""
     domain = Domain.of(daemon, tmp_path / "repo", "t1", "vda", "vdb")
     domain.features = "<features><acpi/></features>"
-    sector = tmp_path / "sector"
-    sector.write_bytes(POWERS_OFF_AT_A_KEY)
-    run("qemu-io", "-f", "qcow2", "-c", f"write -s {sector} 0 512", domain.disks["vda"])
+    make_bootable(domain.disks["vda"], POWERS_OFF_AT_A_KEY)
     yield domain.define().start()
     domain.remove()
 

@@ -73,7 +73,7 @@ def scratch(daemon) -> Iterator[Path]:
         folder.rmdir()
 
 
-def words(domain: Domain, scratch: Path, folder: Path) -> list[str | Path]:
+def words(domain: Domain, scratch: Path, folder: Path, limit: str = "1M") -> list[str | Path]:
     """A slow incremental, without a reserve that would end it before the scratch folder is full."""
     config = folder / "c.yaml"
     config.write_text("scratch_reserve: 0\n")
@@ -115,8 +115,8 @@ def test_a_guest_that_the_full_scratch_folder_stopped_goes_on_and_the_run_fails(
 
     monkeypatch.setattr(libvirt_job, "free_bytes", free_bytes_later)
     monkeypatch.setattr(libvirt_job, "_LOOKS_PER_QUESTION", 1)
-    require_writing(writer)
-    done: Result = call_pybackup(words(writer, scratch, tmp_path))
+    require_writing(writer, (END - FIRST) * 512)  # all of it is read, so slowly that the guest fills the folder before
+    done: Result = call_pybackup(words(writer, scratch, tmp_path, limit="256K"))
     assert (done.rc, done.stderr.count("\n"), resumed) == (13, 2, [True]), done
     assert (f"{scratch} ran out of space" if seen else "QEMU stopped the guest") in done.stderr
     require_nothing_left(writer, scratch)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from backup.model.libvirt_uri import is_pattern, is_session, socket_of, uri_problem
+from backup.model.libvirt_uri import has_usual_folders, is_pattern, is_session, socket_of, uri_problem
 
 LOCAL = ("qemu:///system", "qemu:///session", "qemu+unix:///system", "qemu+unix:///session?socket=/tmp/s")
 REMOTE = ("qemu+ssh://host/system", "qemu+tls://host/system", "qemu://host/system", "qemu+ssh:///system")
@@ -33,3 +33,18 @@ def test_the_parts_of_a_uri():
 def test_patterns():
     assert all(map(is_pattern, ("web*", "web?", "[ab]1")))
     assert not is_pattern("web1")
+
+
+@pytest.mark.parametrize(
+    ("uri", "usual"),
+    [
+        ("qemu:///system", True),
+        ("qemu:///session", True),
+        ("qemu:///system?socket=/run/libvirt/virtqemud-sock", True),
+        ("qemu+unix:///system?socket=/var/run/libvirt/libvirt-sock", True),
+        ("qemu:///system?socket=/tmp/lv/run/libvirt-sock", False),
+        ("qemu:///session?socket=/run/libvirt/libvirt-sock", False),
+    ],
+)
+def test_where_a_daemon_keeps_its_files_is_known_of_the_systems_and_ones_own(uri, usual):
+    assert has_usual_folders(uri) == usual

@@ -203,7 +203,9 @@ def test_variables_that_the_definition_does_not_name_are_kept_on_and_off(tmp_pat
     assert f"there is no {folder}/web1_VARS.fd" in note
     (folder / "web1_VARS.fd").write_bytes(b"off")
     assert machine_state(CHOSEN, "qemu:///session", running=None).files["nvram"] == b"off"
-    [note] = machine_state(CHOSEN, "qemu:///system", running=None).notes
+    [note] = machine_state(CHOSEN, "qemu+unix:///system?socket=/elsewhere", running=None).notes
+    assert "pybackup knows no local file" in note
+    [note] = machine_state(CHOSEN, "qemu:///system?socket=/run/libvirt/virtqemud-sock", running=None).notes
     assert "there is no /var/lib/libvirt/qemu/nvram/web1_VARS.fd" in note
 
 
@@ -243,6 +245,7 @@ def test_restored_variables_get_a_name_in_a_definition_that_had_none():
 def test_where_swtpm_keeps_the_state_of_a_tpm(tpm, path):
     assert tpm_file(tpm, UUID, "qemu:///system") == (None if path is None else Path(path))
     assert tpm_file(Tpm("emulator", "2.0", None), None, "qemu:///system") is None
+    assert tpm_file(Tpm("emulator", "2.0", None), UUID, "qemu:///session?socket=/elsewhere") is None
 
 
 def test_a_file_that_changes_is_read_until_it_rests(tmp_path, monkeypatch):
