@@ -338,6 +338,7 @@ class ObjectFiles:
         with ExitStack() as stack:
             with explained(self.location):
                 stack.enter_context(self._leases.exclusive(self._folder))
+                self._listed.clear()  # others may have written until now
                 self._readers_checked = False
                 if not self._exists:
                     self._make_folder()

@@ -132,6 +132,27 @@ def test_the_lock_makes_a_machines_folder(storage):
     assert storage.files("").exists()
 
 
+def test_a_listing_under_the_lock_is_newer_than_the_lock(access, storage):
+    """Whoever looked at the folder before must see what was written until the lock was taken."""
+    files = storage.files("web1")
+    assert not files.exists()
+    other = access().files("web1")
+    with other.lock():
+        other.write("a", b"1")
+    assert files.exists()
+    with other.lock():
+        other.write("b", b"2")
+    with files.lock():
+        assert names(files) == ["a", "b"]
+
+
+def test_the_first_lock_makes_a_folder_that_can_be_listed_at_once(storage):
+    files = storage.files("web1")
+    assert not files.exists()
+    with files.lock():
+        assert names(files) == []
+
+
 def test_a_folder_that_does_not_exist_holds_nothing(storage):
     absent = storage.files("absent")
     assert not absent.has("a")
