@@ -7,7 +7,7 @@ CORES := $(shell nproc)
 TESTS_AT_ONCE := $(or $(JOBS),$(shell expr $(CORES) + 1))
 GUESTS_AT_ONCE := $(or $(JOBS),$(CORES))
 
-.PHONY: help setup demo test test-guest test-libvirt check man bench clean
+.PHONY: help setup demo test test-guest test-libvirt test-ceph check man bench clean
 
 help:
 	@echo "make setup   what the tests and the demo need: distribution packages (as root), .venv, pybackup in it"
@@ -15,6 +15,7 @@ help:
 	@echo "make test    all tests; make test ARGS='-k restore' for some, JOBS=4 for more at once"
 	@echo "make test-guest  back up a real guest: Linux, emulated, which goes on writing; and read files from points; some minutes"
 	@echo "make test-libvirt  back up domains of a libvirtd of the tests' own; some minutes"
+	@echo "make test-ceph  copy points to buckets of a Ceph of the tests' own; below two minutes"
 	@echo "make check   format, lint, types, and the rules of the architecture, and what the documents cite"
 	@echo "make man     write docs/pybackup.1 anew, after a change of --help or of docs/commands.md"
 	@echo "make bench   measure speed and memory against nbdcopy and qemu-img"
@@ -36,6 +37,10 @@ test-guest:
 test-libvirt:
 	@tools/setup libvirt
 	.venv/bin/python -m pytest -n $(GUESTS_AT_ONCE) --dist loadfile tests/libvirt_daemon $(ARGS)
+
+test-ceph:
+	@tools/setup ceph
+	.venv/bin/python -m pytest -n $(GUESTS_AT_ONCE) --dist loadfile tests/real_ceph $(ARGS)
 
 check: setup
 	.venv/bin/ruff format --check $(PYTHON_FILES)

@@ -11,8 +11,12 @@ import pytest
 from buckets import Server, moto_server
 from hypothesis import settings
 
-# `make test-guest` and `make test-libvirt` name them: they take minutes, and more packages.
-collect_ignore = ["real_guest", "libvirt_daemon"]  # not "libvirt": that would hide the binding of this name
+# `make test-guest`, `make test-libvirt` and `make test-ceph` name them: they take minutes, and more packages.
+collect_ignore = [
+    "real_guest",
+    "libvirt_daemon",
+    "real_ceph",
+]  # not "libvirt": that would hide the binding of this name
 
 # Two cores shared with QEMU's programs: a slow example is no fault.  In CI the examples are the same in each run.
 settings.register_profile("local", deadline=None)

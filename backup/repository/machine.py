@@ -14,7 +14,7 @@ from backup.model.manifest import DiskEntry, Manifest
 from backup.repository.manifests import as_stored, exchanged_files, read_raw
 from backup.runtime.threads import in_threads
 from backup.storage.base import NO_FILES, TEMPORARY, Listing, Storage
-from backup.storage.refusals import explained, opening
+from backup.storage.refusals import NoAnswer, explained, opening
 
 _READERS = 8
 """Manifests that are read at once where each takes the round trip of a network."""
@@ -121,7 +121,10 @@ class Machine:
         def read_one(name: str) -> None:
             try:
                 read[name] = read_raw(self.files, name)
-            except UsageError:  # the files are sealed, and no identity opens them: no fault of this manifest
+            except (
+                UsageError,
+                NoAnswer,
+            ):  # no identity opens the sealed files; the server is away: no manifest's fault
                 raise
             except BackupError as error:
                 damaged[name] = error
@@ -138,6 +141,8 @@ class Machine:
             try:
                 readable[read[name].point] = read[name] if raw else as_stored(self.files, read[name])
                 exchanged.update(exchanged_files(read[name]))
+            except NoAnswer:
+                raise
             except BackupError as error:
                 damaged[name] = error
         return Contents(readable, dict(sorted(damaged.items())), frozenset(exchanged))

@@ -174,6 +174,7 @@ class ObjectFiles:
 
     def exists(self) -> bool:
         """Tell whether the folder has any object but leases; the same thread's next `listing` uses the answer."""
+        self._listed.pop(threading.get_ident(), None)
         if self._exists and (not self._folder or self._leases.writes(self._folder)):
             return True
         listed = self._client.list(self._folder)
@@ -340,6 +341,7 @@ class ObjectFiles:
                 stack.enter_context(self._leases.exclusive(self._folder))
                 self._listed.clear()  # others may have written until now
                 self._readers_checked = False
+                self._listed.clear()
                 if not self._exists:
                     self._make_folder()
             yield

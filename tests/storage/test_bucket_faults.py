@@ -272,6 +272,14 @@ def test_a_machine_is_looked_at_with_one_request(storage, proxy):
     assert [(request.method, request.path.partition("?")[2][:9]) for request in proxy.seen] == [("GET", "delimiter")]
 
 
+def test_no_listing_from_before_the_lock_is_used_below_it(storage):
+    files = storage.files("new")
+    assert not files.exists()
+    with files.lock():
+        assert files.exists()
+        assert list(files.listing()) == ["lock"]
+
+
 def test_what_is_written_costs_few_requests(storage, files, proxy):
     with files.lock():
         taken = len(proxy.seen)
