@@ -126,7 +126,7 @@ def source() -> Source:
 
 
 @pytest.mark.parametrize("effect", ["error", "kill", "power cut"])
-@pytest.mark.parametrize("identities", [NAMED], ids=["with identity"])
+@pytest.mark.parametrize("identities", [NO_IDENTITIES, NAMED], ids=["host", "with identity"])
 def test_a_fault_at_any_change_leaves_every_listed_point_whole_and_the_next_copy_completes(
     source, tmp_path, effect, identities
 ):
