@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from backup.age.keys import NO_IDENTITIES, Identities
+if TYPE_CHECKING:
+    from backup.age.keys import Identities
 
 VARIABLE = "PYBACKUP_IDENTITY"
 
 
-def identities(option: str | None, environment: Mapping[str, str] = os.environ) -> Identities:
+def identities(option: str | None, environment: Mapping[str, str] = os.environ) -> Identities | None:
     """
-    Return the identities in the file of --identity, else in the file that $PYBACKUP_IDENTITY names; else none.
+    Return the identities in the file of --identity, else in the file that $PYBACKUP_IDENTITY names, else None.
 
     A repository that is not sealed needs none, and a sealed one only for what is read there.
 
@@ -24,7 +26,7 @@ def identities(option: str | None, environment: Mapping[str, str] = os.environ) 
     """
     named = option if option is not None else environment.get(VARIABLE) or None
     if named is None:
-        return NO_IDENTITIES
+        return None
     from backup.age.key_files import load_identities
 
     return load_identities(Path(named))

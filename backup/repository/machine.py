@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from backup.errors import BackupError, Damaged, NotFound, UsageError
 from backup.model import documents
 from backup.model import manifest as manifests
-from backup.model.manifest import DiskEntry, Manifest
+from backup.model.manifest import NEW, UNFINISHED, DiskEntry, Manifest
 from backup.repository.manifests import as_stored, exchanged_files, read_raw
 from backup.runtime.threads import in_threads
 from backup.storage.base import NO_FILES, TEMPORARY, Listing, Storage
@@ -231,17 +231,15 @@ class Machine:
 
     def remove_unnamed(self) -> None:
         """
-        Remove the files of points without a manifest, judged by names alone.  The caller holds the lock.
+        Remove files of points without a manifest, and unfinished files, by names alone.  The caller holds the lock.
 
         A key that may not delete leaves the files where they are; the copy of such a point overwrites them.
         """
         listing = self.listing()
         present = set(points_named(listing))
         for name in listing:
-            point = manifests.point_of(name)
-            if manifests.is_machine_file_name(name):
-                point = name.partition(".")[0]
-            if point is None or point in present:
+            point = _point_of(name)
+            if point is None or (point in present and not name.endswith((TEMPORARY, UNFINISHED))):
                 continue
             with explained(self.files.location), suppress(PermissionError):
                 self.files.remove(name)
@@ -350,6 +348,16 @@ class Machine:
         with suppress(OSError):
             self.files.remove(manifest_name(point))
             self.files.barrier()
+
+
+def _point_of(name: str) -> str | None:
+    """Return the point that a file belongs to, finished or not; None for a manifest and for other names."""
+    if manifests.is_machine_file_name(name):
+        return name.partition(".")[0]
+    if manifests.is_data_name(name):
+        return manifests.point_of(name.removesuffix(UNFINISHED).removesuffix(NEW))
+    point = name.removesuffix(".json" + TEMPORARY)
+    return point if point != name and manifests.is_point_id(point) else None
 
 
 def points_named(listing: Listing) -> list[str]:
