@@ -21,6 +21,7 @@ from lab import MIB, Result, call_pybackup, init, run
 from backup.sources import libvirt_job
 from backup.sources.libvirt_domain import Domain as OurDomain
 
+pytestmark = pytest.mark.timeout(300)
 FIRST, END = 2048, 14336
 """The sectors that the guest writes again and again: 6 MiB."""
 CODE = bytes.fromhex(

@@ -302,6 +302,7 @@ def in_qemu(domain: Domain, image: Path) -> list[tuple[str, str]]:
     ]
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("seed", range(FIRST, END))
 def test_whatever_happens_every_point_restores_and_only_what_loses_bitmaps_costs_a_rescan(domain, seed):
     chance = Chance(domain, seed)
