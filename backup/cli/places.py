@@ -7,6 +7,7 @@ a place and no folder of that name; with both, the text is refused.  Every other
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from backup.model.location import FIRST_IN_FOLDER, SCHEME, Location
 if TYPE_CHECKING:
     from backup.age.keys import Recipient
     from backup.config.settings import Config, CopyConfig
+    from backup.operations.copies import Target
     from backup.repository.repository import Repository
 
 
@@ -147,3 +149,23 @@ def open_second(place: Place, config: Config, source: Repository) -> Repository:
     from backup.operations import copy
 
     return copy.open_second(settings.storage(place.location, config), source, recipients(place, None))
+
+
+def target(shown: str, place: Place, config: Config, limit: str | None = None) -> Target:
+    """Return a place as a target of copies; `limit` is the text of --limit."""
+    from backup.cli import settings
+    from backup.operations.copies import Target
+
+    own = place.configured
+    bytes_a_second = settings.limit(limit, config)
+    if limit is None and own is not None and own.limit is not None:
+        bytes_a_second = own.limit
+    wants = (lambda _: True) if own is None else own.wants
+    return Target(shown, functools.partial(open_second, place, config), wants, bytes_a_second)
+
+
+def after_backup(first: Path, config: Config) -> list[Target]:
+    """Return the places to which machines are copied after their backups to the configured repository."""
+    if config.repository is None or os.path.realpath(first) != os.path.realpath(config.repository):
+        return []
+    return [target(copy.name, Place(copy.to, copy), config) for copy in config.copies if copy.after_backup]

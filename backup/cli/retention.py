@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from backup.config.settings import Config, Retention
+from backup.config.settings import Retention
 from backup.errors import UsageError
 from backup.planning.retention import MAX_COUNT, Batch, Duration, Policy
 from backup.units import parse_count
@@ -38,16 +38,16 @@ class KeepOptions:
             )
         return cls(policy, None if batch is None else parse_count("--batch", batch, 1, MAX_COUNT))
 
-    def retention(self, config: Config, machine: str) -> Retention:
+    def retention(self, configured: Retention | None, machine: str) -> Retention:
         """
-        Return the retention of a machine: the options, completed from the configuration.
+        Return the retention of a machine: the options, completed from the configured one.
 
         Raises
         ------
         UsageError
             Neither the options nor the configuration say what to keep.
         """
-        retention = config.retention_of(machine) or Retention(Policy(), Batch())
+        retention = configured or Retention(Policy(), Batch())
         if not self.policy.empty:
             retention = replace(retention, policy=self.policy)
         if retention.policy.empty:

@@ -14,7 +14,7 @@ _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
 """Names of buckets: AWS's are a part of what older servers (Ceph's `rgw_relaxed_s3_bucket_names`) permit."""
 _PREFIX = re.compile(r"[A-Za-z0-9!_.*'()+=,@-]+(/[A-Za-z0-9!_.*'()+=,@-]+)*")
 """Characters that S3 calls safe, and some that need no quoting in a URL's path either."""
-FIRST_IN_FOLDER = "backups are made to a folder; `copies:` and `pybackup copy` bring its points to a bucket"
+FIRST_IN_FOLDER = "backups are made to a folder; `copies:` and `pybackup copy` bring the points to other places"
 """Why a bucket cannot be the repository that backups are made to, and what to do instead."""
 _FORM = "write s3://BUCKET or s3://BUCKET/PREFIX, of letters, digits and . _ -"
 

@@ -87,7 +87,7 @@ class Copying:
         `jobs` are None for all machines of `source` that the place wants and that have a point.
         """
         began = time.monotonic()
-        second = attempt(lambda: self._open(target, source))
+        second = self.open(target, source)
         if isinstance(second, BackupError):
             yield Outcome(target.name, None, second, time.monotonic() - began)
             return
@@ -104,11 +104,16 @@ class Copying:
         result = attempt(lambda: self._copied(target, second, job))
         return Outcome(target.name, job.machine.name, result, time.monotonic() - began)
 
-    def _open(self, target: Target, source: Repository) -> Repository:
-        second = target.open(source)
-        if not self.dry_run:
-            second.tidy()
-        return second
+    def open(self, target: Target, source: Repository) -> Repository | BackupError:
+        """Open a place, or return why it cannot be used."""
+
+        def opened() -> Repository:
+            second = target.open(source)
+            if not self.dry_run:
+                second.tidy()
+            return second
+
+        return attempt(opened)
 
     def _copied(self, target: Target, second: Repository, job: Job) -> Replicated:
         machine = second.machine(job.machine.name)

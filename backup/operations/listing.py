@@ -9,6 +9,7 @@ from datetime import UTC, date, datetime, time, timedelta
 from backup.errors import UsageError
 from backup.model.documents import moment_of
 from backup.model.manifest import Manifest
+from backup.repository.named_files import NamedPoint
 from backup.units import parse_duration
 
 
@@ -40,6 +41,15 @@ class Selection:
             and (self.disk is None or point.disk(self.disk) is not None)
         ]
         chosen.sort(key=lambda point: point.sequence)
+        return chosen if self.last is None else chosen[-self.last :]
+
+    def of_named(self, points: Iterable[NamedPoint]) -> list[NamedPoint]:
+        """Return the wanted points of one machine, of which only the files' names are known, oldest first."""
+        chosen = [
+            point
+            for point in points
+            if (self.since is None or point.began >= self.since) and (self.disk is None or self.disk in point.disks)
+        ]
         return chosen if self.last is None else chosen[-self.last :]
 
 

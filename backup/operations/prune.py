@@ -22,7 +22,7 @@ from backup.model import chain as chains
 from backup.model.documents import moment_of
 from backup.model.manifest import Manifest
 from backup.planning import retention
-from backup.planning.prune_steps import Remove, Rewrite, Thinning, dated_point, thin
+from backup.planning.prune_steps import Remove, Rewrite, Thinning, dated_point, needed_by_kept, thin
 from backup.planning.retention import DISORDER, FUTURE, UNCONFIRMED, Batch, Policy
 from backup.repository.machine import Contents, Machine, manifest_name
 from backup.repository.manifests import read_manifest
@@ -169,6 +169,8 @@ class Thinner:
     """
     Plans and executes the removal of all points of a machine except some.
 
+    Where the storage cannot replace data files, nothing is merged: the points that the kept ones build on stay, too.
+
     Parameters
     ----------
     contents : Contents
@@ -191,6 +193,9 @@ class Thinner:
         self.manifests = dict(contents.manifests)
         self.reasons = dict(keep)
         self._keep_used()
+        self.needed: Mapping[str, int] = {}
+        if not machine.storage.traits.rewritable:
+            self._keep_needed()
         self.thinning: Thinning = thin(self.manifests, self.reasons, request.batch)
         self.estimates = _estimated(machine, self.manifests, self.thinning)
         self.all = contents.manifests
@@ -259,6 +264,12 @@ class Thinner:
         for point, why in self.machine.points_in_use().items():
             if point in self.manifests:
                 self._keep(point, why)
+
+    def _keep_needed(self) -> None:
+        """Keep the points that other kept points build on."""
+        self.needed = needed_by_kept(self.manifests, self.reasons)
+        for point, count in self.needed.items():
+            self._keep(point, f"{counted(count, 'later point')} {'needs' if count == 1 else 'need'} it")
 
     def _keep(self, point: str, why: str) -> None:
         """Keep a point, and add the reason."""

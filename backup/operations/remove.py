@@ -107,6 +107,11 @@ def _thinner(machine: Machine, contents: Contents, point: str, workers: int) -> 
     keep = {name: _KEPT for name in contents.manifests if name != point}
     thinner = Thinner(machine, Request(Policy(), Batch(points=1), workers), contents, keep)
     _require_unpinned(machine, {point: contents.manifests[point]})
+    if point in thinner.needed:
+        raise Failed(
+            f"point {point} of machine {machine.name} cannot be removed: {thinner.reasons[point][-1]}",
+            hint="nothing is merged in a place that only receives copies; remove the later points first",
+        )
     if point in thinner.reasons:
         raise _in_use(machine, point, thinner.reasons[point][-1])
     return thinner

@@ -20,6 +20,7 @@ from backup.operations.verify import glance
 from backup.planning.prune_steps import dated_point
 from backup.planning.retention import DISORDER, FUTURE, DatedPoint, doubts
 from backup.repository.machine import Contents, Machine
+from backup.repository.named_files import named_points
 from backup.repository.opened_chain import examine
 from backup.repository.verified import Memory, recall, record_of
 from backup.storage.base import Files, Listing
@@ -112,6 +113,8 @@ def look(machine: Machine, expected: Collection[str] | None, limits: Limits, *, 
     named : bool
         False if the configuration names the repository's machines but not this one: a remark, and no fault.
     """
+    if not machine.storage.traits.readable:
+        return _by_names(machine, limits)
 
     def look_at(contents: Contents) -> list[DiskStatus]:
         listing = machine.listing()
@@ -122,6 +125,40 @@ def look(machine: Machine, expected: Collection[str] | None, limits: Limits, *, 
         return examine(machine, look_at, doubtful=lambda states: any(status.code not in {0, OLD} for status in states))
     except BackupError as error:  # the machine's folder; the other machines are shown all the same
         return [_without_point(machine.name, None, error.exit_code, _fault(error))]
+
+
+def _by_names(machine: Machine, limits: Limits) -> list[DiskStatus]:
+    """Return what the names of the files say of a sealed machine; there is no identity that opens its manifests."""
+    try:
+        points = named_points(machine)
+    except BackupError as error:
+        return [_without_point(machine.name, None, error.exit_code, _fault(error))]
+    newest = {disk: point for point in points for disk in point.disks}
+    states = []
+    for disk, point in sorted(newest.items()):
+        age = (limits.now - point.began).total_seconds()
+        stored = sum(other.disks.get(disk, 0) for other in points)
+        old = limits.max_age is not None and age > limits.max_age
+        advice = f"too old (limit {show_age(limits.max_age or 0)}): run pybackup copy" if old else _SEALED
+        states.append(
+            DiskStatus(
+                machine=machine.name,
+                disk=disk,
+                point=point.point,
+                finished=None,
+                age_seconds=max(age, 0.0),
+                chain_points=None,
+                stored_bytes=stored,
+                logical_bytes=None,
+                verified=None,
+                code=OLD if old else 0,
+                next=advice,
+            )
+        )
+    return states or [_without_point(machine.name, None, OLD, "no point yet: run pybackup copy")]
+
+
+_SEALED = "sealed: --identity FILE shows the chain and the verifications"
 
 
 def assess(

@@ -80,6 +80,24 @@ def thin(manifests: Mapping[str, Manifest], keep: Collection[str], batch: Batch)
     return Thinning(frozenset(going), frozenset(unwanted - going), tuple(_steps(manifests, going)))
 
 
+def needed_by_kept(manifests: Mapping[str, Manifest], keep: Collection[str]) -> dict[str, int]:
+    """
+    Return the points on which points to `keep` build but that are not kept themselves, and how many points need each.
+
+    Where data files cannot be rewritten, these points stay as well.
+    """
+    needed: Counter[str] = Counter()
+    for point in keep:
+        below: set[str] = set()
+        left = [point]
+        while left:
+            parents = {disk.parent.point for disk in manifests[left.pop()].disks if disk.parent is not None}
+            left += parents - below
+            below |= parents
+        needed.update(below)
+    return {point: count for point, count in needed.items() if point not in keep}
+
+
 def _too_few(manifests: Mapping[str, Manifest], going: Collection[str], batch: Batch) -> set[str]:
     """Return the unwanted points at the full end of a chain that are too few for a batch."""
     waiting: set[str] = set()

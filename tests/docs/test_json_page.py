@@ -140,6 +140,19 @@ def of_backups(tmp_path: Path) -> Iterator[Any]:
     yield night.incremental("--no-fallback").document
     yield night.incremental().document
     yield night.backup("rescan", "--bitmap", "b1").document
+    (tmp_path / "copies").mkdir()
+    yield from of_copies_after_backups(tmp_path / "copies")
+
+
+def of_copies_after_backups(tmp_path: Path) -> Iterator[Any]:
+    night = Night.with_incremental(tmp_path)
+    (tmp_path / "c.yaml").write_text(
+        "repository: repo\nbitmap: b1\nmachines: {disk: {disks: {disk: {image: disk.qcow2}}}}\n"
+        "copies: {usb: {to: usb, after_backup: true}, gone: {to: gone, after_backup: true}}\n"
+    )
+    config = ("--config", tmp_path / "c.yaml")
+    printed("init", "--copy-of", night.repository, "usb", *config)
+    yield printed("incremental", *config)
 
 
 def of_audit(tmp_path: Path) -> Iterator[Any]:
@@ -168,7 +181,16 @@ def of_totals(tmp_path: Path) -> Iterator[Any]:
 
 
 def of_list(tmp_path: Path) -> Iterator[Any]:
-    yield printed("list", "--repo", Night.with_incremental(tmp_path).repository)
+    night = Night.with_incremental(tmp_path)
+    yield printed("list", "--repo", night.repository)
+    yield printed("list", "--repo", sealed_copy(night, tmp_path))
+
+
+def sealed_copy(night: Night, folder: Path) -> Path:
+    recipient = printed("keygen", folder / "key")["recipient"]
+    printed("init", folder / "sealed", "--copy-of", night.repository, "--recipient", recipient)
+    printed("copy", folder / "sealed", "--repo", night.repository)
+    return folder / "sealed"
 
 
 def of_show(tmp_path: Path) -> Iterator[Any]:

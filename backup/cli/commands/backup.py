@@ -11,6 +11,7 @@ import typer
 
 from backup.cli import find, json_output, output, places
 from backup.cli.context import options, show_error, user_error
+from backup.cli.json_output import ProblemDocument
 from backup.cli.output import plain
 from backup.cli.parameters import (
     AgentSocket,
@@ -38,12 +39,13 @@ from backup.cli.parameters import (
     TrustDataFile,
 )
 from backup.errors import BackupError, Failed
-from backup.units import show_duration, show_size
+from backup.units import counted, show_duration, show_size
 
 if TYPE_CHECKING:
     from backup.cli.requests import Options
     from backup.night.night import Outcome
     from backup.operations.backup import Report
+    from backup.operations.copies import Outcome as CopyOutcome
     from backup.operations.disk_copy import DiskReport
 
 
@@ -253,7 +255,8 @@ def _back_up(given: Options, repo: str | None) -> None:
     if missing is not None:  # reported after what is wrong with the command, and once for all machines
         raise missing
     watch = partial(output.progress, wanted=not options.quiet)
-    machines = night.Night(open_repository, config, settings.workers(config), watch)
+    targets = places.after_backup(path, config)
+    machines = night.Night(open_repository, config, settings.workers(config), watch, targets)
     outcomes = list(_shown(machines.run(wanted), several=len(wanted) > 1, dry_run=given.dry_run))
     if options.json:
         json_output.write([MachineDocument.of(outcome) for outcome in outcomes])
@@ -290,6 +293,8 @@ def _show(outcome: Outcome, *, several: bool, dry_run: bool) -> None:
         return
     for warning in outcome.warnings:
         output.warning(f"{report.machine}: {warning}")
+    for copy in outcome.copies:
+        _show_failed(copy, several=several)
     if options.quiet:
         return
     if not options.json:
@@ -298,6 +303,17 @@ def _show(outcome: Outcome, *, several: bool, dry_run: bool) -> None:
     for note in _notes(outcome, report):
         output.note(note, to_stderr=options.json)
     output.flush()
+
+
+def _show_failed(copy: CopyOutcome, *, several: bool) -> None:
+    """Show why a machine, or a point of it, was not copied; the point that was made is shown all the same."""
+    if isinstance(copy.result, BackupError):
+        failure = user_error(copy.result)
+        failure.message = f"not copied to {copy.place}: {failure.message}"
+        show_error(failure, of=copy.machine if several else None)
+        return
+    for problem in copy.result.problems:
+        output.problem(problem)
 
 
 def _disk_text(disk: DiskReport, point: str | None, *, dry_run: bool) -> str:
@@ -312,6 +328,10 @@ def _disk_text(disk: DiskReport, point: str | None, *, dry_run: bool) -> str:
 
 def _notes(outcome: Outcome, report: Report) -> Iterator[str]:
     yield from report.notes
+    for copy in outcome.copies:
+        if not isinstance(copy.result, BackupError):
+            copied = f"{counted(len(copy.result.copied), 'point')}, {show_size(copy.result.bytes)}"
+            yield f"copied {copied}, to {plain(copy.place)}"
     if outcome.pruned is not None and not isinstance(outcome.pruned, BackupError) and outcome.pruned.removed:
         yield output.pruned_line(outcome.pruned, dry_run=False)
 
@@ -329,6 +349,7 @@ class MachineDocument:
     warnings: Sequence[str]
     error: BackupError | None
     disks: Sequence[DiskReport]
+    copies: Sequence[CopyDocument] = ()
 
     @classmethod
     def of(cls, outcome: Outcome) -> MachineDocument:
@@ -336,4 +357,24 @@ class MachineDocument:
         report = outcome.report
         if isinstance(report, BackupError):
             return cls(outcome.machine, None, None, (), report, ())
-        return cls(report.machine, report.point, report.manifest, outcome.warnings, None, report.disks)
+        copies = [CopyDocument.of(copy) for copy in outcome.copies]
+        return cls(report.machine, report.point, report.manifest, outcome.warnings, None, report.disks, copies)
+
+
+@dataclass(frozen=True, slots=True)
+class CopyDocument:
+    """The copy of a machine to a second place after its backup: ids of copied points, and why it failed."""
+
+    place: str
+    copied: Sequence[str]
+    bytes: int
+    problems: Sequence[ProblemDocument]
+    error: BackupError | None
+
+    @classmethod
+    def of(cls, copy: CopyOutcome) -> CopyDocument:
+        """Return the document of a copy."""
+        if isinstance(copy.result, BackupError):
+            return cls(copy.place, (), 0, (), copy.result)
+        problems = json_output.problem_documents(copy.result.problems)
+        return cls(copy.place, copy.result.copied, copy.result.bytes, problems, None)

@@ -71,7 +71,7 @@ def copy_(
         config = find.config()
         chosen = _configured(config, to, everywhere=all_)
         shown = [str(place.location) for place in chosen]
-    targets = [_target(text, place, config, limit) for text, place in zip(shown, chosen, strict=True)]
+    targets = [places.target(text, place, config, limit) for text, place in zip(shown, chosen, strict=True)]
     named = places.named(repo, identity)
     watch = functools.partial(output.progress, wanted=not options.quiet)
     copying = copies.Copying(settings.workers(config), watch, dry_run)
@@ -104,18 +104,6 @@ def _configured(config: Config, to: str | None, *, everywhere: bool) -> list[pla
             "the configuration has no second places", hint="add `copies:` to it, or name the place: copy DEST"
         )
     return [places.called(copy.name, config) for copy in config.copies]
-
-
-def _target(shown: str, place: places.Place, config: Config, limit: str | None) -> Target:
-    from backup.cli import settings
-    from backup.operations.copies import Target
-
-    own = place.configured
-    read = settings.limit(limit, config)
-    if limit is None and own is not None and own.limit is not None:
-        read = own.limit
-    wants = (lambda _: True) if own is None else own.wants
-    return Target(shown, functools.partial(places.open_second, place, config), wants, read)
 
 
 def _jobs(names: Sequence[str], named: Named) -> list[Job] | None:

@@ -12,11 +12,12 @@ import typer
 from backup.cli import find, json_output, output, places
 from backup.cli.context import options
 from backup.cli.parameters import IdentityFile, MachineNames, Repo
-from backup.errors import WARNINGS_EXIT_CODE, BackupError
+from backup.errors import WARNINGS_EXIT_CODE, BackupError, UsageError
 from backup.units import parse_count, show_age, show_size
 
 if TYPE_CHECKING:
     from backup.model.manifest import DiskEntry, Manifest
+    from backup.repository.named_files import NamedPoint
 
 _MOST = 1_000_000
 """Greatest N of --last."""
@@ -45,15 +46,22 @@ def list_(
     """List the points of the repository."""
     from backup.operations import listing
     from backup.repository.machine import Contents
+    from backup.repository.named_files import named_points
 
     now = datetime.now(UTC)
     newest = None if last is None else parse_count("--last", last, 1, _MOST)
     selection = listing.Selection(newest, None if since is None else listing.parse_since(since, now), disk)
     listed: list[tuple[Manifest, str]] = []
+    named: list[NamedPoint] = []
     damaged = False
     for machine in find.machines(find.repository(places.named(repo, identity)), machines):
+        if not machine.storage.traits.readable:
+            named += selection.of_named(named_points(machine))
+            continue
         try:
             contents = machine.contents()
+        except UsageError:  # the identity opens nothing here
+            raise
         except BackupError as unreadable:  # this machine's folder; the others are listed all the same
             contents = Contents({}, {machine.name: unreadable})
         for error in contents.damaged.values():
@@ -62,7 +70,10 @@ def list_(
         chosen = selection.of(contents.manifests.values())
         listed.extend((manifest, machine.location(manifest.point)) for manifest in chosen)
     if options.json:
-        json_output.write([PointDocument.of(manifest, path) for manifest, path in listed])
+        documents = [PointDocument.of(manifest, path) for manifest, path in listed]
+        json_output.write(documents + [PointDocument.of_named(point) for point in named])
+    elif named:
+        _show_named(named, now)
     elif listed and long:
         _show_disks([manifest for manifest, _ in listed], disk)
     elif listed:
@@ -71,6 +82,23 @@ def list_(
 
 
 # Text
+
+
+def _show_named(points: Sequence[NamedPoint], now: datetime) -> None:
+    """Show a line for each point of a sealed repository, of which only the names and sizes of files are known."""
+    rows = [
+        (
+            point.machine,
+            point.point,
+            f"{point.began.astimezone():%Y-%m-%d %H:%M}",
+            show_age(max((now - point.began).total_seconds(), 0)),
+            show_size(point.stored),
+            ", ".join(sorted(point.disks)),
+        )
+        for point in points
+    ]
+    output.table(("MACHINE", "POINT", "TAKEN", "AGE", "STORED", "DISKS"), rows, right=(3, 4))
+    output.note("the repository is sealed: --identity FILE shows more", to_stderr=True)
 
 
 def _show_points(points: Sequence[Manifest], now: datetime) -> None:
@@ -129,15 +157,16 @@ class PointDocument:
     """
     A point; `manifest` is the path of its manifest, `created` the time at which its backup began.
 
-    `machine_files` are the roles of the small files that belong to the machine.
+    `machine_files` are the roles of the small files that belong to the machine.  Of a point in a sealed repository,
+    without the identity, the names and sizes of files tell some fields, and the others are None.
     """
 
     machine: str
     point: str
-    sequence: int
+    sequence: int | None
     manifest: str
     created: str
-    pinned: bool
+    pinned: bool | None
     disks: Sequence[DiskDocument]
     machine_files: Sequence[str]
 
@@ -155,20 +184,40 @@ class PointDocument:
             machine_files=[file.role for file in manifest.machine_files],
         )
 
+    @classmethod
+    def of_named(cls, point: NamedPoint) -> PointDocument:
+        """Return the document of a point of which only the files' names and sizes are known."""
+        from backup.model.manifest import timestamp
+
+        return cls(
+            machine=point.machine,
+            point=point.point,
+            sequence=None,
+            manifest=point.manifest,
+            created=timestamp(point.began),
+            pinned=None,
+            disks=[DiskDocument(name, stored_bytes=size) for name, size in sorted(point.disks.items())],
+            machine_files=point.roles,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class DiskDocument:
-    """A disk of a point; `parent` is the id of the point that an incremental builds on."""
+    """
+    A disk of a point; `parent` is the id of the point that an incremental builds on.
+
+    Without a manifest, only the name and `stored_bytes` are known.
+    """
 
     name: str
-    kind: str
-    reason: str
-    size: int
-    parent: str | None
-    dirty_bytes: int
-    data_bytes: int
-    zero_bytes: int
-    stored_bytes: int
+    kind: str | None = None
+    reason: str | None = None
+    size: int | None = None
+    parent: str | None = None
+    dirty_bytes: int | None = None
+    data_bytes: int | None = None
+    zero_bytes: int | None = None
+    stored_bytes: int | None = None
 
     @classmethod
     def of(cls, disk: DiskEntry) -> DiskDocument:

@@ -62,7 +62,10 @@ def prune(
 
     The other points keep all their data: what they need from a removed point is merged into them first.
 
-    The --keep options, all together, replace those of `retention` in the configuration.
+    In a bucket and in a sealed place, nothing is merged: a point stays while a later point that stays needs it.
+
+    The --keep options, all together, replace those of `retention` in the configuration.  A place of `copies` has its
+    own `retention`.
     """
     from backup.cli import settings
     from backup.cli.retention import KeepOptions
@@ -78,9 +81,11 @@ def prune(
     }
     config = find.config() if repo is None else find.config_or_default()
     keep = KeepOptions.of(counts, keep_within, batch)
-    location = settings.repository_location(places.named(repo, identity).location, config)
+    place = None if repo is None else places.place(repo)
+    location = settings.repository_location(None if place is None else place.location, config)
     names = [machine.name for machine in find.machines(find.open_at(location, None, identity), machines)]
-    retentions = {name: keep.retention(config, name) for name in names}
+    own = None if place is None or place.configured is None else place.configured.retention
+    retentions = {name: keep.retention(own or config.retention_of(name), name) for name in names}
     outcomes: dict[str, Report | BackupError] = {}
     for name, retention in retentions.items():
         outcome = attempt(
