@@ -31,7 +31,7 @@ import backup
 
 DISK_FIELDS = ["name", "kind", "reason", "size", "dirty_bytes", "data_bytes", "zero_bytes", "stored_bytes", "seconds"]
 DISK_FIELDS += ["rescan"]
-BACKUP_FIELDS = ["machine", "point", "manifest", "warnings", "error", "disks"]
+BACKUP_FIELDS = ["machine", "point", "manifest", "warnings", "error", "disks", "copies"]
 
 
 @pytest.fixture

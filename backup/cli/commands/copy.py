@@ -63,7 +63,8 @@ def copy_(
     if to is None and not all_:
         if not names:
             raise UsageError(
-                "copy needs the place to copy to", hint="pybackup copy [MACHINE ...] DEST, --to NAME or --all"
+                "copy needs the place to copy to",
+                hint="name it behind the machines, or give --to NAME or --all; see: `pybackup copy --help`",
             )
         chosen = [places.place(names[-1])]
         shown = [names.pop()]
@@ -100,9 +101,7 @@ def _configured(config: Config, to: str | None, *, everywhere: bool) -> list[pla
     if to is not None:
         return [places.called(to, config)]
     if not config.copies:
-        raise UsageError(
-            "the configuration has no second places", hint="add `copies:` to it, or name the place: copy DEST"
-        )
+        raise UsageError("the configuration has no second places", hint="add `copies:` to it, or name the place")
     return [places.called(copy.name, config) for copy in config.copies]
 
 
