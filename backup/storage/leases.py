@@ -52,6 +52,8 @@ EXCLUSIVE, SHARED = "exclusive", "shared"
 _SLOTS = 64
 """How many readers of one folder a host can have at once."""
 _MAX_BYTES = 4096
+_GIVE_BACK_SECONDS = 10.0
+"""Seconds to wait for the end of a lease: without an answer it ends by its time, and the process need not wait."""
 _CLOSE_ENOUGH = 30.0
 """Seconds that an `until` may be wrong before the lease is written again by the server's clock."""
 
@@ -429,10 +431,10 @@ class Leases:
     def _withdraw(self, held: _Held) -> None:
         with ignoring(_log, f"ending {held.path}", OSError, BackupError):
             try:
-                self._client.delete(held.path)
+                self._client.delete(held.path, _GIVE_BACK_SECONDS)
             except PermissionError:
                 over = Lease(held.kind, socket.gethostname(), os.getpid(), 0, self._state.identity, held.slot)
-                self._client.put(held.path, over.encode())
+                self._client.put(held.path, over.encode(), _GIVE_BACK_SECONDS)
         held.put_at = 0.0
 
     def close(self) -> None:

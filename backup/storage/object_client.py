@@ -103,7 +103,7 @@ class Client:
         """List a folder: one request for each thousand names."""
         from obstore import list_with_delimiter_async  # noqa: PLC0415 - an extra
 
-        listed: Any = self._ask(folder, lambda: list_with_delimiter_async(self._store, folder or None))
+        listed: Any = self.ask(folder, lambda: list_with_delimiter_async(self._store, folder or None))
         start = len(folder) + 1 if folder else 0
         return Folder(
             {meta["path"][start:]: _found(meta) for meta in listed["objects"]},
@@ -115,7 +115,7 @@ class Client:
         from obstore import head_async  # noqa: PLC0415
 
         try:
-            return _found(self._ask(name, lambda: head_async(self._store, name)))
+            return _found(self.ask(name, lambda: head_async(self._store, name)))
         except FileNotFoundError:
             if not self._answered:
                 self.list(name)  # the answer to HEAD has no body that tells whether the bucket exists
@@ -163,23 +163,23 @@ class Client:
         except FileNotFoundError:
             raise Replaced(self.path(name)) from None
 
-    def put(self, name: str, content: bytes) -> None:
-        """Write a small object, in place of another one."""
+    def put(self, name: str, content: bytes, seconds: float | None = None) -> None:
+        """Write a small object, in place of another one; give up after `seconds` or the usual limit."""
         from obstore import put_async  # noqa: PLC0415
 
-        self._ask(name, lambda: put_async(self._store, name, content, use_multipart=False))
+        self.ask(name, lambda: put_async(self._store, name, content, use_multipart=False), seconds)
 
-    def delete(self, name: str) -> None:
-        """Remove an object, if it exists."""
+    def delete(self, name: str, seconds: float | None = None) -> None:
+        """Remove an object, if it exists; give up after `seconds` or the usual limit."""
         from obstore import delete_async  # noqa: PLC0415
 
-        self._ask(name, lambda: delete_async(self._store, name))
+        self.ask(name, lambda: delete_async(self._store, name), seconds)
 
     def copy(self, name: str, to: str) -> None:
         """Copy an object within the server, in place of another one."""
         from obstore import copy_async  # noqa: PLC0415
 
-        self._ask(name, lambda: copy_async(self._store, name, to))
+        self.ask(name, lambda: copy_async(self._store, name, to))
 
     def upload(self, name: str, size: int) -> Upload:
         """Begin to write a large object of about `size` bytes."""
@@ -196,15 +196,12 @@ class Client:
     def _read(self, name: str, make: Callable[[], Awaitable[_T]]) -> _T:
         for attempt in range(1, _READ_ATTEMPTS + 1):
             try:
-                return self._ask(name, make)
+                return self.ask(name, make)
             except _BrokenOff:
                 if attempt == _READ_ATTEMPTS:
                     raise
                 time.sleep(0.2 * 2**attempt)
         raise AssertionError
-
-    def _ask(self, name: str, make: Callable[[], Awaitable[_T]]) -> _T:
-        return self.ask(name, make)
 
     def ask(self, name: str, make: Callable[[], Awaitable[_T]], seconds: float | None = None) -> _T:
         """

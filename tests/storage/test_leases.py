@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from buckets import assert_one_writes_at_once
+from faulty_proxy import FaultyProxy, Hang
 
 from backup.errors import Locked
 from backup.storage.base import Unavailable
@@ -210,6 +212,16 @@ def test_a_clock_of_the_host_that_is_off_changes_nothing(moto, bucket, host, mon
             (name,) = leases(moto, bucket)
             body = moto.client().get_object(Bucket=bucket.name, Key=f"{bucket.prefix}/{name}")["Body"].read()
             assert abs(json.loads(body)["until"] - real() - QUICK.lasting) < 120
+
+
+def test_a_server_that_hangs_does_not_keep_a_process_from_its_end(moto, bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr("backup.storage.leases._GIVE_BACK_SECONDS", 0.5)
+    with closing(FaultyProxy(moto.endpoint)) as proxy:
+        storage = moto.storage(replace(bucket, endpoint=proxy.endpoint), tmp_path)
+        with storage.files("web1").lock():
+            proxy.rule = lambda _: Hang()
+            begun = time.monotonic()
+        assert time.monotonic() - begun < 5
 
 
 # Readers
