@@ -8,7 +8,8 @@ whose names have exactly the form FAMILY.REPOSITORY.POINT, with an id that the u
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import logging
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -19,7 +20,10 @@ from backup.qemu import image_bitmaps, images
 from backup.qmp.blocks import OURS, BlockGraph
 from backup.qmp.monitor import Monitor
 from backup.repository.repository import Repository
-from backup.sources.base import Source
+from backup.runtime.ignoring import ignoring
+from backup.sources.base import Host, Owner, Source
+
+_log = logging.getLogger(__name__)
 
 
 class Place(Protocol):
@@ -164,15 +168,44 @@ def started_bitmaps(repository: Repository) -> dict[str, set[str]]:
     These are the bitmaps of a disk's two newest points: a run that was killed leaves the older one as well.
     """
     started: dict[str, set[str]] = {}
+    for path, names in _started(repository):
+        started.setdefault(path, set()).update(names[-2:])
+    return started
+
+
+def _started(repository: Repository) -> Iterator[tuple[str, list[str]]]:
+    """Return for each disk of each machine the path of its image, and the bitmaps that points started, oldest first."""
     for name in repository.machine_names():
         of_machine: dict[str, list[str]] = {}
         for manifest in sorted(repository.machine(name).contents().manifests.values(), key=lambda each: each.sequence):
             for entry in manifest.disks:
                 if entry.bitmap.started is not None:
                     of_machine.setdefault(entry.source.path, []).append(entry.bitmap.started)
-        for path, names in of_machine.items():
-            started.setdefault(path, set()).update(names[-2:])
-    return started
+        yield from of_machine.items()
+
+
+def remove_superseded(domain: Host, repository: Repository, owner: Owner) -> list[str]:
+    """
+    Remove from each disk the bitmap of its last point but one, which a run that was killed in the end has left.
+
+    Without libvirt's record of it, a later run could not see the bitmap.  Returns what was removed, as texts.
+    """
+    superseded = {path: names[-2] for path, names in _started(repository) if len(names) > 1}
+    removed: list[str] = []
+    disks: Sequence[tuple[str, Source]] = ()
+    with ignoring(_log, "removal of superseded bitmaps", SourceError):  # a domain without a disk
+        disks = domain.discover()
+    for target, source in disks:
+        with ignoring(_log, f"removal of superseded bitmaps of disk {target}", SourceError):
+            name = superseded.get(source.inspect().path)
+            if name is None:
+                continue
+            source.expect_bitmaps([name])
+            if source.inspect().bitmap(name) is not None:
+                owner.require_alone()
+                source.remove_bitmap(name)
+                removed.append(f"bitmap {name} of disk {target}, which a newer point supersedes")
+    return removed
 
 
 def disk_places(

@@ -201,6 +201,24 @@ def test_bitmaps_of_no_point_are_removed_from_the_image(domain):
     assert foreign in bitmaps(domain.disks["vda"])
 
 
+@pytest.mark.parametrize("on", [True, False])
+def test_clean_removes_the_bitmaps_that_a_newer_point_supersedes(domain, on):
+    """Once libvirt has no record of them, no run sees them before QEMU has stored them."""
+    begun(domain)
+    killed_night(domain, "published")
+    if not on:
+        domain.destroy()
+    domain.io("vda", "write -P 9 4M 64k") if on else None
+    words = ["clean", "--repo", domain.repository, "--libvirt", domain.daemon.uri, "--domain", domain.name]
+    done = call_pybackup(words)
+    assert (done.rc, done.stdout.count("which a newer point supersedes")) == (0, 2), done
+    assert (domain.job(), domain.checkpoints(), domain.leftovers()) == ("", [], [])
+    domain.require_night("incremental", "incremental")
+    if on:
+        domain.destroy()
+    assert [len(bitmaps(image)) for image in domain.disks.values()] == [1, 1]
+
+
 def test_a_bitmap_whose_record_a_user_removed_goes_when_qemu_has_stored_it(domain):
     """libvirt does not list it, so that no run can see it before."""
     begun(domain)

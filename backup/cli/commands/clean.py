@@ -153,9 +153,14 @@ def _running(wanted: CleanOptions) -> Iterator[Running]:
 
 def _clean_machine(wanted: CleanOptions) -> None:
     """Remove what an interrupted run left in a running machine."""
+    from backup.operations import clean as cleaning
+
     repository = find.repository(wanted.repo)
+    owner = repository.ownership(None)
     with _domain(wanted) if wanted.libvirt is not None else _running(wanted) as host:
-        removed = list(host.recover(repository.ownership(None)))
+        removed = list(host.recover(owner))
+        if wanted.libvirt is not None:
+            removed += cleaning.remove_superseded(host, repository, owner)
     if options.json:
         json_output.write(CleanDocument(removed))
     elif not options.quiet:
