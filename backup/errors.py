@@ -56,6 +56,10 @@ class UsageError(BackupError):
         self.listed = listed
 
 
+class NoIdentity(UsageError):
+    """The repository is sealed, and no identity that the user named opens it: the fault of no machine or point."""
+
+
 class NotFound(BackupError):
     """The repository, machine, point or disk does not exist."""
 

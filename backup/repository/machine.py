@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 
-from backup.errors import BackupError, Damaged, NotFound, UsageError
+from backup.errors import BackupError, Damaged, NoIdentity, NotFound
 from backup.model import documents
 from backup.model import manifest as manifests
 from backup.model.manifest import NEW, UNFINISHED, DiskEntry, Manifest
@@ -103,7 +103,7 @@ class Machine:
         ------
         Failed
             The folder cannot be read.
-        UsageError
+        NoIdentity
             The files are sealed, and no identity opens them.
         """
         contents = self._read_manifests(raw=raw)
@@ -121,10 +121,7 @@ class Machine:
         def read_one(name: str) -> None:
             try:
                 read[name] = read_raw(self.files, name)
-            except (
-                UsageError,
-                NoAnswer,
-            ):  # no identity opens the sealed files; the server is away: no manifest's fault
+            except (NoIdentity, NoAnswer):  # no fault of this manifest: the others have it as well
                 raise
             except BackupError as error:
                 damaged[name] = error

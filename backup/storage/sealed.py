@@ -23,7 +23,7 @@ from backup.age import payload, primitives
 from backup.age.header import FEW_BYTES, MOST_BYTES, BadHeader, Cut, NoKey
 from backup.age.keys import NO_IDENTITIES, Identities, Recipient
 from backup.age.payload import CHUNK, BadPayload, Head, Layout, Opener, Sealer
-from backup.errors import UsageError
+from backup.errors import NoIdentity, UsageError
 from backup.model.manifest import UNFINISHED
 from backup.model.names import MARKER, RECOVERY, SEALED
 from backup.storage.base import TEMPORARY, Files, Listing, PartWriter, RangeReader, Stat, Storage, StreamWriter, Traits
@@ -69,18 +69,18 @@ class Keys:
 
         Raises
         ------
-        UsageError
+        NoIdentity
             There is no identity, or none of a recipient of the place.
         """
         shown = " or ".join(str(recipient) for recipient in self.recipients)
         if not self.identities.keys:
-            raise UsageError(
+            raise NoIdentity(
                 f"{location} is sealed, and no identity is named to read it",
                 hint=f"name the file of the identity of {shown} with --identity FILE, or in PYBACKUP_IDENTITY",
             )
         if not {identity.recipient for identity in self.identities.keys} & set(self.recipients):
-            raise UsageError(
-                f"no identity in {self.identities.file} opens {location}: the place is sealed to other recipients",
+            raise NoIdentity(
+                f"{self.identities.file} does not open {location}, which is sealed to other recipients",
                 hint=f"name the file of the identity of {shown}",
             )
 
@@ -217,7 +217,7 @@ class SealedFiles:
 
         Raises
         ------
-        UsageError
+        NoIdentity
             No identity opens the file.
         """
         if self._is_clear(name):
@@ -244,7 +244,7 @@ class SealedFiles:
 
         Raises
         ------
-        UsageError
+        NoIdentity
             No identity opens the file.
         """
         if self._is_clear(name):

@@ -226,7 +226,9 @@ def test_a_foreign_identity_is_named_with_its_file():
     calls.files.publish("p.json", b"manifest")
     stranger = calls.at(Identities((Identity.new(), Identity.new()), "/root/wrong.txt")).files("web1")
     for read in (lambda: stranger.read("p.json", 10), lambda: stranger.open("p.json")):
-        with pytest.raises(UsageError, match=r"no identity in /root/wrong\.txt opens place") as stopped:
+        with pytest.raises(
+            UsageError, match=r"/root/wrong\.txt does not open place, which is sealed to other recipients"
+        ) as stopped:
             read()
         assert str(OURS.recipient) in stopped.value.hint
         assert OURS.secret() not in str(stopped.value)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from lab import Night
+from lab import Night, call_pybackup, raw_copy
 from memory_source import MemoryHost, MemorySource
 from places import repository_at
 
@@ -49,6 +49,40 @@ def test_no_backup_is_made_to_a_sealed_place(tmp_path, options):
     assert night.state() == before
     assert sorted(path.name for path in (tmp_path / "sealed").iterdir()) == ["RECOVERY.txt", "pybackup.json"]
     night.require_incremental()
+
+
+def test_from_the_key_pair_to_the_restored_disk(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYBACKUP_IDENTITY", raising=False)
+    night, place, key, wrong = Night.with_incremental(tmp_path), tmp_path / "away", tmp_path / "key", tmp_path / "wrong"
+    [recipient, _] = [call_pybackup(["keygen", path]).stdout.strip() for path in (key, wrong)]
+    said = [call_pybackup(["init", "--copy-of", night.repository, place, "--recipient", recipient])]
+    said += [call_pybackup(["copy", "disk", place, "--repo", night.repository], made=False) for _ in range(2)]
+    assert [done.rc for done in said] == [0, 0, 0]
+    assert "copied 2 points" in said[1].stdout
+    assert "copied 0 points" in said[2].stdout
+    for identity in ([], ["--identity", wrong]):
+        reading = [["show", "disk"], ["verify"], ["restore", "disk", tmp_path / "r.raw"]]
+        for command in [*reading, *([["list"], ["status"]] if identity else [])]:
+            done = call_pybackup([*command, "--repo", place, *identity], made=False)
+            said.append(done)
+            assert done.rc == 2, command
+            text = done.stdout + done.stderr
+            assert (
+                "no identity is named" in text if not identity else f"the identity file {wrong} does not open" in text
+            )
+    for command in (["list"], ["verify", "--deep"], ["restore", "disk", tmp_path / "r.raw"]):
+        done = call_pybackup([*command, "--repo", place, "--identity", key], made=False)
+        said.append(done)
+        assert done.rc == 0, done.stderr
+    assert (tmp_path / "r.raw").read_bytes() == raw_copy(night.image, tmp_path / "expected.raw").read_bytes()
+    monkeypatch.setenv("PYBACKUP_IDENTITY", str(key))
+    assert call_pybackup(["list", "--repo", place], made=False).rc == 0
+    secrets = [path.read_text().split("\n")[2] for path in (key, wrong)]
+    assert not [done for done in said for secret in secrets if secret[20:40] in done.stdout + done.stderr]
+    # A secret in the place of a recipient is not repeated either.
+    done = call_pybackup(["init", "--copy-of", night.repository, tmp_path / "b", "--recipient", secrets[0]])
+    assert (done.rc, secrets[0] in done.stderr) == (2, False)
+    assert not (tmp_path / "b").exists()
 
 
 # Faults, in memory

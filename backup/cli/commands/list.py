@@ -12,7 +12,7 @@ import typer
 from backup.cli import find, json_output, output, places
 from backup.cli.context import options
 from backup.cli.parameters import IdentityFile, MachineNames, Repo
-from backup.errors import WARNINGS_EXIT_CODE, BackupError, UsageError
+from backup.errors import WARNINGS_EXIT_CODE, BackupError, NoIdentity
 from backup.units import parse_count, show_age, show_size
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def list_(
             continue
         try:
             contents = machine.contents()
-        except UsageError:  # the identity opens nothing here
+        except NoIdentity:
             raise
         except BackupError as unreadable:  # this machine's folder; the others are listed all the same
             contents = Contents({}, {machine.name: unreadable})
