@@ -132,7 +132,7 @@ def _require_first(repository: Repository) -> None:
         what = "sealed" if repository.sealed else "a bucket"
         raise UsageError(
             f"{repository.location} is {what}, and takes only copies of points",
-            hint="back up to a plain repository in a folder, and copy its points there (`pybackup copy`)",
+            hint="back up to a plain repository in a folder, and copy its points there",
         )
 
 

@@ -290,7 +290,7 @@ class SealedFiles:
             raise ValueError(f"{name} is a small file")
         raise UsageError(
             f"{self._place} is sealed: points can be copied there, but not made or merged there",
-            hint="back up to a repository that is not sealed, and copy its points to this one (`pybackup copy`)",
+            hint="back up to a repository that is not sealed, and copy its points to this one",
         )
 
     def stream(self, name: str, size: int) -> StreamWriter:
