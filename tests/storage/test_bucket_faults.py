@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from contextlib import closing
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 from buckets import SECRET, Server
@@ -31,7 +33,9 @@ def proxy(moto):
 
 @pytest.fixture
 def storage(moto, proxy, tmp_path, monkeypatch):
-    monkeypatch.setattr(object_client, "_BACKOFF", {**object_client._BACKOFF, "init_backoff": _tenth(), "base": 1.5})
+    quick = {"init_backoff": timedelta(seconds=0.05), "max_backoff": timedelta(seconds=0.2), "base": 1.5}
+    monkeypatch.setattr(object_client, "_BACKOFF", quick)
+    monkeypatch.setattr(object_client, "_RETRIES", 3)
     bucket = moto.make_bucket(f"b{os.urandom(6).hex()}")
     made = Server(proxy.endpoint).storage(replace(bucket, endpoint=proxy.endpoint), tmp_path)
     with made.files("web1").lock():
@@ -40,12 +44,6 @@ def storage(moto, proxy, tmp_path, monkeypatch):
     yield made
     proxy.rule = lambda _: None
     made.close()
-
-
-def _tenth():
-    from datetime import timedelta
-
-    return timedelta(seconds=0.1)
 
 
 @pytest.fixture
@@ -131,7 +129,7 @@ def test_a_slow_line_is_no_fault(files, proxy):
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        (Answer(503, "SlowDown"), "asks to slow down, also after 6 tries"),
+        (Answer(503, "SlowDown"), "asks to slow down, also after 3 tries"),
         (Answer(500, "InternalError"), r"answers with an error \(500"),
         (Answer(403, "AccessDenied"), r"no permission for this \(403"),
         (Answer(403, "SignatureDoesNotMatch"), "refuses the access key"),
@@ -205,6 +203,13 @@ def test_a_server_without_tls_is_told_from_one_with(moto, tmp_path):
     bucket = Bucket("bucket", "p", moto.endpoint.replace("http", "https"))
     with pytest.raises(Unavailable, match="does not speak TLS"):
         Server("").storage(bucket, tmp_path).occupants()
+
+
+def test_a_missing_library_is_told_with_the_extra_that_brings_it(moto, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "obstore.store", None)
+    with pytest.raises(Failed, match="needs the library obstore") as stopped:
+        moto.storage(Bucket("bucket", "p"), tmp_path)
+    assert "pybackup[s3]" in stopped.value.hint
 
 
 def test_a_missing_bucket_is_no_missing_file(moto, tmp_path):
