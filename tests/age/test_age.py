@@ -249,6 +249,15 @@ def test_a_header_has_one_form_only(before, after):
         opened(SMALL.replace(before, after, 1))
 
 
+def test_each_value_has_one_text_only():
+    """The last character of 32 bytes in base64 has two bits to spare; they are zero."""
+    alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+    at = SMALL.index(b"\n", SMALL.index(b"\n--- ") + 1) - 1
+    other = alphabet[alphabet.index(chr(SMALL[at])) + 1].encode()
+    with pytest.raises(BadHeader, match="base64"):
+        opened(SMALL[:at] + other + SMALL[at + 1 :])
+
+
 def test_a_share_without_a_secret_is_refused():
     lines = SMALL.split(b"\n")
     lines[1] = b"-> X25519 " + b"A" * 43
