@@ -52,6 +52,8 @@ EXCLUSIVE, SHARED = "exclusive", "shared"
 _SLOTS = 64
 """How many readers of one folder a host can have at once."""
 _MAX_BYTES = 4096
+_RENEW_SECONDS = 30.0
+"""Seconds to wait for the renewal of a lease, before the next attempt."""
 _GIVE_BACK_SECONDS = 10.0
 """Seconds to wait for the end of a lease: without an answer it ends by its time, and the process need not wait."""
 _CLOSE_ENOUGH = 30.0
@@ -380,12 +382,12 @@ class Leases:
             self._known[path, found.tag] = lease
         return lease
 
-    def _put(self, held: _Held) -> None:
+    def _put(self, held: _Held, seconds: float | None = None) -> None:
         """Write or renew a lease's object."""
         before = _now()
         until = self._clock.earliest() + self._terms.lasting
         lease = Lease(held.kind, socket.gethostname(), os.getpid(), until, self._state.identity, held.slot)
-        self._client.put(held.path, lease.encode())
+        self._client.put(held.path, lease.encode(), seconds)
         held.until, held.put_at = until, before
 
     def _put_again_by_clock(self, held: _Held, listed: Folder) -> Folder:
@@ -415,8 +417,13 @@ class Leases:
         while not self._stop.wait(self._terms.renewed / 10):
             for held in list(self._held.values()):
                 if _now() - held.put_at >= self._terms.renewed:
-                    with ignoring(_log, f"renewing {held.path}", OSError, BackupError):
-                        self._put(held)
+                    self._renew_one(held)
+
+    def _renew_one(self, held: _Held) -> None:
+        """Renew a lease, unless it was given back; under the lock, so that it is not given back meanwhile."""
+        with self._lock, ignoring(_log, f"renewing {held.path}", OSError, BackupError):
+            if self._held.get((held.folder, held.kind)) is held:
+                self._put(held, _RENEW_SECONDS)
 
     def _give_back(self, held: _Held, *, quickly: bool = False) -> None:
         """End a lease: remove its object, or write that it is over."""
