@@ -107,11 +107,14 @@ class ObjectStorage:
         ------
         UsageError
             The place lies within another repository.
+        NoAnswer, Failed
+            The server does not tell.
         """
         parts = self._bucket.prefix.split("/") if self._bucket.prefix else []
         for count in range(len(parts)):
             above = Client(replace(self._bucket, prefix="/".join(parts[:count])), self._access)
-            with suppress(FileNotFoundError, PermissionError):  # a key that may only use this prefix
+            # A key may have no permission above its prefix.
+            with explained(self.location), suppress(FileNotFoundError, PermissionError):
                 above.head(MARKER)
                 raise UsageError(
                     f"{self.location} lies in the repository {above.location}",

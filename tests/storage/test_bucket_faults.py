@@ -161,6 +161,13 @@ def test_a_fault_that_lasts_is_an_error_of_one_line_and_no_damage(files, proxy, 
         open_file(files, "a")
 
 
+def test_a_place_that_cannot_be_examined_is_refused_with_a_hint_for_it(storage, proxy):
+    proxy.rule = lambda _: Answer(403, "InvalidAccessKeyId")
+    with pytest.raises(NoAnswer, match="refuses the access key") as refused:
+        storage.require_outside()
+    assert "access key" in refused.value.hint
+
+
 def test_a_server_that_hangs_costs_the_time_limit_once(files, proxy):
     proxy.rule = lambda _: Hang()
     timeouts.set_limit(2.0)
