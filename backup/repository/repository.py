@@ -107,7 +107,9 @@ class Repository:
         except (FileNotFoundError, NotADirectoryError):
             raise NotFound(
                 f"there is no repository at {path} (no {MARKER} in it)",
-                hint=f"mount its disk if that is missing, or name another folder; `pybackup init {path}` makes a "
+                hint=f"name another prefix; `pybackup init --copy-of REPO {path}` makes a second place there"
+                if storage.traits.remote
+                else f"mount its disk if that is missing, or name another folder; `pybackup init {path}` makes a "
                 "repository in a new or empty folder",
             ) from None
         except OSError as error:

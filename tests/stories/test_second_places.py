@@ -265,6 +265,10 @@ def test_other_recipients_in_the_configuration_are_an_error(night, tmp_path, rea
     require_two_lines(call_pybackup(["copy", "disk", "--to", "offsite", *config]), 2)
     config = config_of(tmp_path, night, second, f"    recipients: [{recipient(night)}]\n")
     assert call_pybackup(["copy", "disk", "--to", "offsite", *config]).rc == 0
+    assert call_pybackup(["check-config", *config]).rc == 0
+    require_two_lines(
+        call_pybackup(["check-config", *config_of(tmp_path, night, second, "    recipients: no/file\n")]), 2
+    )
     plain = call_pybackup(["init", night.repository.with_name("x"), "--recipient", other])
     require_two_lines(plain, 2)
 
@@ -302,6 +306,9 @@ def test_no_server_no_bucket_no_key(night, tmp_path, reached, monkeypatch):
     require_two_lines(call_pybackup(["list", "--repo", "s3://no-such-bucket/x"]), 10)
     require_two_lines(call_pybackup(["list", "--repo", f"s3://{bucket}/none"]), 10)
     require_two_lines(copy(night, "disk", f"s3://{bucket}/none"), 10)
+    client = reached.client()
+    client.put_object(Bucket=bucket, Key="other/file", Body=b"mine")
+    require_two_lines(call_pybackup(["init", "--copy-of", night.repository, f"s3://{bucket}/other"]), (1, 2))
     require_two_lines(call_pybackup(["init", f"s3://{bucket}/x"]), 2)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     require_two_lines(call_pybackup(["list", "--repo", second.location]), (1, 13))

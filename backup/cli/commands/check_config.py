@@ -34,6 +34,7 @@ def check_config(
             "there is no configuration",
             hint="write one like that of `pybackup check-config --example`, and name it with --config",
         )
+    _require_recipients(config)
     if options.json:
         json_output.write(ConfigDocument.of(config.path, config))
     elif not options.quiet:
@@ -42,6 +43,18 @@ def check_config(
             f"{plain(config.path)}: {counted(len(config.machines), 'machine')}, {counted(disks, 'disk')}, "
             f"repository {plain(config.repository or 'not named')}"
         )
+
+
+def _require_recipients(config: Config) -> None:
+    """Refuse recipients of a second place that are no keys, or files without keys."""
+    for copy in config.copies:
+        if copy.recipients:
+            from backup.age import key_files
+
+            try:
+                key_files.recipients(copy.recipients)
+            except UsageError as error:
+                raise UsageError(f"copies.{copy.name}.recipients: {error.message}", hint=error.hint) from None
 
 
 def _show_example() -> None:

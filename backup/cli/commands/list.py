@@ -12,7 +12,7 @@ import typer
 from backup.cli import find, json_output, output, places
 from backup.cli.context import options
 from backup.cli.parameters import IdentityFile, MachineNames, Repo
-from backup.errors import WARNINGS_EXIT_CODE, BackupError, NoIdentity
+from backup.errors import BackupError, Failed, NoIdentity, merged_exit_code
 from backup.units import parse_count, show_age, show_size
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def list_(
     selection = listing.Selection(newest, None if since is None else listing.parse_since(since, now), disk)
     listed: list[tuple[Manifest, str]] = []
     named: list[NamedPoint] = []
-    damaged = False
+    damaged, codes = False, [0]
     for machine in find.machines(find.repository(places.named(repo, identity)), machines):
         if not machine.storage.traits.readable:
             named += selection.of_named(named_points(machine))
@@ -67,6 +67,8 @@ def list_(
         for error in contents.damaged.values():
             damaged = True
             output.warning(error.message)
+            if machine.storage.traits.remote and isinstance(error, Failed):  # no answer: nothing is known of the point
+                codes.append(error.exit_code)
         chosen = selection.of(contents.manifests.values())
         listed.extend((manifest, machine.location(manifest.point)) for manifest in chosen)
     if options.json:
@@ -78,7 +80,7 @@ def list_(
         _show_disks([manifest for manifest, _ in listed], disk)
     elif listed:
         _show_points([manifest for manifest, _ in listed], now)
-    raise typer.Exit(WARNINGS_EXIT_CODE if damaged else 0)
+    raise typer.Exit(merged_exit_code(codes, warned=damaged))
 
 
 # Text
