@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -30,6 +32,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Leases on buckets use a folder for state, which would be the user's own.
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="pybackup-state-")
+atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
