@@ -20,6 +20,7 @@ from lab import call_pybackup, make_image
 from places import folder_of
 
 from backup.cli.output import Quiet
+from backup.engine import merge
 from backup.errors import Failed, NotFound
 from backup.guest import files, guestfish
 from backup.model import chain
@@ -169,7 +170,7 @@ def test_a_backup_whose_prune_cannot_tell_warns_as_well(tmp_path, monkeypatch):
 
 def during(monkeypatch, step: str, action) -> None:
     """Do something when a prune begins its first such step: `consolidate` takes hours for large disks."""
-    real = getattr(prune, step)
+    real = getattr(merge, step)
     done = []
 
     def doing(*args, **more):
@@ -177,7 +178,7 @@ def during(monkeypatch, step: str, action) -> None:
             done.append(action())
         return real(*args, **more)
 
-    monkeypatch.setattr(prune, step, doing)
+    monkeypatch.setattr(merge, step, doing)  # which a prune imports when it merges
 
 
 @pytest.mark.usefixtures("file_system")

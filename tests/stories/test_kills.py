@@ -58,7 +58,7 @@ STEPS = [
     Step(FOLDER, "sync_folder", "after", 2, published=True),
     Step(REPOSITORY, "Machine.publish", "after", published=True),
     Step(IMAGES, "remove_bitmap", "before", published=True),
-    Step(PROGRAMS, "popen", "after", 6, published=True),  # qemu-img bitmap --remove has just begun
+    Step(PROGRAMS, "popen", "after", 5, published=True),  # qemu-img bitmap --remove has just begun
     Step(IMAGES, "remove_bitmap", "after", published=True),
 ]
 
