@@ -46,7 +46,7 @@ def require() -> None:
         raise Failed("the Python package cryptography is too old for sealed places", hint=_INSTALL)
 
 
-_INSTALL = "install pybackup with its extra `seal`: pip install 'pybackup[seal]'"
+_INSTALL = "install it beside pybackup: `pipx inject pybackup 'cryptography>=47'`; README has both extras"
 
 
 def cipher(key: bytes) -> Cipher:

@@ -322,7 +322,7 @@ def _store(bucket: Bucket, access: Access) -> S3Store:
     except ImportError:
         raise Failed(
             f"{bucket} needs the library obstore, which is not installed",
-            hint="install pybackup with its extra s3: pip install 'pybackup[s3]'",
+            hint="install it beside pybackup: `pipx inject pybackup 'obstore>=0.12.1'`; README has both extras",
         ) from None
     config: dict[str, Any] = {"region": access.region}
     if access.endpoint is not None:

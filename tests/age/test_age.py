@@ -18,7 +18,7 @@ from backup.age.keys import Identity, Recipient
 from backup.age.payload import CHUNK, BadPayload, Head, Layout, Opener, Sealer
 from backup.errors import BackupError, Failed, UsageError
 
-pytest.importorskip("cryptography", reason="the extra `seal` is missing: pip install 'pybackup[seal]'")
+pytest.importorskip("cryptography", reason="the extra `seal` is missing: tools/setup")
 needs_age = pytest.mark.skipif(shutil.which("age") is None, reason="the program age is missing: apt-get install age")
 
 MIB = 1 << 20
@@ -397,5 +397,5 @@ def test_a_missing_package_is_named_with_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "cryptography.hazmat.primitives.ciphers.aead", None)
     with pytest.raises(Failed, match="cryptography") as stopped:
         primitives.require()
-    assert "pybackup[seal]" in stopped.value.hint
+    assert "cryptography" in stopped.value.hint
     assert isinstance(stopped.value, BackupError)

@@ -17,7 +17,7 @@ from backup.age.keys import Identity
 from backup.cli import identity
 from backup.errors import UsageError
 
-pytest.importorskip("cryptography", reason="the extra `seal` is missing: pip install 'pybackup[seal]'")
+pytest.importorskip("cryptography", reason="the extra `seal` is missing: tools/setup")
 needs_age = pytest.mark.skipif(shutil.which("age-keygen") is None, reason="age is missing: apt-get install age")
 
 

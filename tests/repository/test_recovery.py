@@ -118,7 +118,7 @@ def test_the_newest_point_of_each_disk_comes_back_to_the_byte(tmp_path, tools, d
 
 @pytest.mark.skipif(shutil.which("age") is None, reason="the program age is missing: apt-get install age")
 def test_a_sealed_copy_comes_back_with_the_program_age(tmp_path, tools):
-    pytest.importorskip("cryptography", reason="the extra `seal` is missing: pip install 'pybackup[seal]'")
+    pytest.importorskip("cryptography", reason="the extra `seal` is missing: tools/setup")
     night = Night.with_incremental(tmp_path)
     write(night.image, "write -P 0x31 3M 64k")
     assert night.incremental().rc == 0

@@ -14,7 +14,7 @@ from backup.repository.repository import MOST_RECIPIENTS, Repository
 from backup.storage.folder import FolderStorage
 from backup.storage.sealed import SealedStorage
 
-pytest.importorskip("cryptography", reason="the extra `seal` is missing: pip install 'pybackup[seal]'")
+pytest.importorskip("cryptography", reason="the extra `seal` is missing: tools/setup")
 
 OURS, OTHER = Identity.new(), Identity.new()
 

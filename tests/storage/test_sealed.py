@@ -19,7 +19,7 @@ from backup.storage.folder import FolderStorage
 from backup.storage.memory import Memory, MemoryStorage
 from backup.storage.sealed import Keys, SealedStorage, plain_name, sealed_name
 
-pytest.importorskip("cryptography", reason="the extra `seal` is missing: pip install 'pybackup[seal]'")
+pytest.importorskip("cryptography", reason="the extra `seal` is missing: tools/setup")
 
 MIB, CHUNK = 1 << 20, 64 << 10
 OURS, OTHER = Identity.new(), Identity.new()
@@ -307,4 +307,4 @@ def test_a_missing_package_is_told_when_the_place_is_opened(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "cryptography.hazmat.primitives.ciphers.aead", None)
     with pytest.raises(Failed, match="cryptography") as stopped:
         SealedStorage(MemoryStorage(), Keys(RECIPIENTS))
-    assert "pybackup[seal]" in stopped.value.hint
+    assert "cryptography" in stopped.value.hint

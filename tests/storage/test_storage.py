@@ -47,7 +47,7 @@ def access(request, tmp_path: Path) -> Iterator[Access]:
         return FolderStorage(tmp_path / "place") if kind == "folder" else MemoryStorage(memory)
 
     if sealed:
-        pytest.importorskip("cryptography", reason="the extra `seal` is missing: pip install 'pybackup[seal]'")
+        pytest.importorskip("cryptography", reason="the extra `seal` is missing: tools/setup")
         identities = Identities((Identity.new(),), "key.txt")
         keys = Keys((identities.keys[0].recipient, Identity.new().recipient), identities)
         yield lambda: SealedStorage(place(), keys)

@@ -26,7 +26,7 @@ from backup.repository.repository import Repository
 from backup.storage.folder import FolderStorage
 from backup.storage.memory import KILL, Call, Killed, Memory, MemoryStorage, no_fault
 
-pytest.importorskip("cryptography", reason="the extra `seal` is missing: pip install 'pybackup[seal]'")
+pytest.importorskip("cryptography", reason="the extra `seal` is missing: tools/setup")
 
 OURS = Identity.new()
 NAMED = Identities((OURS,), "key.txt")
