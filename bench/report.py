@@ -111,6 +111,7 @@ BARS = (
     "plan",
     "incremental",
     "libvirt",
+    "buckets",
     "idle",
     "reads",
     "restore",
@@ -164,6 +165,9 @@ output, not the reading of a cold disk.
   MiB). libvirtd runs in system mode in a mount namespace of its own (`domain.py`). Ours runs with its defaults, except
   for `--compression none`: spot check, digests and fsync are included; virtnbdbackup's data is not synced. Before each
   pair of 1 % the guest writes at 10 places. *Processor* is that of the tool and of the domain's QEMU.
+- **Buckets** are in a Ceph of the bench's own, with an OSD in memory (`buckets.py`). The processor time is that of the
+  client. Neither side has anything in its place before a copy; pybackup checks each block against its digest. Nothing
+  delays the line between client and server.
 - **Prune** merges a full and five incrementals into one full, in a copy of the repository that is made before each run
   and not measured.
 - **Idle**: the image is sparse and holds 64 MiB of data in 1,024 places. `spot_check: 0`, as wherever the

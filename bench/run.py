@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import bars
+import buckets
 import domain
 import latency
 import memory
@@ -53,6 +54,7 @@ PARTS: dict[str, Part] = {
     "consolidate": bars.consolidate,
     "incremental": bars.incremental,
     "libvirt": domain.against_virtnbdbackup,
+    "buckets": buckets.against_rclone,
     "guest-latency": latency.guest_latency,
     "memory-fragmented": memory.fragmented,
     "memory-huge": memory.huge,

@@ -134,18 +134,25 @@ def restarted(domain: Domain) -> None:
     wait_until(lambda: domain.state == "running", "the daemon's connection to the domain")
 
 
-@pytest.mark.parametrize(("meanwhile", "rc"), [(aborted, 13), (restarted, 0)])
-def test_a_domain_survives_what_others_do_while_its_disks_are_read(
-    threaded, monkeypatch, meanwhile: Callable[[Domain], None], rc: int
+@pytest.mark.parametrize(
+    ("meanwhile", "owner", "step", "rc"),
+    [
+        # QEMU 7.2 may hang where somebody else ends the job while a read is in flight (docs/libvirt.md).
+        (aborted, Job, "require_sound", 13),
+        (restarted, PartFile, "put", 0),
+    ],
+)
+def test_a_domain_survives_what_others_do_while_its_disks_are_open(
+    threaded, monkeypatch, meanwhile: Callable[[Domain], None], owner: type, step: str, rc: int
 ):
-    pid, put, calls = threaded.pid, PartFile.put, []
+    pid, real, calls = threaded.pid, getattr(owner, step), []
 
     def first(*arguments: object, **keywords: object) -> object:
         if not calls:
             calls.append(meanwhile(threaded))
-        return put(*arguments, **keywords)
+        return real(*arguments, **keywords)
 
-    monkeypatch.setattr(PartFile, "put", first)
+    monkeypatch.setattr(owner, step, first)
     done = threaded.night()
     assert (done.rc, len(calls)) == (rc, 1), done
     require_alive(threaded, pid)
