@@ -255,3 +255,17 @@ def test_chains_are_shown_and_verify_begins_without_numpy():
     code = "import sys, backup.model.chain, backup.operations.verify; assert 'numpy' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+TOP_LEVEL = {
+    *(".ci", ".editorconfig", ".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md"),
+    *("SECURITY.md", "backup", "bench", "config.example.yaml", "docs", "pyproject.toml", "stubs", "tests", "tools"),
+}
+
+
+def test_the_top_level_holds_what_is_meant_to_be_there():
+    """A command that is tried in a checkout may leave a repository in it, under the name of an option."""
+    listed = subprocess.run(["git", "-C", ROOT.parent, "ls-files", "-z"], check=False, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not in a checkout of git")
+    assert {name.partition("/")[0] for name in listed.stdout.split("\0") if name} == TOP_LEVEL
