@@ -48,28 +48,19 @@ def write(path: Path, offset: int, data: bytes) -> None:
     subprocess.run(["qemu-io", "-f", "qcow2", "-c", command, path], check=True, stdout=subprocess.DEVNULL)
 
 
+def back_up(server, folder: Path, kind: str) -> None:
+    of_disk = ["--machine", "web1", "--image", str(folder / "vda.qcow2"), "--bitmap", "b1"]
+    pybackup(server, folder, kind, "--repo", str(folder / "repo"), *of_disk)
+
+
 def history(server, folder: Path) -> tuple[Path, Path]:
     """A repository of two points, and the disk as it was at the second."""
     image, repository = disk(folder / "vda.qcow2"), folder / "repo"
     write(image, 0, os.urandom(24 * MIB))
     pybackup(server, folder, "init", str(repository))
-    pybackup(
-        server, folder, "full", "--repo", str(repository), "--machine", "web1", "--image", str(image), "--bitmap", "b1"
-    )
+    back_up(server, folder, "full")
     write(image, MIB, os.urandom(2 * MIB))
-    pybackup(
-        server,
-        folder,
-        "incremental",
-        "--repo",
-        str(repository),
-        "--machine",
-        "web1",
-        "--image",
-        str(image),
-        "--bitmap",
-        "b1",
-    )
+    back_up(server, folder, "incremental")
     return image, repository
 
 
@@ -137,7 +128,7 @@ def test_a_replaced_object_is_not_read_on(ceph, bucket, tmp_path):
 
 
 def test_a_key_that_may_not_delete_suffices_for_copies(ceph, bucket, tmp_path):
-    image, repository = history(ceph, tmp_path)
+    _, repository = history(ceph, tmp_path)
     name = f"w{os.urandom(4).hex()}"
     writer = ceph.add_user(name, name.upper(), f"secret-{name}")
     ceph.client().put_bucket_policy(Bucket=bucket.name, Policy=policy(bucket.name, name, *WRITER))
@@ -145,19 +136,7 @@ def test_a_key_that_may_not_delete_suffices_for_copies(ceph, bucket, tmp_path):
     pybackup(writer, tmp_path, "init", "--copy-of", str(repository), place)
     pybackup(writer, tmp_path, "copy", "--repo", str(repository), place)
     # A killed copy's file lies there under the name of a point's: the key can't remove it.
-    pybackup(
-        ceph,
-        tmp_path,
-        "incremental",
-        "--repo",
-        str(repository),
-        "--machine",
-        "web1",
-        "--image",
-        str(image),
-        "--bitmap",
-        "b1",
-    )
+    back_up(ceph, tmp_path, "incremental")
     newest = max(path.stem for path in (repository / "web1").glob("*.json"))
     key = f"{bucket.prefix}/web1/vda.{newest}.b3"
     writer.client().put_object(Bucket=bucket.name, Key=key, Body=b"left over")

@@ -437,13 +437,18 @@ def test_ranges_are_what_was_written_and_end_with_the_file(files, once):
     reader.close()
 
 
-@on_this_host
-def test_a_reader_keeps_the_file_that_it_opened(files):
-    for change in (
+def changes(files: Files) -> list[Callable[[], object]]:
+    """The ways in which the file a can go away."""
+    return [
         lambda: files.publish("a", b"other", replace=True),
         lambda: files.remove("a"),
         lambda: (files.publish("w", b"other"), files.take_name("w", "a")),
-    ):
+    ]
+
+
+@on_this_host
+def test_a_reader_keeps_the_file_that_it_opened(files):
+    for change in changes(files):
         files.publish("a", b"mine!")
         with closing(files.open("a")) as reader:
             change()
@@ -452,11 +457,7 @@ def test_a_reader_keeps_the_file_that_it_opened(files):
 
 @in_buckets
 def test_a_reader_in_a_bucket_never_gets_bytes_of_another_file(files):
-    for change in (
-        lambda: files.publish("a", b"other", replace=True),
-        lambda: files.remove("a"),
-        lambda: (files.publish("w", b"other"), files.take_name("w", "a")),
-    ):
+    for change in changes(files):
         files.publish("a", b"mine!")
         with closing(files.open("a")) as reader:
             change()
