@@ -4,8 +4,9 @@ What a command line names: the configuration, the repository, machines and point
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -144,6 +145,12 @@ def point(text: str, named: Named, modes_of: Config | None = None) -> tuple[Mach
     UsageError
         Several points match.
     """
+    return _point(text, named, modes_of, lambda: repository(named, modes_of))
+
+
+def _point(
+    text: str, named: Named, modes_of: Config | None, named_repository: Callable[[], Repository]
+) -> tuple[Machine, Manifest]:
     from backup.repository.machine import Machine
     from backup.repository.manifests import read_manifest
 
@@ -160,7 +167,7 @@ def point(text: str, named: Named, modes_of: Config | None = None) -> tuple[Mach
         raise NotFound(f"there is no manifest {text}", hint=_POINT_HINT)
     from backup.repository import named_point
 
-    opened = repository(named, modes_of)
+    opened = named_repository()
     if not slash and name not in opened.machine_names():
         machine, wanted = _in_any_machine(opened, text)
     else:
@@ -182,16 +189,13 @@ def points(
     """Find what the names mean: machines, each with the ids of the named points, or with None for all its points."""
     if not names:
         return [(machine, None) for machine in machines(repository(named, modes_of), None)]
+    opened = functools.cache(lambda: repository(named, modes_of))  # each opening of a bucket costs a request
     selected: list[tuple[Machine, list[str] | None]] = []
     for text in names:
-        if (
-            "/" not in text
-            and _manifest_path(text) is None
-            and text in (opened := repository(named, modes_of)).machine_names()
-        ):
-            selected.append((machines(opened, [text])[0], None))
+        if "/" not in text and _manifest_path(text) is None and text in opened().machine_names():
+            selected.append((machines(opened(), [text])[0], None))
         else:
-            machine, manifest = point(text, named, modes_of)
+            machine, manifest = _point(text, named, modes_of, opened)
             selected.append((machine, [manifest.point]))
     return selected
 

@@ -10,6 +10,7 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from backup.config import settings
 from backup.config.settings import Config
@@ -19,8 +20,7 @@ from backup.runtime import timeouts
 from backup.storage.base import Storage
 from backup.storage.choose import storage_at
 
-_NONE_NAMED = "no repository is named"
-_NAME_ONE = "give --repo REPO, or `repository:` in the configuration"
+_L = TypeVar("_L", bound=Location)
 _PLACES = (Path("config.yaml"), Path("/etc/pybackup/config.yaml"))
 
 
@@ -70,9 +70,9 @@ def distrust(status: os.stat_result, user: int) -> str | None:
     return None
 
 
-def repository_location(given: Location | None, config: Config) -> Location:
+def repository_location(given: _L | None, config: Config) -> _L | Path:
     """
-    Return the location of the repository.
+    Return the location of the repository: the one that --repo names, or else the configured folder.
 
     Raises
     ------
@@ -81,23 +81,8 @@ def repository_location(given: Location | None, config: Config) -> Location:
     """
     location = given or config.repository
     if location is None:
-        raise UsageError(_NONE_NAMED, hint=_NAME_ONE)
+        raise UsageError("no repository is named", hint="give --repo REPO, or `repository:` in the configuration")
     return location
-
-
-def first_folder(given: Path | None, config: Config) -> Path:
-    """
-    Return the folder of the repository that backups are made to.
-
-    Raises
-    ------
-    UsageError
-        Neither --repo nor the configuration names one.
-    """
-    path = given or config.repository
-    if path is None:
-        raise UsageError(_NONE_NAMED, hint=_NAME_ONE)
-    return path
 
 
 def expected_disks(

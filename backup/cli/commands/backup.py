@@ -242,7 +242,7 @@ def _back_up(given: Options, repo: str | None) -> None:
 
     config = find.config()
     find.require_format(*given.image_formats)
-    path = settings.first_folder(None if repo is None else places.first_of(repo), config)
+    path = settings.repository_location(None if repo is None else places.first_of(repo), config)
     open_repository = partial(Repository.open, settings.storage(path, config))
     missing: BackupError | None = None
     try:
