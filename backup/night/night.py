@@ -99,11 +99,11 @@ class Night:
 
         copying = copies.Copying(self.workers, self.watch)
         source = attempt(self.open_repository)
-        second = source if isinstance(source, BackupError) else seconds.get(target.name) or copying.open(target, source)
-        if isinstance(source, BackupError) or isinstance(second, BackupError):
-            failure = source if isinstance(source, BackupError) else second
-            assert isinstance(failure, BackupError)
-            return copies.Outcome(target.name, machine, failure, 0.0)
+        if isinstance(source, BackupError):
+            return copies.Outcome(target.name, machine, source, 0.0)
+        second = seconds.get(target.name) or copying.open(target, source)
+        if isinstance(second, BackupError):
+            return copies.Outcome(target.name, machine, second, 0.0)
         outcome = copying.one(target, second, copies.Job(source, source.machine(machine)))
         if isinstance(outcome.result, BackupError):
             seconds.pop(target.name, None)  # the place is opened anew for the next machine

@@ -174,7 +174,7 @@ def started_bitmaps(repository: Repository) -> dict[str, set[str]]:
 
 
 def _started(repository: Repository) -> Iterator[tuple[str, list[str]]]:
-    """Return for each disk of each machine the path of its image, and the bitmaps that points started, oldest first."""
+    """Yield for each disk of each machine the path of its image, and the bitmaps that points started, oldest first."""
     for name in repository.machine_names():
         of_machine: dict[str, list[str]] = {}
         for manifest in sorted(repository.machine(name).contents().manifests.values(), key=lambda each: each.sequence):

@@ -318,7 +318,6 @@ class _Run:
     ) -> None:
         self._source, self._second, self._existing = source, second, existing
         self._workers, self._advance, self._pace = workers, advance, pace
-        self._lock = threading.Lock()
         self.copied: list[str] = []
         self.done = 0
 
@@ -395,9 +394,7 @@ class _Run:
                     content = source.check_block(number)
                 except Damaged as error:
                     raise _Unreadable(error) from None
-                turns.take(number, functools.partial(target.write, content))
-                with self._lock:
-                    self.done += len(content)
+                turns.take(number, functools.partial(self._append, target, content))
                 self._pace.keep(len(content), stop)
 
             # A bucket takes the parts of an object in their order.
@@ -405,3 +402,8 @@ class _Run:
             target.finish()
         written.append(data.digests)
         write_digests(files, data.digests, source.all_listed)
+
+    def _append(self, target: CopiedFile, content: bytes | memoryview) -> None:
+        """Write the next block; only the thread whose turn it is does so."""
+        target.write(content)
+        self.done += len(content)

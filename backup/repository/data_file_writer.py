@@ -35,9 +35,9 @@ class PartFile:
         with _writing(self.path):
             self._file = files.create(name, digests.BLOCK)
 
-    def put(self, number: int, data: bytes | bytearray | memoryview, known: bytes | None = None) -> None:
-        """Write part `number` (digests.BLOCK bytes; the last may be shorter); `known` is its digest, if known."""
-        block_digest = digests.digest(data) if known is None else known
+    def put(self, number: int, data: bytes | bytearray | memoryview) -> None:
+        """Write part `number` (digests.BLOCK bytes; the last may be shorter)."""
+        block_digest = digests.digest(data)
         with self._lock:
             self._digests[number] = block_digest
         with _writing(self.path):

@@ -37,7 +37,7 @@ from backup.repository.cluster_index import NOBODY, Index
 from backup.repository.data_file import check_head
 from backup.repository.machine import Contents, Machine
 from backup.repository.opened_chain import open_unchanged
-from backup.storage.base import Files, Unavailable
+from backup.storage.base import Files
 from backup.storage.refusals import NoAnswer, open_file, require_answer
 
 U64 = npt.NDArray[np.uint64]
@@ -288,10 +288,10 @@ def _stored(files: Files, name: str, blocks: int) -> bytes | None:
     try:
         with closing(open_file(files, name)) as file:
             return bytes(file.read_at(0, file.size)) if file.size == blocks * LENGTH else None
-    except Unavailable as error:
+    except OSError as error:
         require_answer(error)
-        raise
-    except (Damaged, NotFound, OSError):
+        return None
+    except (Damaged, NotFound):
         return None
 
 

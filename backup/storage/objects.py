@@ -21,7 +21,7 @@ from pathlib import Path
 from backup.errors import BackupError, UsageError
 from backup.model.location import Bucket
 from backup.model.manifest import is_point_id
-from backup.model.names import MARKER
+from backup.model.names import MARKER, SEALED
 from backup.runtime.ignoring import ignoring
 from backup.storage import leases as lease_objects
 from backup.storage.base import IN_USE, TEMPORARY, Names, PartWriter, Stat, Storage, Traits, Unavailable
@@ -437,7 +437,7 @@ class ObjectFiles:
 
 def _is_manifest(name: str) -> bool:
     """Tell whether a name is a manifest's, sealed or not."""
-    return is_point_id(name.removesuffix(".age").removesuffix(".json")) and ".json" in name
+    return is_point_id(name.removesuffix(SEALED).removesuffix(".json")) and ".json" in name
 
 
 def _is_lease(name: str) -> bool:
