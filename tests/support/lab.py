@@ -79,8 +79,10 @@ def init(args: Sequence[str | Path], cwd: Path | None = None) -> None:
     if kind is None or named is None:
         return
     places = [Path(cwd or "", named)]
-    if kind == "copy" and len(words) > words.index("copy") + 2:
-        places.append(Path(cwd or "", words[words.index("copy") + 2]))
+    if kind == "copy":
+        # `copy MACHINE OTHER`; in other forms the word is an option, or there is none, and the test makes its places.
+        other = words[words.index("copy") + 2 :][:1]
+        places += [Path(cwd or "", word) for word in other if not word.startswith(("-", "s3://"))]
     identity = None
     for place in places:
         with contextlib.suppress(BackupError):
